@@ -1,0 +1,60 @@
+"""The cheapest number format for every tensor of a training step, chosen, written down, and trained with.
+
+The house is an hourglass. Above its first waist torch is read, below its second torch is written; what stands between
+them is pure Python and never imports torch.
+
+====================  ==========================================================================================
+``capture``           model and loss as one graph (Dynamo); what a user is told about a graph break
+``functionalize``     no in-place operators: every value has one node
+``operators``         the walk that names every tensor; tracer and executor both take it
+``tracer``            model + batch → **TensorTable**; ``joint`` and ``workspace`` help it read the backward pass
+``tensors``           TensorTable, the first waist: rows by key, groups, the schedule of the step
+``formats``           number formats as rows of data; ``recipes``: candidates per role; ``groups``: shared decisions
+``lowering``          in which dtype an operator computes: one rule for the executor and for the memory model
+``memory``            (table, assignment) → aggregate, peak, timeline
+``strategies``        searches: (table, recipe, goal) → entries
+``assignment``        **Assignment**, the second waist: ``plan.json``
+``rounding``          the kernels: quantize, encode, decode, as registered torch operators
+``executor``          mark → pack → compile → apply: a plan made to run
+``search``            trace, strategy, provenance in one call
+``tasks``             what is trained: built-in, from a user's file
+``training``          the loop: seeds, loss scaling, checkpoints, measured peak
+``report``            tables for people; ``cli``: the shell
+``errors``            AssignError and what a user can mend; ``_torch``: every private torch name
+====================  ==========================================================================================
+"""
+
+from assign.assignment import Assignment
+from assign.errors import AssignError
+from assign.executor.apply import apply, autocast, planned_step
+from assign.formats import FORMATS, Format, parse_format
+from assign.memory import Estimate, estimate
+from assign.recipes import RECIPES
+from assign.rounding import quantize
+from assign.search import search
+from assign.strategies import STRATEGIES
+from assign.tasks import Task
+from assign.tensors import TensorTable
+from assign.tracer import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FORMATS",
+    "RECIPES",
+    "STRATEGIES",
+    "AssignError",
+    "Assignment",
+    "Estimate",
+    "Format",
+    "Task",
+    "TensorTable",
+    "apply",
+    "autocast",
+    "estimate",
+    "parse_format",
+    "planned_step",
+    "quantize",
+    "search",
+    "trace",
+]

@@ -1,0 +1,182 @@
+"""Every private torch name that `assign` touches, in one place: a new torch release is checked here.
+
+Written against torch 2.11 to 2.13.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._functorch.partitioners import default_partition
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import _BoxedCodeGen
+
+__all__ = ["FakeTensor", "FakeTensorMode"]
+
+Graphs = tuple[fx.GraphModule, fx.GraphModule]
+GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+CaptureError = TorchDynamoException
+"""What Dynamo raises when it cannot capture a function as one graph."""
+
+CHECKPOINT_OP = torch.ops.higher_order.tag_activation_checkpoint
+"""The operator that a ``torch.utils.checkpoint`` block becomes: ``(body, *args)``."""
+
+
+def fake_value(node: fx.Node) -> Any:
+    """Value without data that Dynamo attached to a node it captured, or None."""
+    return node.meta.get("example_value")
+
+
+def joint_value(node: fx.Node) -> Any:
+    """Value without data of a node of a joint, forward or backward graph, or None."""
+    return node.meta.get("val")
+
+
+def is_backward(node: fx.Node) -> bool:
+    """Whether a node of a joint graph runs in the backward pass."""
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def set_backward(node: fx.Node, backward: bool) -> None:
+    """Say in which pass a node added to a joint graph runs."""
+    node.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"
+
+
+def is_recomputed(node: fx.Node) -> bool:
+    """Whether the user's checkpointing asks for this node to be computed again in the backward pass."""
+    return node.meta.get("recompute") is not None
+
+
+def forget_recompute(node: fx.Node) -> None:
+    """Take a node out of the user's checkpointed region."""
+    node.meta.pop("recompute", None)
+    node.meta.pop("ac_graph_id", None)
+
+
+def label(node: fx.Node, text: str) -> None:
+    """Attach a text to a captured node; the joint graph's nodes made from it carry it, forward and backward."""
+    node.meta["custom"] = {**node.meta.get("custom", {}), "assign": text}
+
+
+def label_of(node: fx.Node) -> str:
+    """Text attached by :func:`label` to the captured node behind this one, ``''`` if none."""
+    custom = node.meta.get("custom") or {}
+    return cast(str, custom.get("assign", ""))
+
+
+def module_path(node: fx.Node) -> str:
+    """Dynamo's path of the innermost module whose forward made the node, ``''`` outside every module."""
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def make_dense_output(example: Any) -> Any:
+    """A real zero tensor with the shape of a captured output, for a graph that is never run."""
+    if isinstance(example, torch.Tensor):
+        shape = [int(size) for size in example.shape]
+        return torch.zeros((), dtype=example.dtype, device=example.device).expand(shape)
+    return example
+
+
+def run_boxed(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Run a graph node by node, every value freed at its last use, the inputs included."""
+    graph.graph.set_codegen(_BoxedCodeGen())
+    graph.recompile()
+
+    def run(args: list[Any]) -> Any:
+        return graph.forward(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _split(joint: fx.GraphModule, inputs: Any, kwargs: dict[str, Any]) -> Graphs:
+    allowed = ("num_fwd_outputs", "static_lifetime_input_indices", "static_lifetime_input_nodes")
+    return default_partition(joint, inputs, **{name: kwargs[name] for name in allowed if name in kwargs})
+
+
+def eager_backend(
+    partition: Callable[[fx.GraphModule, Callable[[fx.GraphModule], Graphs]], Graphs],
+    compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]] = run_boxed,
+) -> GraphBackend:
+    """A backend for Dynamo that runs the partitioned graphs as they are.
+
+    Args:
+        partition: ``(joint graph, split) -> (forward, backward)``; ``split`` is torch's default partitioner.
+        compiler: what becomes of each graph.
+    """
+
+    def partition_fn(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Graphs:
+        return partition(joint, lambda graph: _split(graph, inputs, kwargs))
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition_fn)
+    return cast(GraphBackend, backend)
+
+
+class _Partitioner(CustomPartitionerFn):
+    def __init__(self, partition: Any, identity: str) -> None:
+        self._partition = partition
+        self._identity = identity
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Graphs:
+        return cast(Graphs, self._partition(gm, lambda graph: _split(graph, joint_inputs, kwargs)))
+
+    def uuid(self) -> str:
+        return self._identity
+
+
+class _GraphPass(CustomGraphPass):
+    def __init__(self, change: Callable[[fx.Graph], None], identity: str) -> None:
+        self._change = change
+        self._identity = identity
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self._change(graph)
+
+    def uuid(self) -> str:
+        return self._identity
+
+
+def inductor_backend(
+    partition: Callable[[fx.GraphModule, Callable[[fx.GraphModule], Graphs]], Graphs],
+    inline: Callable[[fx.Graph], None],
+    identity: str,
+) -> GraphBackend:
+    """A backend for Dynamo that compiles the partitioned graphs with Inductor.
+
+    Args:
+        partition: as for :func:`eager_backend`.
+        inline: edits each graph in place, right before Inductor lowers it.
+        identity: changes whenever ``partition`` or ``inline`` would do something else; part of the key of Inductor's cache.
+    """
+    patches = {
+        "custom_partitioner_fn": _Partitioner(partition, identity),
+        "post_grad_custom_pre_pass": _GraphPass(inline, identity),
+    }
+    return cast(GraphBackend, functools.partial(compile_fx, config_patches=patches))
+
+
+def trace_inline(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
+    """Graph of ``function`` on values without data, in Inductor's own set of operators."""
+    return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*args)
+
+
+def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
+    """``torch.compile`` of a module as one graph, with a backend of ours."""
+    return cast(Callable[..., Any], torch.compile(step, backend=backend, fullgraph=True))
+
+
+def inner_exception(error: BaseException) -> BaseException:
+    """The exception that our own backend raised inside Dynamo, or ``error`` itself."""
+    if isinstance(error, BackendCompilerFailed):
+        return cast(BaseException, error.inner_exception)
+    return error

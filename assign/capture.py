@@ -1,0 +1,152 @@
+"""Model and loss as one graph: how Dynamo is asked, and what a user is told when it cannot.
+
+The graph that Dynamo hands over has torch-level operators (``conv2d``, ``relu``, …), with the path of the module and
+the line of the user's code on every node. Parameters and buffers are its inputs, told apart by identity.
+"""
+
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from assign import _torch
+from assign.errors import AssignError, TraceError
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+_PREFIX = "L['self'].model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capture:
+    """One captured graph with what tells its inputs apart.
+
+    Attributes:
+        graph: torch-level FX graph; ours to edit.
+        inputs: example values of its placeholders, in order.
+        parameters: placeholder → name of the parameter (one name for tied weights).
+        buffers: placeholders that are buffers of the model.
+        training: whether the model was in training mode with gradients on.
+    """
+
+    graph: fx.GraphModule
+    inputs: Sequence[Any]
+    parameters: dict[fx.Node, str]
+    buffers: frozenset[fx.Node]
+    training: bool
+
+
+def call_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The "loss" of a step that is the model alone."""
+    return model(*args, **kwargs)
+
+
+class Step(nn.Module):
+    """``loss(model, …)`` as a module, so that module paths and parameters have one prefix.
+
+    Dynamo keeps its compiled code per code object: each step gets its own copy, so that two models never compete for
+    the same cache entries.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        function = Step._forward
+        code = function.__code__.replace(co_name=f"step_{id(self)}")
+        own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
+        self.forward = types.MethodType(own, self)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.loss(self.model, *args, **kwargs)
+
+
+def compile_step(
+    model: nn.Module, loss: Callable[..., Any], backend: Callable[[Capture], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """``loss(model, …)`` that goes through ``backend`` at its first call and whenever shapes or modes change.
+
+    Raises (when called):
+        TraceError: the model or the loss breaks the graph; says the user's line.
+    """
+    check_parameters(model)
+
+    def receive(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return backend(_describe(model, graph, inputs))
+
+    compiled = _torch.compile_step(Step(model, loss), receive)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except _torch.CaptureError as error:
+            inner = _torch.inner_exception(error)
+            if isinstance(inner, AssignError):
+                raise inner from None
+            raise _explain(error) from error
+
+    return call
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuse models that are not in float32: the plan narrows a model, it does not widen one.
+
+    Raises:
+        TraceError: names the first such parameter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(
+            f"trace: the model is a {type(model).__name__}, a torch.nn.Module is needed. Pass the module itself."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise TraceError(
+                f"trace: parameter {name!r} is {parameter.dtype}; a plan starts from float32 and narrows it. "
+                "Call model.float() first."
+            )
+
+
+def strip_module_path(path: str) -> str | None:
+    """Module path below the model from Dynamo's own, None for code outside the model."""
+    if path != _PREFIX and not path.startswith((_PREFIX + ".", _PREFIX + "[", _PREFIX + "_")):
+        return None
+    rest = path.removeprefix(_PREFIX).replace("._modules", "").replace("_modules", "")
+    rest = rest.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
+    return rest.strip(".")
+
+
+def _describe(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any]) -> Capture:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    buffers = {id(buffer) for buffer in model.buffers()}
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    pairs = list(zip(placeholders, inputs, strict=True))
+    return Capture(
+        graph=graph,
+        inputs=inputs,
+        parameters={node: names[id(value)] for node, value in pairs if id(value) in names},
+        buffers=frozenset(node for node, value in pairs if id(value) in buffers),
+        training=model.training and torch.is_grad_enabled(),
+    )
+
+
+def _explain(error: BaseException) -> TraceError:
+    """A graph break in the user's words: what, which line, what to change."""
+    text = str(error)
+    reason = text.split("\n\n")[0].strip()
+    lines = [line.strip() for line in text.splitlines()]
+    where = ""
+    for index, line in enumerate(lines):
+        if line.startswith("File ") and "/torch/" not in line and "site-packages" not in line:
+            code = lines[index + 1] if index + 1 < len(lines) else ""
+            where = f"{line}: {code}"
+    hints = [line for line in lines if line.lower().startswith("hint:")]
+    advice = " ".join(hints) or "Hint: move this code out of forward, or express it with torch operators."
+    return TraceError(
+        f"trace: the model or the loss cannot be captured as one graph: {reason}\n"
+        f"  at: {where or 'unknown line'}\n"
+        "  A plan needs the whole step in one graph: no prints of tensors, no .item(), no branch on a tensor's value.\n"
+        f"  {advice}"
+    )

@@ -1,0 +1,41 @@
+"""What a user can get wrong, one class per thing to mend.
+
+Every message says where, what was asked, what is allowed and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class AssignError(Exception):
+    """Base of every error that a user is meant to read and act on."""
+
+
+class FormatError(AssignError):
+    """A number format that does not exist or does not fit its use."""
+
+
+class TraceError(AssignError):
+    """The model or the loss cannot be captured as one graph."""
+
+
+class PlanError(AssignError):
+    """A plan file that cannot be read, or that does not belong to this model."""
+
+
+class BudgetError(AssignError):
+    """A limit on memory or on the low ratio that no assignment can meet."""
+
+
+class TaskError(AssignError):
+    """A task that cannot be loaded or does not keep to its interface."""
+
+
+class DivergedError(AssignError):
+    """Training whose loss is no longer a finite number."""
+
+
+def nearest(word: str, allowed: Iterable[str], limit: int = 3) -> str:
+    """Names in ``allowed`` that look like ``word``, as text for an error message ('' if none does)."""
+    close = difflib.get_close_matches(word, list(allowed), n=limit, cutoff=0.4)
+    return ", ".join(repr(name) for name in close)

@@ -1,0 +1,169 @@
+"""A plan made to run on a user's model: the same module, parameters and ``state_dict``, another way to compute.
+
+The planned module shares its ``__dict__`` with the user's: same class by ``isinstance``, same parameters, same training
+flag. Only calling it differs: the call is captured, marked, packed and compiled, once per shape and mode, as
+``torch.compile`` does.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from assign import _torch
+from assign.assignment import Assignment
+from assign.capture import Capture, Loss, call_model, check_parameters, compile_step
+from assign.errors import PlanError, nearest
+from assign.executor.compile import Backend, make_backend
+from assign.executor.mark import mark
+from assign.functionalize import functionalize
+from assign.operators import Walk, walk
+from assign.tensors import grad_key
+
+
+def apply(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -> nn.Module:
+    """The model, computing under ``plan``; train it exactly as before.
+
+    Parameters, their names and the ``state_dict`` are the model's own, and stay in float32. What is called outside the
+    module (a loss on its output) runs as usual: entries under ``loss/`` need :func:`planned_step`.
+
+    Args:
+        model: in float32; it is not changed and can still be called without the plan.
+        backend: ``inductor`` (compiled, fast) or ``eager`` (no compiler needed, exact memory, slower rounding).
+    Raises:
+        PlanError: the plan belongs to another model; names the nearest keys.
+        TraceError: the model is not in float32; or, at the first call, it breaks the graph.
+    """
+    check_parameters(model)
+    _check_parameters_named(model, plan)
+    compiled = _compile(model, call_model, plan, Backend(_known(backend)))
+    original = type(model)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs)
+
+    def duplicate(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        return apply(copy.deepcopy(_plain(self, original), memo), plan, backend=backend)
+
+    def reduce(self: nn.Module, _protocol: int = 2) -> Any:
+        return _restore, (_plain(self, original), plan, backend)
+
+    body = {"__call__": call, "__deepcopy__": duplicate, "__reduce_ex__": reduce, "assign_plan": plan}
+    planned: nn.Module = _share(model, type(original.__name__, (original,), {**body, "__module__": original.__module__}))
+    return planned
+
+
+@contextlib.contextmanager
+def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -> Iterator[None]:
+    """Within the context, calling ``model`` itself computes under ``plan``.
+
+    Entering again with the same model and plan reuses what was compiled.
+
+    Raises:
+        PlanError, TraceError: as for :func:`apply`.
+    """
+    cache = model.__dict__.setdefault("_assign_planned", {})
+    key = (id(plan), backend)
+    if key not in cache:
+        cache[key] = (plan, type(apply(model, plan, backend=backend)))
+    original = type(model)
+    object.__setattr__(model, "__class__", cache[key][1])
+    try:
+        yield
+    finally:
+        object.__setattr__(model, "__class__", original)
+
+
+def planned_step(model: nn.Module, loss: Loss, plan: Assignment, *, backend: str = "inductor") -> Callable[[Any], Tensor]:
+    """``step(batch)`` → loss, with the loss in the same graph as the model, so that the plan covers it too.
+
+    Raises:
+        PlanError, TraceError: as for :func:`apply`.
+    """
+    check_parameters(model)
+    _check_parameters_named(model, plan)
+    return _compile(model, loss, plan, Backend(_known(backend)))
+
+
+def _compile(model: nn.Module, loss: Callable[..., Any], plan: Assignment, backend: Backend) -> Callable[..., Any]:
+    whole_step = loss is not call_model
+
+    def receive(capture: Capture) -> Callable[..., Any]:
+        functionalize(capture.graph)
+        walked = walk(capture)
+        if capture.training:
+            _check_covers(walked, capture, plan, whole_step)
+        mark(capture, walked, plan)
+        return make_backend(plan, backend)(capture.graph, capture.inputs)
+
+    compiled = compile_step(_plain(model, type(model)), loss, receive)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(_device_type(model), enabled=False):  # the plan decides, not an autocast around it
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def _share(model: nn.Module, kind: type) -> Any:
+    """An object of class ``kind`` whose state is the model's own."""
+    twin = object.__new__(kind)
+    object.__setattr__(twin, "__dict__", model.__dict__)
+    return twin
+
+
+def _plain(model: nn.Module, kind: type) -> nn.Module:
+    twin: nn.Module = _share(model, kind)
+    return twin
+
+
+def _restore(model: nn.Module, plan: Assignment, backend: str) -> nn.Module:
+    return apply(model, plan, backend=backend)
+
+
+def _device_type(model: nn.Module) -> str:
+    parameter = next(model.parameters(), None)
+    return parameter.device.type if parameter is not None else "cpu"
+
+
+def _known(backend: str) -> str:
+    if backend not in list(Backend):
+        near = nearest(backend, Backend)
+        raise PlanError(
+            f"apply: backend {backend!r} is not known{f', did you mean {near}' if near else ''}. "
+            f"Choose one of: {', '.join(Backend)}."
+        )
+    return backend
+
+
+def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
+    """Early, before anything is captured: every parameter of the model stands in the plan and the other way round."""
+    names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+    planned = {key for key in plan.entries if "/" not in key and not key.endswith((".grad", ".saved", ".master"))}
+    unread = [name for name in names if name not in planned]
+    gone = sorted(key for key in planned - set(names) if ".optim." not in key)
+    if gone or len(unread) == len(names) > 0:
+        name = (gone or unread)[0]
+        others = names if gone else planned
+        near = nearest(name, others)
+        who = "is in the plan but not in the model" if gone else "is in the model but not in the plan"
+        raise PlanError(
+            f"apply: this plan belongs to another model: parameter {name!r} {who}"
+            f"{f'; nearest: {near}' if near else ''}.\n"
+            f"  The plan names {len(planned)} parameters, the model has {len(names)}.\n"
+            "  Use the plan's own model, or make a new plan with assign.search or 'assign search'."
+        )
+
+
+def _check_covers(walked: Walk, capture: Capture, plan: Assignment, whole_step: bool) -> None:
+    """Every tensor of the captured step stands in the plan, and the other way round."""
+    frozen = {name for node, name in capture.parameters.items() if not _torch.fake_value(node).requires_grad}
+    keys = [key for site in walked.sites for key in (site.key, grad_key(site.key)) if key.removesuffix(".grad") not in frozen]
+    keys += [site.key for site in walked.sites if site.key in frozen]
+    keys += [key for key in plan.entries if key.removesuffix(".grad") in frozen and key not in keys]
+    if not whole_step:  # the loss is computed outside: its entries have nothing to apply to
+        keys += [key for key in plan.entries if key.startswith("loss/")]
+    plan.check_covers(keys, where="the plan")

@@ -1,0 +1,89 @@
+"""Backends: the packed graphs run node by node, or compiled by Inductor with the rounding inlined."""
+
+import hashlib
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from assign import _torch, rounding
+from assign.assignment import Assignment
+from assign.executor.pack import pack
+from assign.formats import parse_format
+
+
+class Backend(StrEnum):
+    """How a plan runs."""
+
+    EAGER = "eager"
+    INDUCTOR = "inductor"
+
+
+def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
+    """A Dynamo backend for graphs that are marked with ``plan``."""
+
+    def partition(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
+        pack(joint, plan)
+        return split(joint)
+
+    if backend is Backend.EAGER:
+        return _torch.eager_backend(partition)
+    entries = "\n".join(f"{key} {entry.format}" for key, entry in sorted(plan.entries.items()))
+    return _torch.inductor_backend(partition, inline, identity=hashlib.sha256(entries.encode()).hexdigest())
+
+
+def inline(graph: fx.Graph) -> None:
+    """Replace our operators by the arithmetic they stand for, so that Inductor fuses it into its neighbours."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _EXPANSIONS:
+            tensors = [argument for argument in node.args if isinstance(argument, fx.Node)]
+            rest = [argument for argument in node.args if argument is not None and argument not in tensors]
+            function = _EXPANSIONS[node.target](*rest)
+            body = _torch.trace_inline(function, [_torch.joint_value(tensor) for tensor in tensors])
+            _splice(graph, node, body, tensors)
+    graph.lint()
+
+
+def _quantize(name: str, saturate: bool, dtype: torch.dtype) -> Callable[..., Tensor]:
+    return lambda x, scale=None: rounding.inline_quantize(x, scale, parse_format(name), saturate, dtype)
+
+
+def _scale(name: str) -> Callable[..., Tensor]:
+    return lambda x: rounding.inline_scale(x, parse_format(name))
+
+
+def _encode(name: str) -> Callable[..., Tensor]:
+    return lambda x, scale=None: rounding.inline_encode(x, scale, parse_format(name))
+
+
+def _decode(name: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    return lambda codes, scale=None: rounding.inline_decode(codes, scale, parse_format(name), dtype)
+
+
+_EXPANSIONS: dict[Any, Callable[..., Callable[..., Tensor]]] = {
+    torch.ops.assign.quantize.default: _quantize,
+    torch.ops.assign.scale.default: _scale,
+    torch.ops.assign.encode.default: _encode,
+    torch.ops.assign.decode.default: _decode,
+}
+
+
+def _splice(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, inputs: list[fx.Node]) -> None:
+    """Put the nodes of ``body`` in the place of ``node``."""
+    twins = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+    with graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "output":
+                result = inner.args[0]
+                twin = twins[result[0] if isinstance(result, (tuple, list)) else result]
+                node.replace_all_uses_with(twin)
+            elif inner.op == "get_attr":  # a constant
+                name = f"_assign_{node.name}_{inner.target}"
+                setattr(graph.owning_module, name, getattr(body, str(inner.target)))
+                twins[inner] = graph.get_attr(name)
+                twins[inner].meta = dict(inner.meta)
+            elif inner.op != "placeholder":
+                twins[inner] = graph.node_copy(inner, twins.__getitem__)
+    graph.erase_node(node)

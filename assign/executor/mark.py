@@ -1,0 +1,213 @@
+"""Marks: after every operator that makes a tensor, one node that rounds it forward and its gradient backward.
+
+A mark is an autograd function, so the joint graph holds a rounding node exactly at v, at dv (after the sum over v's
+readers), at θ and at dθ. Between operators a tensor lives in its carrier dtype (see :mod:`assign.lowering`); operands
+are widened where an operator must run in float32.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from assign import _torch, lowering
+from assign.assignment import Assignment
+from assign.capture import Capture
+from assign.formats import Format, Scaling, parse_format
+from assign.operators import Site, Walk, floating_arguments, operator_name
+from assign.tensors import grad_key, saved_key
+
+MARK = "mark:"
+"""Prefix of the label of a mark's nodes in the joint graph; the tensor's key follows."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WIDENINGS = frozenset({"float", "to", "type", "type_as"})
+
+
+class _Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: str, backward: str, dtype: torch.dtype) -> Tensor:
+        ctx.backward_format = backward
+        ctx.input_dtype = x.dtype
+        return _round(x, parse_format(forward), dtype, saturate=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        rounded = _round(grad, parse_format(ctx.backward_format), grad.dtype, saturate=False)
+        return rounded.to(ctx.input_dtype), None, None, None
+
+
+def _round(x: Tensor, fmt: Format, dtype: torch.dtype, *, saturate: bool) -> Tensor:
+    exact = x.dtype == dtype and _DTYPES.get(fmt.native or "") in (dtype, torch.float32)
+    if exact:
+        return x.view_as(x)
+    scale = torch.ops.assign.scale(x, fmt.name) if fmt.scaling is not Scaling.NONE else None
+    rounded: Tensor = torch.ops.assign.quantize(x, scale, fmt.name, saturate, dtype)
+    return rounded
+
+
+def mark_tensor(x: Tensor, forward: str, backward: str, dtype: str) -> Tensor:
+    """Round ``x`` to ``forward`` and, in the backward pass, its gradient to ``backward``; store both as ``dtype``."""
+    marked: Tensor = _Mark.apply(x, forward, backward, _DTYPES[dtype])  # type: ignore[no-untyped-call]
+    return marked
+
+
+def mark(capture: Capture, walked: Walk, plan: Assignment) -> None:
+    """Edit the captured graph so that it computes under ``plan``; graphs of an all-fp32 plan stay as they are.
+
+    Tensors that the plan does not name (only in evaluation: training checks the plan first) stay in float32.
+    """
+    marker = _Marker(walked, plan)
+    marker.mark_graph(capture.graph)
+    marker.widen_outputs(capture.graph)
+    capture.graph.graph.lint()
+    capture.graph.recompile()
+
+
+class _Marker:
+    def __init__(self, walked: Walk, plan: Assignment) -> None:
+        self.walked = walked
+        self.plan = plan
+        self.sites: dict[fx.Node, list[Site]] = {}
+        for site in walked.sites:
+            self.sites.setdefault(site.after, []).append(site)
+        self.dtypes: dict[fx.Node, str] = {}
+
+    def mark_graph(self, graph: fx.GraphModule) -> None:
+        for node in list(graph.graph.nodes):
+            if node.op == "placeholder":
+                for site in self.sites.get(node, ()):
+                    self._mark_site(graph, site, before=self._first_reader(site))
+            elif node.target is _torch.CHECKPOINT_OP:
+                self._mark_body(graph, node)
+            elif node.op in ("call_function", "call_method"):
+                self._mark_operator(graph, node)
+        graph.recompile()
+
+    def _mark_operator(self, graph: fx.GraphModule, node: fx.Node) -> None:
+        sources = [n for n in floating_arguments(node, self.walked) if n in self.dtypes]
+        key = self.walked.labels.get(node)
+        if key is not None:
+            _torch.label(node, key)
+        if node.meta.get("assign_in_place"):
+            self._lower(graph, node, self.dtypes.get(node.all_input_nodes[0], lowering.FLOAT32))
+        elif node.target is operator.getitem and _is_tuple(self.walked.values.get(node.args[0])):  # type: ignore[arg-type]
+            maker = node.args[0]
+            if maker in self.dtypes and node not in self.dtypes:
+                self.dtypes[node] = self.dtypes[maker]  # type: ignore[index]
+        elif key is not None and "assign_op" not in node.meta:
+            self.dtypes[node] = self._compute_dtype(node, key)
+            self._lower(graph, node, self.dtypes[node])
+        elif sources and node in self.walked.key_of or _is_tuple(self.walked.values.get(node)):
+            self._follow(node, sources)
+        for site in self.sites.get(node, ()):
+            self._mark_site(graph, site, before=site.after.next)
+
+    def _follow(self, node: fx.Node, sources: list[fx.Node]) -> None:
+        """A view or a move keeps its source's dtype; a conversion to float32 that changed nothing is dropped."""
+        if not sources:
+            return
+        self.dtypes[node] = self.dtypes[sources[0]]
+        if node.op == "call_method" and node.target in _WIDENINGS:
+            node.replace_all_uses_with(sources[0])
+
+    def _formats(self, key: str) -> tuple[Format, Format] | None:
+        if key not in self.plan.entries:
+            return None
+        return self.plan.format_of(key), self.plan.format_of(grad_key(key))
+
+    def _carrier(self, key: str) -> str:
+        formats = self._formats(key)
+        return lowering.carrier(*formats) if formats else lowering.FLOAT32
+
+    def _compute_dtype(self, node: fx.Node, key: str) -> str:
+        site_op = operator_name(node.target)
+        formats = self._formats(key)
+        if formats is None:
+            return lowering.FLOAT32
+        operands = []
+        for argument in floating_arguments(node, self.walked):
+            if argument in self.walked.key_of:
+                operands.append(self.dtypes.get(argument, lowering.FLOAT32))
+            elif self.walked.values[argument].dim() and site_op not in lowering.MATRIX_PRODUCTS:
+                operands.append(lowering.FLOAT32)
+        if site_op in lowering.FLOAT32_PARAMETERS:
+            operands = operands[:1]
+        custom = any(fmt.native is None for fmt in formats)
+        return lowering.compute_dtype(site_op, operands, lowering.carrier(*formats), custom)
+
+    def _lower(self, graph: fx.GraphModule, node: fx.Node, dtype: str) -> None:
+        """Give every floating-point operand of ``node`` the dtype in which it computes."""
+        arguments = list(floating_arguments(node, self.walked))
+        mixed = operator_name(node.target) in lowering.FLOAT32_PARAMETERS
+        for position, argument in enumerate(arguments):
+            wanted = lowering.FLOAT32 if mixed and position else dtype
+            have = self.dtypes.get(argument, lowering.FLOAT32)
+            constant = argument not in self.walked.key_of and not self.walked.values[argument].dim()
+            if have == wanted or constant:
+                continue
+            with graph.graph.inserting_before(node):
+                if argument not in self.walked.key_of:  # a mask: its −inf must not become NaN behind the cast
+                    converted = graph.graph.call_function(mark_tensor, (argument, _name(wanted), "fp32", wanted))
+                else:
+                    converted = graph.graph.call_method("to", (argument, _DTYPES[wanted]))
+            _torch.label(converted, _torch.label_of(node))
+            node.replace_input_with(argument, converted)
+
+    def _mark_site(self, graph: fx.GraphModule, site: Site, *, before: fx.Node) -> None:
+        formats = self._formats(site.key)
+        if formats is None:
+            return
+        dtype = lowering.carrier(*formats)
+        have = self.dtypes.get(site.node, lowering.FLOAT32)
+        names = {fmt.native for fmt in formats}
+        explicit = saved_key(site.key) in self.plan.entries
+        if have == dtype and names == {dtype} and not explicit:
+            self.dtypes[site.node] = dtype
+            return
+        with graph.graph.inserting_before(before):
+            marked = graph.graph.call_function(mark_tensor, (site.node, formats[0].name, formats[1].name, dtype))
+        _torch.label(marked, MARK + site.key)
+        order = {n: i for i, n in enumerate(graph.graph.nodes)}
+        readers = site.readers if site.readers is not None else list(site.node.users)
+        for user in readers:
+            if user is not marked and order[user] > order[marked]:
+                user.replace_input_with(site.node, marked)
+        self.dtypes[marked] = dtype
+        self.walked.values[marked] = site.value
+        self.walked.key_of[marked] = site.key
+
+    def _first_reader(self, site: Site) -> fx.Node:
+        readers = set(site.readers if site.readers is not None else site.node.users)
+        return next(n for n in site.owner.graph.nodes if n in readers)
+
+    def _mark_body(self, graph: fx.GraphModule, node: fx.Node) -> None:
+        body = graph.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
+        inner = [n for n in body.graph.nodes if n.op == "placeholder"]
+        for placeholder, outer in zip(inner, node.args[1:], strict=False):
+            if isinstance(outer, fx.Node) and outer in self.dtypes:
+                self.dtypes[placeholder] = self.dtypes[outer]
+        self.mark_graph(body)
+        results = next(n for n in body.graph.nodes if n.op == "output").args[0]
+        for user in node.users:
+            if user.target is operator.getitem and results[user.args[1]] in self.dtypes:
+                self.dtypes[user] = self.dtypes[results[user.args[1]]]
+
+    def widen_outputs(self, graph: fx.GraphModule) -> None:
+        """What leaves the graph has the dtype that the user's own code gave it."""
+        output = next(n for n in graph.graph.nodes if n.op == "output")
+        for argument in output.all_input_nodes:
+            if self.dtypes.get(argument, lowering.FLOAT32) != lowering.FLOAT32:
+                with graph.graph.inserting_before(output):
+                    widened = graph.graph.call_method("float", (argument,))
+                output.replace_input_with(argument, widened)
+
+
+def _name(dtype: str) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "fp32")
+
+
+def _is_tuple(value: Any) -> bool:
+    return isinstance(value, (tuple, list))

@@ -1,0 +1,147 @@
+"""A pass over the joint graph: what waits for the backward pass is kept in its own format, not in its carrier.
+
+Each forward value that the backward pass reads is followed back, through views and exact conversions, to the mark that
+made it. A mark of a parameter or of the batch is computed again in the backward pass: its source is there anyway. Any
+other is encoded right behind its last reader in the forward pass and decoded right before its first reader in the
+backward pass. Values of a native 16-bit format wait as they are, not as the float32 copy that an operator asked for.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from assign import _torch
+from assign.assignment import Assignment
+from assign.executor.mark import MARK
+from assign.formats import Format, Scaling, parse_format
+from assign.joint import VIEWS, describe, origin, read_marked_outputs
+from assign.tensors import saved_key
+
+_QUANTIZE = torch.ops.assign.quantize.default
+
+
+def pack(joint: fx.GraphModule, plan: Assignment) -> None:
+    """Edit the joint graph in place; the graph of an all-fp32 plan stays as it is."""
+    if not any(node.target is _QUANTIZE or _is_narrow(node) for node in joint.graph.nodes):
+        return
+    read_marked_outputs(joint.graph, _QUANTIZE)
+    _Packer(joint.graph, plan).run()
+    joint.graph.lint()
+    joint.recompile()
+
+
+def _is_narrow(node: fx.Node) -> bool:
+    value = _torch.joint_value(node)
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+
+
+class _Packer:
+    def __init__(self, graph: fx.Graph, plan: Assignment) -> None:
+        self.graph = graph
+        self.plan = plan
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+
+    def run(self) -> None:
+        """Group the values that cross into the backward pass by their origin, and move each origin once."""
+        waiting: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if node.op != "call_function" or _torch.is_backward(node) or _torch.is_recomputed(node):
+                continue
+            if isinstance(_torch.joint_value(node), torch.Tensor) and any(map(_torch.is_backward, node.users)):
+                waiting.setdefault(origin(node), []).append(node)
+        for source, saved in waiting.items():
+            if saved != [source] or source.target is _QUANTIZE:
+                self._move(source, saved)
+
+    def _move(self, source: fx.Node, saved: list[fx.Node]) -> None:
+        readers = sorted(
+            {user for node in saved for user in node.users if _torch.is_backward(user)}, key=self.order.__getitem__
+        )
+        first = readers[0]
+        if source.target is not _QUANTIZE:
+            restored = {source: source}
+        elif _reads_input(source):
+            restored = {source: self._mark_again(source, first)}
+        else:
+            restored = {source: self._encode(source, first)}
+        for reader in readers:
+            for node in [n for n in reader.all_input_nodes if n in saved]:
+                reader.replace_input_with(node, self._replay(node, restored, reader))
+
+    def _replay(self, node: fx.Node, restored: dict[fx.Node, fx.Node], reader: fx.Node) -> fx.Node:
+        """``node`` made in the backward pass from what was restored, right before ``reader``."""
+        if node in restored:
+            return restored[node]
+        parent: fx.Node = node.args[0]  # type: ignore[assignment]
+        source = self._replay(parent, restored, reader)
+        with self.graph.inserting_before(reader):
+            new = self.graph.node_copy(node, lambda n: source if n is parent else n)
+        describe(new, _torch.joint_value(node), node, backward=True)
+        if node.target in VIEWS:
+            restored[node] = new
+        return new
+
+    def _mark_again(self, mark: fx.Node, first: fx.Node) -> fx.Node:
+        """The mark of a parameter or of the batch, computed a second time; so is its scale."""
+        scale = mark.args[1]
+        with self.graph.inserting_before(first):
+            if isinstance(scale, fx.Node):
+                twin = self.graph.node_copy(scale)
+                describe(twin, _torch.joint_value(scale), scale, backward=True)
+                scale = twin
+            again = self.graph.call_function(_QUANTIZE, (mark.args[0], scale, *mark.args[2:]))
+        describe(again, _torch.joint_value(mark), mark, backward=True)
+        return again
+
+    def _encode(self, mark: fx.Node, first: fx.Node) -> fx.Node:
+        """The mark's value as it comes out of its narrow storage, right before ``first``."""
+        value = _torch.joint_value(mark)
+        key = _torch.label_of(mark).removeprefix(MARK)
+        own = parse_format(str(mark.args[2]))
+        fmt = self.plan.saved_format(key) if saved_key(key) in self.plan.entries else own
+        source, scale, after = mark, mark.args[1], self._last_forward_reader(mark)
+        if fmt != own:
+            source, scale, after = self._narrow(mark, fmt, after)
+        if fmt.code_bytes >= value.dtype.itemsize:
+            return source
+        with self.graph.inserting_after(after):
+            code = self.graph.call_function(torch.ops.assign.encode.default, (source, scale, fmt.name))
+        describe(code, torch.ops.assign.encode(value, _value_of(scale), fmt.name), mark, backward=False)
+        with self.graph.inserting_before(first):
+            decoded = self.graph.call_function(torch.ops.assign.decode.default, (code, scale, fmt.name, value.dtype))
+        describe(decoded, value, mark, backward=True)
+        return decoded
+
+    def _narrow(self, mark: fx.Node, fmt: Format, after: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node]:
+        """A copy of the mark's value in the format that the plan gives to the saved copy."""
+        value, scale = _torch.joint_value(mark), None
+        if fmt.scaling is not Scaling.NONE:
+            with self.graph.inserting_after(after):
+                scale = self.graph.call_function(torch.ops.assign.scale.default, (mark, fmt.name))
+            describe(scale, torch.ops.assign.scale(value, fmt.name), mark, backward=False)
+            after = scale
+        with self.graph.inserting_after(after):
+            rounded = self.graph.call_function(_QUANTIZE, (mark, scale, fmt.name, True, value.dtype))
+        describe(rounded, value, mark, backward=False)
+        return rounded, scale, rounded
+
+    def _last_forward_reader(self, mark: fx.Node) -> fx.Node:
+        """The last forward node that reads the mark's storage."""
+        last, family = mark, [mark]
+        while family:
+            for user in family.pop().users:
+                if _torch.is_backward(user) or user not in self.order or user.op == "output":
+                    continue
+                last = max(last, user, key=self.order.__getitem__)
+                if user.target in VIEWS:
+                    family.append(user)
+        return last
+
+
+def _reads_input(mark: fx.Node) -> bool:
+    return isinstance(mark.args[0], fx.Node) and mark.args[0].op == "placeholder"
+
+
+def _value_of(scale: Any) -> Any:
+    return _torch.joint_value(scale) if isinstance(scale, fx.Node) else None

@@ -1,0 +1,249 @@
+"""Number formats: frozen rows of data, their table, and the reading of their names.
+
+A *format* is the set of values that a tensor may hold; a *dtype* is what torch stores. No torch in here: dtypes
+are names. A new format is one more row of ``FORMATS``.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from types import MappingProxyType
+
+from assign.errors import FormatError, nearest
+
+
+class Rounding(StrEnum):
+    """Where a value halfway between two neighbours goes."""
+
+    EVEN = "even"
+    AWAY = "away"
+
+
+class Scaling(StrEnum):
+    """Whether a tensor of the format carries a scale: one float32 per tensor, a power of two."""
+
+    NONE = "none"
+    POW2 = "pow2"
+
+
+class Storage(StrEnum):
+    """How a format's values wait in memory.
+
+    ``NATIVE``: as a torch dtype, between operators too. ``PACKED``: saved copies as codes narrower than the carrier.
+    ``EMULATED``: they take the room of their carrier.
+    """
+
+    NATIVE = "native"
+    PACKED = "packed"
+    EMULATED = "emulated"
+
+
+ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "uint8": 1})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """The values ``±k · 2^(E - mantissa_bits)``, ``k < 2^(mantissa_bits + 1)``, from subnormals up to ``max_value``.
+
+    Attributes:
+        name: as written in plans, e.g. ``e4m3``, ``fp(4,3,4)``.
+        min_exponent: exponent of the smallest normal value.
+        max_value: largest finite value.
+        rounding: what happens to a tie.
+        native: the torch dtype that has exactly these values and codes, e.g. ``float8_e4m3fn``; None if there is none.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    min_exponent: int
+    max_value: float
+    rounding: Rounding = Rounding.EVEN
+    has_inf: bool = False
+    has_nan: bool = False
+    scaling: Scaling = Scaling.NONE
+    native: str | None = None
+
+    @property
+    def bits(self) -> int:
+        """Sign, exponent and mantissa."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def max_exponent(self) -> int:
+        """Exponent of the largest finite value."""
+        return math.frexp(self.max_value)[1] - 1
+
+    @property
+    def min_normal(self) -> float:
+        """Smallest positive value with a full mantissa."""
+        return math.ldexp(1.0, self.min_exponent)
+
+    @property
+    def min_subnormal(self) -> float:
+        """Smallest positive value."""
+        return math.ldexp(1.0, self.min_exponent - self.mantissa_bits)
+
+    @property
+    def overflow_threshold(self) -> float:
+        """An element overflows iff ``|x|`` reaches this: half a step beyond ``max_value``.
+
+        ``e4m3`` alone is different at the very threshold, 464: the tie goes to 448, whose mantissa is even.
+        Source: arXiv 2301.13464.
+        """
+        return self.max_value + math.ldexp(0.5, self.max_exponent - self.mantissa_bits)
+
+    @property
+    def underflow_threshold(self) -> float:
+        """An element underflows iff ``0 < |x| <=`` this, half of ``min_subnormal``. Source: arXiv 2301.13464."""
+        return self.min_subnormal / 2
+
+    @property
+    def carrier(self) -> str:
+        """Narrowest torch float dtype in which every value, times any scale in ``scale_exponents``, is exact."""
+        if self.scaling is Scaling.POW2:
+            return "bfloat16" if self.mantissa_bits <= FORMATS["bf16"].mantissa_bits else "float32"
+        return next((dtype for name, dtype in _CARRIERS if FORMATS[name].contains(self)), "float32")
+
+    @property
+    def code_dtype(self) -> str:
+        """Torch dtype of the codes in which saved copies wait. Beyond 16 bits, the carrier itself."""
+        if self.native in _PLAIN:
+            return self.native
+        if self.bits <= 8:
+            return "uint8"
+        return "int16" if self.bits <= 16 else "float32"
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of one code."""
+        return ITEM_BYTES[self.code_dtype]
+
+    @property
+    def storage(self) -> Storage:
+        """Native, packed or emulated."""
+        if self.native in _PLAIN:
+            return Storage.NATIVE
+        return Storage.PACKED if self.code_bytes < ITEM_BYTES[self.carrier] else Storage.EMULATED
+
+    @property
+    def scale_exponents(self) -> tuple[int, int]:
+        """Lowest and highest exponent of a scale with which every value, scaled, is exact in the carrier."""
+        carrier = FORMATS["bf16" if self.carrier == "bfloat16" else "fp32"]
+        lowest = carrier.min_exponent - carrier.mantissa_bits - (self.min_exponent - self.mantissa_bits)
+        return max(lowest, FORMATS["fp32"].min_exponent), carrier.max_exponent - self.max_exponent
+
+    def contains(self, other: "Format") -> bool:
+        """Whether every finite value of ``other`` is a value of this format.
+
+        A scaled format contains itself alone, and only under the same scale; it is contained in whatever holds
+        its values under every allowed scale.
+
+        >>> FORMATS["bf16"].contains(FORMATS["e4m3"]), FORMATS["fp16"].contains(FORMATS["bf16"])
+        (True, False)
+        """
+        if self.scaling is not Scaling.NONE:
+            return self == other
+        lowest, highest = other.scale_exponents if other.scaling is not Scaling.NONE else (0, 0)
+        return (
+            self.mantissa_bits >= other.mantissa_bits
+            and self.min_subnormal <= math.ldexp(other.min_subnormal, lowest)
+            and self.max_value >= math.ldexp(other.max_value, highest)
+        )
+
+
+_PLAIN = ("float32", "bfloat16", "float16")
+_CARRIERS = (("bf16", "bfloat16"), ("fp16", "float16"))
+
+
+def _float(
+    name: str, exponent_bits: int, mantissa_bits: int, max_value: float, *, native: str, has_inf: bool = True
+) -> Format:
+    """A row whose exponent bias is IEEE's, ``2^(e-1) - 1``, with ties to even and NaN."""
+    return Format(
+        name=name,
+        exponent_bits=exponent_bits,
+        mantissa_bits=mantissa_bits,
+        min_exponent=2 - 2 ** (exponent_bits - 1),
+        max_value=max_value,
+        has_inf=has_inf,
+        has_nan=True,
+        scaling=Scaling.POW2 if name.endswith(":pow2") else Scaling.NONE,
+        native=native,
+    )
+
+
+# e4m3 and e5m2: OCP 8-bit Floating Point Specification (OFP8) 1.0, the same as arXiv 2209.05433, table 1.
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            _float("fp32", 8, 23, math.ldexp(2 - 2**-23, 127), native="float32"),
+            _float("bf16", 8, 7, math.ldexp(2 - 2**-7, 127), native="bfloat16"),
+            _float("fp16", 5, 10, 65504.0, native="float16"),
+            _float("e4m3", 4, 3, 448.0, native="float8_e4m3fn", has_inf=False),
+            _float("e5m2", 5, 2, 57344.0, native="float8_e5m2"),
+            _float("e4m3:pow2", 4, 3, 448.0, native="float8_e4m3fn", has_inf=False),
+            _float("e5m2:pow2", 5, 2, 57344.0, native="float8_e5m2"),
+        )
+    }
+)
+
+_PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
+_ALLOWED = f"{', '.join(FORMATS)}, or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22"
+
+
+@lru_cache(maxsize=1024)
+def parse_format(name: str) -> Format:
+    """The format called ``name``: a row of ``FORMATS``, or the paper's ``fp(e,m,b)``.
+
+    ``fp(e,m,b)`` has e exponent and m mantissa bits and is scaled by ``2^-b``; no codes are kept for inf or NaN, and
+    ties go away from zero. At ``e = 8`` the largest exponent is 127, as in the authors' code, so that float32 holds it.
+    Case and blanks do not matter.
+
+    >>> parse_format("FP(4, 3, 4)").max_value
+    30.0
+
+    Raises:
+        FormatError: no such format, or one whose values float32 does not hold.
+    Source: arXiv 2301.13464, section 2, and the authors' code.
+    """
+    wanted = "".join(name.split()).lower()
+    if wanted in FORMATS:
+        return FORMATS[wanted]
+    match = _PAPER_NAME.fullmatch(wanted)
+    if match is None:
+        close = nearest(wanted, [*FORMATS, "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)"])
+        meant = f" Did you mean {close}?" if close else ""
+        raise FormatError(f"{name!r} is not a number format.{meant}\n  Allowed: {_ALLOWED}.\n  Choose one of these.")
+    return _paper_format(*(int(part) for part in match.groups()))
+
+
+def _paper_format(exponent_bits: int, mantissa_bits: int, bias: int) -> Format:
+    name = f"fp({exponent_bits},{mantissa_bits},{bias})"
+    if not (2 <= exponent_bits <= 8 and 0 <= mantissa_bits <= 22):
+        raise FormatError(
+            f"{name!r} has {exponent_bits} exponent and {mantissa_bits} mantissa bits.\n  Allowed: {_ALLOWED}.\n"
+            "  Choose fewer or more bits, or fp32."
+        )
+    min_exponent = 2 - 2 ** (exponent_bits - 1)
+    max_exponent = min(2 ** (exponent_bits - 1), 127)
+    single = FORMATS["fp32"]
+    lowest, highest = max_exponent - single.max_exponent, min_exponent - single.min_exponent
+    if not lowest <= bias <= highest:
+        raise FormatError(
+            f"{name!r} reaches from 2^{min_exponent - bias} to 2^{max_exponent - bias}; float32, in which it is "
+            f"computed, from 2^{single.min_exponent} to 2^{single.max_exponent}.\n"
+            f"  Allowed for e = {exponent_bits}: {lowest} <= b <= {highest}.\n  Choose b in that range."
+        )
+    return Format(
+        name=name,
+        exponent_bits=exponent_bits,
+        mantissa_bits=mantissa_bits,
+        min_exponent=min_exponent - bias,
+        max_value=math.ldexp(2 - 2**-mantissa_bits, max_exponent - bias),
+        rounding=Rounding.AWAY,
+    )

@@ -1,0 +1,245 @@
+"""A captured graph without in-place operators, so that every value has one node and one mark.
+
+``relu(inplace=True)``, ``x += y``, ``x[mask] = v``, ``chunk`` followed by ``add_``: each becomes the operator that makes
+a new tensor; later readers of the old tensor, or of a view of it, read the new one. What changes an input of the graph
+(running statistics, counters) is left in place. Losses are split into the operators that the paper counts.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from assign import _torch
+
+_IN_PLACE_OPERATORS: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.imatmul: operator.matmul,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+}
+_INPLACE_FLAG = {  # function → position of its ``inplace`` argument
+    F.relu: 1, F.relu6: 1, F.selu: 1, F.celu: 2, F.elu: 2, F.leaky_relu: 2, F.rrelu: 4, F.threshold: 3,
+    F.silu: 1, F.mish: 1, F.hardswish: 1, F.hardsigmoid: 1, F.hardtanh: 3,
+    F.dropout: 3, F.dropout1d: 3, F.dropout2d: 3, F.dropout3d: 3, F.alpha_dropout: 3, F.feature_alpha_dropout: 3,
+}  # fmt: skip
+
+
+class Aliases:
+    """Which nodes share storage: run once over a graph, on values without data."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.values: dict[fx.Node, Any] = {}
+        self.root: dict[fx.Node, fx.Node] = {}
+        self._first: dict[int, fx.Node] = {}
+        self._keep: list[Any] = []  # storages stay alive, so that an address names one storage
+        self._propagate(graph)
+
+    def _propagate(self, graph: fx.GraphModule) -> None:
+        examples = {n: _torch.fake_value(n) for n in graph.graph.nodes if n.op == "placeholder"}
+        mode = next((v.fake_mode for v in examples.values() if isinstance(v, _torch.FakeTensor)), None)
+        with mode or _torch.FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+            _Propagation(graph, self).run(*examples.values())
+
+    def see(self, node: fx.Node, value: Any) -> None:
+        """Note the value of a node; a tensor of known storage belongs to that storage's first node."""
+        self.values[node] = value
+        if isinstance(value, Tensor):
+            address = value.untyped_storage()._cdata
+            self._keep.append(value.untyped_storage())
+            self.root[node] = self._first.setdefault(address, node)
+        else:
+            self.root[node] = node
+
+
+class _Propagation(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule, aliases: Aliases) -> None:
+        super().__init__(graph)
+        self.aliases = aliases
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op != "output":
+            self.aliases.see(n, value)
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is _torch.CHECKPOINT_OP:  # its body, without the recomputation
+            body, *inputs = args
+            keywords = {k: v for k, v in kwargs.items() if k in body.forward.__code__.co_varnames}
+            return body(*inputs, **keywords)
+        return super().call_function(target, args, kwargs)
+
+
+def functionalize(graph: fx.GraphModule) -> None:
+    """Rewrite the graph in place; bodies of checkpointed blocks are included."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target is _torch.CHECKPOINT_OP:
+            body = graph.get_submodule(node.args[0].target)
+            functionalize(body)
+    _split_cross_entropy(graph)
+    while _rewrite_first_mutation(graph):
+        pass
+    graph.graph.lint()
+    graph.recompile()
+
+
+def _rewrite_first_mutation(graph: fx.GraphModule) -> bool:
+    if not any(_mutated(node) is not None for node in graph.graph.nodes):
+        return False
+    aliases = Aliases(graph)
+    for node in list(graph.graph.nodes):
+        target = _mutated(node)
+        if target is None or node.meta.get("assign_in_place"):
+            continue
+        if aliases.root[target].op in ("placeholder", "get_attr"):
+            node.meta["assign_in_place"] = True  # a buffer or an input of the user's: stays as it is
+            continue
+        _rewrite(graph.graph, node, target, aliases)
+        return True
+    return False
+
+
+def _mutated(node: fx.Node) -> fx.Node | None:
+    """The argument that a node changes in place, or None."""
+    if node.meta.get("assign_in_place"):
+        return None
+    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if node.op == "call_method":
+        name = str(node.target)
+        changes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        return first if changes and name not in ("requires_grad_", "detach_") else None
+    if node.op != "call_function":
+        return None
+    if isinstance(node.kwargs.get("out"), fx.Node):
+        return node.kwargs["out"]  # type: ignore[return-value]
+    name = getattr(node.target, "__name__", "")
+    if node.target in _IN_PLACE_OPERATORS or node.target is operator.setitem:
+        return first
+    if node.target in _INPLACE_FLAG and _inplace_flag(node):
+        return first
+    return first if name.endswith("_") and not name.endswith("__") and not name.startswith("_") else None
+
+
+def _inplace_flag(node: fx.Node) -> bool:
+    position = _INPLACE_FLAG[node.target]
+    return bool(node.kwargs.get("inplace", node.args[position] if len(node.args) > position else False))
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node, aliases: Aliases) -> None:
+    """Replace one in-place node; every later reader of its storage reads the new tensor."""
+    root = aliases.root[target]
+    family = [n for n in aliases.root if aliases.root[n] is root and isinstance(aliases.values[n], Tensor)]
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    with graph.inserting_before(node):
+        updated = _out_of_place(graph, node) if target is root else None
+        if updated is None:
+            updated = graph.call_method("clone", (root,))
+            updated.meta = dict(node.meta)
+            updated.meta["assign_op"] = node.target
+            view = _replay(graph, target, root, updated)
+            _in_place_on(graph, node, target, view)
+            barrier = node.prev
+        else:
+            barrier = updated
+    updated.meta["assign_after"] = barrier  # the mark stands where the write is done
+    replayed = {root: updated}
+    for member in family:
+        if order[member] > order[node]:
+            continue  # made from the changed tensor: follows its own source
+        later = list(node.users) if member is node else [u for u in member.users if order.get(u, -1) > order[node]]
+        if not later:
+            continue
+        source = target if member is node else member
+        if source not in replayed:
+            with graph.inserting_before(node):
+                replayed[source] = _replay(graph, source, root, updated)
+        for user in later:
+            user.replace_input_with(member, replayed[source])
+    if not node.users:
+        graph.erase_node(node)
+
+
+def _out_of_place(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """The same operator making a new tensor, None where torch has none."""
+    new: fx.Node | None = None
+    if node.target in _IN_PLACE_OPERATORS:
+        new = graph.call_function(_IN_PLACE_OPERATORS[node.target], node.args, node.kwargs)
+    elif node.target in _INPLACE_FLAG:
+        position = _INPLACE_FLAG[node.target]
+        args = tuple(False if i == position else a for i, a in enumerate(node.args))
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        new = graph.call_function(node.target, args, kwargs)
+    elif node.op == "call_method" and node.target not in ("copy_", "fill_", "zero_", "normal_", "uniform_"):
+        name = str(node.target).rstrip("_")
+        if hasattr(Tensor, name) and not str(node.target).startswith("__"):
+            new = graph.call_method(name, node.args, node.kwargs)
+    elif node.op == "call_function" and "out" not in node.kwargs:
+        twin = _namesake(node.target)
+        new = graph.call_function(twin, node.args, node.kwargs) if twin is not None else None
+    if new is not None:
+        new.meta = dict(node.meta)
+    return new
+
+
+def _namesake(function: Any) -> Callable[..., Any] | None:
+    name = getattr(function, "__name__", "").rstrip("_")
+    for home in (F, torch):
+        twin = getattr(home, name, None)
+        if callable(twin) and name:
+            return twin  # type: ignore[no-any-return]
+    return None
+
+
+def _in_place_on(graph: fx.Graph, node: fx.Node, target: fx.Node, view: fx.Node) -> None:
+    """The node's own in-place operator, on a fresh tensor instead of the user's."""
+    swap = {target: view}
+    args = fx.map_arg(node.args, lambda n: swap.get(n, n))
+    kwargs = fx.map_arg(node.kwargs, lambda n: swap.get(n, n))
+    written = graph.create_node(node.op, node.target, args, kwargs)
+    written.meta = dict(node.meta)
+    written.meta["assign_in_place"] = True
+
+
+def _replay(graph: fx.Graph, member: fx.Node, root: fx.Node, updated: fx.Node) -> fx.Node:
+    """The view ``member`` of ``root``, taken of ``updated`` instead."""
+    if member is root:
+        return updated
+    sources = [n for n in member.all_input_nodes if not n.meta.get("assign_in_place")]
+    base = _replay(graph, sources[0], root, updated)
+    new = graph.node_copy(member, lambda n: base if n is sources[0] else n)
+    new.meta = dict(member.meta)
+    return new
+
+
+def _split_cross_entropy(graph: fx.GraphModule) -> None:
+    """``cross_entropy`` as ``log_softmax`` and ``nll_loss``, the same operators in the same order as torch's own."""
+    values = None
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or node.target is not F.cross_entropy:
+            continue
+        values = values or Aliases(graph).values
+        names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        if given.get("label_smoothing") or values[given["target"]].is_floating_point():
+            continue
+        source = given["input"]
+        with graph.graph.inserting_before(node):
+            dim = 1 if values[source].dim() > 1 else 0
+            log = graph.graph.call_function(F.log_softmax, (source, dim))
+            rest = {k: v for k, v in given.items() if k not in ("input", "label_smoothing", "target")}
+            loss = graph.graph.call_function(F.nll_loss, (log, given["target"]), rest)
+        log.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+        loss.meta = dict(node.meta)
+        node.replace_all_uses_with(loss)
+        graph.graph.erase_node(node)

@@ -1,0 +1,94 @@
+"""What tracer and executor both know about joint graphs: views, exact conversions, and who reads an operator's output."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from assign import _torch
+
+aten = torch.ops.aten
+
+VIEWS = frozenset(
+    {
+        aten.view.default, aten._unsafe_view.default, aten.t.default, aten.transpose.int, aten.permute.default,
+        aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims,
+        aten.slice.Tensor, aten.select.int, aten.detach.default, aten.alias.default, aten.as_strided.default,
+    }
+)  # fmt: skip
+"""Operators that allocate nothing."""
+
+COPIES = frozenset({aten._to_copy.default, aten.clone.default, torch.ops.prims.convert_element_type.default})
+"""Operators that copy the very values of their first argument, at most into a wider dtype or another layout."""
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """The node whose values ``node`` holds, under another shape, in another layout or in a wider dtype.
+
+    A copy of a part does not count: keeping the whole for the sake of a part would cost memory.
+    """
+    while isinstance(node.args[0] if node.args else None, fx.Node):
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        if node.target in COPIES:
+            before, after = _torch.joint_value(source), _torch.joint_value(node)
+            whole = before.untyped_storage().nbytes() // before.dtype.itemsize
+            if before.dtype.itemsize > after.dtype.itemsize or whole > after.numel():
+                break
+            if not before.dtype.is_floating_point:
+                break
+        elif node.target not in VIEWS:
+            break
+        node = source
+    return node
+
+
+def describe(node: fx.Node, value: Any, like: fx.Node, *, backward: bool) -> None:
+    """Give a node added to a joint graph what the partitioner and Inductor expect of every node."""
+    kept = ("stack_trace", "seq_nr", "custom", "nn_module_stack", "fwd_nn_module_stack")
+    node.meta = {name: like.meta[name] for name in kept if name in like.meta}
+    node.meta["val"] = value
+    _torch.set_backward(node, backward)
+
+
+def read_marked_outputs(graph: fx.Graph, mark_op: Any) -> None:
+    """Let backward operators that read their own output (relu, softmax, attention) read the marked one.
+
+    Otherwise the unrounded output would wait for the backward pass beside the rounded one.
+    """
+    for mark in list(graph.find_nodes(op="call_function", target=mark_op)):
+        raw = mark.args[0]
+        if _torch.is_backward(mark) or not isinstance(raw, fx.Node) or raw.op == "placeholder":
+            continue
+        value, source = _torch.joint_value(mark), _torch.joint_value(raw)
+        for reader in _backward_readers(raw):
+            replacement = mark
+            if source.dtype != value.dtype:
+                with graph.inserting_before(reader):
+                    replacement = graph.call_function(aten._to_copy.default, (mark,), {"dtype": source.dtype})
+                describe(replacement, source, reader, backward=True)
+            reader.replace_input_with(raw, replacement)
+
+
+def _backward_readers(node: fx.Node) -> list[fx.Node]:
+    """Backward nodes that read ``node``, through ``detach`` too (autograd saves outputs so)."""
+    found = [user for user in node.users if _torch.is_backward(user)]
+    detached = [user for user in node.users if user.target in (aten.detach.default, aten.alias.default)]
+    while detached:
+        alias = detached.pop()
+        for reader in list(alias.users):
+            if reader.target in (aten.detach.default, aten.alias.default):
+                detached.append(reader)
+            elif _torch.is_backward(reader):
+                reader.replace_input_with(alias, node)
+                found.append(reader)
+    return [n for n in dict.fromkeys(found) if n.target not in (aten.detach.default, aten.alias.default)]
+
+
+def tensors_in(value: Any) -> Iterable[Tensor]:
+    """Tensors of an operator's result, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)

@@ -1,0 +1,78 @@
+"""In which dtype an operator computes, given the formats of what it reads and makes. Pure rules, no torch.
+
+The executor and the memory model both ask here, so that the bytes predicted are the bytes of the graph that runs.
+
+* A value lives between operators in its *carrier*: the narrowest torch dtype that holds both its format and its
+  gradient's exactly (autograd gives a gradient the dtype of its tensor).
+* An operator runs in a 16-bit dtype if all it reads and makes lives there and torch computes it with float32
+  accumulation inside, as autocast trusts it to; otherwise its operands are widened to float32.
+* A custom ``fp(e,m,b)`` result is rounded once, from float32, except behind a matrix product (operands exact in 16 bit,
+  float32 accumulation, one rounding to 16 bit inside the kernel).
+"""
+
+from collections.abc import Iterable
+
+from assign.formats import Format
+
+FLOAT32 = "float32"
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+MATRIX_PRODUCTS = frozenset(
+    {
+        "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear",
+        "matmul", "bmm", "mm", "mv", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention",
+    }
+)  # fmt: skip
+"""Operators that multiply matrices, operands and result in one dtype, products summed in float32."""
+
+SIXTEEN_BIT = MATRIX_PRODUCTS | frozenset(
+    {
+        "add", "sub", "mul", "div", "neg", "abs", "maximum", "minimum", "where", "masked_fill", "clamp", "lerp",
+        "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardsigmoid",
+        "hardtanh", "sigmoid", "tanh", "softplus", "softmax", "glu", "threshold", "logsigmoid", "softsign",
+        "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm",
+        "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d",
+        "max_pool2d_with_indices", "boolean_dispatch", "fn",
+        "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout",
+        "cat", "stack", "pad", "embedding", "gather", "index_select", "take_along_dim", "getitem", "repeat_interleave",
+        "mean", "sum", "amax", "amin", "sqrt", "rsqrt", "square", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+        "tril", "triu", "unfold", "interpolate",
+    }
+)  # fmt: skip
+"""Operators that torch computes on 16-bit tensors with float32 inside, on CPU and CUDA alike."""
+
+FLOAT32_PARAMETERS = frozenset({"batch_norm", "instance_norm"})
+"""Operators whose kernels take 16-bit values beside float32 scales and running statistics."""
+
+
+def carrier(forward: Format, backward: Format) -> str:
+    """Torch dtype that holds a value of ``forward`` and a gradient of ``backward`` exactly."""
+    wanted = {forward.carrier, backward.carrier}
+    return wanted.pop() if len(wanted) == 1 else _join(forward, backward)
+
+
+def _join(forward: Format, backward: Format) -> str:
+    from assign.formats import FORMATS
+
+    for dtype, name in (("bfloat16", "bf16"), ("float16", "fp16")):
+        if FORMATS[name].contains(forward) and FORMATS[name].contains(backward):
+            return dtype
+    return FLOAT32
+
+
+def compute_dtype(op: str, operands: Iterable[str], result: str, custom_result: bool) -> str:
+    """Dtype in which ``op`` runs.
+
+    Args:
+        op: operator name as in the table.
+        operands: carriers of the floating-point tensors it reads; float32 for values that no plan names.
+        result: carrier of the tensor it makes.
+        custom_result: the result's format or its gradient's has no place in torch (``fp(e,m,b)``).
+    """
+    dtypes = {*operands, result}
+    if len(dtypes) > 1 or FLOAT32 in dtypes or op not in SIXTEEN_BIT:
+        return FLOAT32
+    if custom_result and op not in MATRIX_PRODUCTS:
+        return FLOAT32
+    return dtypes.pop()

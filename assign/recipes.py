@@ -1,0 +1,135 @@
+"""Recipes: which two formats each tensor may choose between, by its role and its operator. Rows of data."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from assign.assignment import Entry
+from assign.errors import FormatError, nearest
+from assign.formats import Format, parse_format
+from assign.tensors import Role, TensorInfo, TensorTable
+
+Pair = tuple[str, str]
+"""Names of the high and of the low format."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """The two formats that one tensor may have."""
+
+    hi: Format
+    lo: Format
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A choice of formats.
+
+    Attributes:
+        by_role: high and low format of each of the paper's four roles.
+        overrides: operator name → role → high and low format, in place of ``by_role``. Both an activation
+            and its gradient go by the operator that makes the activation.
+        loss_scaling: training needs a loss scale, because the low backward format has no scale of its own.
+    """
+
+    name: str
+    description: str
+    by_role: Mapping[Role, Pair]
+    overrides: Mapping[str, Mapping[Role, Pair]] = field(default_factory=dict)
+    loss_scaling: bool
+
+    def candidates(self, info: TensorInfo) -> Candidates:
+        """The formats that ``info`` may have.
+
+        Raises:
+            FormatError: the tensor's role is none of the paper's four.
+        """
+        pair = self.overrides.get(info.op, {}).get(info.role) or self.by_role.get(info.role)
+        if pair is None:
+            raise FormatError(
+                f"recipe {self.name!r} has no formats for {info.key!r}: its role is {info.role}, "
+                f"and a recipe is for {', '.join(self.by_role)}. Other tensors follow one of these."
+            )
+        hi, lo = pair
+        return Candidates(hi=parse_format(hi), lo=parse_format(lo))
+
+
+def _value_and_gradient(pair: Pair) -> Mapping[Role, Pair]:
+    return {Role.ACTIVATION: pair, Role.ACTIVATION_GRAD: pair}
+
+
+LOSS_OPS = frozenset(
+    {
+        "nll_loss", "nll_loss_nd", "nll_loss2d", "cross_entropy", "cross_entropy_loss", "linear_cross_entropy",
+        "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div",
+        "binary_cross_entropy", "binary_cross_entropy_with_logits", "gaussian_nll_loss", "poisson_nll_loss",
+        "ctc_loss", "cosine_embedding_loss", "hinge_embedding_loss", "margin_ranking_loss", "multi_margin_loss",
+        "multilabel_margin_loss", "multilabel_soft_margin_loss", "soft_margin_loss", "triplet_margin_loss",
+        "triplet_margin_with_distance_loss",
+    }
+)  # fmt: skip
+"""The losses of ``torch.nn.functional``: few elements, and every gradient passes through them."""
+
+_HI = "fp(6,9,0)"
+
+HFP8 = Recipe(
+    name="hfp8",
+    description="16 or 8 bits, 8-bit forward FP(4,3,4) and backward FP(5,2,0): the paper's own, after HFP8",
+    # Source: arXiv 2301.13464, after HFP8 (Sun et al. 2019); a weight's gradient has 16 bits in both.
+    by_role={
+        Role.ACTIVATION: (_HI, "fp(4,3,4)"),
+        Role.ACTIVATION_GRAD: (_HI, "fp(5,2,0)"),
+        Role.WEIGHT: (_HI, "fp(4,3,4)"),
+        Role.WEIGHT_GRAD: (_HI, _HI),
+    },
+    loss_scaling=True,
+)
+
+NATIVE = Recipe(
+    name="native",
+    description="bf16, or torch's own 8 bits with a power of two per tensor as scale: e4m3 forward, e5m2 backward",
+    # Source: e4m3 forward and e5m2 backward after arXiv 2209.05433; the loss stays in 32 bits, as under autocast.
+    by_role={
+        Role.ACTIVATION: ("bf16", "e4m3:pow2"),
+        Role.ACTIVATION_GRAD: ("bf16", "e5m2:pow2"),
+        Role.WEIGHT: ("bf16", "e4m3:pow2"),
+        Role.WEIGHT_GRAD: ("bf16", "bf16"),
+    },
+    overrides={
+        "log_softmax": _value_and_gradient(("fp32", "bf16")),
+        **{op: _value_and_gradient(("fp32", "fp32")) for op in sorted(LOSS_OPS)},
+    },
+    loss_scaling=False,
+)
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (HFP8, NATIVE)})
+"""Every recipe by name; a new one is a row here."""
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe called ``name``.
+
+    Raises:
+        FormatError: there is none.
+    """
+    if name not in RECIPES:
+        close = nearest(name, RECIPES)
+        raise FormatError(
+            f"there is no recipe {name!r}; choose from {', '.join(sorted(RECIPES))}"
+            + (f". Did you mean {close}?" if close else ".")
+        )
+    return RECIPES[name]
+
+
+def initial(table: TensorTable, recipe: Recipe, low: Collection[int] = frozenset()) -> dict[str, Entry]:
+    """One entry for each of the paper's tensors: those of the groups in ``low`` are low, the others high.
+
+    A tensor of a low group is marked low even where both its formats are the same, as a weight's gradient is under
+    both recipes: the low ratio counts the decision, so that all groups low means exactly 1.
+    """
+    entries = {}
+    for row in table.paper_tensors:
+        candidates = recipe.candidates(row)
+        is_low = row.group in low
+        entries[row.key] = Entry((candidates.lo if is_low else candidates.hi).name, is_low)
+    return entries

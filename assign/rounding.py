@@ -1,0 +1,520 @@
+"""Rounding to a format, the scale, packing to codes: what they mean, and the registered operators that do it.
+
+Meaning, the same on every device and torch release, whatever their own casts do:
+
+* NaN stays NaN and −0 stays −0; less than half of the smallest subnormal becomes a zero of its sign;
+* beyond the format, inf included: ``saturate`` gives ±``max_value`` (forward tensors), otherwise ±inf (backward
+  tensors, so that the loss scaler sees it); ``fp32`` changes nothing;
+* ``x ≈ q · scale``, with ``q`` on the format's grid.
+
+Each kernel is written once, in plain torch, over a few numbers taken from the format. It runs compiled, with those
+numbers as run-time tensors, so that one compilation serves every ``fp(e,m,b)``; or op by op on small pieces; or, as
+``inline_*``, traced into a graph with the numbers as constants.
+"""
+
+import functools
+import logging
+import math
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from assign.errors import FormatError
+from assign.formats import FORMATS, Format, Rounding, Scaling, parse_format
+
+_FLOATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"], torch.float16: FORMATS["fp16"]}
+_SIGN, _MAGNITUDE, _INF = -(1 << 31), (1 << 31) - 1, 0x7F800000  # in the bits of a float32
+_WIDTH, _BIAS = 23, 127  # mantissa bits and exponent bias of a float32
+
+_WORTH_COMPILING = 2**14  # elements; below that nobody waits for a compiler
+_PIECE = 2**16  # elements at a time without one: temporaries stay in the processor's cache
+_DEVICE_PIECE = 2**22  # the same where every launch costs
+
+
+def _bits(value: float) -> int:
+    """The bits of ``value`` as a float32."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that ``formats`` calls ``name``."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+# ---- kernels: float32 arithmetic and float32 bits only; ``numbers`` are Python's or 0-dim tensors
+
+
+class _Scale(NamedTuple):
+    """A scale without axes and its inverse: kernels do not divide, which compilers for GPUs do approximately."""
+
+    value: Tensor
+    inverse: Tensor
+
+
+def _quantize_by_sum(x: Tensor, scale: _Scale | None, numbers: Sequence[Any]) -> Tensor:
+    """Round where ``step · 2^23`` is a float32: adding and subtracting it leaves multiples of ``step``, ties to even.
+
+    ``step`` belongs to the element's exponent, held between the format's lowest and highest, so that subnormals and
+    overflow need no path of their own. A tie that went down to even goes ``away``.
+    """
+    lowest, highest, lift, away, maximum, overflow = numbers
+    x = x.to(torch.float32)
+    value = x.abs() if scale is None else x.abs() * scale.inverse
+    exponent = (value.view(torch.int32) & _INF).clamp(lowest, highest)
+    magic = (exponent + lift).view(torch.float32)
+    near = (value + magic) - magic
+    near = torch.where(value - near == magic * 2.0**-24, near + magic * away, near)
+    near = torch.where(near > maximum, overflow, near)
+    return torch.copysign(near if scale is None else near * scale.value, x)
+
+
+def _quantize_by_bits(x: Tensor, scale: _Scale | None, numbers: Sequence[Any]) -> Tensor:
+    """Round where the format has float32's lowest exponent: then its steps, subnormals included, are bits to cut."""
+    half, even, shift, mask, maximum, overflow = numbers
+    x = x.to(torch.float32)
+    bits = (x if scale is None else x * scale.inverse).view(torch.int32)
+    magnitude = bits & _MAGNITUDE
+    near = (magnitude + (half + ((magnitude >> shift) & even))) & mask
+    near = torch.where(near > maximum, overflow, near)
+    near = torch.where(magnitude > _INF, magnitude, near)
+    result = (near | (bits & _SIGN)).view(torch.float32)
+    return result if scale is None else result * scale.value
+
+
+def _encode(x: Tensor, scale: _Scale | None, numbers: Sequence[Any]) -> Tensor:
+    """Codes, as int32, of values on the grid. A subnormal's code is how many steps it has: the last bits of a sum."""
+    shift, offset, min_normal, magic_bits, top_code, nan_code, sign, magic = numbers
+    value = x.to(torch.float32) if scale is None else x.to(torch.float32) * scale.inverse
+    bits = value.view(torch.int32)
+    magnitude = bits & _MAGNITUDE
+    subnormal = (value.abs() + magic).view(torch.int32) - magic_bits
+    code = torch.where(magnitude < min_normal, subnormal, (magnitude >> shift) - offset).clamp(max=top_code)
+    code = torch.where(magnitude > _INF, nan_code, code)
+    return code.add((bits >> 31) & sign)
+
+
+def _decode(codes: Tensor, scale: _Scale | None, numbers: Sequence[Any]) -> Tensor:
+    """Values, as float32, of codes."""
+    shift, offset, first_normal, inf_code, first_nan, sign, step = numbers
+    codes = codes.to(torch.int32)
+    code = codes & (sign - 1)
+    value = ((code << shift) + offset).view(torch.float32)
+    value = torch.where(code < first_normal, code.to(torch.float32) * step, value)
+    value = torch.where(code == inf_code, math.inf, value)
+    value = torch.where(code >= first_nan, math.nan, value)
+    value = value if scale is None else value * scale.value
+    return torch.where((codes & sign) != 0, -value, value)
+
+
+class _Work(NamedTuple):
+    """A kernel and its numbers; ``unit`` times the scale is the scale that it must be given."""
+
+    kernel: Callable[[Tensor, _Scale | None, Sequence[Any]], Tensor]
+    ints: tuple[int, ...]
+    floats: tuple[float, ...]
+    unit: float
+
+
+def _unit_exponent(fmt: Format) -> int:
+    """Exponent of a unit small enough for ``step · 2^23`` to stay finite; 0 for all usual formats."""
+    return 0 if fmt.max_exponent + _WIDTH - fmt.mantissa_bits <= _BIAS else 24
+
+
+@functools.lru_cache(maxsize=1024)
+def _quantizing(fmt: Format, saturate: bool) -> _Work:
+    shift = _WIDTH - fmt.mantissa_bits
+    away = fmt.rounding is Rounding.AWAY
+    if fmt.min_exponent == 1 - _BIAS:
+        half = (1 << shift) >> 1
+        limit = _bits(fmt.max_value)
+        ints = (half if away or not shift else half - 1, int(not away and shift > 0), shift, -(1 << shift))
+        return _Work(_quantize_by_bits, (*ints, limit, limit if saturate else _INF), (), 1.0)
+    unit = _unit_exponent(fmt)
+    lowest, highest = ((exponent - unit + _BIAS) << _WIDTH for exponent in (fmt.min_exponent, fmt.max_exponent))
+    maximum = math.ldexp(fmt.max_value, -unit)
+    floats = (2.0**-_WIDTH if away else 0.0, maximum, maximum if saturate else math.inf)
+    return _Work(_quantize_by_sum, (lowest, highest, shift << _WIDTH), floats, 2.0**unit)
+
+
+@functools.lru_cache(maxsize=1024)
+def _coding(fmt: Format) -> tuple[_Work, _Work]:
+    """Encoder and decoder."""
+    unit = _unit_exponent(fmt) if fmt.min_exponent > 1 - _BIAS else 0
+    shift = _WIDTH - fmt.mantissa_bits
+    lowest = fmt.min_exponent - unit
+    offset = (lowest + _BIAS - 1) << fmt.mantissa_bits
+    plain = not offset  # subnormals are float32's own: their bits are cut like any other's
+    magic = math.ldexp(1.0, lowest + shift)
+    min_normal = 0 if plain else _bits(math.ldexp(1.0, lowest))
+    max_code = (_bits(math.ldexp(fmt.max_value, -unit)) >> shift) - offset
+    top_code = max_code + fmt.has_inf
+    sign = 1 << (fmt.bits - 1)
+    nan_code = sign - 1 if fmt.has_nan else max_code
+    # int16 has the sign bit of a 16-bit code for its own: below zero, not beyond its range
+    ints = (shift, offset, min_normal, _bits(magic), top_code, nan_code, -sign if fmt.bits == 16 else sign)
+    encoder = _Work(_encode, ints, (magic,), 2.0**unit)
+    first_normal, never = 0 if plain else 1 << fmt.mantissa_bits, 1 << 30
+    specials = (top_code if fmt.has_inf else -1, top_code + 1 if fmt.has_nan else never)
+    step = math.ldexp(1.0, lowest - fmt.mantissa_bits)
+    return encoder, _Work(_decode, (shift, offset << shift, first_normal, *specials, sign), (step,), 2.0**unit)
+
+
+# ---- running a kernel: compiled, or op by op
+
+_choice: ContextVar[bool | None] = ContextVar("assign_use_compiled", default=None)
+
+
+@contextmanager
+def use_compiled(choice: bool | None) -> Iterator[None]:
+    """Choose inside this context: True compiles at every size and raises if that fails; False runs op by op.
+
+    None, the default, compiles for large tensors and falls back, with one logged warning, where no compiler works.
+    The results are the same bit for bit.
+    """
+    token = _choice.set(choice)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+@functools.cache
+def _compiler_failed(device_type: str) -> threading.Event:
+    return threading.Event()
+
+
+@functools.cache
+def _compiled(kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype) -> Callable[..., None]:
+    def store(x: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, out: Tensor) -> None:
+        out.copy_(kernel(x, _Scale(scale, inverse), (*ints.unbind(), *floats.unbind())))
+
+    # Dynamo limits how many variants one code object may have: give each pair of dtypes its own
+    code = store.__code__.replace(co_name=f"store{kernel.__name__}_{source}_{target}".replace("torch.", ""))
+    own = FunctionType(code, store.__globals__, closure=store.__closure__)
+    return torch.compile(own, dynamic=True, fullgraph=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tensors(ints: tuple[int, ...], floats: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return (
+            torch.tensor(ints, dtype=torch.int32, device=device),
+            torch.tensor(floats, dtype=torch.float32, device=device),
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _one(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones((), dtype=torch.float32, device=device)
+
+
+def _scale_of(work: _Work, scale: Tensor | None, device: torch.device) -> _Scale | None:
+    if scale is None:
+        if work.unit == 1.0:
+            return None
+        scale = _one(device)
+    scale = scale.reshape(()) * work.unit
+    return _Scale(scale, scale.reciprocal())
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A dense tensor as one axis, in the order of its memory; no view, whose base would make Dynamo compile again."""
+    flat = torch.empty(0, dtype=x.dtype, device=x.device)
+    return flat.set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
+
+
+@torch.no_grad()
+def _run(work: _Work, x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    result = torch.empty_like(x, dtype=dtype)
+    if not x.numel():
+        return result
+    dense = x if x.stride() == result.stride() else torch.empty_like(x).copy_(x)
+    source, target = _flat(dense), _flat(result)
+    scales = _scale_of(work, scale, x.device)
+    choice, failed = _choice.get(), _compiler_failed(x.device.type)
+    if choice or (choice is None and x.numel() >= _WORTH_COMPILING and not failed.is_set()):
+        numbers = _tensors(work.ints, work.floats, x.device)
+        try:
+            _compiled(work.kernel, x.dtype, dtype)(source, *(scales or [_one(x.device)] * 2), *numbers, target)
+            return result
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if choice:
+                raise
+            failed.set()
+            logging.getLogger("assign").warning(
+                "torch.compile does not work here for %s (%s: %s); rounding runs op by op, more slowly.",
+                x.device.type,
+                type(error).__name__,
+                str(error).strip().partition("\n")[0],
+            )
+    piece = _PIECE if x.device.type == "cpu" else _DEVICE_PIECE
+    for part, out in zip(torch.split(source, piece), torch.split(target, piece), strict=True):
+        out.copy_(work.kernel(part, scales, (*work.ints, *work.floats)))
+    return result
+
+
+def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
+    """To a torch dtype by torch's own cast, which rounds these three right, and then to ``dtype``."""
+    result = torch.empty_like(x, dtype=torch_dtype(fmt.code_dtype)).copy_(x)
+    if saturate and fmt.mantissa_bits < _WIDTH:
+        result.clamp_(-fmt.max_value, fmt.max_value)
+    return result if result.dtype == dtype else torch.empty_like(result, dtype=dtype).copy_(result)
+
+
+# ---- for tracing into a graph
+
+
+def inline_quantize(x: Tensor, scale: Tensor | None, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
+    """``assign::quantize`` as plain torch operators with constants, for a compiler to fuse with its neighbours.
+
+    ``scale`` is a power of two from ``amax_scale`` or ``inline_scale``. No step is a cast to bf16 and back, which
+    Inductor takes the liberty to leave out.
+    """
+    if fmt.native == "float32":
+        return x.to(dtype)
+    return _inline(_quantizing(fmt, saturate), x, scale).to(dtype)
+
+
+def inline_scale(x: Tensor, fmt: Format) -> Tensor:
+    """``assign::scale`` as plain torch operators. ``x`` must have elements."""
+    low, high = torch.aminmax(x)
+    amax = torch.maximum(-low, high).to(torch.float32).view(torch.int32) & _MAGNITUDE
+    limit = _bits(fmt.max_value)
+    lowest, highest = fmt.scale_exponents
+    # the exponent of amax less that of max_value, and one more if the mantissa of amax is the larger
+    carry = (1 << _WIDTH) - 1 - (limit & ((1 << _WIDTH) - 1))
+    exponent = (((amax + carry) >> _WIDTH) - (limit >> _WIDTH)).clamp(lowest, highest)
+    scale = torch.where(amax == 0, _bits(1.0), (exponent + _BIAS) << _WIDTH)
+    return torch.where(amax > _INF, amax, scale).view(torch.float32)
+
+
+def inline_encode(x: Tensor, scale: Tensor | None, fmt: Format) -> Tensor:
+    """``assign::encode`` as plain torch operators."""
+    dtype = torch_dtype(fmt.code_dtype)
+    return x.to(dtype) if dtype.is_floating_point else _inline(_coding(fmt)[0], x, scale).to(dtype)
+
+
+def inline_decode(codes: Tensor, scale: Tensor | None, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """``assign::decode`` as plain torch operators."""
+    if torch_dtype(fmt.code_dtype).is_floating_point:
+        return codes.to(dtype)
+    return _inline(_coding(fmt)[1], codes, scale).to(dtype)
+
+
+def _inline(work: _Work, x: Tensor, scale: Tensor | None) -> Tensor:
+    scales = None
+    if scale is not None or work.unit != 1.0:
+        scale = x.new_ones((), dtype=torch.float32) if scale is None else scale.reshape(())
+        scale = scale * work.unit
+        # of a power of two, exactly: its exponent with the other sign
+        scales = _Scale(scale, ((2 * _BIAS << _WIDTH) - scale.view(torch.int32)).view(torch.float32))
+    return work.kernel(x, scales, (*work.ints, *work.floats))
+
+
+# ---- registered operators: functional, strides as ``empty_like`` gives them
+
+
+@torch.library.custom_op("assign::quantize", mutates_args=())
+def _quantize_op(x: Tensor, scale: Tensor | None, format: str, saturate: bool, dtype: torch.dtype) -> Tensor:
+    fmt = parse_format(format)
+    if scale is None and fmt.native == fmt.code_dtype:
+        return _cast(x, fmt, saturate, dtype)
+    return _run(_quantizing(fmt, saturate), x, scale, dtype)
+
+
+@_quantize_op.register_fake
+def _(x: Tensor, scale: Tensor | None, format: str, saturate: bool, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+@torch.library.custom_op("assign::scale", mutates_args=())
+def _scale_op(x: Tensor, format: str) -> Tensor:
+    if not x.numel():
+        return x.new_ones((), dtype=torch.float32)
+    return inline_scale(x, parse_format(format))
+
+
+@_scale_op.register_fake
+def _(x: Tensor, format: str) -> Tensor:
+    return x.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("assign::encode", mutates_args=())
+def _encode_op(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
+    fmt = parse_format(format)
+    dtype = torch_dtype(fmt.code_dtype)
+    if dtype.is_floating_point:
+        return torch.empty_like(x, dtype=dtype).copy_(x)
+    return _run(_coding(fmt)[0], x, scale, dtype)
+
+
+@_encode_op.register_fake
+def _(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
+    return torch.empty_like(x, dtype=torch_dtype(parse_format(format).code_dtype))
+
+
+@torch.library.custom_op("assign::decode", mutates_args=())
+def _decode_op(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
+    if codes.is_floating_point():
+        return torch.empty_like(codes, dtype=dtype).copy_(codes)
+    return _run(_coding(parse_format(format))[1], codes, scale, dtype)
+
+
+@_decode_op.register_fake
+def _(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype)
+
+
+# ---- the same for people, with their arguments checked
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format | str,
+    *,
+    scale: Tensor | None = None,
+    saturate: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Round ``x / scale`` to the nearest value of ``fmt``, ties as the format says, and multiply by ``scale``.
+
+    >>> quantize(torch.tensor([1.0625, 100.0, -0.0]), "fp(4,3,4)")
+    tensor([ 1.1250, 30.0000, -0.0000])
+
+    Args:
+        x: any shape; float32, bfloat16 or float16.
+        scale: float32, one element, above zero. A power of two (see ``amax_scale``) keeps the result exact in the
+            format's carrier. None: 1, or for a scaled format ``amax_scale(x, fmt)``.
+        saturate: what beyond ±``fmt.max_value`` becomes, inf included: that limit, or else ±inf. NaN stays NaN.
+        dtype: of the result; it must hold every value of ``fmt``. None: that of ``x`` if it does, else the carrier.
+    Returns:
+        A fresh tensor, of the shape of ``x`` and, where ``x`` is dense, of its strides.
+    Raises:
+        FormatError: an unknown format, or a dtype or scale that does not fit.
+    """
+    fmt = _checked(x, fmt, scale)
+    if fmt.scaling is Scaling.POW2 and scale is None:
+        scale = amax_scale(x, fmt)
+    if dtype is None:
+        dtype = x.dtype if _FLOATS[x.dtype].contains(fmt) else torch_dtype(fmt.carrier)
+    _check_holds(dtype, fmt)
+    result: Tensor = _quantize_op(x, scale, fmt.name, saturate, dtype)
+    return result
+
+
+def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
+    """The smallest power of two with which the largest magnitude in ``x`` lands within ``fmt.max_value``.
+
+    It is held within ``fmt.scale_exponents``, so that every scaled value is exact in the carrier; only magnitudes
+    in the last binade of bfloat16 can then overflow. All zero or no elements: 1. Any NaN: NaN.
+
+    Args:
+        x: any shape; float32, bfloat16 or float16.
+    Returns:
+        float32, no axes, on the device of ``x``; ``x ≈ q · scale``.
+    Raises:
+        FormatError: an unknown format, or one without scale.
+    Source: arXiv 2209.05433, section 3 (there the reciprocal).
+    """
+    fmt = _checked(x, fmt, None)
+    if fmt.scaling is Scaling.NONE:
+        scaled = ", ".join(name for name, row in FORMATS.items() if row.scaling is not Scaling.NONE)
+        raise FormatError(f"{fmt.name!r} has no scale.\n  Formats with one: {scaled}.\n  Choose one of these.")
+    scale: Tensor = _scale_op(x, fmt.name)
+    return scale
+
+
+def encode(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None) -> Tensor:
+    """The codes, sign | exponent | mantissa, of values that ``quantize`` returned for the same ``fmt`` and ``scale``.
+
+    Lossless for every value of the format. Inf and NaN in a format that has no such code become ±``max_value``,
+    as in any cast that saturates; values off the grid lose bits without rounding.
+
+    Args:
+        x: any shape; float32, bfloat16 or float16.
+        scale: as given to ``quantize``; a scaled format needs it.
+    Returns:
+        Shape and strides as ``quantize`` has them; dtype ``fmt.code_dtype``.
+    Raises:
+        FormatError: an unknown format, a dtype or scale that does not fit, a scale that is missing.
+    Source: OCP OFP8 1.0 (e4m3, e5m2); arXiv 2301.13464 (fp(e,m,b)).
+    """
+    fmt = _checked(x, fmt, scale)
+    _check_scaled(fmt, scale)
+    codes: Tensor = _encode_op(x, scale, fmt.name)
+    return codes
+
+
+def decode(
+    codes: Tensor, fmt: Format | str, *, scale: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The values behind ``encode``'s codes.
+
+    Args:
+        codes: any shape; dtype ``fmt.code_dtype``.
+        scale: as given to ``encode``.
+        dtype: of the result; it must hold every value of ``fmt``. None: the format's carrier.
+    Raises:
+        FormatError: an unknown format, a dtype or scale that does not fit, a scale that is missing.
+    """
+    fmt = parse_format(fmt) if isinstance(fmt, str) else fmt
+    if codes.dtype != torch_dtype(fmt.code_dtype):
+        raise FormatError(
+            f"Codes of {fmt.name!r} are {fmt.code_dtype}, these are {_name(codes.dtype)}.\n"
+            "  Pass what encode() returned for the same format."
+        )
+    _check_scale(fmt, scale, codes.device)
+    _check_scaled(fmt, scale)
+    dtype = dtype or torch_dtype(fmt.carrier)
+    _check_holds(dtype, fmt)
+    result: Tensor = _decode_op(codes, scale, fmt.name, dtype)
+    return result
+
+
+def _checked(x: Tensor, fmt: Format | str, scale: Tensor | None) -> Format:
+    fmt = parse_format(fmt) if isinstance(fmt, str) else fmt
+    if x.dtype not in _FLOATS:
+        raise FormatError(
+            f"A {_name(x.dtype)} tensor cannot be rounded to {fmt.name!r}.\n"
+            f"  Allowed: {', '.join(map(_name, _FLOATS))}.\n  Convert it first."
+        )
+    _check_scale(fmt, scale, x.device)
+    return fmt
+
+
+def _check_scale(fmt: Format, scale: Tensor | None, device: torch.device) -> None:
+    if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != device):
+        raise FormatError(
+            f"The scale for {fmt.name!r} is {_name(scale.dtype)} of shape {list(scale.shape)} on {scale.device}.\n"
+            f"  Allowed: float32, one element, on {device}, where the tensor is.\n  Take it from amax_scale()."
+        )
+
+
+def _check_scaled(fmt: Format, scale: Tensor | None) -> None:
+    if fmt.scaling is Scaling.POW2 and scale is None:
+        raise FormatError(f"{fmt.name!r} needs a scale, and none was given.\n  Pass the one given to quantize().")
+
+
+def _check_holds(dtype: torch.dtype, fmt: Format) -> None:
+    holding = [_name(each) for each, row in _FLOATS.items() if row.contains(fmt)]
+    if _name(dtype) not in holding:
+        raise FormatError(
+            f"{_name(dtype)} does not hold every value of {fmt.name!r}.\n"
+            f"  Allowed: {', '.join(holding)}.\n  Pass one of these as dtype, or None."
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,135 @@
+"""One search, from a model to a plan: trace, ask a strategy, write down where the plan came from."""
+
+import datetime
+import platform
+import re
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from assign.assignment import Assignment, Provenance
+from assign.capture import Loss
+from assign.errors import BudgetError
+from assign.memory import Estimate, estimate, peak_bytes
+from assign.recipes import get_recipe
+from assign.strategies import get_strategy
+from assign.strategies.baselines import uniform_in
+from assign.tensors import TensorTable
+from assign.tracer import OptimizerFactory, trace
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def search(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    *,
+    budget: str | int | None = None,
+    low_ratio: float | None = None,
+    strategy: str = "greedy",
+    recipe: str = "native",
+    optimizer: OptimizerFactory | None = None,
+    seed: int = 0,
+) -> Assignment:
+    """A plan for one training step of ``loss(model, batch)``.
+
+    Args:
+        model: in float32; nothing of it is changed and nothing is computed.
+        batch: what ``loss`` takes.
+        loss: ``loss(model, batch)`` → scalar tensor.
+        budget: peak bytes of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the all-fp32 peak.
+        low_ratio: share of elements to hold low, 0 to 1. One of the two must be given.
+        optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states count; None counts none.
+        seed: for strategies that draw.
+    Raises:
+        BudgetError: no goal, one that makes no sense, or a budget below the floor (says the floor).
+        TraceError: a graph break, a loss that is no scalar, a model that is not in float32.
+    """
+    return search_table(
+        trace(model, batch, loss, optimizer),
+        budget=budget,
+        low_ratio=low_ratio,
+        strategy=strategy,
+        recipe=recipe,
+        seed=seed,
+        command="assign.search",
+    )
+
+
+def search_table(
+    table: TensorTable,
+    *,
+    budget: str | int | None = None,
+    low_ratio: float | None = None,
+    strategy: str = "greedy",
+    recipe: str = "native",
+    format_name: str | None = None,
+    seed: int = 0,
+    command: str = "",
+) -> Assignment:
+    """As :func:`search`, from a table; ``format_name`` puts every tensor in one format and needs no goal."""
+    start = time.perf_counter()
+    rules = get_recipe(recipe)
+    if format_name is not None:
+        if strategy != "uniform" or budget is not None or low_ratio is not None:
+            raise BudgetError(
+                f"search: format {format_name!r} asks for one format everywhere, so there is nothing left to search. "
+                "Leave out the budget and the low ratio, and use the strategy 'uniform'."
+            )
+        entries = uniform_in(table, format_name)
+    else:
+        entries = get_strategy(strategy)(
+            table,
+            recipe=rules,
+            peak_bytes=lambda candidate: peak_bytes(table, candidate),
+            low_ratio=low_ratio,
+            budget_bytes=None if budget is None else parse_budget(budget, peak_bytes(table, {})),
+            seed=seed,
+        )
+    plan = Assignment(entries=entries, recipe=rules.name, fingerprint=table.fingerprint)
+    costs = summary(estimate(table, plan), time.perf_counter() - start)
+    return plan.with_provenance(
+        Provenance(
+            command=command,
+            versions={"torch": torch.__version__, "python": platform.python_version()},
+            seed=seed,
+            strategy=strategy,
+            estimate=costs,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+    )
+
+
+def summary(costs: Estimate, seconds: float) -> dict[str, Any]:
+    """The figures of an estimate that the shell's JSON promises."""
+    return {
+        "low_ratio": costs.low_ratio,
+        "groups_low": costs.groups_low,
+        "aggregate_bytes": costs.aggregate_bytes,
+        "peak_bytes": costs.peak_bytes,
+        "baseline_peak_bytes": costs.baseline_peak_bytes,
+        "seconds": seconds,
+    }
+
+
+def parse_budget(text: str | int, baseline: int) -> int:
+    """Bytes from ``512MiB``, ``6GB``, ``1000000`` or ``50%`` (of ``baseline`` bytes).
+
+    Raises:
+        BudgetError: none of these.
+    """
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)\s*", text)
+    if match and match[2] == "%":
+        return int(float(match[1]) / 100 * baseline)
+    if match and match[2].upper() in _UNITS:
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+    raise BudgetError(
+        f"search: {text!r} is not a budget. Write bytes ('512MiB', '6GB', '1000000') or a share of the all-fp32 peak ('50%')."
+    )
+
+

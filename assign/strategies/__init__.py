@@ -1,0 +1,64 @@
+"""Searches: (table, recipe, goals) → the format of every tensor.
+
+A strategy is a function; a new one is a file here and a line in ``STRATEGIES``, and ``tests/contracts.py`` tests it.
+Strategies get the memory model as an argument; they know neither it, nor the executor, nor torch.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Protocol
+
+from assign.assignment import Entry
+from assign.errors import AssignError, nearest
+from assign.recipes import Recipe
+from assign.strategies.baselines import uniform
+from assign.strategies.goal import PeakBytes
+from assign.strategies.greedy import Order, greedy
+from assign.tensors import TensorTable
+
+
+class Strategy(Protocol):
+    """A search.
+
+    It returns one entry for every tensor in the paper's four roles, chosen from the recipe's candidates, such that at
+    least ``low_ratio`` of the elements are low and ``peak_bytes`` of the entries is at most ``budget_bytes``. It gives
+    the same answer for the same seed, and raises BudgetError, naming the lowest peak it found, where it has none.
+    """
+
+    def __call__(
+        self,
+        table: TensorTable,
+        *,
+        recipe: Recipe,
+        peak_bytes: PeakBytes,
+        low_ratio: float | None = None,
+        budget_bytes: int | None = None,
+        seed: int = 0,
+    ) -> dict[str, Entry]: ...
+
+
+STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
+    {
+        "greedy": greedy,
+        "greedy-smallest": partial(greedy, order=Order.SMALLEST),
+        "greedy-random": partial(greedy, order=Order.RANDOM),
+        "uniform": uniform,
+    }
+)
+"""Every strategy by the name that ``--strategy`` takes."""
+
+
+def get_strategy(name: str) -> Strategy:
+    """The strategy called ``name``.
+
+    Raises:
+        AssignError: there is none.
+    """
+    if name not in STRATEGIES:
+        close = nearest(name, STRATEGIES)
+        raise AssignError(
+            f"there is no strategy {name!r}; choose from {', '.join(sorted(STRATEGIES))}"
+            + (f". Did you mean {close}?" if close else ".")
+        )
+    return STRATEGIES[name]

@@ -1,0 +1,82 @@
+"""Baselines: assignments that take no search."""
+
+from collections.abc import Collection
+
+from assign.assignment import Entry
+from assign.formats import parse_format
+from assign.groups import GEMM_OPS, INPUT_OP
+from assign.recipes import Recipe, initial
+from assign.strategies.goal import Goal, PeakBytes, over_budget
+from assign.tensors import Role, TensorInfo, TensorTable, grad_key
+
+
+def uniform(
+    table: TensorTable,
+    *,
+    recipe: Recipe,
+    peak_bytes: PeakBytes,
+    low_ratio: float | None = None,
+    budget_bytes: int | None = None,
+    seed: int = 0,
+) -> dict[str, Entry]:
+    """Everything high if that meets the goals, else everything low: the paper's π_unif.
+
+    A low ratio of 0 gives all high; any other gives all low.
+
+    Raises:
+        BudgetError: a goal that makes no sense, or a budget below the peak of both.
+    """
+    goal = Goal(low_ratio=low_ratio, budget_bytes=budget_bytes)
+    peaks = []
+    for low in (frozenset[int](), frozenset(group.id for group in table.groups)):
+        entries = initial(table, recipe, low)
+        if not goal.enough_low(table.elements if low else 0, table.elements):
+            continue
+        if budget_bytes is None:
+            return entries
+        peaks.append(peak_bytes(entries))
+        if goal.within_budget(peaks[-1]):
+            return entries
+    raise over_budget(goal, min(peaks), "with every tensor low")
+
+
+def uniform_in(table: TensorTable, format_name: str, *, low: bool = False) -> dict[str, Entry]:
+    """Every tensor in the format ``format_name``, whatever the recipe; ``low`` is what they count as.
+
+    Raises:
+        FormatError: there is no such format.
+    """
+    name = parse_format(format_name).name
+    return {row.key: Entry(name, low) for row in table.paper_tensors}
+
+
+def operator_based(table: TensorTable, recipe: Recipe, *, gradients_follow: bool = False) -> dict[str, Entry]:
+    """What reads or leaves a matrix product is low: the paper's π_op, after HFP8.
+
+    Low are a product's operands, weights included, and the gradient of its output. High are the weights' gradients and
+    all else, the input with what reads it, and the last group with what it reads.
+
+    Args:
+        gradients_follow: π_op′: the gradient of an activation is low where the activation is. This is a reading: the
+            authors' released code leaves this baseline out.
+    Source: arXiv 2301.13464, and the authors' code.
+    """
+    activations = [row for row in table.paper_tensors if row.role is Role.ACTIVATION]
+    products = [row for row in activations if row.op in GEMM_OPS]
+    low = {key for row in products for key in row.inputs} - _kept_high(activations)
+    gradients = low if gradients_follow else {row.key for row in products} - _kept_high(activations)
+    weights = {row.key for row in table.paper_tensors if row.role is Role.WEIGHT}
+    low = low | {grad_key(key) for key in gradients - weights}
+    high_entries, low_entries = initial(table, recipe), initial(table, recipe, {row.group for row in activations})
+    return {key: low_entries[key] if key in low else entry for key, entry in high_entries.items()}
+
+
+def _kept_high(activations: Collection[TensorInfo]) -> set[str]:
+    """Forward tensors that π_op keeps high, with their gradients, whatever reads them."""
+    inputs = {row.key for row in activations if row.op == INPUT_OP}
+    last = max((row.group for row in activations), default=0)
+    kept = set(inputs)
+    for row in activations:
+        if row.group == last or inputs.intersection(row.inputs):
+            kept |= {row.key, *row.inputs}
+    return kept

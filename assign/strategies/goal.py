@@ -1,0 +1,53 @@
+"""What a search is asked for, and the words for what cannot be had. Shared by every strategy."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from assign.assignment import Entry
+from assign.errors import BudgetError
+
+PeakBytes = Callable[[Mapping[str, Entry]], int]
+"""Peak bytes of one training step under these entries."""
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """At least this share of the elements low, at most this many bytes at the peak; either may be left out.
+
+    Raises:
+        BudgetError: a share outside 0 to 1, a budget that is no positive number of bytes, or neither of the two.
+    """
+
+    low_ratio: float | None = None
+    budget_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.low_ratio is None and self.budget_bytes is None:
+            raise BudgetError("a search needs a goal: give a low ratio (0 to 1), a budget in bytes, or both.")
+        if self.low_ratio is not None and not 0 <= self.low_ratio <= 1:
+            raise BudgetError(f"the low ratio is {self.low_ratio}; it is a share of the elements, from 0 to 1.")
+        if self.budget_bytes is not None and not 0 < self.budget_bytes < math.inf:
+            raise BudgetError(f"the budget is {self.budget_bytes} bytes; give a positive number of bytes.")
+
+    def enough_low(self, low_elements: int, elements: int) -> bool:
+        """Whether ``low_elements`` of ``elements`` reach the low ratio (true where none is asked for)."""
+        if self.low_ratio is None or elements == 0:
+            return True
+        return low_elements / elements >= self.low_ratio
+
+    def within_budget(self, peak: int) -> bool:
+        """Whether a step with this peak fits (true where no budget is given)."""
+        return self.budget_bytes is None or peak <= self.budget_bytes
+
+
+def over_budget(goal: Goal, floor: int, tried: str) -> BudgetError:
+    """The error for a budget that nothing tried could meet; ``floor`` is the lowest peak among what was ``tried``."""
+    asked = goal.budget_bytes or 0
+    return BudgetError(
+        f"the budget is {asked} bytes ({asked / MIB:.1f} MiB), but {tried} a training step still needs "
+        f"{floor} bytes ({floor / MIB:.1f} MiB) at its peak.\n"
+        f"  Ask for at least {floor} bytes, make the batch smaller, or choose a recipe with narrower low formats."
+    )

@@ -1,0 +1,95 @@
+"""Greedy demotion: group after group goes from high to low until the goals are met.
+
+Source: arXiv 2301.13464, Algorithm 1.
+"""
+
+import random
+from collections.abc import Sequence
+from enum import StrEnum
+
+from assign.assignment import Entry
+from assign.recipes import Recipe, initial
+from assign.strategies.goal import Goal, PeakBytes, over_budget
+from assign.tensors import Group, TensorTable
+
+
+class Order(StrEnum):
+    """Which group is demoted first; of two of one size, the lower id. The paper's is the largest."""
+
+    LARGEST = "largest"
+    SMALLEST = "smallest"
+    RANDOM = "random"
+
+
+def greedy(
+    table: TensorTable,
+    *,
+    recipe: Recipe,
+    peak_bytes: PeakBytes,
+    low_ratio: float | None = None,
+    budget_bytes: int | None = None,
+    seed: int = 0,
+    order: Order = Order.LARGEST,
+    trim: bool = True,
+) -> dict[str, Entry]:
+    """Demote groups in ``order`` until both goals hold.
+
+    The test stands before the demotion, as in the paper: the last group overshoots the low ratio, and a ratio of 0
+    demotes nothing. A group is demoted in its turn even if the peak does not move with it, for the peak may lie
+    between tensors of several groups.
+
+    That is why, under a budget, a group may have been demoted in vain. With ``trim``, the groups demoted after the low
+    ratio was reached are tried high again, the last one first, and stay high where the budget allows it: fewer low
+    groups train better. The groups that the low ratio asked for are never touched, so without a budget the
+    result is the paper's.
+
+    Args:
+        peak_bytes: asked only under a budget, at most twice per group.
+        seed: of the random order; the others need none.
+    Raises:
+        BudgetError: a goal that makes no sense, or a budget that even all groups low exceed.
+    """
+    goal = Goal(low_ratio=low_ratio, budget_bytes=budget_bytes)
+    ordered = demotion_order(table.groups, order, seed)
+
+    def build(low: Sequence[int]) -> dict[str, Entry]:
+        return initial(table, recipe, frozenset(low))
+
+    low = _prefix_for_ratio(ordered, goal)
+    if goal.budget_bytes is None:
+        return build(low)
+    fixed, peaks = len(low), [peak_bytes(build(low))]
+    while not goal.within_budget(peaks[-1]) and len(low) < len(ordered):
+        low.append(ordered[len(low)].id)
+        peaks.append(peak_bytes(build(low)))
+    if not goal.within_budget(peaks[-1]):
+        raise over_budget(goal, min(peaks), f"even with all {len(ordered)} groups of tensors low")
+    for group in reversed(low[fixed:-1]) if trim else ():  # the last one is needed: without it the loop went on
+        without = [other for other in low if other != group]
+        if goal.within_budget(peak_bytes(build(without))):
+            low = without
+    return build(low)
+
+
+def demotion_order(groups: Sequence[Group], order: Order, seed: int) -> list[Group]:
+    """The groups in the order of their demotion; the same for the same seed, on every machine."""
+    ordered = sorted(groups, key=lambda group: group.id)
+    match Order(order):
+        case Order.LARGEST:
+            ordered.sort(key=lambda group: -group.elements)
+        case Order.SMALLEST:
+            ordered.sort(key=lambda group: group.elements)
+        case Order.RANDOM:
+            random.Random(seed).shuffle(ordered)
+    return ordered
+
+
+def _prefix_for_ratio(ordered: Sequence[Group], goal: Goal) -> list[int]:
+    elements, low_elements = sum(group.elements for group in ordered), 0
+    low: list[int] = []
+    for group in ordered:
+        if goal.enough_low(low_elements, elements):
+            break
+        low.append(group.id)
+        low_elements += group.elements
+    return low

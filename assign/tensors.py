@@ -1,0 +1,238 @@
+"""The tensor table: every tensor of one training step, by name, and the order in which they come and go.
+
+This is the first waist of the hourglass: torch on one side (``tracer``), pure Python on the other
+(``groups``, ``memory``, ``strategies``). Frozen, human-readable, JSON in and out.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+import networkx
+
+from assign.errors import PlanError
+
+
+class Role(StrEnum):
+    """What a tensor is for. The paper's own tensors are the first four."""
+
+    WEIGHT = "weight"
+    WEIGHT_GRAD = "weight_grad"
+    ACTIVATION = "activation"
+    ACTIVATION_GRAD = "activation_grad"
+    SAVED = "saved"
+    MASTER = "master"
+    OPTIM_STATE = "optim_state"
+
+
+PAPER_ROLES = frozenset({Role.WEIGHT, Role.WEIGHT_GRAD, Role.ACTIVATION, Role.ACTIVATION_GRAD})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One row of the table.
+
+    Attributes:
+        key: stable name, e.g. ``layer1.0/relu``, ``fc.weight.grad``.
+        shape: as traced; the first axis is usually the batch.
+        elements: what the paper counts; for a loss, one per sample.
+        dtype: torch dtype it has in the fp32 step, e.g. ``float32``.
+        op: operator that makes it (``parameter`` for weights, ``input`` for the batch).
+        module: path of the module whose forward makes it, ``''`` for the root.
+        source: ``file.py:line`` of the user's code, ``''`` where unknown.
+        group: number of the group that shares its decision.
+        inputs: for an activation, keys that its operator reads, in order of the arguments.
+        consumers: for an activation or weight, keys of the activations made from it.
+    """
+
+    key: str
+    role: Role
+    shape: tuple[int, ...]
+    elements: int
+    dtype: str
+    op: str
+    module: str = ""
+    source: str = ""
+    group: int = 0
+    inputs: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
+
+
+def grad_key(key: str) -> str:
+    """Key of the gradient of ``key``."""
+    return f"{key}.grad"
+
+
+def saved_key(key: str) -> str:
+    """Key of the copy of activation ``key`` that waits for the backward pass."""
+    return f"{key}.saved"
+
+
+def base_key(key: str) -> str:
+    """The forward tensor's key behind a ``.grad`` or ``.saved`` key."""
+    return key.removesuffix(".grad").removesuffix(".saved")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffer:
+    """Memory that one operator of the step allocates.
+
+    Attributes:
+        elements: how many; dtype: torch dtype in the fp32 step.
+        holds: key of the tensor (or gradient) whose values it holds, ``''`` for an operator's own scratch.
+        part: position in the operator's result; what follows the first part are statistics that stay as they are.
+    """
+
+    elements: int
+    dtype: str
+    holds: str = ""
+    part: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One operator of the step's forward or backward graph, in the order in which they run.
+
+    Attributes:
+        op: key of the table's operator that it belongs to; ``mark:KEY`` where tensor KEY is complete and gets its format.
+        backward: in which pass it runs.
+        reads, writes: indices of buffers; parameters and the batch are resident and do not appear.
+        scratch: bytes its kernel needs for a moment: when it runs in float32, when it runs in 16 bit.
+    """
+
+    op: str
+    backward: bool
+    reads: tuple[int, ...] = ()
+    writes: tuple[int, ...] = ()
+    scratch: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How the step's memory comes and goes.
+
+    Attributes:
+        buffers, events: see there.
+        kept: buffers that outlive the backward pass (gradients of the parameters).
+        parameter_bytes, buffer_bytes, batch_bytes: resident during the whole step.
+        gradient_bytes: gradients of all parameters, resident once the backward pass has made them.
+        optimizer_bytes: states; optimizer_scratch_bytes: what its step allocates for a moment.
+    """
+
+    buffers: tuple[Buffer, ...] = ()
+    events: tuple[Event, ...] = ()
+    kept: tuple[int, ...] = ()
+    parameter_bytes: int = 0
+    buffer_bytes: int = 0
+    batch_bytes: int = 0
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
+    optimizer_scratch_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Tensors that share a decision (papers: A3)."""
+
+    id: int
+    elements: int
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorTable:
+    """Every tensor of one training step. Made by :func:`assign.trace`.
+
+    Attributes:
+        tensors: rows, in the order of execution.
+        schedule: what :func:`assign.estimate` replays.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    schedule: Schedule = Schedule()
+
+    @cached_property
+    def by_key(self) -> Mapping[str, TensorInfo]:
+        """Rows by key."""
+        return {info.key: info for info in self.tensors}
+
+    @cached_property
+    def paper_tensors(self) -> tuple[TensorInfo, ...]:
+        """Rows of the paper's four roles: what recipes and the low ratio speak of."""
+        return tuple(info for info in self.tensors if info.role in PAPER_ROLES)
+
+    @property
+    def elements(self) -> int:
+        """Elements of the paper's four roles."""
+        return sum(info.elements for info in self.paper_tensors)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Groups by number, over the paper's four roles."""
+        members: dict[int, list[TensorInfo]] = {}
+        for info in self.paper_tensors:
+            members.setdefault(info.group, []).append(info)
+        return tuple(
+            Group(id=number, elements=sum(i.elements for i in rows), keys=tuple(i.key for i in rows))
+            for number, rows in sorted(members.items())
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the model: names of all tensors, operators, shapes of the weights; not the batch size."""
+        lines = [
+            f"{info.key} {info.op} {info.shape if info.role is Role.WEIGHT else ''}" for info in self.paper_tensors
+        ]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """Forward tensors as nodes (attributes: the row's fields), an edge from each tensor to what is made of it."""
+        graph = networkx.DiGraph()
+        forward = [info for info in self.tensors if info.role in (Role.WEIGHT, Role.ACTIVATION)]
+        for info in forward:
+            graph.add_node(info.key, **dataclasses.asdict(info))
+        for info in forward:
+            graph.add_edges_from((source, info.key) for source in info.inputs)
+        return graph
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; ``from_json`` gives the same table back."""
+        return {
+            "fingerprint": self.fingerprint,
+            "elements": self.elements,
+            "groups": [dataclasses.asdict(group) for group in self.groups],
+            "tensors": [dataclasses.asdict(info) for info in self.tensors],
+            "schedule": dataclasses.asdict(self.schedule),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "TensorTable":
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            PlanError: the data is not a table.
+        """
+        try:
+            rows = tuple(_from_plain(TensorInfo, row) | {"role": Role(row["role"])} for row in data["tensors"])
+            plain = dict(data["schedule"])
+            plain["buffers"] = tuple(Buffer(**row) for row in plain["buffers"])
+            plain["events"] = tuple(Event(**_from_plain(Event, row)) for row in plain["events"])
+            plain["kept"] = tuple(plain["kept"])
+            return cls(tensors=tuple(TensorInfo(**row) for row in rows), schedule=Schedule(**plain))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"table: not a tensor table ({error}). Make one with 'assign trace TASK --json FILE'.") from error
+
+    def save(self, path: str) -> None:
+        """Write the table as JSON."""
+        with open(path, "w") as file:
+            json.dump(self.to_json(), file)
+
+
+def _from_plain(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {field.name for field in dataclasses.fields(kind)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in row.items() if name in fields}

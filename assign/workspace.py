@@ -1,0 +1,42 @@
+"""What torch's CPU kernels allocate for themselves while they run, beside their results.
+
+Read off torch 2.13 with oneDNN by measuring one operator at a time; what is not listed allocates next to nothing.
+A convolution reorders contiguous tensors into blocked layouts (channels-last needs none of it); normalisation's backward
+pass copies the gradient; a 16-bit ``mean`` sums a float32 copy. CUDA kernels' workspaces are not modelled.
+"""
+
+import torch
+from torch import Tensor, fx
+
+from assign import _torch
+
+aten = torch.ops.aten
+_GEMM_BLOCKS = 2**19  # packed blocks of a 16-bit product: 0.2 to 0.6 MiB whatever the shapes
+
+
+def kernel_scratch(node: fx.Node) -> tuple[int, int]:
+    """Bytes that the kernel of a traced float32 node needs for a moment: when run in float32, and in 16 bit."""
+    inputs = [_torch.joint_value(n) for n in node.all_input_nodes]
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if not tensors or tensors[0].device.type != "cpu":
+        return 0, 0
+    if node.target in (aten.convolution.default, aten.convolution_backward.default):
+        return _convolution(node)
+    if node.target is aten.native_batch_norm_backward.default:
+        elements = tensors[0].numel()
+        return 4 * elements, 2 * elements
+    if node.target in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+        return 0, _GEMM_BLOCKS
+    if node.target is aten.mean.dim:
+        return 0, 4 * tensors[0].numel()
+    return 0, 0
+
+
+def _convolution(node: fx.Node) -> tuple[int, int]:
+    backward = node.target is aten.convolution_backward.default
+    gradient, source, weight = (_torch.joint_value(n) for n in ([*node.args[:3]] if backward else [node, *node.args[:2]]))
+    if source.dim() == 4 and source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
+        return 0, 0
+    sizes = gradient.numel(), source.numel()
+    elements = (sum(sizes) if backward else max(sizes)) + weight.numel()
+    return 4 * elements, 2 * elements
