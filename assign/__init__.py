@@ -16,7 +16,7 @@ them is pure Python and never imports torch.
 ``assignment``        **Assignment**, the second waist: ``plan.json``
 ``rounding``          the kernels: quantize, encode, decode, as registered torch operators
 ``executor``          mark → pack → compile → apply: a plan made to run
-``search``            trace, strategy, provenance in one call
+``planning``          trace, strategy, provenance in one call
 ``tasks``             what is trained: built-in, from a user's file
 ``training``          the loop: seeds, loss scaling, checkpoints, measured peak
 ``report``            tables for people; ``cli``: the shell
@@ -31,9 +31,9 @@ from assign.formats import FORMATS, Format, parse_format
 from assign.memory import Estimate, estimate
 from assign.recipes import RECIPES
 from assign.rounding import quantize
-from assign.search import search
+from assign.planning import search
 from assign.strategies import STRATEGIES
-from assign.tasks import Task
+
 from assign.tensors import TensorTable
 from assign.tracer import trace
 
@@ -47,7 +47,6 @@ __all__ = [
     "Assignment",
     "Estimate",
     "Format",
-    "Task",
     "TensorTable",
     "apply",
     "autocast",

@@ -3,14 +3,17 @@
 Written against torch 2.11 to 2.13.
 """
 
+import contextlib
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, TorchRuntimeError, Unsupported, UserError
 from torch._functorch.partitioners import default_partition
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
@@ -26,6 +29,9 @@ GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 CaptureError = TorchDynamoException
 """What Dynamo raises when it cannot capture a function as one graph."""
+
+GRAPH_BREAKS = (Unsupported, UserError, TorchRuntimeError)
+"""Those among them that are about the user's code."""
 
 CHECKPOINT_OP = torch.ops.higher_order.tag_activation_checkpoint
 """The operator that a ``torch.utils.checkpoint`` block becomes: ``(body, *args)``."""
@@ -133,6 +139,9 @@ class _Partitioner(CustomPartitionerFn):
     def uuid(self) -> str:
         return self._identity
 
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:  # pickled only to make a key of Inductor's cache
+        return str, (self._identity,)
+
 
 class _GraphPass(CustomGraphPass):
     def __init__(self, change: Callable[[fx.Graph], None], identity: str) -> None:
@@ -144,6 +153,9 @@ class _GraphPass(CustomGraphPass):
 
     def uuid(self) -> str:
         return self._identity
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:  # pickled only to make a key of Inductor's cache
+        return str, (self._identity,)
 
 
 def inductor_backend(
@@ -167,12 +179,22 @@ def inductor_backend(
 
 def trace_inline(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
     """Graph of ``function`` on values without data, in Inductor's own set of operators."""
-    return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*args)
+    mode = next((value.fake_mode for value in args if isinstance(value, FakeTensor)), contextlib.nullcontext())
+    with mode:
+        return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*args)
 
 
 def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
-    """``torch.compile`` of a module as one graph, with a backend of ours."""
-    return cast(Callable[..., Any], torch.compile(step, backend=backend, fullgraph=True))
+    """``torch.compile`` of a module as one graph, with a backend of ours; logging calls do not break it."""
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    names = ("debug", "info", "warning", "error", "warning_once", "info_once", "warning_advice")
+    loggers = {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with dynamo_config.patch(ignore_logging_functions=loggers):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def inner_exception(error: BaseException) -> BaseException:

@@ -86,7 +86,9 @@ def compile_step(
             inner = _torch.inner_exception(error)
             if isinstance(inner, AssignError):
                 raise inner from None
-            raise _explain(error) from error
+            if isinstance(error, _torch.GRAPH_BREAKS):
+                raise _explain(error) from error
+            raise
 
     return call
 

@@ -107,7 +107,7 @@ def _walk_graph(graph: fx.GraphModule, result: Walk) -> None:
         elif node.meta.get("assign_in_place"):
             _name_written(graph, node, aliases, result)
         elif node.meta.get("assign_after", node) is node:
-            _name_output(graph, node, arguments, aliases, result)
+            _name_output(graph, node, aliases, result)
 
 
 def _enter(graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], result: Walk) -> None:
@@ -161,12 +161,14 @@ def _name_written(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result
         for table in (result.depends, result.parametric):
             if node in table:
                 table.add(copy)
-        _name_output(graph, copy, list(copy.all_input_nodes), aliases, result)
+        _name_output(graph, copy, aliases, result)
+        site = next((site for site in reversed(result.sites) if site.node is copy), None)
+        if site is not None:
+            written = (result.key_of[n] for n in node.all_input_nodes if n is not copy and n in result.key_of)
+            site.inputs = tuple(dict.fromkeys((*site.inputs, *(key for key in written if key != site.key))))
 
 
-def _name_output(
-    graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], aliases: Aliases, result: Walk
-) -> None:
+def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result: Walk) -> None:
     value = aliases.values[node]
     maker, part = node, 0
     if node.target is operator.getitem and not isinstance(aliases.values.get(node.args[0]), Tensor):

@@ -395,8 +395,8 @@ def quantize(
 
     Args:
         x: any shape; float32, bfloat16 or float16.
-        scale: float32, one element, above zero. A power of two (see ``amax_scale``) keeps the result exact in the
-            format's carrier. None: 1, or for a scaled format ``amax_scale(x, fmt)``.
+        scale: float32, one element; a power of two, as ``amax_scale`` gives it (with any other, ``x / scale`` and the
+            product with ``scale`` are rounded too). None: 1, or for a scaled format ``amax_scale(x, fmt)``.
         saturate: what beyond ±``fmt.max_value`` becomes, inf included: that limit, or else ±inf. NaN stays NaN.
         dtype: of the result; it must hold every value of ``fmt``. None: that of ``x`` if it does, else the carrier.
     Returns:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from assign import _torch
 
 aten = torch.ops.aten
-_GEMM_BLOCKS = 2**19  # packed blocks of a 16-bit product: 0.2 to 0.6 MiB whatever the shapes
+_GEMM_BLOCKS = 2**19  # packed blocks of a 16-bit product; at most twice its operands
 
 
 def kernel_scratch(node: fx.Node) -> tuple[int, int]:
@@ -26,7 +26,7 @@ def kernel_scratch(node: fx.Node) -> tuple[int, int]:
         elements = tensors[0].numel()
         return 4 * elements, 2 * elements
     if node.target in (aten.mm.default, aten.addmm.default, aten.bmm.default):
-        return 0, _GEMM_BLOCKS
+        return 0, min(_GEMM_BLOCKS, 4 * sum(tensor.numel() for tensor in tensors))
     if node.target is aten.mean.dim:
         return 0, 4 * tensors[0].numel()
     return 0, 0

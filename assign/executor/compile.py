@@ -37,7 +37,10 @@ def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
 def inline(graph: fx.Graph) -> None:
     """Replace our operators by the arithmetic they stand for, so that Inductor fuses it into its neighbours."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _EXPANSIONS:
+        if node.target is torch.ops.aten._to_copy.default:  # added by the packing, behind Inductor's decompositions
+            node.target = torch.ops.prims.convert_element_type.default
+            node.args, node.kwargs = (node.args[0], node.kwargs["dtype"]), {}
+        elif node.op == "call_function" and node.target in _EXPANSIONS:
             tensors = [argument for argument in node.args if isinstance(argument, fx.Node)]
             rest = [argument for argument in node.args if argument is not None and argument not in tensors]
             function = _EXPANSIONS[node.target](*rest)
@@ -47,7 +50,7 @@ def inline(graph: fx.Graph) -> None:
 
 
 def _quantize(name: str, saturate: bool, dtype: torch.dtype) -> Callable[..., Tensor]:
-    return lambda x, scale=None: rounding.inline_quantize(x, scale, parse_format(name), saturate, dtype)
+    return lambda x, *scale: rounding.inline_quantize(x, *(scale or (None,)), parse_format(name), saturate, dtype)
 
 
 def _scale(name: str) -> Callable[..., Tensor]:
@@ -55,11 +58,11 @@ def _scale(name: str) -> Callable[..., Tensor]:
 
 
 def _encode(name: str) -> Callable[..., Tensor]:
-    return lambda x, scale=None: rounding.inline_encode(x, scale, parse_format(name))
+    return lambda x, *scale: rounding.inline_encode(x, *(scale or (None,)), parse_format(name))
 
 
 def _decode(name: str, dtype: torch.dtype) -> Callable[..., Tensor]:
-    return lambda codes, scale=None: rounding.inline_decode(codes, scale, parse_format(name), dtype)
+    return lambda codes, *scale: rounding.inline_decode(codes, *(scale or (None,)), parse_format(name), dtype)
 
 
 _EXPANSIONS: dict[Any, Callable[..., Callable[..., Tensor]]] = {

@@ -1,0 +1,5 @@
+"""``python -m assign``."""
+
+from assign.cli import main
+
+main()

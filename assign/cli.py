@@ -1,0 +1,265 @@
+"""The shell: arguments in, tables and JSON out; no logic of its own."""
+
+import json
+import sys
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from assign.assignment import Assignment
+from assign.errors import AssignError
+from assign.executor.compile import Backend
+from assign.formats import FORMATS, parse_format
+from assign.memory import estimate as estimate_plan
+from assign.planning import search_table, summary
+from assign.report import tables
+from assign.tasks import Task, TaskOptions, load_task
+from assign.tensors import TensorTable
+from assign.tracer import trace as trace_step
+from assign.training import TrainResult
+from assign.training import train as train_task
+
+app = typer.Typer(
+    help="Find the cheapest number format for every tensor of a PyTorch training step, and train with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+TaskName = Annotated[
+    str, typer.Argument(metavar="TASK", help="digits, cifar10, cifar100, fashion-mnist, shakespeare, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION")
+]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.")]
+Seed = Annotated[int, typer.Option(help="Seed of the model, the data's order and the search.")]
+BatchSize = Annotated[int | None, typer.Option(help="Samples per step; the task's own if left out.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Data = Annotated[Path | None, typer.Option(help="Directory with the task's data.")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs to train; the task's own if left out.")]
+Recipe = Annotated[str, typer.Option(help="Candidates per tensor: native or hfp8.")]
+Strategy = Annotated[str, typer.Option(help="greedy, greedy-smallest, greedy-random or uniform.")]
+Format = Annotated[str | None, typer.Option("--format", help="With --strategy uniform: every tensor in this format.")]
+LowRatio = Annotated[float | None, typer.Option(help="Share of the elements to hold low, 0 to 1.")]
+Budget = Annotated[str | None, typer.Option(help="Peak bytes of a step: 512MiB, 6GB, or 50% of the all-fp32 peak.")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="PLAN", help="A plan's file; without one: plain fp32.")]
+BackendName = Annotated[Backend, typer.Option(help="eager: no compiler, exact memory. inductor: compiled, fast.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")]
+
+
+def main() -> None:
+    """Entry point: an AssignError is one message and exit status 2, not a traceback."""
+    try:
+        app()
+    except AssignError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+
+
+@app.command()
+def formats(
+    names: Annotated[list[str] | None, typer.Argument(help="Formats to show, e.g. 'fp(4,3,4)'; the table if none.")] = None,
+    json_file: Json = None,
+) -> None:
+    """List the number formats: range, precision, and how each is stored."""
+    rows = [parse_format(name) for name in names] if names else [*FORMATS.values()]
+    console.print(tables.format_table(rows))
+    facts = ("bits", "exponent_bits", "mantissa_bits", "max_value", "min_normal", "min_subnormal", "code_bytes", "carrier")
+    _write(json_file, {row.name: {fact: getattr(row, fact) for fact in facts} | {"storage": str(row.storage)} for row in rows})
+
+
+@app.command()
+def schema(json_file: Json = None) -> None:
+    """Print the JSON schema of a plan's file."""
+    typer.echo(json.dumps(Assignment.schema(), indent=2))
+    _write(json_file, Assignment.schema())
+
+
+@app.command()
+def trace(
+    task: TaskName, seed: Seed = 0, batch_size: BatchSize = None, device: Device = "cpu", data: Data = None, json_file: Json = None
+) -> None:
+    """List every tensor of one training step; nothing is computed."""
+    table = _traced(_task(task, seed, batch_size, device, data, None))
+    console.print(tables.trace_table(table))
+    _write(json_file, table.to_json())
+
+
+@app.command()
+def estimate(
+    task: TaskName,
+    plan: PlanFile = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """Predict the memory of one training step under a plan (or all in fp32), before anything runs."""
+    table = _traced(_task(task, seed, batch_size, device, data, None))
+    chosen = Assignment.load(plan) if plan else search_table(table, strategy="uniform", format_name="fp32")
+    costs = estimate_plan(table, chosen)
+    console.print(tables.estimate_table(costs))
+    _write(json_file, {**summary(costs, 0.0), **costs.to_json()})
+
+
+@app.command()
+def search(
+    task: TaskName,
+    output: Output = Path("plan.json"),
+    budget: Budget = None,
+    low_ratio: LowRatio = None,
+    strategy: Strategy = "greedy",
+    recipe: Recipe = "native",
+    format_name: Format = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """Choose a format for every tensor and write the plan."""
+    table = _traced(_task(task, seed, batch_size, device, data, None))
+    plan = _searched(table, output, budget, low_ratio, strategy, recipe, format_name, seed)
+    console.print(tables.estimate_table(estimate_plan(table, plan)))
+    _write(json_file, plan.provenance.estimate)
+
+
+@app.command()
+def train(
+    task: TaskName,
+    plan: PlanFile = None,
+    epochs: Epochs = None,
+    backend: BackendName = Backend.EAGER,
+    checkpoint: Annotated[Path | None, typer.Option(help="Written after every epoch.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint.")] = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """Train a task under a plan, or in plain fp32 without one."""
+    chosen = Assignment.load(plan) if plan else None
+    loaded = _task(task, seed, batch_size, device, data, epochs)
+    name = "plan" if chosen else "fp32"
+    result = _trained(
+        name, loaded, chosen, _traced(loaded), backend=backend, seed=seed, epochs=epochs, device=device, checkpoint=checkpoint, resume=resume
+    )
+    console.print(tables.result_table({name: result}))
+    _write(json_file, result.to_json())
+    if result.diverged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    task: TaskName,
+    output: Output = Path("plan.json"),
+    budget: Budget = None,
+    low_ratio: LowRatio = None,
+    strategy: Strategy = "greedy",
+    recipe: Recipe = "native",
+    format_name: Format = None,
+    epochs: Epochs = None,
+    backend: BackendName = Backend.EAGER,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """The main job: trace, search, train in fp32 and under the plan, print both side by side."""
+    loaded = _task(task, seed, batch_size, device, data, epochs)
+    table = _traced(loaded)
+    plan = _searched(table, output, budget, low_ratio, strategy, recipe, format_name, seed)
+    console.print(tables.estimate_table(estimate_plan(table, plan)))
+    options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
+    baseline = _trained("fp32", loaded, None, table, **options)
+    planned = _trained("plan", loaded, plan, table, backend=backend, **options)
+    console.print(tables.result_table({"fp32": baseline, "plan": planned}))
+    _write(json_file, {"baseline": baseline.to_json(), "plan": planned.to_json(), "search": dict(plan.provenance.estimate)})
+    if planned.diverged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
+    everything: Annotated[bool, typer.Option("--all", help="Every entry.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Print a plan: where it came from, its formats, its entries."""
+    chosen = Assignment.load(plan)
+    console.print(tables.plan_table(chosen, limit=len(chosen.entries) if everything else 20))
+    _write(json_file, json.loads(chosen.to_json()))
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
+    second: Annotated[Path, typer.Argument(metavar="PLAN", help="Another.")],
+    json_file: Json = None,
+) -> None:
+    """Print what differs between two plans."""
+    found = Assignment.load(first).diff(Assignment.load(second))
+    console.print(tables.diff_table(found))
+    changed = {key: [a.format, b.format] for key, (a, b) in found.changed.items()}
+    _write(json_file, {"changed": changed, "only_first": list(found.only_here), "only_second": list(found.only_there)})
+
+
+def _task(name: str, seed: int, batch_size: int | None, device: str, data: Path | None, epochs: int | None) -> Task:
+    with console.status(f"loading {name}"):
+        return load_task(name, TaskOptions(data=data, batch_size=batch_size, seed=seed, device=device, epochs=epochs))
+
+
+def _traced(task: Task) -> TensorTable:
+    with console.status("tracing one training step"):
+        return trace_step(task.build_model(), next(iter(task.train)), task.loss, task.optimizer)
+
+
+def _searched(
+    table: TensorTable,
+    output: Path,
+    budget: str | None,
+    low_ratio: float | None,
+    strategy: str,
+    recipe: str,
+    format_name: str | None,
+    seed: int,
+) -> Assignment:
+    with console.status("searching"):
+        plan = search_table(
+            table,
+            budget=budget,
+            low_ratio=low_ratio,
+            strategy=strategy,
+            recipe=recipe,
+            format_name=format_name,
+            seed=seed,
+            command=" ".join(["assign", *sys.argv[1:]]),
+        )
+    plan.save(output)
+    console.print(f"wrote {output}: {len(plan.entries)} tensors", markup=False)
+    return plan
+
+
+def _trained(name: str, task: Task, plan: Assignment | None, table: TensorTable, **options: Any) -> TrainResult:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(f"training {name}", total=None)
+
+        def advance(step: Any) -> None:
+            progress.update(bar, completed=step.number, total=step.total, description=f"training {name}, loss {step.loss:.4f}")
+
+        return train_task(task, plan, table=table, on_step=advance, **options)
+
+
+def _write(path: Path | None, data: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(data, indent=2) + "\n")
+
+

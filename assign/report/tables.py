@@ -1,0 +1,156 @@
+"""Tables and sentences for the shell; every number has its unit."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group as Rows
+from rich.console import RenderableType
+from rich.table import Table
+
+from assign.assignment import Assignment, Diff
+from assign.formats import FORMATS, Format
+from assign.memory import Estimate
+from assign.tensors import Role, TensorTable
+from assign.training import TrainResult
+
+_BAR = 30
+
+
+def human_bytes(size: float) -> str:
+    """``12.3 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def _table(title: str, columns: Sequence[str], right: int = 1) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index >= right else "left", overflow="fold")
+    return table
+
+
+def format_table(formats: Sequence[Format] | None = None) -> Table:
+    """The formats with what they can hold and how they are stored."""
+    columns = ["format", "bits", "exponent", "mantissa", "largest", "smallest normal", "smallest", "ties", "saved as", "computes in"]
+    table = _table("Number formats; any fp(e,m,b) is one too", columns)
+    for fmt in formats or [*FORMATS.values()]:
+        cells = [fmt.bits, fmt.exponent_bits, fmt.mantissa_bits, f"{fmt.max_value:.6g}", f"{fmt.min_normal:.4g}"]
+        cells += [f"{fmt.min_subnormal:.4g}", fmt.rounding, f"{fmt.code_bytes} B, {fmt.storage}", fmt.carrier]
+        table.add_row(fmt.name, *map(str, cells))
+    return table
+
+
+def trace_table(table: TensorTable, limit: int = 20) -> RenderableType:
+    """The table's groups, and its largest tensors."""
+    groups = _table(f"{len(table.groups)} groups, {table.elements:,} elements in the paper's four roles", ["group", "elements", "share", "tensors", "first"])
+    for group in sorted(table.groups, key=lambda g: -g.elements)[:limit]:
+        share = f"{group.elements / table.elements:.1%}"
+        groups.add_row(str(group.id), f"{group.elements:,}", share, str(len(group.keys)), group.keys[0])
+    rows = _table(f"Largest of {len(table.tensors)} tensors", ["tensor", "role", "shape", "elements", "group", "source"], right=3)
+    forward = [info for info in table.tensors if info.role in (Role.ACTIVATION, Role.WEIGHT)]
+    for info in sorted(forward, key=lambda i: -i.elements)[:limit]:
+        shape = "×".join(map(str, info.shape)) or "scalar"
+        rows.add_row(info.key, info.role, shape, f"{info.elements:,}", str(info.group), info.source)
+    return Rows(groups, rows)
+
+
+def estimate_table(costs: Estimate, limit: int = 12) -> RenderableType:
+    """Peak against fp32, split by role, and what is alive at it."""
+    ratio = costs.peak_bytes / costs.baseline_peak_bytes if costs.baseline_peak_bytes else 1.0
+    head = _table("Predicted for one training step", ["", "bytes"])
+    head.add_row("peak, all in fp32", human_bytes(costs.baseline_peak_bytes))
+    head.add_row("peak under the plan", f"{human_bytes(costs.peak_bytes)} ({ratio:.1%})")
+    head.add_row("  reached in", costs.peak_at)
+    head.add_row("saved for the backward pass", human_bytes(costs.saved_bytes))
+    head.add_row("aggregate (the paper's measure)", human_bytes(costs.aggregate_bytes))
+    head.add_row("low ratio", f"{costs.low_ratio:.4f} ({costs.groups_low} groups low)")
+    roles = _table("Alive at the peak, by role", ["role", "bytes", "share", ""])
+    for role, size in sorted(costs.by_role.items(), key=lambda item: -item[1]):
+        share = size / max(costs.peak_bytes, 1)
+        roles.add_row(role, human_bytes(size), f"{share:.1%}", "█" * round(_BAR * share))
+    roles.columns[-1].justify = "left"
+    alive = _table("Largest at the peak", ["tensor", "role", "bytes"], right=2)
+    for key, role, size in costs.alive[:limit]:
+        alive.add_row(key, role, human_bytes(size))
+    return Rows(head, roles, alive)
+
+
+def plan_table(plan: Assignment, limit: int = 20) -> RenderableType:
+    """A plan's provenance, its formats by share of tensors, and its entries."""
+    head = _table("Plan", ["", ""], right=2)
+    source = plan.provenance
+    head.add_row("recipe", plan.recipe)
+    head.add_row("model's fingerprint", plan.fingerprint)
+    head.add_row("strategy", f"{source.strategy or 'unknown'}, seed {source.seed}")
+    head.add_row("made by", source.command or "unknown")
+    head.add_row("made on", f"{source.created or 'unknown'}; " + ", ".join(f"{k} {v}" for k, v in source.versions.items()))
+    for name, value in source.estimate.items():
+        text = human_bytes(value) if name.endswith("bytes") else f"{value:.4g}"
+        head.add_row(f"predicted {name.removesuffix('_bytes').replace('_', ' ')}", text)
+    counts = Counter(entry.format for entry in plan.entries.values())
+    formats = _table(f"Formats of {len(plan.entries)} tensors", ["format", "tensors", "share", ""])
+    for name, count in counts.most_common():
+        share = count / len(plan.entries)
+        formats.add_row(name, str(count), f"{share:.1%}", "█" * round(_BAR * share))
+    formats.columns[-1].justify = "left"
+    entries = _table("Entries", ["tensor", "format", "low"], right=3)
+    for key, entry in [*plan.entries.items()][:limit]:
+        entries.add_row(key, entry.format, "low" if entry.low else "")
+    if len(plan.entries) > limit:
+        entries.add_row(f"and {len(plan.entries) - limit} more (--all shows them)", "", "")
+    return Rows(head, formats, entries)
+
+
+def diff_table(diff: Diff) -> RenderableType:
+    """What changes from one plan to another."""
+    if not diff:
+        return "The two plans are the same."
+    table = _table("Differences", ["tensor", "first", "second"], right=3)
+    for key, (first, second) in diff.changed.items():
+        table.add_row(key, _entry(first), _entry(second))
+    for key in diff.only_here:
+        table.add_row(key, "in this one only", "")
+    for key in diff.only_there:
+        table.add_row(key, "", "in this one only")
+    return table
+
+
+def _entry(entry: Any) -> str:
+    return f"{entry.format}{' (low)' if entry.low else ''}"
+
+
+def result_table(results: Mapping[str, TrainResult]) -> RenderableType:
+    """Trainings side by side; with two, the ratio of the second to the first."""
+    names = list(results)
+    table = _table("Training", ["", *names, *(["ratio"] if len(names) == 2 else [])])
+    metrics = dict.fromkeys(name for result in results.values() for name in result.metrics)
+    for metric in metrics:
+        table.add_row(metric, *(_number(result.metrics.get(metric)) for result in results.values()), *_blank(names))
+    rows = [
+        ("last training loss", [result.loss for result in results.values()], _number),
+        ("measured peak", [result.measured_peak_bytes for result in results.values()], human_bytes),
+        ("predicted peak", [result.predicted_peak_bytes for result in results.values()], human_bytes),
+        ("seconds per step", [result.step_seconds for result in results.values()], _number),
+    ]
+    for title, values, show in rows:
+        ratio = [_ratio(values)] if len(names) == 2 else []
+        table.add_row(title, *("" if value is None else show(value) for value in values), *ratio)
+    notes = [f"{name}: {result.message}" for name, result in results.items() if result.diverged]
+    return Rows(table, *notes)
+
+
+def _blank(names: Sequence[str]) -> list[str]:
+    return [""] if len(names) == 2 else []
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _ratio(values: Sequence[float | None]) -> str:
+    first, second = values
+    return "" if not first or second is None else f"{second / first:.3f}×"
