@@ -29,11 +29,10 @@ from assign.errors import AssignError
 from assign.executor.apply import apply, autocast, planned_step
 from assign.formats import FORMATS, Format, parse_format
 from assign.memory import Estimate, estimate
+from assign.planning import search
 from assign.recipes import RECIPES
 from assign.rounding import quantize
-from assign.planning import search
 from assign.strategies import STRATEGIES
-
 from assign.tensors import TensorTable
 from assign.tracer import trace
 

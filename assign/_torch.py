@@ -15,9 +15,6 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, TorchRuntimeError, Unsupported, UserError
 from torch._functorch.partitioners import default_partition
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen
@@ -66,6 +63,25 @@ def forget_recompute(node: fx.Node) -> None:
     """Take a node out of the user's checkpointed region."""
     node.meta.pop("recompute", None)
     node.meta.pop("ac_graph_id", None)
+
+
+def source_of(node: fx.Node, position: int = 0) -> fx.Node:
+    """The node that is a node's argument at ``position``."""
+    source = node.args[position]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def output_of(graph: fx.GraphModule) -> fx.Node:
+    """The output node of a graph."""
+    return cast(fx.Node, next(node for node in graph.graph.nodes if node.op == "output"))
+
+
+def body_of(graph: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
+    """The graph inside a checkpointed block."""
+    body = graph.get_submodule(str(source_of(node).target))
+    assert isinstance(body, fx.GraphModule)
+    return body
 
 
 def label(node: fx.Node, text: str) -> None:
@@ -128,36 +144,6 @@ def eager_backend(
     return cast(GraphBackend, backend)
 
 
-class _Partitioner(CustomPartitionerFn):
-    def __init__(self, partition: Any, identity: str) -> None:
-        self._partition = partition
-        self._identity = identity
-
-    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Graphs:
-        return cast(Graphs, self._partition(gm, lambda graph: _split(graph, joint_inputs, kwargs)))
-
-    def uuid(self) -> str:
-        return self._identity
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:  # pickled only to make a key of Inductor's cache
-        return str, (self._identity,)
-
-
-class _GraphPass(CustomGraphPass):
-    def __init__(self, change: Callable[[fx.Graph], None], identity: str) -> None:
-        self._change = change
-        self._identity = identity
-
-    def __call__(self, graph: fx.Graph) -> None:
-        self._change(graph)
-
-    def uuid(self) -> str:
-        return self._identity
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:  # pickled only to make a key of Inductor's cache
-        return str, (self._identity,)
-
-
 def inductor_backend(
     partition: Callable[[fx.GraphModule, Callable[[fx.GraphModule], Graphs]], Graphs],
     inline: Callable[[fx.Graph], None],
@@ -168,17 +154,34 @@ def inductor_backend(
     Args:
         partition: as for :func:`eager_backend`.
         inline: edits each graph in place, right before Inductor lowers it.
-        identity: changes whenever ``partition`` or ``inline`` would do something else; part of the key of Inductor's cache.
+        identity: changes whenever one of the two would do something else; part of the key of Inductor's cache.
     """
-    patches = {
-        "custom_partitioner_fn": _Partitioner(partition, identity),
-        "post_grad_custom_pre_pass": _GraphPass(inline, identity),
-    }
+    from torch._inductor.compile_fx import compile_fx  # here: it takes a second to import, and eager never needs it
+    from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+
+    class Keyed:
+        def uuid(self) -> str:
+            return identity
+
+        def __reduce__(self) -> tuple[type[str], tuple[str]]:  # pickled only to make a key of Inductor's cache
+            return str, (identity,)
+
+    class Partitioner(Keyed, CustomPartitionerFn):
+        def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Graphs:
+            return partition(gm, lambda graph: _split(graph, joint_inputs, kwargs))
+
+    class Inline(Keyed, CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            inline(graph)
+
+    patches = {"custom_partitioner_fn": Partitioner(), "post_grad_custom_pre_pass": Inline()}
     return cast(GraphBackend, functools.partial(compile_fx, config_patches=patches))
 
 
 def trace_inline(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
     """Graph of ``function`` on values without data, in Inductor's own set of operators."""
+    from torch._inductor.decomposition import select_decomp_table
+
     mode = next((value.fake_mode for value in args if isinstance(value, FakeTensor)), contextlib.nullcontext())
     with mode:
         return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*args)

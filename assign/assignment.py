@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from assign.errors import FormatError, PlanError, nearest
 from assign.formats import Format, parse_format
-from assign.tensors import saved_key
+from assign.tensors import grad_key, saved_key
 
 VERSION = 1
 """Version of the file that this package writes, under the key ``assign_plan``."""
@@ -36,6 +36,17 @@ class Entry:
 
     format: str
     low: bool
+
+
+def format_pair(entries: Mapping[str, Entry], key: str) -> tuple[Format, Format] | None:
+    """Formats of tensor ``key`` and of its gradient; None where no entry names it.
+
+    A frozen weight has no gradient: its own format stands for both.
+    """
+    if key not in entries:
+        return None
+    gradient = entries.get(grad_key(key), entries[key])
+    return parse_format(entries[key].format), parse_format(gradient.format)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +31,11 @@ app = typer.Typer(
 console = Console()
 
 TaskName = Annotated[
-    str, typer.Argument(metavar="TASK", help="digits, cifar10, cifar100, fashion-mnist, shakespeare, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION")
+    str,
+    typer.Argument(
+        metavar="TASK",
+        help="digits, cifar10, cifar100, fashion-mnist, shakespeare, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION",
+    ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.")]
 Seed = Annotated[int, typer.Option(help="Seed of the model, the data's order and the search.")]
@@ -45,7 +48,9 @@ Strategy = Annotated[str, typer.Option(help="greedy, greedy-smallest, greedy-ran
 Format = Annotated[str | None, typer.Option("--format", help="With --strategy uniform: every tensor in this format.")]
 LowRatio = Annotated[float | None, typer.Option(help="Share of the elements to hold low, 0 to 1.")]
 Budget = Annotated[str | None, typer.Option(help="Peak bytes of a step: 512MiB, 6GB, or 50% of the all-fp32 peak.")]
-PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="PLAN", help="A plan's file; without one: plain fp32.")]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", metavar="PLAN", help="A plan's file; without one: plain fp32.")
+]
 BackendName = Annotated[Backend, typer.Option(help="eager: no compiler, exact memory. inductor: compiled, fast.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")]
 
@@ -61,14 +66,28 @@ def main() -> None:
 
 @app.command()
 def formats(
-    names: Annotated[list[str] | None, typer.Argument(help="Formats to show, e.g. 'fp(4,3,4)'; the table if none.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Formats to show, e.g. 'fp(4,3,4)'; the table if none.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """List the number formats: range, precision, and how each is stored."""
     rows = [parse_format(name) for name in names] if names else [*FORMATS.values()]
     console.print(tables.format_table(rows))
-    facts = ("bits", "exponent_bits", "mantissa_bits", "max_value", "min_normal", "min_subnormal", "code_bytes", "carrier")
-    _write(json_file, {row.name: {fact: getattr(row, fact) for fact in facts} | {"storage": str(row.storage)} for row in rows})
+    facts = (
+        "bits",
+        "exponent_bits",
+        "mantissa_bits",
+        "max_value",
+        "min_normal",
+        "min_subnormal",
+        "code_bytes",
+        "carrier",
+    )
+    _write(
+        json_file,
+        {row.name: {fact: getattr(row, fact) for fact in facts} | {"storage": str(row.storage)} for row in rows},
+    )
 
 
 @app.command()
@@ -80,7 +99,12 @@ def schema(json_file: Json = None) -> None:
 
 @app.command()
 def trace(
-    task: TaskName, seed: Seed = 0, batch_size: BatchSize = None, device: Device = "cpu", data: Data = None, json_file: Json = None
+    task: TaskName,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
 ) -> None:
     """List every tensor of one training step; nothing is computed."""
     table = _traced(_task(task, seed, batch_size, device, data, None))
@@ -147,7 +171,16 @@ def train(
     loaded = _task(task, seed, batch_size, device, data, epochs)
     name = "plan" if chosen else "fp32"
     result = _trained(
-        name, loaded, chosen, _traced(loaded), backend=backend, seed=seed, epochs=epochs, device=device, checkpoint=checkpoint, resume=resume
+        name,
+        loaded,
+        chosen,
+        _traced(loaded),
+        backend=backend,
+        seed=seed,
+        epochs=epochs,
+        device=device,
+        checkpoint=checkpoint,
+        resume=resume,
     )
     console.print(tables.result_table({name: result}))
     _write(json_file, result.to_json())
@@ -181,7 +214,9 @@ def run(
     baseline = _trained("fp32", loaded, None, table, **options)
     planned = _trained("plan", loaded, plan, table, backend=backend, **options)
     console.print(tables.result_table({"fp32": baseline, "plan": planned}))
-    _write(json_file, {"baseline": baseline.to_json(), "plan": planned.to_json(), "search": dict(plan.provenance.estimate)})
+    _write(
+        json_file, {"baseline": baseline.to_json(), "plan": planned.to_json(), "search": dict(plan.provenance.estimate)}
+    )
     if planned.diverged:
         raise typer.Exit(1)
 
@@ -248,12 +283,20 @@ def _searched(
 
 
 def _trained(name: str, task: Task, plan: Assignment | None, table: TensorTable, **options: Any) -> TrainResult:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"training {name}", total=None)
 
         def advance(step: Any) -> None:
-            progress.update(bar, completed=step.number, total=step.total, description=f"training {name}, loss {step.loss:.4f}")
+            progress.update(
+                bar, completed=step.number, total=step.total, description=f"training {name}, loss {step.loss:.4f}"
+            )
 
         return train_task(task, plan, table=table, on_step=advance, **options)
 
@@ -261,5 +304,3 @@ def _trained(name: str, task: Task, plan: Assignment | None, table: TensorTable,
 def _write(path: Path | None, data: Any) -> None:
     if path is not None:
         path.write_text(json.dumps(data, indent=2) + "\n")
-
-

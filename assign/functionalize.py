@@ -1,7 +1,7 @@
 """A captured graph without in-place operators, so that every value has one node and one mark.
 
-``relu(inplace=True)``, ``x += y``, ``x[mask] = v``, ``chunk`` followed by ``add_``: each becomes the operator that makes
-a new tensor; later readers of the old tensor, or of a view of it, read the new one. What changes an input of the graph
+``relu(inplace=True)``, ``x += y``, ``x[mask] = v``, ``add_`` on a slice: each becomes the operator that makes a new
+tensor; later readers of the old tensor, or of a view of it, read the new one. What changes an input of the graph
 (running statistics, counters) is left in place. Losses are split into the operators that the paper counts.
 """
 
@@ -85,8 +85,7 @@ def functionalize(graph: fx.GraphModule) -> None:
     """Rewrite the graph in place; bodies of checkpointed blocks are included."""
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target is _torch.CHECKPOINT_OP:
-            body = graph.get_submodule(node.args[0].target)
-            functionalize(body)
+            functionalize(_torch.body_of(graph, node))
     _split_cross_entropy(graph)
     while _rewrite_first_mutation(graph):
         pass
@@ -132,7 +131,7 @@ def _mutated(node: fx.Node) -> fx.Node | None:
 
 
 def _inplace_flag(node: fx.Node) -> bool:
-    position = _INPLACE_FLAG[node.target]
+    position = _INPLACE_FLAG[node.target]  # type: ignore[index]
     return bool(node.kwargs.get("inplace", node.args[position] if len(node.args) > position else False))
 
 

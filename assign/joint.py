@@ -1,4 +1,4 @@
-"""What tracer and executor both know about joint graphs: views, exact conversions, and who reads an operator's output."""
+"""What tracer and executor both know about joint graphs: views, exact conversions, who reads an operator's output."""
 
 from collections.abc import Iterable
 from typing import Any

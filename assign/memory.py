@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from assign import lowering
-from assign.assignment import Assignment, Entry
+from assign.assignment import Assignment, Entry, format_pair
 from assign.formats import Format, parse_format
-from assign.tensors import Buffer, Event, Role, TensorInfo, TensorTable, base_key, grad_key, saved_key
+from assign.tensors import Buffer, Event, Role, TensorTable, base_key, saved_key
 
 MARK = "mark:"
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
@@ -128,6 +128,8 @@ class Replay:
         self.segments: list[Segment] = []
         self.saved_bytes = 0
         self._fp32 = parse_format("fp32")
+        self._carriers: dict[str, str] = {}
+        self._computes: dict[str, str] = {}
         self._narrowed = any(self._carrier(key) != lowering.FLOAT32 for key in self._forward_keys())
         self._reads = self._index_reads()
         self._alias = self._find_aliases()
@@ -137,22 +139,29 @@ class Replay:
     def _forward_keys(self) -> list[str]:
         return [i.key for i in self.table.tensors if i.role in (Role.WEIGHT, Role.ACTIVATION)]
 
-    def _format(self, key: str) -> Format:
-        entry = self.entries.get(key)
-        return parse_format(entry.format) if entry else self._fp32
+    def _formats(self, key: str) -> tuple[Format, Format]:
+        """Of a forward tensor and of its gradient."""
+        return format_pair(self.entries, key) or (self._fp32, self._fp32)
 
     def _carrier(self, key: str) -> str:
-        return lowering.carrier(self._format(key), self._format(grad_key(key)))
+        if key not in self._carriers:
+            self._carriers[key] = lowering.carrier(*self._formats(key))
+        return self._carriers[key]
 
     def _compute(self, key: str) -> str:
         """Dtype in which the operator that makes ``key`` runs."""
+        if key not in self._computes:
+            self._computes[key] = self._find_compute(key)
+        return self._computes[key]
+
+    def _find_compute(self, key: str) -> str:
         info = self.table.by_key.get(key)
         if info is None or info.op in ("parameter", "input"):
             return lowering.FLOAT32
         operands = [self._carrier(source) for source in info.inputs]
         if info.op in lowering.FLOAT32_PARAMETERS:
             operands = operands[:1]
-        custom = any(fmt.native is None for fmt in (self._format(key), self._format(grad_key(key))))
+        custom = any(fmt.native is None for fmt in self._formats(key))
         return lowering.compute_dtype(info.op, operands, self._carrier(key), custom)
 
     def _index_reads(self) -> dict[int, list[int]]:
@@ -178,7 +187,7 @@ class Replay:
 
     def _is_identity(self, key: str, backward: bool) -> bool:
         carrier, made_in = self._carrier(key), self._compute(key)
-        fmt = self._format(grad_key(key) if backward else key)
+        fmt = self._formats(key)[backward]
         explicit = not backward and saved_key(key) in self.entries
         return carrier == made_in and fmt.native in (carrier, lowering.FLOAT32) and not explicit
 
@@ -256,7 +265,7 @@ class Replay:
         if self._is_identity(key, backward=False):
             return None
         explicit = self.entries.get(saved_key(key))
-        fmt = parse_format(explicit.format) if explicit else self._format(key)
+        fmt = parse_format(explicit.format) if explicit else self._formats(key)[0]
         return info.elements * fmt.code_bytes + (4 if ":" in fmt.name else 0)
 
     def _owner(self, info: Buffer, event: Event) -> tuple[str, str]:
@@ -288,7 +297,7 @@ class Replay:
         carrier = self._carrier(base_key(info.holds))
         made = carrier if is_mark or event.op == "" else compute
         kept = self._compute(base_key(info.holds)) if is_mark else carrier
-        rounded = not is_mark or self._format(info.holds).native not in (carrier, lowering.FLOAT32)
+        rounded = not is_mark or self._formats(base_key(info.holds))[1].native not in (carrier, lowering.FLOAT32)
         if made == kept or not rounded:
             return 2 * number
         self._add(2 * number, 2 * number + 1, info.elements * lowering.BYTES[made], info.holds, "scratch")
@@ -369,6 +378,3 @@ class Replay:
             if not e.op.startswith(MARK)
         ]
         return (*rows, ("optimizer", "step", self.optimizer_peak_bytes))
-
-
-__all__ = ["Estimate", "TensorInfo", "aggregate_bytes", "estimate", "low_ratio", "peak_bytes"]

@@ -22,7 +22,14 @@ from assign.functionalize import Aliases
 MOVES = frozenset({"contiguous", "clone", "reshape", "flatten", "to", "detach", "flip", "roll", "repeat", "permute"})
 """Operators whose result holds the very values of their first argument: no new site, the same key."""
 
-_CANONICAL = {"truediv": "div", "multiply": "mul", "subtract": "sub", "divide": "div", "neg_": "neg", "__matmul__": "matmul"}
+_CANONICAL = {
+    "truediv": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "divide": "div",
+    "neg_": "neg",
+    "__matmul__": "matmul",
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -114,7 +121,7 @@ def _enter(graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], resul
     """Give parameters at their first reader, and inputs where they enter the model, a site."""
     inside = strip_module_path(_torch.module_path(node)) is not None
     for argument in arguments:
-        value = result.values.get(argument)
+        value: Any = result.values.get(argument)
         if argument.op == "placeholder" and argument in result.key_of:
             key = result.key_of[argument]
             if key not in result.seen and argument in result.parametric:
@@ -134,7 +141,7 @@ def _enter(graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], resul
 
 def _walk_body(graph: fx.GraphModule, node: fx.Node, result: Walk) -> None:
     """Walk the body of a checkpointed block, its inputs bound to the outer values."""
-    body = graph.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
+    body = _torch.body_of(graph, node)
     inner = [n for n in body.graph.nodes if n.op == "placeholder"]
     for placeholder, outer in zip(inner, node.args[1:], strict=False):
         if isinstance(outer, fx.Node):
@@ -144,11 +151,11 @@ def _walk_body(graph: fx.GraphModule, node: fx.Node, result: Walk) -> None:
             if outer in result.key_of:
                 result.key_of[placeholder] = result.key_of[outer]
     _walk_graph(body, result)
-    outputs = next(n for n in body.graph.nodes if n.op == "output").args[0]
+    outputs: Any = _torch.output_of(body).args[0]
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     for user in node.users:
         if user.target is operator.getitem:
-            source = outputs[user.args[1]]
+            source = outputs[int(str(user.args[1]))]
             if source in result.key_of:
                 result.key_of[user] = result.key_of[source]
             result.labels[user] = result.labels.get(source, "")
@@ -171,8 +178,8 @@ def _name_written(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result
 def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result: Walk) -> None:
     value = aliases.values[node]
     maker, part = node, 0
-    if node.target is operator.getitem and not isinstance(aliases.values.get(node.args[0]), Tensor):
-        maker, part = node.args[0], node.args[1]  # type: ignore[assignment]
+    if node.target is operator.getitem and not isinstance(aliases.values.get(_torch.source_of(node)), Tensor):
+        maker, part = _torch.source_of(node), int(str(node.args[1]))
         if maker.op not in ("call_function", "call_method") or maker.target is _torch.CHECKPOINT_OP:
             return
     op = operator_name(maker.meta.get("assign_op", maker.target))
@@ -198,7 +205,7 @@ def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result:
     site.source = source_line(maker)
     site.inputs = tuple(dict.fromkeys(result.key_of[n] for n in maker.all_input_nodes if n in result.key_of))
     if op == "nll_loss" and len(maker.args) > 1:
-        site.elements = int(aliases.values[maker.args[1]].numel())
+        site.elements = int(aliases.values[_torch.source_of(maker, 1)].numel())
     result.key_of[node] = key
     result.labels[node] = key
     result.labels[maker] = key

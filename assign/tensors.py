@@ -99,7 +99,7 @@ class Event:
     """One operator of the step's forward or backward graph, in the order in which they run.
 
     Attributes:
-        op: key of the table's operator that it belongs to; ``mark:KEY`` where tensor KEY is complete and gets its format.
+        op: key of the operator that it belongs to; ``mark:KEY`` where tensor KEY is complete and gets its format.
         backward: in which pass it runs.
         reads, writes: indices of buffers; parameters and the batch are resident and do not appear.
         scratch: bytes its kernel needs for a moment: when it runs in float32, when it runs in 16 bit.
@@ -225,7 +225,9 @@ class TensorTable:
             plain["kept"] = tuple(plain["kept"])
             return cls(tensors=tuple(TensorInfo(**row) for row in rows), schedule=Schedule(**plain))
         except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"table: not a tensor table ({error}). Make one with 'assign trace TASK --json FILE'.") from error
+            raise PlanError(
+                f"table: not a tensor table ({error}). Make one with 'assign trace TASK --json FILE'."
+            ) from error
 
     def save(self, path: str) -> None:
         """Write the table as JSON."""

@@ -1,7 +1,7 @@
 """Model and batch in, :class:`TensorTable` out; nothing is computed and no memory of the step is allocated.
 
-The model is captured with its loss as one graph, a probe stands at every tensor, and torch's own autograd and partitioner
-say what the backward pass does and which values wait for it. The graph that is traced here is the graph that runs.
+The model is captured with its loss as one graph, a probe stands at every tensor, and torch's own autograd and
+partitioner say what the backward pass does and which values wait for it. The graph traced here is the graph that runs.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from assign import _torch
 from assign.capture import Capture, Loss, compile_step
@@ -45,7 +45,8 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, key: str) -> Tensor:
         ctx.key = key
-        return torch.ops.assign.probe(x, key)
+        probed: Tensor = torch.ops.assign.probe(x, key)
+        return probed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -76,7 +77,9 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         raise TraceError("trace: the loss does not use the model. loss(model, batch) must call model.")
     if not isinstance(result, Tensor) or result.numel() != 1:
         what = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-        raise TraceError(f"trace: loss(model, batch) returned {what}, a scalar tensor is needed. Reduce it with .mean().")
+        raise TraceError(
+            f"trace: loss(model, batch) returned {what}, a scalar tensor is needed. Reduce it with .mean()."
+        )
     rows = list(_rows(recorder, model))
     states, optimizer_bytes, scratch = _optimizer_states(model, optimizer)
     schedule = dataclasses.replace(
@@ -100,7 +103,7 @@ class _Recorder:
         self.saved: dict[str, str] = {}
 
     def receive(self, capture: Capture) -> Callable[..., Any]:
-        outputs = next(n for n in capture.graph.graph.nodes if n.op == "output").args[0]
+        outputs: Any = _torch.output_of(capture.graph).args[0]
         examples = [_torch.make_dense_output(_torch.fake_value(n) if isinstance(n, fx.Node) else n) for n in outputs]
         functionalize(capture.graph)
         self.walked = walk(capture)
@@ -206,7 +209,7 @@ def _note_saved(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, 
     """Which activations wait for the backward pass: key → dtype in which they do."""
     waiting = {node.name for node in backward.graph.nodes if node.op == "placeholder"}
     found = {}
-    for node in next(n for n in forward.graph.nodes if n.op == "output").all_input_nodes:
+    for node in _torch.output_of(forward).all_input_nodes:
         source = origin(node)
         if node.name in waiting and source.target is torch.ops.assign.probe.default:
             found[str(source.args[1])] = str(_torch.joint_value(source).dtype).removeprefix("torch.")
@@ -274,11 +277,11 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-class _Allocations(TorchDispatchMode):
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Peak bytes of what operators allocate while the mode is on."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -299,9 +302,7 @@ class _Allocations(TorchDispatchMode):
         self.now -= size
 
 
-def _optimizer_states(
-    model: nn.Module, optimizer: OptimizerFactory | None
-) -> tuple[list[TensorInfo], int, int]:
+def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> tuple[list[TensorInfo], int, int]:
     """Rows, bytes and momentary bytes of the optimizer, read off a step on tensors without data."""
     if optimizer is None:
         return [], 0, 0
@@ -317,7 +318,7 @@ def _optimizer_states(
         with _Allocations() as allocations:
             instance.step()
     rows, total = [], 0
-    for (name, parameter), twin in zip(named, twins, strict=True):
+    for (name, _), twin in zip(named, twins, strict=True):
         for state, value in instance.state[twin].items():
             if isinstance(value, Tensor) and value.numel() > 1:
                 total += value.untyped_storage().nbytes()

@@ -1,8 +1,8 @@
 """What torch's CPU kernels allocate for themselves while they run, beside their results.
 
 Read off torch 2.13 with oneDNN by measuring one operator at a time; what is not listed allocates next to nothing.
-A convolution reorders contiguous tensors into blocked layouts (channels-last needs none of it); normalisation's backward
-pass copies the gradient; a 16-bit ``mean`` sums a float32 copy. CUDA kernels' workspaces are not modelled.
+A convolution reorders contiguous tensors into blocked layouts (channels-last needs none of it); the backward pass
+of batch normalisation copies the gradient; a 16-bit ``mean`` sums a float32 copy. CUDA kernels' workspaces are not modelled.
 """
 
 import torch
@@ -34,7 +34,8 @@ def kernel_scratch(node: fx.Node) -> tuple[int, int]:
 
 def _convolution(node: fx.Node) -> tuple[int, int]:
     backward = node.target is aten.convolution_backward.default
-    gradient, source, weight = (_torch.joint_value(n) for n in ([*node.args[:3]] if backward else [node, *node.args[:2]]))
+    operands = [_torch.source_of(node, position) for position in range(3 if backward else 2)]
+    gradient, source, weight = map(_torch.joint_value, operands if backward else [node, *operands])
     if source.dim() == 4 and source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
         return 0, 0
     sizes = gradient.numel(), source.numel()

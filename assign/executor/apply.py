@@ -52,7 +52,9 @@ def apply(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -> n
         return _restore, (_plain(self, original), plan, backend)
 
     body = {"__call__": call, "__deepcopy__": duplicate, "__reduce_ex__": reduce, "assign_plan": plan}
-    planned: nn.Module = _share(model, type(original.__name__, (original,), {**body, "__module__": original.__module__}))
+    planned: nn.Module = _share(
+        model, type(original.__name__, (original,), {**body, "__module__": original.__module__})
+    )
     return planned
 
 
@@ -77,7 +79,9 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
         object.__setattr__(model, "__class__", original)
 
 
-def planned_step(model: nn.Module, loss: Loss, plan: Assignment, *, backend: str = "inductor") -> Callable[[Any], Tensor]:
+def planned_step(
+    model: nn.Module, loss: Loss, plan: Assignment, *, backend: str = "inductor"
+) -> Callable[[Any], Tensor]:
     """``step(batch)`` → loss, with the loss in the same graph as the model, so that the plan covers it too.
 
     Raises:
@@ -110,7 +114,7 @@ def _compile(model: nn.Module, loss: Callable[..., Any], plan: Assignment, backe
 
 def _share(model: nn.Module, kind: type) -> Any:
     """An object of class ``kind`` whose state is the model's own."""
-    twin = object.__new__(kind)
+    twin: Any = object.__new__(kind)
     object.__setattr__(twin, "__dict__", model.__dict__)
     return twin
 
@@ -161,7 +165,12 @@ def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
 def _check_covers(walked: Walk, capture: Capture, plan: Assignment, whole_step: bool) -> None:
     """Every tensor of the captured step stands in the plan, and the other way round."""
     frozen = {name for node, name in capture.parameters.items() if not _torch.fake_value(node).requires_grad}
-    keys = [key for site in walked.sites for key in (site.key, grad_key(site.key)) if key.removesuffix(".grad") not in frozen]
+    keys = [
+        key
+        for site in walked.sites
+        for key in (site.key, grad_key(site.key))
+        if key.removesuffix(".grad") not in frozen
+    ]
     keys += [site.key for site in walked.sites if site.key in frozen]
     keys += [key for key in plan.entries if key.removesuffix(".grad") in frozen and key not in keys]
     if not whole_step:  # the loss is computed outside: its entries have nothing to apply to

@@ -50,7 +50,7 @@ def inline(graph: fx.Graph) -> None:
 
 
 def _quantize(name: str, saturate: bool, dtype: torch.dtype) -> Callable[..., Tensor]:
-    return lambda x, *scale: rounding.inline_quantize(x, *(scale or (None,)), parse_format(name), saturate, dtype)
+    return lambda x, *s: rounding.inline_quantize(x, s[0] if s else None, parse_format(name), saturate, dtype)
 
 
 def _scale(name: str) -> Callable[..., Tensor]:
@@ -58,11 +58,11 @@ def _scale(name: str) -> Callable[..., Tensor]:
 
 
 def _encode(name: str) -> Callable[..., Tensor]:
-    return lambda x, *scale: rounding.inline_encode(x, *(scale or (None,)), parse_format(name))
+    return lambda x, *s: rounding.inline_encode(x, s[0] if s else None, parse_format(name))
 
 
 def _decode(name: str, dtype: torch.dtype) -> Callable[..., Tensor]:
-    return lambda codes, *scale: rounding.inline_decode(codes, *(scale or (None,)), parse_format(name), dtype)
+    return lambda codes, *s: rounding.inline_decode(codes, s[0] if s else None, parse_format(name), dtype)
 
 
 _EXPANSIONS: dict[Any, Callable[..., Callable[..., Tensor]]] = {

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from assign import _torch, lowering
-from assign.assignment import Assignment
+from assign.assignment import Assignment, format_pair
 from assign.capture import Capture
 from assign.formats import Format, Scaling, parse_format
 from assign.operators import Site, Walk, floating_arguments, operator_name
-from assign.tensors import grad_key, saved_key
+from assign.tensors import saved_key
 
 MARK = "mark:"
 """Prefix of the label of a mark's nodes in the joint graph; the tensor's key follows."""
@@ -100,7 +100,7 @@ class _Marker:
         elif key is not None and "assign_op" not in node.meta:
             self.dtypes[node] = self._compute_dtype(node, key)
             self._lower(graph, node, self.dtypes[node])
-        elif sources and node in self.walked.key_of or _is_tuple(self.walked.values.get(node)):
+        elif (sources and node in self.walked.key_of) or _is_tuple(self.walked.values.get(node)):
             self._follow(node, sources)
         for site in self.sites.get(node, ()):
             self._mark_site(graph, site, before=site.after.next)
@@ -114,9 +114,7 @@ class _Marker:
             node.replace_all_uses_with(sources[0])
 
     def _formats(self, key: str) -> tuple[Format, Format] | None:
-        if key not in self.plan.entries:
-            return None
-        return self.plan.format_of(key), self.plan.format_of(grad_key(key))
+        return format_pair(self.plan.entries, key)
 
     def _carrier(self, key: str) -> str:
         formats = self._formats(key)
@@ -181,23 +179,24 @@ class _Marker:
 
     def _first_reader(self, site: Site) -> fx.Node:
         readers = set(site.readers if site.readers is not None else site.node.users)
-        return next(n for n in site.owner.graph.nodes if n in readers)
+        first: fx.Node = next(n for n in site.owner.graph.nodes if n in readers)
+        return first
 
     def _mark_body(self, graph: fx.GraphModule, node: fx.Node) -> None:
-        body = graph.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
+        body = _torch.body_of(graph, node)
         inner = [n for n in body.graph.nodes if n.op == "placeholder"]
         for placeholder, outer in zip(inner, node.args[1:], strict=False):
             if isinstance(outer, fx.Node) and outer in self.dtypes:
                 self.dtypes[placeholder] = self.dtypes[outer]
         self.mark_graph(body)
-        results = next(n for n in body.graph.nodes if n.op == "output").args[0]
+        results: Any = _torch.output_of(body).args[0]
         for user in node.users:
             if user.target is operator.getitem and results[user.args[1]] in self.dtypes:
                 self.dtypes[user] = self.dtypes[results[user.args[1]]]
 
     def widen_outputs(self, graph: fx.GraphModule) -> None:
         """What leaves the graph has the dtype that the user's own code gave it."""
-        output = next(n for n in graph.graph.nodes if n.op == "output")
+        output = _torch.output_of(graph)
         for argument in output.all_input_nodes:
             if self.dtypes.get(argument, lowering.FLOAT32) != lowering.FLOAT32:
                 with graph.graph.inserting_before(output):

@@ -1,7 +1,7 @@
 """Tables and sentences for the shell; every number has its unit."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group as Rows
@@ -35,7 +35,18 @@ def _table(title: str, columns: Sequence[str], right: int = 1) -> Table:
 
 def format_table(formats: Sequence[Format] | None = None) -> Table:
     """The formats with what they can hold and how they are stored."""
-    columns = ["format", "bits", "exponent", "mantissa", "largest", "smallest normal", "smallest", "ties", "saved as", "computes in"]
+    columns = [
+        "format",
+        "bits",
+        "exponent",
+        "mantissa",
+        "largest",
+        "smallest normal",
+        "smallest",
+        "ties",
+        "saved as",
+        "computes in",
+    ]
     table = _table("Number formats; any fp(e,m,b) is one too", columns)
     for fmt in formats or [*FORMATS.values()]:
         cells = [fmt.bits, fmt.exponent_bits, fmt.mantissa_bits, f"{fmt.max_value:.6g}", f"{fmt.min_normal:.4g}"]
@@ -46,11 +57,16 @@ def format_table(formats: Sequence[Format] | None = None) -> Table:
 
 def trace_table(table: TensorTable, limit: int = 20) -> RenderableType:
     """The table's groups, and its largest tensors."""
-    groups = _table(f"{len(table.groups)} groups, {table.elements:,} elements in the paper's four roles", ["group", "elements", "share", "tensors", "first"])
+    groups = _table(
+        f"{len(table.groups)} groups, {table.elements:,} elements in the paper's four roles",
+        ["group", "elements", "share", "tensors", "first"],
+    )
     for group in sorted(table.groups, key=lambda g: -g.elements)[:limit]:
         share = f"{group.elements / table.elements:.1%}"
         groups.add_row(str(group.id), f"{group.elements:,}", share, str(len(group.keys)), group.keys[0])
-    rows = _table(f"Largest of {len(table.tensors)} tensors", ["tensor", "role", "shape", "elements", "group", "source"], right=3)
+    rows = _table(
+        f"Largest of {len(table.tensors)} tensors", ["tensor", "role", "shape", "elements", "group", "source"], right=3
+    )
     forward = [info for info in table.tensors if info.role in (Role.ACTIVATION, Role.WEIGHT)]
     for info in sorted(forward, key=lambda i: -i.elements)[:limit]:
         shape = "×".join(map(str, info.shape)) or "scalar"
@@ -87,9 +103,11 @@ def plan_table(plan: Assignment, limit: int = 20) -> RenderableType:
     head.add_row("model's fingerprint", plan.fingerprint)
     head.add_row("strategy", f"{source.strategy or 'unknown'}, seed {source.seed}")
     head.add_row("made by", source.command or "unknown")
-    head.add_row("made on", f"{source.created or 'unknown'}; " + ", ".join(f"{k} {v}" for k, v in source.versions.items()))
+    head.add_row(
+        "made on", f"{source.created or 'unknown'}; " + ", ".join(f"{k} {v}" for k, v in source.versions.items())
+    )
     for name, value in source.estimate.items():
-        text = human_bytes(value) if name.endswith("bytes") else f"{value:.4g}"
+        text = human_bytes(float(str(value))) if name.endswith("bytes") else f"{float(str(value)):.4g}"
         head.add_row(f"predicted {name.removesuffix('_bytes').replace('_', ' ')}", text)
     counts = Counter(entry.format for entry in plan.entries.values())
     formats = _table(f"Formats of {len(plan.entries)} tensors", ["format", "tensors", "share", ""])
@@ -130,7 +148,7 @@ def result_table(results: Mapping[str, TrainResult]) -> RenderableType:
     metrics = dict.fromkeys(name for result in results.values() for name in result.metrics)
     for metric in metrics:
         table.add_row(metric, *(_number(result.metrics.get(metric)) for result in results.values()), *_blank(names))
-    rows = [
+    rows: list[tuple[str, list[Any], Callable[[Any], str]]] = [
         ("last training loss", [result.loss for result in results.values()], _number),
         ("measured peak", [result.measured_peak_bytes for result in results.values()], human_bytes),
         ("predicted peak", [result.predicted_peak_bytes for result in results.values()], human_bytes),

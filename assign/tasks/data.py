@@ -31,7 +31,7 @@ class Images:
 class Batches:
     """Batches of (inputs, labels), in another order every epoch; what is left over at the end waits for the next.
 
-    The order is drawn from torch's global generator when an epoch starts, as a ``DataLoader`` does: whoever seeds that one
+    The order is drawn from torch's global generator when an epoch starts, as a ``DataLoader`` does: who seeds that
     repeats the epoch.
     """
 
@@ -48,7 +48,8 @@ class Batches:
         device = self._labels.device
         generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
         order = torch.randperm(len(self._labels), generator=generator, device=device)
-        for chosen in order.split(self._size)[: len(self)]:
+        for start in range(0, len(self) * self._size, self._size):
+            chosen = order[start : start + self._size]
             yield self._prepare(self._inputs[chosen], generator), self._labels[chosen]
 
 
@@ -110,7 +111,9 @@ def read_fashion_mnist(directory: Path | None) -> Images:
         TaskError: neither is there; says where it looked.
     """
     archive = "fashion_mnist.npz"
-    raw = [tuple(f"{folder}{file}{end}" for file in _IDX) for folder in ("FashionMNIST/raw/", "") for end in ("", ".gz")]
+    raw = [
+        tuple(f"{folder}{file}{end}" for file in _IDX) for folder in ("FashionMNIST/raw/", "") for end in ("", ".gz")
+    ]
     root = _find(directory, "fashion-mnist", [(archive,), *raw])
     if (root / archive).exists():
         z = _load_archive(root / archive, ("train_images", "train_labels", "test_images", "test_labels"))
@@ -160,8 +163,7 @@ def _find(directory: Path | None, task: str, layouts: list[tuple[str, ...]]) -> 
         return directory
     missing = [file for files in layouts for file in files if not (directory / file).exists()]
     raise TaskError(
-        f"task {task!r}: the data is not in {directory}. {_describe(layouts)}\n"
-        f"  Not found there: {', '.join(missing)}"
+        f"task {task!r}: the data is not in {directory}. {_describe(layouts)}\n  Not found there: {', '.join(missing)}"
     )
 
 
@@ -203,7 +205,13 @@ class _ArraysOnly(pickle.Unpickler):
     """Reads the pickles of CIFAR, which hold NumPy arrays and plain values, and refuses to build anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"):
+        if module.partition(".")[0] == "numpy" and name in (
+            "_reconstruct",
+            "ndarray",
+            "dtype",
+            "scalar",
+            "_frombuffer",
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
 
@@ -233,4 +241,6 @@ def _read_idx(path: Path) -> Array:
             raise ValueError("it does not start as an IDX file of bytes")
         return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
     except (ValueError, IndexError, EOFError, OSError) as error:
-        raise TaskError(f"{path} cannot be read: {error}. It is to be an IDX file of Fashion-MNIST; copy it again.") from error
+        raise TaskError(
+            f"{path} cannot be read: {error}. It is to be an IDX file of Fashion-MNIST; copy it again."
+        ) from error

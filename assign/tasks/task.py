@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from assign.errors import TaskError
+from assign.tasks.batch import Batch
 
-Batch = Any
 Metrics = dict[str, float]
 
 
@@ -48,7 +48,9 @@ class Task:
             _refuse("model", self.model, "a torch.nn.Module, or a function of no arguments that makes one")
         _check_callable("loss", self.loss, "a function loss(model, batch) that returns a scalar tensor")
         if isinstance(self.optimizer, Optimizer):
-            _refuse("optimizer", self.optimizer, "a function of parameters, e.g. lambda p: torch.optim.AdamW(p, lr=1e-3)")
+            _refuse(
+                "optimizer", self.optimizer, "a function of parameters, e.g. lambda p: torch.optim.AdamW(p, lr=1e-3)"
+            )
         _check_callable("optimizer", self.optimizer, "a function optimizer(parameters) that returns a torch optimizer")
         for field, value in (("evaluate", self.evaluate), ("scheduler", self.scheduler)):
             if value is not None:

@@ -1,0 +1,37 @@
+"""A batch is any nesting of tuples, lists and mappings with tensors in it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = Any
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``; whatever has a method ``to`` is asked to move itself."""
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: move(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(move(value, device) for value in batch)
+    return batch
+
+
+def tensors_in(batch: Batch) -> Iterator[Tensor]:
+    """Every tensor of a batch."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_in(value)
+
+
+def count_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())

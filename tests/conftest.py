@@ -1,0 +1,9 @@
+"""Every test starts from the same seed, on the CPU."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

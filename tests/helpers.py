@@ -1,0 +1,47 @@
+"""What several test modules do: plans from tables, a few training steps, bytes measured by the profiler."""
+
+import torch
+
+from assign.assignment import Assignment, Entry
+from assign.recipes import get_recipe, initial
+from assign.tracer import trace
+from models import class_loss
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def traced(model, batch, loss=class_loss, optimizer=sgd):
+    return trace(model, batch, loss, optimizer)
+
+
+def everything(table, format_name):
+    entries = {info.key: Entry(format_name, False) for info in table.paper_tensors}
+    return Assignment(entries=entries, recipe="native", fingerprint=table.fingerprint)
+
+
+def all_low(table, recipe="native"):
+    low = frozenset(group.id for group in table.groups)
+    return Assignment(
+        entries=initial(table, get_recipe(recipe), low), recipe=recipe, fingerprint=table.fingerprint
+    )
+
+
+def all_high(table, recipe="native"):
+    return Assignment(entries=initial(table, get_recipe(recipe)), recipe=recipe, fingerprint=table.fingerprint)
+
+
+def steps(model, step, batch, count=5, optimizer=sgd):
+    """Losses and gradients of a few optimizer steps."""
+    instance = optimizer(model.parameters())
+    losses, grads = [], []
+    for number in range(count):
+        torch.manual_seed(number)
+        instance.zero_grad()
+        loss = step(batch)
+        loss.backward()
+        losses.append(loss.item())
+        grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+        instance.step()
+    return losses, grads

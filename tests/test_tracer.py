@@ -1,0 +1,179 @@
+"""The table against what is known of the model, and the errors a user meets."""
+
+import json
+
+import networkx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from assign.errors import PlanError, TraceError
+from assign.tensors import Role, TensorTable
+from assign.tracer import trace
+from helpers import sgd, traced
+from models import GPT, MLP, InPlace, ResNet, class_loss, images, tokens, vectors
+
+
+def keys(table, role=Role.ACTIVATION):
+    return [info.key for info in table.tensors if info.role is role]
+
+
+def test_keys_of_a_resnet():
+    table = traced(ResNet(blocks=1), images())
+    assert keys(table) == [
+        "/input",
+        "stem/conv2d",
+        "bn/batch_norm",
+        "/relu",
+        "layers.0.conv1/conv2d",
+        "layers.0.bn1/batch_norm",
+        "layers.0.act/relu",
+        "layers.0.conv2/conv2d",
+        "layers.0.bn2/batch_norm",
+        "layers.0/add",
+        "layers.0.act/relu#2",
+        "/mean",
+        "head/linear",
+        "loss/log_softmax",
+        "loss/nll_loss",
+    ]
+    assert set(keys(table, Role.WEIGHT)) == {name for name, _ in ResNet(blocks=1).named_parameters()}
+    assert set(keys(table, Role.WEIGHT_GRAD)) == {f"{name}.grad" for name, _ in ResNet(blocks=1).named_parameters()}
+
+
+def test_a_row_says_what_it_is():
+    table = traced(ResNet(blocks=1), images(batch=8, size=8))
+    row = table.by_key["layers.0/add"]
+    assert (row.shape, row.elements, row.dtype, row.op) == ((8, 8, 8, 8), 4096, "float32", "add")
+    assert row.module == "layers.0"
+    assert row.source.startswith("tests/models.py:")
+    assert row.inputs == ("layers.0.bn2/batch_norm", "/relu")
+    assert row.consumers == ("layers.0.act/relu#2",)
+    assert table.by_key["loss/nll_loss"].elements == 8  # one per sample
+
+
+def test_saved_are_the_values_that_the_backward_pass_reads():
+    saved = set(keys(traced(ResNet(blocks=1), images()), Role.SAVED))
+    assert "layers.0.act/relu.saved" in saved
+    assert "layers.0.conv1/conv2d.saved" in saved
+    assert "layers.0.bn1/batch_norm.saved" not in saved  # relu's backward reads relu's output
+    assert "loss/nll_loss.saved" not in saved
+
+
+def test_tied_weights_have_one_key():
+    table = traced(GPT(), tokens())
+    assert keys(table, Role.WEIGHT).count("tokens.weight") == 1
+    assert "head.weight" not in table.by_key
+    assert set(table.by_key["tokens.weight"].consumers) == {"tokens/embedding", "head/linear"}
+
+
+def test_views_and_constants_are_no_tensors():
+    names = keys(traced(GPT(), tokens()))
+    assert not [name for name in names if name.rpartition("/")[2].split("#")[0] in ("view", "split", "transpose", "arange")]
+
+
+def test_in_place_writes_are_named_where_they_are_done():
+    table = traced(InPlace(), vectors(width=8))
+    assert table.by_key["/setitem#3"].inputs == ("/mul#3",)
+    assert table.by_key["/gelu"].inputs == ("b/linear",)  # inside a checkpointed block
+
+
+def test_optimizer_states_are_rows():
+    table = trace(MLP(), vectors(), class_loss, torch.optim.AdamW)
+    assert keys(table, Role.OPTIM_STATE)[:2] == ["first.weight.optim.exp_avg", "first.weight.optim.exp_avg_sq"]
+    weights = sum(p.numel() for p in MLP().parameters())
+    assert table.schedule.optimizer_bytes == 2 * 4 * weights
+
+
+@pytest.mark.parametrize("wrap", [tuple, lambda pair: {"x": pair[0], "y": pair[1]}, lambda pair: [{"z": pair}]])
+def test_batches_of_any_shape(wrap):
+    def loss(model, batch):
+        while not isinstance(batch, tuple):
+            batch = batch[0]["z"] if isinstance(batch, list) else tuple(batch.values())
+        return class_loss(model, batch)
+
+    assert keys(trace(MLP(), wrap(vectors()), loss)) == keys(traced(MLP(), vectors()))
+
+
+def test_same_table_at_another_batch_size():
+    small, large = traced(ResNet(), images(batch=4)), traced(ResNet(), images(batch=12))
+    assert small.fingerprint == large.fingerprint
+    assert list(small.by_key) == list(large.by_key)
+
+
+def test_the_fingerprint_knows_the_model():
+    assert traced(ResNet(blocks=1), images()).fingerprint != traced(ResNet(blocks=2), images()).fingerprint
+    assert traced(MLP(width=32), vectors()).fingerprint != traced(MLP(width=64), vectors()).fingerprint
+
+
+def test_json_round_trip_and_fixed_fields():
+    table = traced(GPT(), tokens())
+    data = json.loads(json.dumps(table.to_json()))
+    assert TensorTable.from_json(data) == table
+    assert {"fingerprint", "elements", "groups", "tensors"} <= data.keys()
+    assert data["elements"] == sum(group["elements"] for group in data["groups"])
+    assert {"key", "role", "shape", "elements", "group", "op"} <= data["tensors"][0].keys()
+    with pytest.raises(PlanError, match="not a tensor table"):
+        TensorTable.from_json({"tensors": []})
+
+
+def test_networkx_graph_is_the_forward_pass():
+    graph = traced(ResNet(blocks=1), images()).to_networkx()
+    assert networkx.is_directed_acyclic_graph(graph)
+    assert set(graph.predecessors("layers.0/add")) == {"layers.0.bn2/batch_norm", "/relu"}
+    assert graph.nodes["stem.weight"]["role"] == "weight"
+
+
+def test_nothing_is_computed():
+    model = ResNet()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    traced(model, images())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x):
+        if self.fc(x).sum() > 0:
+            return self.fc(x)
+        return self.fc(-x)
+
+
+def test_a_graph_break_names_the_users_line():
+    with pytest.raises(TraceError) as caught:
+        traced(Broken(), vectors())
+    text = str(caught.value)
+    assert "test_tracer.py" in text
+    assert "if self.fc(x).sum() > 0" in text
+    assert "cannot be captured as one graph" in text
+
+
+def test_other_errors_say_what_to_do():
+    with pytest.raises(TraceError, match=r"shape \(16, 4\).*Reduce it with \.mean\(\)"):
+        trace(MLP(), vectors(), lambda model, batch: model(batch[0]))
+    with pytest.raises(TraceError, match=r"'first.weight' is torch.bfloat16.*model\.float\(\)"):
+        traced(MLP().bfloat16(), vectors())
+    with pytest.raises(TraceError, match="is a function, a torch.nn.Module is needed"):
+        traced(class_loss, vectors())
+    with pytest.raises(TraceError, match="requires a gradient"):
+        traced(MLP().requires_grad_(False), vectors())
+
+
+def test_frozen_weights_have_no_gradient():
+    model = MLP()
+    model.first.requires_grad_(False)
+    table = traced(model, vectors())
+    assert "first.weight" in table.by_key
+    assert "first.weight.grad" not in table.by_key
+    assert "second.weight.grad" in table.by_key
+
+
+def test_the_loss_may_hold_targets_that_are_floats():
+    table = trace(MLP(), (torch.randn(4, 16), torch.randn(4, 4)), lambda m, b: F.mse_loss(m(b[0]), b[1]), sgd)
+    assert [name for name in keys(table) if "input" in name] == ["/input"]
+    assert keys(table)[-1] == "loss/mse_loss"
