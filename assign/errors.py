@@ -38,4 +38,4 @@ class DivergedError(AssignError):
 def nearest(word: str, allowed: Iterable[str], limit: int = 3) -> str:
     """Names in ``allowed`` that look like ``word``, as text for an error message ('' if none does)."""
     close = difflib.get_close_matches(word, list(allowed), n=limit, cutoff=0.4)
-    return ", ".join(repr(name) for name in close)
+    return ", ".join(repr(str(name)) for name in close)

@@ -27,30 +27,33 @@ _WIDENINGS = frozenset({"float", "to", "type", "type_as"})
 
 class _Mark(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: str, backward: str, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, forward: str, backward: str, dtype: torch.dtype, visible: bool) -> Tensor:
         ctx.backward_format = backward
         ctx.input_dtype = x.dtype
-        return _round(x, parse_format(forward), dtype, saturate=True)
+        return _round(x, parse_format(forward), dtype, saturate=True, visible=visible)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = grads
         rounded = _round(grad, parse_format(ctx.backward_format), grad.dtype, saturate=False)
-        return rounded.to(ctx.input_dtype), None, None, None
+        return rounded.to(ctx.input_dtype), None, None, None, None
 
 
-def _round(x: Tensor, fmt: Format, dtype: torch.dtype, *, saturate: bool) -> Tensor:
+def _round(x: Tensor, fmt: Format, dtype: torch.dtype, *, saturate: bool, visible: bool = False) -> Tensor:
     exact = x.dtype == dtype and _DTYPES.get(fmt.native or "") in (dtype, torch.float32)
-    if exact:
+    if exact and not visible:
         return x.view_as(x)
     scale = torch.ops.assign.scale(x, fmt.name) if fmt.scaling is not Scaling.NONE else None
     rounded: Tensor = torch.ops.assign.quantize(x, scale, fmt.name, saturate, dtype)
     return rounded
 
 
-def mark_tensor(x: Tensor, forward: str, backward: str, dtype: str) -> Tensor:
-    """Round ``x`` to ``forward`` and, in the backward pass, its gradient to ``backward``; store both as ``dtype``."""
-    marked: Tensor = _Mark.apply(x, forward, backward, _DTYPES[dtype])  # type: ignore[no-untyped-call]
+def mark_tensor(x: Tensor, forward: str, backward: str, dtype: str, visible: bool = False) -> Tensor:
+    """Round ``x`` to ``forward`` and, in the backward pass, its gradient to ``backward``; store both as ``dtype``.
+
+    With ``visible``, the joint graph has a node of its own for ``x`` even where rounding changes nothing.
+    """
+    marked: Tensor = _Mark.apply(x, forward, backward, _DTYPES[dtype], visible)  # type: ignore[no-untyped-call]
     return marked
 
 
@@ -166,7 +169,8 @@ class _Marker:
             self.dtypes[site.node] = dtype
             return
         with graph.graph.inserting_before(before):
-            marked = graph.graph.call_function(mark_tensor, (site.node, formats[0].name, formats[1].name, dtype))
+            names_of_formats = [fmt.name for fmt in formats]
+            marked = graph.graph.call_function(mark_tensor, (site.node, *names_of_formats, dtype, explicit))
         _torch.label(marked, MARK + site.key)
         order = {n: i for i, n in enumerate(graph.graph.nodes)}
         readers = site.readers if site.readers is not None else list(site.node.users)

@@ -1,0 +1,287 @@
+"""A plan made to run: identity in fp32, marks that really take effect, and everything a user does around a model."""
+
+import copy
+import operator
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from assign import _torch
+from assign.assignment import Entry
+from assign.errors import PlanError, TraceError
+from assign.executor.apply import apply, autocast, planned_step
+from assign.tensors import saved_key
+from helpers import all_high, all_low, everything, sgd, steps, traced
+from models import GPT, MLP, MODELS, InPlace, ResNet, class_loss, images, tokens, vectors
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The forward and backward graphs that run, in order of compilation."""
+    seen = []
+    run_boxed = _torch.run_boxed
+
+    def spy(graph, inputs):
+        seen.append(graph)
+        return run_boxed(graph, inputs)
+
+    monkeypatch.setattr(_torch.eager_backend, "__defaults__", (spy,))
+    return seen
+
+
+def nodes(graphs, target):
+    return [node for graph in graphs for node in graph.graph.nodes if node.target is target]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_all_fp32_plan_is_plain_training_bit_for_bit(name):
+    make, data = MODELS[name]
+    plain, batch = make(), data()
+    planned = copy.deepcopy(plain)
+    plan = everything(traced(plain, batch), "fp32")
+    losses, grads = steps(plain, lambda b: class_loss(plain, b), batch)
+    planned_losses, planned_grads = steps(planned, planned_step(planned, class_loss, plan, backend="eager"), batch)
+    assert planned_losses == losses
+    for ours, theirs in zip(planned_grads, grads, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for key, value in plain.state_dict().items():
+        assert torch.equal(planned.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("recipe", ["native", "hfp8"])
+def test_low_plans_stay_near_plain_training(name, recipe):
+    make, data = MODELS[name]
+    plain, batch = make(), data()
+    planned = copy.deepcopy(plain)
+    plan = all_high(traced(plain, batch), recipe)
+    losses, _ = steps(plain, lambda b: class_loss(plain, b), batch)
+    planned_losses, _ = steps(planned, planned_step(planned, class_loss, plan, backend="eager"), batch)
+    assert planned_losses == pytest.approx(losses, rel=0.02)  # a few bf16 ulps (2^-8) per tensor
+
+
+def test_the_values_that_cross_are_on_their_grids(graphs):
+    model, batch = ResNet(), images(batch=4)
+    table = traced(model, batch)
+    planned_step(model, class_loss, all_low(table, "hfp8"), backend="eager")(batch).backward()
+    forward, backward = graphs
+    outputs = next(n for n in forward.graph.nodes if n.op == "output").all_input_nodes
+    saved = {n.name: n for n in outputs} 
+    codes = [n for n in saved.values() if n.target is torch.ops.assign.encode.default]
+    assert {n.meta["val"].dtype for n in codes} == {torch.uint8}
+    decoded = [n for n in backward.graph.nodes if n.target is torch.ops.assign.decode.default]
+    assert len(decoded) == len(codes) > 8
+    wide = [n for n in saved.values() if n.meta["val"].dtype == torch.float32 and n.op != "placeholder"]
+    largest = max(n.meta["val"].numel() for n in codes)
+    assert all(n.meta["val"].numel() < largest / 16 for n in wide)  # statistics and the loss only
+
+
+def test_every_tensor_is_rounded_to_its_own_format(graphs):
+    """Program test: one quantize per tensor and per gradient, in the format that the plan says."""
+    model, batch = MLP(), vectors()
+    table = traced(model, batch)
+    plan = all_low(table, "hfp8")
+    planned_step(model, class_loss, plan, backend="eager")(batch).backward()
+    rounded = [(_torch.label_of(n), n.args[2], _torch.is_backward(n)) for n in nodes(graphs, torch.ops.assign.quantize.default)]
+    for info in table.paper_tensors:
+        key, backward = info.key.removesuffix(".grad"), info.key.endswith(".grad")
+        if key == "/input" and backward:
+            continue  # nobody asks for the gradient of the batch
+        assert (f"mark:{key}", plan.entries[info.key].format, backward) in rounded, info.key
+
+
+def test_encode_comes_right_behind_the_last_reader(graphs):
+    model, batch = ResNet(), images(batch=4)
+    planned_step(model, class_loss, all_low(traced(model, batch)), backend="eager")(batch)
+    forward = graphs[0]
+    order = {node: i for i, node in enumerate(forward.graph.nodes)}
+    for code in nodes([forward], torch.ops.assign.encode.default):
+        source = code.args[0]
+        readers = [user for user in source.users if user is not code and user.op != "output"]
+        last = max(order[user] for user in readers)
+        between = [n for n in forward.graph.nodes if last < order[n] < order[code]]
+        allowed = (torch.ops.assign.encode.default, operator.getitem)  # getitem: further results of that reader
+        assert all(n.target in allowed for n in between)
+
+
+def test_products_run_in_bf16_under_the_native_recipe(graphs):
+    model, batch = GPT(), tokens()
+    planned_step(model, class_loss, all_low(traced(model, batch)), backend="eager")(batch).backward()
+    products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+    found = [n for graph in graphs for n in graph.graph.nodes if n.target in products]
+    assert len(found) > 10
+    assert {n.meta["val"].dtype for n in found} == {torch.bfloat16}
+
+
+def test_products_stay_in_fp32_where_operands_are_not_exact_in_16_bit(graphs):
+    model, batch = GPT(), tokens()
+    planned_step(model, class_loss, all_high(traced(model, batch), "hfp8"), backend="eager")(batch).backward()
+    assert {n.meta["val"].dtype for n in nodes(graphs, torch.ops.aten.mm.default)} == {torch.float32}
+
+
+def test_weights_are_rounded_again_rather_than_saved(graphs):
+    model, batch = MLP(), vectors()
+    planned_step(model, class_loss, all_low(traced(model, batch)), backend="eager")(batch).backward()
+    weight = nodes([graphs[1]], torch.ops.assign.quantize.default)
+    assert any(_torch.label_of(n) == "mark:second.weight" and n.args[3] is not False for n in weight)
+
+
+def test_saved_may_be_narrower_than_the_activation(graphs):
+    model, batch = ResNet(), images(batch=4)
+    table = traced(model, batch)
+    key = "layers.0.act/relu"
+    plan = everything(table, "bf16").replace({saved_key(key): Entry("e4m3:pow2", True)})
+    step = planned_step(model, class_loss, plan, backend="eager")
+    step(batch).backward()
+    (code,) = nodes([graphs[0]], torch.ops.assign.encode.default)
+    assert code.args[2] == "e4m3:pow2"
+    assert _torch.label_of(code) == f"mark:{key}"
+
+
+def test_the_users_module_is_untouched_and_shared():
+    model, batch = ResNet(), images()
+    names, before = list(model.state_dict()), model(batch[0])
+    planned = apply(model, all_low(traced(model, batch)), backend="eager")
+    planned.train()
+    assert isinstance(planned, ResNet)
+    assert list(planned.state_dict()) == names
+    assert [n for n, _ in planned.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert next(planned.parameters()) is next(model.parameters())
+    low = planned(batch[0])
+    assert low.dtype == torch.float32
+    assert not torch.equal(low, before)
+    model.load_state_dict(planned.state_dict())
+    planned.eval()
+    assert not model.training
+    assert type(model) is ResNet
+
+
+def test_apply_without_the_loss_trains():
+    model, batch = MLP(), vectors()
+    planned = apply(model, all_low(traced(model, batch)), backend="eager")
+    losses, _ = steps(planned, lambda b: class_loss(planned, b), batch, count=8)
+    assert losses[-1] < losses[0]
+
+
+def test_gradients_accumulate_clip_and_scale():
+    model, batch = MLP(), vectors()
+    plan = everything(traced(model, batch), "fp32")
+    twin = copy.deepcopy(model)
+    planned = apply(twin, plan, backend="eager")
+    for network in (model, planned):
+        for _ in range(2):
+            class_loss(network, batch).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 0.1)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = sgd(twin.parameters())
+    before = twin.first.weight.clone()
+    scaler.scale(class_loss(planned, batch)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(before, twin.first.weight)
+
+
+def test_backward_overflow_becomes_inf_for_the_scaler():
+    model, batch = MLP(), vectors()
+    planned = planned_step(model, class_loss, all_low(traced(model, batch), "hfp8"), backend="eager")
+    (planned(batch) * 1e12).backward()
+    assert any(p.grad.isinf().any() or p.grad.isnan().any() for p in model.parameters())
+
+
+def test_eval_no_grad_and_a_smaller_last_batch():
+    model, batch = ResNet(), images(batch=8)
+    planned = apply(model, all_low(traced(model, batch)), backend="eager")
+    class_loss(planned, batch).backward()
+    class_loss(planned, (batch[0][:3], batch[1][:3])).backward()
+    planned.eval()
+    with torch.no_grad():
+        one = planned(batch[0][:1])
+    assert one.shape == (1, 4)
+    assert torch.equal(one, planned(batch[0][:1]).detach())
+
+
+def test_two_models_at_once_and_many_in_a_row():
+    batch = vectors()
+    models = [MLP() for _ in range(10)]  # more than Dynamo compiles of one function
+    plans = [everything(traced(model, batch), name) for model, name in zip(models, ["fp32", "bf16"] * 5, strict=True)]
+    applied = [apply(model, plan, backend="eager") for model, plan in zip(models, plans, strict=True)]
+    for model, planned, plan in zip(models, applied, plans, strict=True):
+        same = torch.equal(planned(batch[0]), model(batch[0]))
+        assert same == (plan.entries["first.weight"].format == "fp32")
+
+
+def test_autocast_holds_inside_the_context_only():
+    model, batch = MLP(), vectors()
+    plan = everything(traced(model, batch), "bf16")
+    plain = model(batch[0])
+    with autocast(model, plan, backend="eager"):
+        inside = model(batch[0])
+    assert not torch.equal(inside, plain)
+    assert torch.equal(model(batch[0]), plain)
+    assert list(model.state_dict()) == list(MLP().state_dict())
+    with autocast(model, plan, backend="eager"):
+        assert torch.equal(model(batch[0]), inside)
+    with pytest.raises(ValueError, match="mine"), autocast(model, plan, backend="eager"):
+        raise ValueError("mine")
+    assert type(model) is MLP
+
+
+def test_copies_and_pickles_keep_the_plan():
+    model, batch = MLP(), vectors()
+    planned = apply(model, everything(traced(model, batch), "bf16"), backend="eager")
+    twin = copy.deepcopy(planned)
+    with torch.no_grad():
+        planned.first.weight.zero_()
+    assert twin.first.weight.abs().sum() > 0
+    assert not torch.equal(twin(batch[0]), planned(batch[0]))
+    again = pickle.loads(pickle.dumps(planned))
+    assert torch.equal(again(batch[0]), planned(batch[0]))
+
+
+def test_a_plan_of_another_model_names_the_nearest_keys():
+    batch = vectors()
+    plan = everything(traced(MLP(), batch), "bf16")
+    with pytest.raises(PlanError) as caught:
+        apply(InPlace(), plan)
+    assert "belongs to another model" in str(caught.value)
+    assert "'first.bias'" in str(caught.value)
+
+    class Renamed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(16, 32)
+            self.second = nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.second(torch.sigmoid(self.first(x)))
+
+    with pytest.raises(PlanError, match=r"(?s)no entry for 2 .*'/sigmoid'.*nearest in the plan: '/tanh"):
+        planned_step(Renamed(), class_loss, plan, backend="eager")(batch)
+
+
+def test_unknown_backend_and_wrong_dtype():
+    model, batch = MLP(), vectors()
+    plan = everything(traced(model, batch), "bf16")
+    with pytest.raises(PlanError, match=r"backend 'inductr' is not known, did you mean 'inductor'"):
+        apply(model, plan, backend="inductr")
+    with pytest.raises(TraceError, match=r"model\.float\(\)"):
+        apply(model.half(), plan)
+
+
+@pytest.mark.slow
+def test_inductor_computes_what_eager_computes():
+    """Compiled kernels sum in another order: near, not equal; the saved codes take the same bytes."""
+    make, data = MODELS["resnet"]
+    model, batch = make(), data()
+    for plan in (all_low(traced(model, batch)), everything(traced(model, batch), "fp32")):
+        twins = [copy.deepcopy(model) for _ in range(2)]
+        results = [
+            steps(twin, planned_step(twin, class_loss, plan, backend=backend), batch, count=2)
+            for twin, backend in zip(twins, ("eager", "inductor"), strict=True)
+        ]
+        assert results[1][0] == pytest.approx(results[0][0], rel=0.02)
+
+
