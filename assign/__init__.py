@@ -33,6 +33,7 @@ from assign.planning import search
 from assign.recipes import RECIPES
 from assign.rounding import quantize
 from assign.strategies import STRATEGIES
+from assign.tasks import Task
 from assign.tensors import TensorTable
 from assign.tracer import trace
 
@@ -46,6 +47,7 @@ __all__ = [
     "Assignment",
     "Estimate",
     "Format",
+    "Task",
     "TensorTable",
     "apply",
     "autocast",

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from assign.assignment import Assignment
 from assign.errors import AssignError
@@ -16,10 +17,11 @@ from assign.formats import FORMATS, parse_format
 from assign.memory import estimate as estimate_plan
 from assign.planning import search_table, summary
 from assign.report import tables
-from assign.tasks import Task, TaskOptions, load_task
+from assign.tasks import Task, TaskOptions, check_device, load_task
+from assign.tasks.batch import move
 from assign.tensors import TensorTable
 from assign.tracer import trace as trace_step
-from assign.training import TrainResult
+from assign.training import Progress, TrainResult
 from assign.training import train as train_task
 
 app = typer.Typer(
@@ -107,7 +109,7 @@ def trace(
     json_file: Json = None,
 ) -> None:
     """List every tensor of one training step; nothing is computed."""
-    table = _traced(_task(task, seed, batch_size, device, data, None))
+    table = _traced(_task(task, seed, batch_size, device, data, None), device)
     console.print(tables.trace_table(table))
     _write(json_file, table.to_json())
 
@@ -123,7 +125,7 @@ def estimate(
     json_file: Json = None,
 ) -> None:
     """Predict the memory of one training step under a plan (or all in fp32), before anything runs."""
-    table = _traced(_task(task, seed, batch_size, device, data, None))
+    table = _traced(_task(task, seed, batch_size, device, data, None), device)
     chosen = Assignment.load(plan) if plan else search_table(table, strategy="uniform", format_name="fp32")
     costs = estimate_plan(table, chosen)
     console.print(tables.estimate_table(costs))
@@ -146,7 +148,7 @@ def search(
     json_file: Json = None,
 ) -> None:
     """Choose a format for every tensor and write the plan."""
-    table = _traced(_task(task, seed, batch_size, device, data, None))
+    table = _traced(_task(task, seed, batch_size, device, data, None), device)
     plan = _searched(table, output, budget, low_ratio, strategy, recipe, format_name, seed)
     console.print(tables.estimate_table(estimate_plan(table, plan)))
     _write(json_file, plan.provenance.estimate)
@@ -174,7 +176,7 @@ def train(
         name,
         loaded,
         chosen,
-        _traced(loaded),
+        _traced(loaded, device),
         backend=backend,
         seed=seed,
         epochs=epochs,
@@ -207,7 +209,7 @@ def run(
 ) -> None:
     """The main job: trace, search, train in fp32 and under the plan, print both side by side."""
     loaded = _task(task, seed, batch_size, device, data, epochs)
-    table = _traced(loaded)
+    table = _traced(loaded, device)
     plan = _searched(table, output, budget, low_ratio, strategy, recipe, format_name, seed)
     console.print(tables.estimate_table(estimate_plan(table, plan)))
     options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
@@ -251,9 +253,10 @@ def _task(name: str, seed: int, batch_size: int | None, device: str, data: Path 
         return load_task(name, TaskOptions(data=data, batch_size=batch_size, seed=seed, device=device, epochs=epochs))
 
 
-def _traced(task: Task) -> TensorTable:
+def _traced(task: Task, device: str) -> TensorTable:
+    where = check_device(device)
     with console.status("tracing one training step"):
-        return trace_step(task.build_model(), next(iter(task.train)), task.loss, task.optimizer)
+        return trace_step(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer)
 
 
 def _searched(
@@ -290,13 +293,12 @@ def _trained(name: str, task: Task, plan: Assignment | None, table: TensorTable,
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"training {name}", total=None)
 
-        def advance(step: Any) -> None:
-            progress.update(
-                bar, completed=step.number, total=step.total, description=f"training {name}, loss {step.loss:.4f}"
-            )
+        def advance(step: Progress) -> None:
+            total = step.steps_per_epoch and step.steps_per_epoch * step.epochs
+            progress.update(bar, completed=step.step, total=total, description=f"training {name}, loss {step.loss:.4f}")
 
         return train_task(task, plan, table=table, on_step=advance, **options)
 

@@ -1,5 +1,6 @@
 """What tracer and executor both know about joint graphs: views, exact conversions, who reads an operator's output."""
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,8 +20,18 @@ VIEWS = frozenset(
 )  # fmt: skip
 """Operators that allocate nothing."""
 
+SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default})
+"""Operators whose result is a tuple of views."""
+
 COPIES = frozenset({aten._to_copy.default, aten.clone.default, torch.ops.prims.convert_element_type.default})
 """Operators that copy the very values of their first argument, at most into a wider dtype or another layout."""
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node of a joint graph allocates nothing: a view, a tuple of views, or one of such a tuple."""
+    if node.target is operator.getitem:
+        return _torch.source_of(node).target in SPLITS
+    return node.target in VIEWS or node.target in SPLITS
 
 
 def origin(node: fx.Node) -> fx.Node:
@@ -37,7 +48,7 @@ def origin(node: fx.Node) -> fx.Node:
                 break
             if not before.dtype.is_floating_point:
                 break
-        elif node.target not in VIEWS:
+        elif not is_view(node):
             break
         node = source
     return node

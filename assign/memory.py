@@ -4,8 +4,8 @@
 buffer is a segment of time and a number of bytes; the peak is the largest sum of what is alive. The rules of
 :mod:`assign.lowering` say which dtype each operator computes in, so the segments are those of the graph that runs.
 
-Time has two slots per operator: the even one while it runs, the odd one behind it, where values are encoded as soon as
-their last forward reader is done, and decoded right before their first backward reader.
+Time has four slots per operator: decoding what it reads, widening what it reads, the run itself, and behind it the
+narrowing of what it made and the encoding of what it was the last to read.
 """
 
 from collections import defaultdict
@@ -24,6 +24,25 @@ from assign.tensors import Buffer, Event, Role, TensorTable, base_key, saved_key
 MARK = "mark:"
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
 _RESIDENT = ("parameters", "buffers", "batch", "optimizer states")
+
+
+_SLOTS = 4
+
+
+def _decoding(number: int) -> int:
+    return _SLOTS * number
+
+
+def _widening(number: int) -> int:
+    return _SLOTS * number + 1
+
+
+def _running(number: int) -> int:
+    return _SLOTS * number + 2
+
+
+def _behind(number: int) -> int:
+    return _SLOTS * number + 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,13 +223,24 @@ class Replay:
         for buffer in event.writes:
             if buffer not in self._alias:
                 self._live(buffer, number, event, compute, is_mark)
-        self._add(2 * number, 2 * number, event.scratch[compute != lowering.FLOAT32], op, "scratch")
+        self._add(_running(number), _running(number), event.scratch[compute != lowering.FLOAT32], op, "scratch")
         if not is_mark:
             for buffer in event.reads:
                 info = self.schedule.buffers[buffer]
-                held = info.holds if not info.holds.endswith(".grad") else ""
-                if held and self._carrier(held) != compute and op in self.table.by_key:
-                    self._add(2 * number, 2 * number, info.elements * lowering.BYTES[compute], held, "scratch")
+                if self._is_converted(info, event):
+                    size = info.elements * lowering.BYTES[compute]
+                    self._add(_widening(number), _running(number), size, info.holds, "scratch")
+
+    def _is_converted(self, info: Buffer, event: Event) -> bool:
+        """Whether the event reads a copy of the buffer in a wider dtype."""
+        if not info.holds or info.holds.endswith(".grad") or event.op not in self.table.by_key:
+            return False
+        return self._carrier(info.holds) != self._compute(event.op)
+
+    def _last_slot(self, info: Buffer, number: int) -> int:
+        """Slot in which a buffer last read by event ``number`` goes; before it runs, if it reads a converted copy."""
+        converted = self._is_converted(info, self.schedule.events[number])
+        return _widening(number) if converted else _running(number)
 
     def _live(self, buffer: int, number: int, event: Event, compute: str, is_mark: bool) -> None:
         info = self.schedule.buffers[buffer]
@@ -224,25 +254,25 @@ class Replay:
         start = self._convert(info, number, event, compute, is_mark)
         later = [n for n in readers if self.schedule.events[n].backward]
         if event.backward or not later:
-            self._add(start, max(2 * end, start), size, key, role)
+            self._add(start, max(self._last_slot(info, end), start), size, key, role)
             return
         last = max((n for n in readers if not self.schedule.events[n].backward), default=number)
         held = self._held_by(buffer)
         moved = self._narrowed and held != "" and not self._marks(buffer, event)
         if moved or (is_mark and self._is_source_resident(held)):
-            self._add(2 * number, 2 * last, size, key, role)
-            self._add(2 * later[0] - 1, 2 * later[-1], size, key, role)
+            self._add(start, self._last_slot(info, last), size, key, role)
+            self._add(_decoding(later[0]), self._last_slot(info, later[-1]), size, key, role)
             return
         waiting = self._packed(held, info) if held else None
         if waiting is None or waiting >= size:
             self.saved_bytes += size
-            self._add(2 * number, 2 * last, size, key, role)
-            self._add(2 * last + 1, 2 * later[-1], size, key, Role.SAVED)
+            self._add(start, _running(last), size, key, role)
+            self._add(_behind(last), self._last_slot(info, later[-1]), size, key, Role.SAVED)
             return
         self.saved_bytes += waiting
-        self._add(2 * number, 2 * last + 1, size, key, role)
-        self._add(2 * last + 1, 2 * later[0] - 1, waiting, key, Role.SAVED)
-        self._add(2 * later[0] - 1, 2 * later[-1], size, key, role)
+        self._add(start, _behind(last), size, key, role)
+        self._add(_behind(last), _decoding(later[0]), waiting, key, Role.SAVED)
+        self._add(_decoding(later[0]), self._last_slot(info, later[-1]), size, key, role)
 
     def _held_by(self, buffer: int) -> str:
         for b in (buffer, *(b for b, source in self._alias.items() if source == buffer)):
@@ -293,15 +323,25 @@ class Replay:
         Returns the slot in which the kept one appears: behind the operator if it is converted, else with it.
         """
         if not info.holds.endswith(".grad") or not event.backward:
-            return 2 * number
+            return _running(number)
         carrier = self._carrier(base_key(info.holds))
         made = carrier if is_mark or event.op == "" else compute
         kept = self._compute(base_key(info.holds)) if is_mark else carrier
         rounded = not is_mark or self._formats(base_key(info.holds))[1].native not in (carrier, lowering.FLOAT32)
         if made == kept or not rounded:
-            return 2 * number
-        self._add(2 * number, 2 * number + 1, info.elements * lowering.BYTES[made], info.holds, "scratch")
-        return 2 * number + 1
+            return _running(number)
+        done = _behind(self._last_of_operator(number))  # autograd converts once the whole operator is done
+        self._add(_running(number), done, info.elements * lowering.BYTES[made], info.holds, "scratch")
+        return done
+
+    def _last_of_operator(self, number: int) -> int:
+        events = self.schedule.events
+        while number + 1 < len(events) and (events[number + 1].op, events[number + 1].backward) == (
+            events[number].op,
+            events[number].backward,
+        ):
+            number += 1
+        return number
 
     def _add(self, start: int, end: int, size: int, key: str, role: str) -> None:
         self.segments.append(Segment(start=start, end=end, bytes=size, key=key, role=role))
@@ -322,7 +362,7 @@ class Replay:
     @cached_property
     def slots(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Bytes alive in each slot, without the optimizer's step."""
-        change = np.zeros(2 * len(self.schedule.events) + 2, dtype=np.int64)
+        change = np.zeros(_SLOTS * len(self.schedule.events) + 1, dtype=np.int64)
         for segment in self.segments:
             if segment.end >= segment.start:
                 change[max(segment.start, 0)] += segment.bytes
@@ -344,7 +384,7 @@ class Replay:
         """Operator that runs at the peak."""
         if self._peak_slot is None:
             return "optimizer"
-        event = self.schedule.events[min(self._peak_slot // 2, len(self.schedule.events) - 1)]
+        event = self.schedule.events[min(self._peak_slot // _SLOTS, len(self.schedule.events) - 1)]
         return event.op.removeprefix(MARK) + (" (backward)" if event.backward else " (forward)")
 
     @property
@@ -373,7 +413,7 @@ class Replay:
     def timeline(self) -> tuple[tuple[str, str, int], ...]:
         """(operator, pass, bytes alive) for every operator, the optimizer's step last."""
         rows = [
-            (e.op.removeprefix(MARK), "backward" if e.backward else "forward", int(self.slots[2 * n]))
+            (e.op.removeprefix(MARK), "backward" if e.backward else "forward", int(self.slots[_running(n)]))
             for n, e in enumerate(self.schedule.events)
             if not e.op.startswith(MARK)
         ]

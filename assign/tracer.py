@@ -19,7 +19,7 @@ from assign.capture import Capture, Loss, compile_step
 from assign.errors import TraceError
 from assign.functionalize import functionalize
 from assign.groups import assign_groups
-from assign.joint import COPIES, VIEWS, origin, read_marked_outputs, tensors_in
+from assign.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
 from assign.operators import Walk, walk
 from assign.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable, grad_key, saved_key
 from assign.workspace import kernel_scratch
@@ -169,7 +169,7 @@ class _Lister:
                 if backward:
                     self.kept = tuple(dict.fromkeys(b for n in node.all_input_nodes for b in self._read(n)))
                 continue
-            if node.op != "call_function" or node.target in VIEWS or _is_getitem(node):
+            if node.op != "call_function" or is_view(node) or _is_getitem(node):
                 continue
             reads = tuple(dict.fromkeys(b for source in node.all_input_nodes for b in self._read(source)))
             writes = self._write(node, follows)

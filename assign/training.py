@@ -327,9 +327,7 @@ class _Run:
         loss = self.loss(batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise TaskError(
-                f"Task: loss(model, batch) returned {what}; it must be a scalar tensor that has a gradient."
-            )
+            raise TaskError(f"Task: loss(model, batch) returned {what}; it must be a scalar tensor with a gradient.")
         if self.scaler is None:
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()

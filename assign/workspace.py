@@ -2,7 +2,7 @@
 
 Read off torch 2.13 with oneDNN by measuring one operator at a time; what is not listed allocates next to nothing.
 A convolution reorders contiguous tensors into blocked layouts (channels-last needs none of it); the backward pass
-of batch normalisation copies the gradient; a 16-bit ``mean`` sums a float32 copy. CUDA kernels' workspaces are not modelled.
+of batch normalisation copies the gradient; a 16-bit ``mean`` sums a float32 copy. CUDA workspaces are not modelled.
 """
 
 import torch

@@ -1,11 +1,11 @@
 """What several test modules do: plans from tables, a few training steps, bytes measured by the profiler."""
 
 import torch
+from models import class_loss
 
 from assign.assignment import Assignment, Entry
 from assign.recipes import get_recipe, initial
 from assign.tracer import trace
-from models import class_loss
 
 
 def sgd(parameters):
@@ -23,9 +23,7 @@ def everything(table, format_name):
 
 def all_low(table, recipe="native"):
     low = frozenset(group.id for group in table.groups)
-    return Assignment(
-        entries=initial(table, get_recipe(recipe), low), recipe=recipe, fingerprint=table.fingerprint
-    )
+    return Assignment(entries=initial(table, get_recipe(recipe), low), recipe=recipe, fingerprint=table.fingerprint)
 
 
 def all_high(table, recipe="native"):

@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from helpers import all_high, all_low, everything, sgd, steps, traced
+from models import GPT, MLP, MODELS, InPlace, ResNet, class_loss, images, tokens, vectors
 from torch import nn
 
 from assign import _torch
@@ -13,8 +15,6 @@ from assign.assignment import Entry
 from assign.errors import PlanError, TraceError
 from assign.executor.apply import apply, autocast, planned_step
 from assign.tensors import saved_key
-from helpers import all_high, all_low, everything, sgd, steps, traced
-from models import GPT, MLP, MODELS, InPlace, ResNet, class_loss, images, tokens, vectors
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_the_values_that_cross_are_on_their_grids(graphs):
     planned_step(model, class_loss, all_low(table, "hfp8"), backend="eager")(batch).backward()
     forward, backward = graphs
     outputs = next(n for n in forward.graph.nodes if n.op == "output").all_input_nodes
-    saved = {n.name: n for n in outputs} 
+    saved = {n.name: n for n in outputs}
     codes = [n for n in saved.values() if n.target is torch.ops.assign.encode.default]
     assert {n.meta["val"].dtype for n in codes} == {torch.uint8}
     decoded = [n for n in backward.graph.nodes if n.target is torch.ops.assign.decode.default]
@@ -84,7 +84,9 @@ def test_every_tensor_is_rounded_to_its_own_format(graphs):
     table = traced(model, batch)
     plan = all_low(table, "hfp8")
     planned_step(model, class_loss, plan, backend="eager")(batch).backward()
-    rounded = [(_torch.label_of(n), n.args[2], _torch.is_backward(n)) for n in nodes(graphs, torch.ops.assign.quantize.default)]
+    rounded = [
+        (_torch.label_of(n), n.args[2], _torch.is_backward(n)) for n in nodes(graphs, torch.ops.assign.quantize.default)
+    ]
     for info in table.paper_tensors:
         key, backward = info.key.removesuffix(".grad"), info.key.endswith(".grad")
         if key == "/input" and backward:
@@ -283,5 +285,3 @@ def test_inductor_computes_what_eager_computes():
             for twin, backend in zip(twins, ("eager", "inductor"), strict=True)
         ]
         assert results[1][0] == pytest.approx(results[0][0], rel=0.02)
-
-

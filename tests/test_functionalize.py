@@ -58,7 +58,9 @@ def transposed(x):
 
 
 @pytest.mark.parametrize(
-    "function", [view_of_view, stale_views, written_twice, operators, functions, masks, transposed], ids=lambda f: f.__name__
+    "function",
+    [view_of_view, stale_views, written_twice, operators, functions, masks, transposed],
+    ids=lambda f: f.__name__,
 )
 def test_same_values_and_gradients(function):
     class Model(nn.Module):

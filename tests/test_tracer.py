@@ -6,13 +6,13 @@ import networkx
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import sgd, traced
+from models import GPT, MLP, InPlace, ResNet, class_loss, images, tokens, vectors
 from torch import nn
 
 from assign.errors import PlanError, TraceError
 from assign.tensors import Role, TensorTable
 from assign.tracer import trace
-from helpers import sgd, traced
-from models import GPT, MLP, InPlace, ResNet, class_loss, images, tokens, vectors
 
 
 def keys(table, role=Role.ACTIVATION):
@@ -70,7 +70,9 @@ def test_tied_weights_have_one_key():
 
 def test_views_and_constants_are_no_tensors():
     names = keys(traced(GPT(), tokens()))
-    assert not [name for name in names if name.rpartition("/")[2].split("#")[0] in ("view", "split", "transpose", "arange")]
+    assert not [
+        name for name in names if name.rpartition("/")[2].split("#")[0] in ("view", "split", "transpose", "arange")
+    ]
 
 
 def test_in_place_writes_are_named_where_they_are_done():

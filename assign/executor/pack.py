@@ -15,7 +15,7 @@ from assign import _torch
 from assign.assignment import Assignment
 from assign.executor.mark import MARK
 from assign.formats import Format, Scaling, parse_format
-from assign.joint import VIEWS, describe, origin, read_marked_outputs
+from assign.joint import describe, is_view, origin, read_marked_outputs
 from assign.tensors import saved_key
 
 _QUANTIZE = torch.ops.assign.quantize.default
@@ -78,7 +78,7 @@ class _Packer:
         with self.graph.inserting_before(reader):
             new = self.graph.node_copy(node, lambda n: source if n is parent else n)
         describe(new, _torch.joint_value(node), node, backward=True)
-        if node.target in VIEWS:
+        if is_view(node):
             restored[node] = new
         return new
 
@@ -134,7 +134,7 @@ class _Packer:
                 if _torch.is_backward(user) or user not in self.order or user.op == "output":
                     continue
                 last = max(last, user, key=self.order.__getitem__)
-                if user.target in VIEWS:
+                if is_view(user):
                     family.append(user)
         return last
 

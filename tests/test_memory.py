@@ -1,0 +1,199 @@
+"""The memory model on schedules small enough to add up by hand, and against the profiler on real steps."""
+
+import pytest
+import torch
+from helpers import all_high, all_low, everything, sgd, traced
+from models import GPT, MLP, ResNet, class_loss, images, tokens, vectors
+
+from assign.assignment import Entry
+from assign.errors import BudgetError, PlanError
+from assign.executor.apply import planned_step
+from assign.memory import Replay, aggregate_bytes, estimate, low_ratio, peak_bytes
+from assign.planning import parse_budget, search, search_table
+from assign.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable, saved_key
+from assign.training import measure_peak
+
+
+def chain():
+    """x → relu → linear-like, each of 100 elements; relu's output waits for the backward pass."""
+
+    def row(key, op, inputs=()):
+        forward = TensorInfo(
+            key=key, role=Role.ACTIVATION, shape=(100,), elements=100, dtype="float32", op=op, inputs=inputs
+        )
+        gradient = TensorInfo(
+            key=f"{key}.grad", role=Role.ACTIVATION_GRAD, shape=(100,), elements=100, dtype="float32", op=op
+        )
+        return forward, gradient
+
+    def buffer(holds=""):
+        return Buffer(elements=100, dtype="float32", holds=holds)
+
+    buffers = (buffer(), buffer("/relu"), buffer(), buffer("/mul"), buffer("/mul.grad"), buffer("/relu.grad"), buffer("/mul.grad"))
+    events = (
+        Event(op="/relu", backward=False, writes=(0,)),
+        Event(op="mark:/relu", backward=False, reads=(0,), writes=(1,)),
+        Event(op="/mul", backward=False, reads=(1,), writes=(2,)),
+        Event(op="mark:/mul", backward=False, reads=(2,), writes=(3,)),
+        Event(op="", backward=True, writes=(6,)),
+        Event(op="mark:/mul", backward=True, reads=(6,), writes=(4,)),
+        Event(op="/mul", backward=True, reads=(4, 1), writes=(5,)),
+    )
+    schedule = Schedule(buffers=buffers, events=events, parameter_bytes=1000)
+    return TensorTable(tensors=(*row("/relu", "relu"), *row("/mul", "mul", ("/relu",))), schedule=schedule)
+
+
+def entries(forward, backward):
+    return {
+        key: Entry(backward if key.endswith(".grad") else forward, False)
+        for key in ("/relu", "/relu.grad", "/mul", "/mul.grad")
+    }
+
+
+def test_fp32_adds_up():
+    replay = Replay(chain(), {})
+    assert replay.peak_bytes == 1000 + 400 + 400 + 400  # in mul's backward: relu, the gradient read, the gradient made
+    assert replay.saved_bytes == 400
+    assert replay.peak_at == "/mul (backward)"
+
+
+def test_native_sixteen_bit_halves_everything_but_what_is_resident():
+    replay = Replay(chain(), entries("bf16", "bf16"))
+    assert replay.peak_bytes == 1000 + 200 + 200 + 200
+    assert replay.saved_bytes == 200
+
+
+def test_packed_codes_wait_and_are_decoded_for_their_reader():
+    replay = Replay(chain(), entries("fp(4,3,4)", "fp(5,2,0)"))
+    assert replay.saved_bytes == 100
+    assert any(s.role == Role.SAVED and s.bytes == 100 for s in replay.segments)
+    decoded = [s for s in replay.segments if s.key == "/relu" and s.start == 4 * 6]
+    assert [s.bytes for s in decoded] == [200]  # in its bf16 carrier
+
+
+def test_saved_entry_overrides_the_activation():
+    table = chain()
+    plain = Replay(table, entries("bf16", "bf16"))
+    narrow = Replay(table, entries("bf16", "bf16") | {saved_key("/relu"): Entry("e4m3", True)})
+    assert narrow.saved_bytes == plain.saved_bytes // 2
+
+
+def test_fewer_bits_never_raise_what_waits():
+    table, sizes = chain(), []
+    for name in ("fp32", "fp(6,9,0)", "bf16", "fp(4,3,4)"):
+        sizes.append(Replay(table, entries(name, name)).saved_bytes)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_aggregate_and_ratio_count_the_papers_tensors():
+    table = chain()
+    chosen = entries("fp(4,3,4)", "fp(6,9,0)")
+    assert aggregate_bytes(table, chosen) == 200 * 1 + 200 * 2
+    assert low_ratio(table, chosen) == 0.0
+    chosen["/relu"] = Entry("fp(4,3,4)", True)
+    assert low_ratio(table, chosen) == 0.25
+
+
+def test_the_optimizers_step_may_be_the_peak():
+    table = chain()
+    schedule = Schedule(
+        buffers=table.schedule.buffers, events=table.schedule.events, gradient_bytes=5000, optimizer_scratch_bytes=77
+    )
+    replay = Replay(TensorTable(tensors=table.tensors, schedule=schedule), {})
+    assert replay.peak_bytes == 5077
+    assert replay.peak_at == "optimizer"
+
+
+def test_estimate_refuses_a_plan_of_another_model():
+    plan = everything(traced(MLP(), vectors()), "bf16")
+    with pytest.raises(PlanError, match="does not fit this model"):
+        estimate(traced(GPT(), tokens()), plan)
+
+
+def test_budgets():
+    assert parse_budget("50%", 1000) == 500
+    assert parse_budget("1.5 KiB", 0) == 1536
+    assert parse_budget("2GB", 0) == 2 * 10**9
+    assert parse_budget(123, 0) == 123
+    for wrong in ("half", "50 percent", "-3MiB", ""):
+        with pytest.raises(BudgetError, match="is not a budget"):
+            parse_budget(wrong, 0)
+
+
+def test_search_meets_a_budget_and_says_the_floor():
+    model, batch = ResNet(), images()
+    table = traced(model, batch)
+    plan = search(model, batch, class_loss, budget="50%", optimizer=sgd)
+    assert peak_bytes(table, plan.entries) <= 0.5 * peak_bytes(table, {})
+    assert plan.provenance.estimate["peak_bytes"] == peak_bytes(table, plan.entries)
+    with pytest.raises(BudgetError, match=r"still needs (\d+) bytes") as caught:
+        search(model, batch, class_loss, budget="1%", optimizer=sgd)
+    floor = int(str(caught.value).split("still needs ")[1].split()[0])
+    assert peak_bytes(table, search(model, batch, class_loss, budget=floor, optimizer=sgd).entries) <= floor
+
+
+def test_one_format_everywhere_leaves_nothing_to_search():
+    table = traced(MLP(), vectors())
+    plan = search_table(table, strategy="uniform", format_name="bf16")
+    assert {entry.format for entry in plan.entries.values()} == {"bf16"}
+    with pytest.raises(BudgetError, match="nothing left to search"):
+        search_table(table, budget="50%", format_name="bf16")
+
+
+BIG = {  # large enough that operators on whole tensors dominate, small enough for seconds
+    "resnet": (lambda: ResNet(width=32, blocks=3), lambda: images(batch=32, size=32)),
+    "gpt": (lambda: GPT(width=128, layers=2, length=64), lambda: tokens(batch=16, length=64)),
+    "mlp": (lambda: MLP(width=2048), lambda: vectors(batch=1024)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("plan_name", ["fp32", "bf16", "native high", "native low"])
+def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
+    make, data = BIG[name]
+    model, batch = make(), data()
+    table = traced(model, batch)
+    plan = {
+        "fp32": lambda: everything(table, "fp32"),
+        "bf16": lambda: everything(table, "bf16"),
+        "native high": lambda: all_high(table),
+        "native low": lambda: all_low(table),
+    }[plan_name]()
+    optimizer, step = sgd(model.parameters()), planned_step(model, class_loss, plan, backend="eager")
+
+    def one():
+        optimizer.zero_grad()
+        step(batch).backward()
+        optimizer.step()
+
+    one()
+    one()
+    optimizer.zero_grad()
+    states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    measured = measure_peak(one, [*model.parameters(), *model.buffers(), *batch, *states])
+    assert peak_bytes(table, plan.entries) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.slow
+def test_all_low_saves_a_quarter_of_the_bytes():
+    model, batch = ResNet(width=32, blocks=3), images(batch=32, size=32)
+    table = traced(model, batch)
+    waiting = [_measured_saved(model, batch, plan) for plan in (all_low(table), everything(table, "fp32"))]
+    assert waiting[0] <= 0.27 * waiting[1]
+    assert Replay(table, all_low(table).entries).saved_bytes == pytest.approx(waiting[0], rel=0.02)
+
+
+def _measured_saved(model, batch, plan):
+    """Bytes that the loss keeps alive: what dropping it frees."""
+    step = planned_step(model, class_loss, plan, backend="eager")
+    step(batch).backward()
+    kept = []
+
+    def forward_only():
+        kept.append(step(batch))
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        forward_only()
+    events = profiler.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")

@@ -1,0 +1,427 @@
+"""The training loop: plain without a plan, repeatable, resumable, honest about memory, clear about divergence."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from assign.assignment import Assignment, Entry
+from assign.errors import DivergedError, TaskError
+from assign.recipes import get_recipe, initial
+from assign.tasks import Task, load_task
+from assign.tensors import TensorTable
+from assign.tracer import trace
+from assign.training import INITIAL_SCALE, Progress, TrainResult, measure_peak, train
+
+FIXED = {"metrics", "loss", "measured_peak_bytes", "predicted_peak_bytes", "step_seconds", "diverged"}
+
+
+class Net(nn.Module):
+    """Convolution, batch normalisation, dropout: what keeps state and draws random numbers."""
+
+    def __init__(self, dropout: float = 0.0, channels: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, channels, 3, padding=1)
+        self.bn = nn.BatchNorm2d(channels)
+        self.dropout = dropout
+        self.linear = nn.Linear(channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)))
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def batches(count: int = 3, size: int = 8, pixels: int = 8) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 1, pixels, pixels, generator=generator), torch.randint(3, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def right(model: nn.Module) -> dict[str, float]:
+    images, labels = batches(1, 32)[0]
+    return {"accuracy": (model(images).argmax(1) == labels).float().mean().item()}
+
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def make_task(**changes: Any) -> Task:
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "model": Net,
+        "loss": loss,
+        "train": batches(),
+        "evaluate": right,
+        "optimizer": SGD,
+        "scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        "epochs": 2,
+    }
+    return Task(**{**fields, **changes})
+
+
+def make_plan(task: Task, recipe: str = "native", *, low: bool = False) -> tuple[TensorTable, Assignment]:
+    table = trace(task.make_model(), task.first_batch(), task.loss, task.optimizer)
+    chosen = frozenset(group.id for group in table.groups) if low else frozenset()
+    entries = initial(table, get_recipe(recipe), chosen)
+    return table, Assignment(entries=entries, recipe=recipe, fingerprint=table.fingerprint)
+
+
+def parameters(result: TrainResult) -> list[Tensor]:
+    return [*result.model.state_dict().values()]
+
+
+def same(a: TrainResult, b: TrainResult) -> bool:
+    return a.losses == b.losses and all(map(torch.equal, parameters(a), parameters(b)))
+
+
+class TestWithoutPlan:
+    def test_is_plain_pytorch(self) -> None:
+        result = train(make_task(), seed=3)
+        torch.manual_seed(3)
+        model = Net()
+        optimizer = SGD(model.parameters())
+        means = []
+        for rate in (0.1, 0.05):
+            optimizer.param_groups[0]["lr"] = rate
+            losses = []
+            for batch in batches():
+                optimizer.zero_grad()
+                value = loss(model, batch)
+                value.backward()
+                optimizer.step()
+                losses.append(value.item())
+            means.append(sum(losses) / len(losses))
+        assert result.losses == tuple(means)
+        assert result.loss == means[-1]
+        assert all(map(torch.equal, parameters(result), model.state_dict().values()))
+        assert result.metrics == right(model.eval())
+        assert (result.steps, result.diverged, result.message, result.loss_scale) == (6, False, "", None)
+
+    def test_the_seed_decides_everything(self) -> None:
+        task = make_task(model=partial(Net, dropout=0.5))
+        assert same(train(task, seed=1), train(task, seed=1))
+        assert not same(train(task, seed=1), train(task, seed=2))
+
+    def test_data_does_not_depend_on_what_else_is_drawn(self) -> None:
+        seen: dict[float, list[Tensor]] = {0.0: [], 0.5: []}
+        images, labels = batches(1, 32)[0]
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8, shuffle=True)
+        for dropout, record in seen.items():
+
+            def watched(model: nn.Module, batch: Any, record: list[Tensor] = record) -> Tensor:
+                record.append(batch[0])
+                return loss(model, (batch[0], batch[1]))
+
+            train(make_task(model=partial(Net, dropout=dropout), loss=watched, train=loader))
+        assert len(seen[0.0]) == 8
+        assert all(map(torch.equal, seen[0.0], seen[0.5]))
+        assert not torch.equal(seen[0.0][0], seen[0.0][4])
+
+    def test_the_users_module_is_left_alone(self) -> None:
+        model = Net()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        train(make_task(model=model))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_evaluates_in_eval_mode_without_gradients(self) -> None:
+        modes = []
+        train(make_task(evaluate=lambda model: modes.append((model.training, torch.is_grad_enabled()))))
+        assert modes == [(False, False)] * 2
+
+    def test_evaluating_draws_nothing_from_training(self) -> None:
+        noisy = make_task(model=partial(Net, dropout=0.5), evaluate=lambda _: {"x": torch.rand(()).item()})
+        assert same(train(noisy), train(dataclasses.replace(noisy, evaluate=None)))
+
+    def test_stops_after_max_steps_and_tells_progress(self) -> None:
+        told: list[Progress] = []
+        result = train(make_task(), max_steps=4, on_step=told.append)
+        assert [(p.epoch, p.step) for p in told] == [(1, 1), (1, 2), (1, 3), (2, 4)]
+        assert {(p.epochs, p.steps_per_epoch) for p in told} == {(2, 3)}
+        assert result.losses == (pytest.approx(sum(p.loss for p in told[:3]) / 3), told[3].loss)
+        assert result.metrics
+
+    def test_batches_may_be_dicts_without_a_length(self) -> None:
+        class Stream:
+            def __iter__(self) -> Any:
+                return ({"images": images, "labels": labels} for images, labels in batches())
+
+        by_name = make_task(train=Stream(), loss=lambda m, b: loss(m, (b["images"], b["labels"])))
+        assert same(train(by_name), train(make_task()))
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"train": []}, "train has no batch. Give at least one"),
+            ({"loss": lambda m, b: m(b[0])}, r"returned a tensor of shape \(8, 3\); it must be a scalar"),
+            ({"loss": lambda m, b: loss(m, b).item()}, "returned a float; it must be a scalar tensor with a gradient"),
+            ({"evaluate": lambda m: 0.5}, "evaluate.model. returned a float; it must be named numbers or None"),
+        ],
+    )
+    def test_says_what_the_task_did_wrong(self, changes: dict[str, Any], said: str) -> None:
+        with pytest.raises(TaskError, match=said):
+            train(make_task(**changes))
+
+
+class TestResult:
+    def test_json_has_the_fixed_fields(self) -> None:
+        task = make_task()
+        table, plan = make_plan(task)
+        plain = json.loads(json.dumps(train(task, plan, table=table).to_json(), allow_nan=False))
+        assert plain.keys() >= FIXED
+        assert "model" not in plain
+        assert plain["metrics"].keys() == {"accuracy"}
+        assert plain["step_seconds"] > 0
+
+    def test_what_is_not_finite_becomes_none(self) -> None:
+        result = train(make_task(loss=lambda m, b: loss(m, b) * float("nan")))
+        plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
+        assert (plain["loss"], plain["losses"], plain["diverged"]) == (None, [None], True)
+
+    def test_without_steady_steps_nothing_is_measured(self) -> None:
+        result = train(make_task(), max_steps=1)
+        assert (result.measured_peak_bytes, result.step_seconds) == (None, None)
+        assert train(make_task(), max_steps=2).measured_peak_bytes is not None
+
+
+class TestPeak:
+    def test_counts_every_byte_once(self, capfd: pytest.CaptureFixture[str]) -> None:
+        held = torch.zeros(1000)
+
+        def step() -> None:
+            first = torch.zeros(500)
+            torch.zeros(3000).add_(first.sum())
+            torch.zeros(2000)
+
+        peak = measure_peak(step, [held, held.view(10, 100), held[:10]])
+        expected = 4 * (1000 + 500 + 3000)
+        assert expected <= peak <= expected + 64  # and the scalar of the sum
+        assert "profiler_start" not in capfd.readouterr().err
+
+    def test_garbage_from_before_is_not_freed_within(self) -> None:
+        cycle: list[Any] = [torch.zeros(100_000)]
+        cycle.append(cycle)
+        del cycle
+        assert measure_peak(lambda: [torch.zeros(1000) for _ in range(1)], []) == 4000
+
+    def test_a_failing_step_leaves_no_profiler_running(self) -> None:
+        with pytest.raises(ZeroDivisionError):
+            measure_peak(lambda: 1 / 0, [])
+        assert measure_peak(lambda: torch.zeros(10), []) == 40
+
+    @pytest.mark.parametrize("planned", [False, True])
+    def test_prediction_agrees_with_measurement(self, planned: bool) -> None:
+        task = make_task(model=partial(Net, channels=16), train=batches(4, 16, 16))
+        table, plan = make_plan(task)
+        result = train(task, plan if planned else None, table=table)
+        assert result.measured_peak_bytes is not None
+        assert result.predicted_peak_bytes == pytest.approx(result.measured_peak_bytes, rel=0.05)
+
+    def test_optimizer_states_count(self) -> None:
+        sizes = []
+        for momentum in (0.0, 0.9):
+            task = make_task(
+                model=lambda: nn.Linear(64, 3), optimizer=partial(torch.optim.SGD, lr=0.1, momentum=momentum)
+            )
+            task = dataclasses.replace(task, train=[(torch.zeros(2, 64), torch.zeros(2).long())] * 4, evaluate=None)
+            sizes.append(train(task).measured_peak_bytes or 0)
+        assert sizes[1] - sizes[0] == 4 * (64 * 3 + 3)
+
+    def test_a_smaller_batch_is_not_the_one_measured(self) -> None:
+        sizes = [*batches(2, 32), *batches(1, 2)]
+        assert (
+            train(make_task(train=sizes)).measured_peak_bytes == train(make_task(train=sizes[:2])).measured_peak_bytes
+        )
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize("make", [lambda task: None, lambda task: make_plan(task, "hfp8")[1]])
+    def test_resumed_equals_uninterrupted(self, tmp_path: Path, make: Callable[[Task], Assignment | None]) -> None:
+        task = make_task(epochs=4)
+        plan, file = make(task), tmp_path / "run.pt"
+        train(task, plan, epochs=2, checkpoint=file)
+        resumed = train(task, plan, epochs=4, checkpoint=file, resume=True)
+        straight = train(task, plan)
+        assert same(resumed, straight)
+        assert (resumed.metrics, resumed.loss_scale) == (straight.metrics, straight.loss_scale)
+        assert len(resumed.losses) == 4
+        assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+
+    @pytest.mark.parametrize("steps", [2, 4, 5])
+    def test_resumes_within_an_epoch(self, tmp_path: Path, steps: int) -> None:
+        images, labels = batches(1, 24)[0]
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8, shuffle=True)
+        task = make_task(
+            model=partial(Net, dropout=0.5), train=loader, loss=lambda m, b: loss(m, (b[0], b[1])), epochs=3
+        )
+        train(task, max_steps=steps, checkpoint=tmp_path / "run.pt")
+        assert same(train(task, checkpoint=tmp_path / "run.pt", resume=True), train(task))
+
+    def test_written_every_few_steps(self, tmp_path: Path) -> None:
+        file = tmp_path / "run.pt"
+        task = make_task()
+
+        def stop(progress: Progress) -> None:
+            if progress.step == 6:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(task, checkpoint=file, checkpoint_every=5, on_step=stop)
+        assert torch.load(file, weights_only=True)["history"]["steps"] == 5
+        assert same(train(task, checkpoint=file, resume=True), train(task))
+
+    def test_a_finished_run_is_not_trained_again(self, tmp_path: Path) -> None:
+        first = train(make_task(), checkpoint=tmp_path / "run.pt")
+        again = train(make_task(), checkpoint=tmp_path / "run.pt", resume=True)
+        assert same(first, again)
+        assert (again.steps, again.metrics, again.loss) == (6, first.metrics, first.loss)
+
+    def test_what_cannot_be_resumed(self, tmp_path: Path) -> None:
+        file = tmp_path / "run.pt"
+        go_on = partial(train, checkpoint=file, resume=True)
+        with pytest.raises(TaskError, match="resume=True needs checkpoint="):
+            train(make_task(), resume=True)
+        with pytest.raises(TaskError, match=r"there is no checkpoint .*run.pt to go on from. Start without resume"):
+            go_on(make_task())
+        train(make_task(), checkpoint=file)
+        with pytest.raises(TaskError, match=r"run.pt is of another run: its seed is 0, not 1. Go on with what it"):
+            go_on(make_task(), seed=1)
+        with pytest.raises(TaskError, match="its task is 'tiny', not 'other'"):
+            go_on(make_task(name="other"))
+        with pytest.raises(TaskError, match="its plan is 'none', not '"):
+            go_on(make_task(), make_plan(make_task())[1])
+        with pytest.raises(TaskError, match="is of another model or optimizer: "):
+            go_on(make_task(model=partial(Net, channels=5)))
+        whole = file.read_bytes()
+        for content in (whole[: len(whole) // 2], b"", b"some text"):
+            file.write_bytes(content)
+            with pytest.raises(TaskError, match=r"run.pt is not a checkpoint, or it was cut off. Start again without"):
+                go_on(make_task())
+
+    def test_a_place_that_cannot_be_written(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            TaskError, match=r"cannot write the checkpoint .*nowhere/run.pt: .* a directory that exists"
+        ):
+            train(make_task(), checkpoint=tmp_path / "nowhere" / "run.pt")
+
+
+def spoil_from(step: int, value: float = float("nan")) -> Callable[[nn.Module, Any], Tensor]:
+    """A loss that is ``value`` from that step on."""
+    calls = []
+
+    def spoiled(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return loss(model, batch) * (value if len(calls) >= step else 1.0)
+
+    return spoiled
+
+
+class TestDivergence:
+    def test_stops_and_says_where(self) -> None:
+        result = train(make_task(loss=spoil_from(5), epochs=4))
+        good = train(make_task(), max_steps=3)
+        assert (result.diverged, result.steps, result.metrics) == (True, 5, good.metrics)
+        assert result.message == (
+            "training diverged at step 5 (epoch 2 of 4): the loss is nan. No plan was in use: "
+            "try a lower learning rate, or look for such values in the data."
+        )
+
+    def test_has_no_metrics_before_the_first_good_epoch(self) -> None:
+        result = train(make_task(loss=spoil_from(2, float("inf"))))
+        assert (result.metrics, result.loss) == ({}, float("inf"))
+
+    def test_raises_if_asked(self) -> None:
+        with pytest.raises(DivergedError, match="training diverged at step 1"):
+            train(make_task(loss=spoil_from(1)), raise_on_divergence=True)
+
+    def test_metrics_that_are_not_finite_are_divergence(self) -> None:
+        result = train(make_task(evaluate=lambda _: {"val_loss": float("inf")}))
+        assert result.diverged
+        assert "at step 3 (epoch 1 of 2): val_loss is inf." in result.message
+
+    def test_the_last_good_checkpoint_stays(self, tmp_path: Path) -> None:
+        train(make_task(loss=spoil_from(5)), checkpoint=tmp_path / "run.pt")
+        state = torch.load(tmp_path / "run.pt", weights_only=True)
+        assert state["history"]["epoch"] == 1
+        assert all(torch.isfinite(value.float()).all() for value in state["model"].values())
+
+    @pytest.mark.parametrize(
+        ("recipe", "advice"), [("native", "budget."), ("hfp8", "or the recipe native, whose 8-bit")]
+    )
+    def test_under_a_plan_says_what_to_try(self, recipe: str, advice: str) -> None:
+        images, labels = batches(1)[0]
+        task = make_task(train=[(images, labels), (images * float("nan"), labels)])
+        result = train(task, make_plan(make_task(), recipe)[1])
+        assert "step 2 (epoch 1 of 2): the loss is nan. The plan is too narrow for this model: try" in result.message
+        assert advice in result.message
+
+
+class TestWithPlan:
+    def test_all_float32_equals_plain_training(self) -> None:
+        task = make_task()
+        plan = make_plan(task)[1]
+        wide = dataclasses.replace(plan, entries={key: Entry("fp32", False) for key in plan.entries})
+        assert same(train(task, wide), train(task))
+
+    def test_trains_and_judges_under_the_plan(self) -> None:
+        task = make_task(epochs=3)
+        table, plan = make_plan(task, low=True)
+        planned, plain = train(task, plan, table=table), train(task, table=table)
+        assert planned.losses != plain.losses
+        assert planned.losses == pytest.approx(plain.losses, rel=0.1)
+        assert planned.loss_scale is None
+        dtypes = []
+        judge = dataclasses.replace(task, evaluate=lambda model: dtypes.append(model.assign_plan is plan))
+        train(judge, plan, max_steps=1)
+        assert dtypes == [True]
+
+    def test_the_loss_scale_grows_every_epoch(self) -> None:
+        task = make_task(epochs=2)
+        assert train(task, make_plan(task, "hfp8")[1]).loss_scale == INITIAL_SCALE * 4
+
+    def test_gradients_that_are_not_finite_are_skipped(self) -> None:
+        def steep(model: nn.Module, batch: Any) -> Tensor:
+            return loss(model, batch) * 1e34  # finite, but not after scaling by 65536
+
+        task = make_task(loss=steep, optimizer=partial(torch.optim.SGD, lr=1e-36), scheduler=None)
+        plan = make_plan(task, "hfp8")[1]
+        wide = dataclasses.replace(plan, entries={key: Entry("fp32", False) for key in plan.entries})
+        result = train(task, wide)
+        assert 0 < result.skipped_steps < result.steps
+        assert not result.diverged
+        assert result.loss_scale is not None
+        assert result.loss_scale < INITIAL_SCALE
+
+    def test_an_epoch_of_skipped_steps_is_divergence(self) -> None:
+        def hopeless(model: nn.Module, batch: Any) -> Tensor:
+            return loss(model, batch) * 1e38
+
+        task = make_task(loss=hopeless)
+        result = train(task, make_plan(task, "hfp8")[1])
+        assert result.diverged
+        assert "every step of the epoch had gradients that are not finite, at any loss scale" in result.message
+
+
+def test_digits_learns() -> None:
+    task = load_task("digits")
+    table, plan = make_plan(task)
+    plain, planned = (train(task, given, table=table, max_steps=12) for given in (None, plan))
+    assert plain.losses[0] > 1.5 * plain.losses[1]
+    assert planned.measured_peak_bytes < 0.6 * plain.measured_peak_bytes
+    for result in (plain, planned):
+        assert result.predicted_peak_bytes == pytest.approx(result.measured_peak_bytes, rel=0.05)
