@@ -29,7 +29,15 @@ def chain():
     def buffer(holds=""):
         return Buffer(elements=100, dtype="float32", holds=holds)
 
-    buffers = (buffer(), buffer("/relu"), buffer(), buffer("/mul"), buffer("/mul.grad"), buffer("/relu.grad"), buffer("/mul.grad"))
+    buffers = (
+        buffer(),
+        buffer("/relu"),
+        buffer(),
+        buffer("/mul"),
+        buffer("/mul.grad"),
+        buffer("/relu.grad"),
+        buffer("/mul.grad"),
+    )
     events = (
         Event(op="/relu", backward=False, writes=(0,)),
         Event(op="mark:/relu", backward=False, reads=(0,), writes=(1,)),

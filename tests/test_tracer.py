@@ -160,7 +160,7 @@ def test_other_errors_say_what_to_do():
         trace(MLP(), vectors(), lambda model, batch: model(batch[0]))
     with pytest.raises(TraceError, match=r"'first.weight' is torch.bfloat16.*model\.float\(\)"):
         traced(MLP().bfloat16(), vectors())
-    with pytest.raises(TraceError, match="is a function, a torch.nn.Module is needed"):
+    with pytest.raises(TraceError, match=r"is a function, a torch\.nn\.Module is needed"):
         traced(class_loss, vectors())
     with pytest.raises(TraceError, match="requires a gradient"):
         traced(MLP().requires_grad_(False), vectors())

@@ -42,7 +42,7 @@ def digits(options: TaskOptions) -> Task:
             prepare=partial(random_crop, pad=1, flip=False, fill=-0.305 / 0.376),
         ),
         evaluate=partial(accuracy, images=images[:held_out], labels=labels[:held_out], size=held_out),
-        optimizer=partial(torch.optim.SGD, lr=0.2, momentum=0.9, weight_decay=1e-3, nesterov=True),
+        optimizer=partial(torch.optim.SGD, lr=0.2, momentum=0.9, weight_decay=4e-3, nesterov=True),
         scheduler=partial(CosineAnnealingLR, T_max=epochs),
         epochs=epochs,
     )
@@ -88,7 +88,7 @@ def shakespeare(options: TaskOptions) -> Task:
     epochs = options.epochs or 10
     heads = 4
     width = max(1, round(128 * (options.width or 1) / (8 * heads))) * 8 * heads
-    inputs, following = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    inputs, following = windows[:, :-1], windows[:, 1:]
     return Task(
         name="shakespeare",
         model=partial(GPT, symbols=len(symbols), context=_CONTEXT, width=width, layers=4, heads=heads),

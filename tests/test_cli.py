@@ -1,0 +1,127 @@
+"""The shell as a user meets it: exit status, tables, JSON fields, and what bad input says."""
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from assign.cli import app, main
+
+runner = CliRunner()
+
+TASK = """
+import torch
+from torch import nn
+import assign
+
+def task():
+    data = [(torch.randn(32, 8), torch.randn(32, 1)) for _ in range(4)]
+    return assign.Task(
+        model=lambda: nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 1)),
+        loss=lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]),
+        train=data,
+        evaluate=None,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+        epochs=2,
+    )
+
+def nan():
+    import dataclasses
+    loss = lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]) * float("nan")
+    return dataclasses.replace(task(), loss=loss)
+
+def wrong():
+    return 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments):
+    result = runner.invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fails(capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["assign", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_formats_and_schema(here):
+    assert "FP(4,3,4)".lower() in run("formats", "fp(4,3,4)", "--json", "formats.json")
+    assert json.loads((here / "formats.json").read_text())["fp(4,3,4)"]["max_value"] == 30.0
+    schema = json.loads(run("schema"))
+    assert "tensors" in schema["properties"]
+
+
+def test_trace_search_estimate_train_show_diff(here):
+    run("trace", "mine.py:task", "--json", "table.json")
+    table = json.loads((here / "table.json").read_text())
+    assert {"fingerprint", "elements", "groups", "tensors"} <= table.keys()
+    run("search", "mine.py", "--low-ratio", "1", "-o", "low.json", "--json", "search.json")
+    fields = {"low_ratio", "groups_low", "aggregate_bytes", "peak_bytes", "baseline_peak_bytes", "seconds"}
+    found = json.loads((here / "search.json").read_text())
+    assert fields <= found.keys()
+    assert found["low_ratio"] == 1.0
+    run("estimate", "mine.py", "--plan", "low.json", "--json", "estimate.json")
+    predicted = json.loads((here / "estimate.json").read_text())
+    assert fields <= predicted.keys()
+    assert predicted["peak_bytes"] == found["peak_bytes"]
+    run("train", "mine.py", "--plan", "low.json", "--json", "train.json")
+    trained = json.loads((here / "train.json").read_text())
+    wanted = {"metrics", "loss", "measured_peak_bytes", "predicted_peak_bytes", "step_seconds", "diverged"}
+    assert wanted <= trained.keys()
+    assert trained["diverged"] is False
+    assert "e4m3:pow2" in run("show", "low.json", "--all")
+    run("search", "mine.py", "--strategy", "uniform", "--format", "bf16", "-o", "bf16.json")
+    assert "0.weight" in run("diff", "low.json", "bf16.json", "--json", "diff.json")
+    assert json.loads((here / "diff.json").read_text())["changed"]["0.weight"] == ["e4m3:pow2", "bf16"]
+    assert "same" in run("diff", "low.json", "low.json")
+
+
+def test_run_puts_both_side_by_side(here):
+    output = run("run", "mine.py", "--budget", "90%", "-o", "plan.json", "--json", "run.json")
+    assert "measured peak" in output
+    assert "seconds per step" in output
+    data = json.loads((here / "run.json").read_text())
+    assert data.keys() == {"baseline", "plan", "search"}
+    assert data["plan"]["predicted_peak_bytes"] == data["search"]["peak_bytes"]
+
+
+def test_bad_input_is_one_message_and_status_two(here, capsys, monkeypatch):
+    def error(*arguments):
+        return fails(capsys, monkeypatch, *arguments)
+
+    assert "still needs" in error("search", "mine.py", "--budget", "1KiB")  # and says the floor
+    assert "'1 potato' is not a budget" in error("search", "mine.py", "--budget", "1 potato")
+    assert "needs a goal" in error("search", "mine.py")
+    assert "bf17" in error("search", "mine.py", "--strategy", "uniform", "--format", "bf17")
+    assert "missing.py" in error("trace", "missing.py:task")
+    assert "wrong" in error("trace", "mine.py:wrong")
+    assert "nowhere.json" in error("show", "nowhere.json")
+    (here / "broken.json").write_text('{"assign_plan": 1, "tens')
+    assert "broken.json" in error("show", "broken.json")
+    (here / "newer.json").write_text('{"assign_plan": 99}')
+    assert "99" in error("show", "newer.json")
+
+
+def test_a_plan_for_another_model(here, capsys, monkeypatch):
+    run("search", "digits", "--low-ratio", "0", "-o", "digits.json")
+    text = fails(capsys, monkeypatch, "train", "mine.py", "--plan", "digits.json")
+    assert "another model" in text
+
+
+def test_a_loss_that_is_nan_ends_with_status_one(here):
+    result = runner.invoke(app, ["train", "mine.py:nan"])
+    assert result.exit_code == 1
+    assert "diverged" in result.output

@@ -1,0 +1,55 @@
+"""The repository keeps its own promises: README, map of the house, private names in one file."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import assign
+from assign.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_command_of_the_readme_exists():
+    commands = get_command(app).commands
+    named = set(re.findall(r"`assign ([a-z]+)", README))
+    assert named == set(commands)
+    for name, flags in re.findall(r"`assign ([a-z]+)([^`]*)`", README):
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"(?<!\S)--?[a-z-]+", flags)) <= known
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```python\n(.*?)^```", README, re.S | re.M))
+def test_every_python_block_of_the_readme_runs(block, tmp_path):
+    (tmp_path / "block.py").write_text(block + "\nif 'task' in globals():\n    task()\n")
+    subprocess.run([sys.executable, "block.py"], cwd=tmp_path, check=True, timeout=120)
+
+
+def test_the_map_names_every_module():
+    modules = {path.stem for path in (ROOT / "assign").glob("*.py")} | {
+        path.parent.name for path in (ROOT / "assign").glob("*/__init__.py")
+    }
+    missing = [name for name in modules - {"__init__", "__main__"} if f"``{name}``" not in (assign.__doc__ or "")]
+    assert not missing
+
+
+def test_private_torch_names_live_in_one_file():
+    private = re.compile(r"torch\._(?!C\b)[a-z]|from torch\._")
+    for path in (ROOT / "assign").rglob("*.py"):
+        if path.name != "_torch.py":
+            assert not private.search(path.read_text()), path
+
+
+def test_every_public_name_has_a_docstring():
+    for path in (ROOT / "assign").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in [tree, *ast.walk(tree)]:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node in tree.body and node.name[0] != "_":
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+        assert ast.get_docstring(tree), path
