@@ -37,6 +37,7 @@ class Site:
     """Where one tensor of the table appears in a captured graph.
 
     Attributes:
+        counted: has as many elements as the paper counts (a loss: one per sample).
         node: holds the tensor; ``after``: the node behind which it is complete.
         owner: the graph (main, or body of a checkpointed block) that holds ``node``.
         readers: for an input, the nodes that read it as the model's input (None: all).
@@ -48,11 +49,16 @@ class Site:
     after: fx.Node
     owner: fx.GraphModule
     value: Tensor
+    counted: Tensor
     module: str = ""
     source: str = ""
-    elements: int = 0
     inputs: tuple[str, ...] = ()
     readers: tuple[fx.Node, ...] | None = None
+
+    @property
+    def elements(self) -> int:
+        """What the paper counts. Asked for by the tracer only: it would tie the executor's graph to one batch size."""
+        return int(self.counted.numel())
 
 
 @dataclass(slots=True)
@@ -205,7 +211,7 @@ def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result:
     site.source = source_line(maker)
     site.inputs = tuple(dict.fromkeys(result.key_of[n] for n in maker.all_input_nodes if n in result.key_of))
     if op == "nll_loss" and len(maker.args) > 1:
-        site.elements = int(aliases.values[_torch.source_of(maker, 1)].numel())
+        site.counted = aliases.values[_torch.source_of(maker, 1)]
     result.key_of[node] = key
     result.labels[node] = key
     result.labels[maker] = key
@@ -213,7 +219,7 @@ def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result:
 
 
 def _site(key: str, op: str, node: fx.Node, graph: fx.GraphModule, value: Tensor, result: Walk) -> Site:
-    return Site(key=key, op=op, node=node, after=node, owner=graph, value=value, elements=int(value.numel()))
+    return Site(key=key, op=op, node=node, after=node, owner=graph, value=value, counted=value)
 
 
 def operator_name(target: Any) -> str:

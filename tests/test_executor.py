@@ -205,6 +205,13 @@ def test_eval_no_grad_and_a_smaller_last_batch():
     assert torch.equal(one, planned(batch[0][:1]).detach())
 
 
+def test_more_batch_sizes_than_dynamo_would_compile():
+    model = MLP()
+    planned = apply(model, all_low(traced(model, vectors())), backend="eager")
+    for size in range(2, 14):
+        class_loss(planned, vectors(batch=size)).backward()
+
+
 def test_two_models_at_once_and_many_in_a_row():
     batch = vectors()
     models = [MLP() for _ in range(10)]  # more than Dynamo compiles of one function
@@ -229,6 +236,18 @@ def test_autocast_holds_inside_the_context_only():
     with pytest.raises(ValueError, match="mine"), autocast(model, plan, backend="eager"):
         raise ValueError("mine")
     assert type(model) is MLP
+
+
+def test_autocast_of_a_copy_trains_the_copy():
+    model, batch = MLP(), vectors()
+    plan = everything(traced(model, batch), "bf16")
+    with autocast(model, plan, backend="eager"):
+        model(batch[0])
+    twin = copy.deepcopy(model)
+    with autocast(twin, plan, backend="eager"):
+        class_loss(twin, batch).backward()
+    assert twin.first.weight.grad is not None
+    assert model.first.weight.grad is None
 
 
 def test_copies_and_pickles_keep_the_plan():

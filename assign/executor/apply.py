@@ -7,6 +7,7 @@ flag. Only calling it differs: the call is captured, marked, packed and compiled
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,6 +59,11 @@ def apply(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -> n
     return planned
 
 
+_PLANNED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, str], tuple[Assignment, type]]] = (
+    weakref.WeakKeyDictionary()
+)  # what autocast compiled, as long as its model lives
+
+
 @contextlib.contextmanager
 def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -> Iterator[None]:
     """Within the context, calling ``model`` itself computes under ``plan``.
@@ -67,7 +73,7 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
     Raises:
         PlanError, TraceError: as for :func:`apply`.
     """
-    cache = model.__dict__.setdefault("_assign_planned", {})
+    cache = _PLANNED.setdefault(model, {})
     key = (id(plan), backend)
     if key not in cache:
         cache[key] = (plan, type(apply(model, plan, backend=backend)))
