@@ -144,8 +144,8 @@ def measure_peak(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
     """
     tensors = list(resident)
     held = count_bytes(tensors)
-    gc.collect()  # garbage in cycles would be freed within the step and taken for its own
     if any(tensor.is_cuda for tensor in tensors):
+        gc.collect()  # garbage in cycles, freed within the step, would make room for the step's own
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -160,7 +160,7 @@ def measure_peak(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
     finally:
         with _quiet_stderr():
             profiler.stop()
-    now = peak = 0
+    now = peak = 0  # what was allocated before the profiler started makes no event when it is freed
     for change in _memory_changes(profiler):
         now += change
         peak = max(peak, now)

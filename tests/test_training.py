@@ -69,7 +69,7 @@ def make_task(**changes: Any) -> Task:
         "train": batches(),
         "evaluate": right,
         "optimizer": SGD,
-        "scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        "scheduler": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch),
         "epochs": 2,
     }
     return Task(**{**fields, **changes})
@@ -144,10 +144,6 @@ class TestWithoutPlan:
         train(make_task(evaluate=lambda model: modes.append((model.training, torch.is_grad_enabled()))))
         assert modes == [(False, False)] * 2
 
-    def test_evaluating_draws_nothing_from_training(self) -> None:
-        noisy = make_task(model=partial(Net, dropout=0.5), evaluate=lambda _: {"x": torch.rand(()).item()})
-        assert same(train(noisy), train(dataclasses.replace(noisy, evaluate=None)))
-
     def test_stops_after_max_steps_and_tells_progress(self) -> None:
         told: list[Progress] = []
         result = train(make_task(), max_steps=4, on_step=told.append)
@@ -213,16 +209,10 @@ class TestPeak:
         assert expected <= peak <= expected + 64  # and the scalar of the sum
         assert "profiler_start" not in capfd.readouterr().err
 
-    def test_garbage_from_before_is_not_freed_within(self) -> None:
-        cycle: list[Any] = [torch.zeros(100_000)]
-        cycle.append(cycle)
-        del cycle
-        assert measure_peak(lambda: [torch.zeros(1000) for _ in range(1)], []) == 4000
-
     def test_a_failing_step_leaves_no_profiler_running(self) -> None:
         with pytest.raises(ZeroDivisionError):
             measure_peak(lambda: 1 / 0, [])
-        assert measure_peak(lambda: torch.zeros(10), []) == 40
+        assert not torch.autograd._profiler_enabled()
 
     @pytest.mark.parametrize("planned", [False, True])
     def test_prediction_agrees_with_measurement(self, planned: bool) -> None:
@@ -265,9 +255,12 @@ class TestCheckpoint:
     @pytest.mark.parametrize("steps", [2, 4, 5])
     def test_resumes_within_an_epoch(self, tmp_path: Path, steps: int) -> None:
         images, labels = batches(1, 24)[0]
-        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8, shuffle=True)
+        data = torch.utils.data.TensorDataset(images, labels)
         task = make_task(
-            model=partial(Net, dropout=0.5), train=loader, loss=lambda m, b: loss(m, (b[0], b[1])), epochs=3
+            model=partial(Net, dropout=0.5),
+            train=torch.utils.data.DataLoader(data, batch_size=8, shuffle=True),
+            evaluate=lambda _: {"drawn": torch.rand(()).item()},  # must not disturb the training's numbers
+            epochs=3,
         )
         train(task, max_steps=steps, checkpoint=tmp_path / "run.pt")
         assert same(train(task, checkpoint=tmp_path / "run.pt", resume=True), train(task))
@@ -312,6 +305,21 @@ class TestCheckpoint:
             file.write_bytes(content)
             with pytest.raises(TaskError, match=r"run.pt is not a checkpoint, or it was cut off. Start again without"):
                 go_on(make_task())
+
+    def test_a_failed_write_leaves_the_last_checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = tmp_path / "run.pt"
+        train(make_task(), epochs=1, checkpoint=file)
+        before = file.read_bytes()
+
+        def fill_the_disk(_: Any, path: Path) -> None:
+            path.write_bytes(b"half")
+            raise OSError("no space left")
+
+        monkeypatch.setattr(torch, "save", fill_the_disk)
+        with pytest.raises(TaskError, match=r"cannot write the checkpoint .*: no space left"):
+            train(make_task(), checkpoint=file, resume=True)
+        assert file.read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
 
     def test_a_place_that_cannot_be_written(self, tmp_path: Path) -> None:
         with pytest.raises(
