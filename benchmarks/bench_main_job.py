@@ -1,7 +1,7 @@
 """Does a plan keep its promise on real data: the bytes it predicts, the accuracy of fp32, and at which speed?
 
 Method: the built-in task ``digits`` (a small ResNet on scikit-learn's digits) trained in plain fp32 and under plans for
-several budgets, three seeds, one after the other in one process; the peak is every byte alive at the worst moment of one
+several budgets, three seeds, one after the other in one process; the peak is every byte alive at the worst moment of a
 whole step. Assumptions: nothing else runs on the machine. Prints a markdown table and writes one JSON.
 
     python benchmarks/bench_main_job.py
