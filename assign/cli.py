@@ -46,7 +46,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Data = Annotated[Path | None, typer.Option(help="Directory with the task's data.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs to train; the task's own if left out.")]
 Recipe = Annotated[str, typer.Option(help="Candidates per tensor: native or hfp8.")]
-Strategy = Annotated[str, typer.Option(help="greedy, greedy-smallest, greedy-random or uniform.")]
+Strategy = Annotated[
+    str, typer.Option(help="greedy, greedy-smallest, greedy-random, uniform, operator or operator-prime.")
+]
 Format = Annotated[str | None, typer.Option("--format", help="With --strategy uniform: every tensor in this format.")]
 LowRatio = Annotated[float | None, typer.Option(help="Share of the elements to hold low, 0 to 1.")]
 Budget = Annotated[str | None, typer.Option(help="Peak bytes of a step: 512MiB, 6GB, or 50% of the all-fp32 peak.")]

@@ -12,7 +12,7 @@ The executor and the memory model both ask here, so that the bytes predicted are
 
 from collections.abc import Iterable
 
-from assign.formats import Format
+from assign.formats import FORMATS, Format
 
 FLOAT32 = "float32"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -48,17 +48,10 @@ FLOAT32_PARAMETERS = frozenset({"batch_norm", "instance_norm"})
 
 def carrier(forward: Format, backward: Format) -> str:
     """Torch dtype that holds a value of ``forward`` and a gradient of ``backward`` exactly."""
-    wanted = {forward.carrier, backward.carrier}
-    return wanted.pop() if len(wanted) == 1 else _join(forward, backward)
-
-
-def _join(forward: Format, backward: Format) -> str:
-    from assign.formats import FORMATS
-
-    for dtype, name in (("bfloat16", "bf16"), ("float16", "fp16")):
-        if FORMATS[name].contains(forward) and FORMATS[name].contains(backward):
-            return dtype
-    return FLOAT32
+    if forward.carrier == backward.carrier:
+        return forward.carrier
+    narrow = ((name, FORMATS[row]) for name, row in (("bfloat16", "bf16"), ("float16", "fp16")))
+    return next((name for name, row in narrow if row.contains(forward) and row.contains(backward)), FLOAT32)
 
 
 def compute_dtype(op: str, operands: Iterable[str], result: str, custom_result: bool) -> str:

@@ -19,9 +19,8 @@ import numpy as np
 from assign import lowering
 from assign.assignment import Assignment, Entry, format_pair
 from assign.formats import Format, parse_format
-from assign.tensors import Buffer, Event, Role, TensorTable, base_key, saved_key
+from assign.tensors import MARK, Buffer, Event, Role, TensorTable, base_key, saved_key
 
-MARK = "mark:"
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
 _RESIDENT = ("parameters", "buffers", "batch", "optimizer states")
 

@@ -14,7 +14,7 @@ from assign.capture import Loss
 from assign.errors import BudgetError
 from assign.memory import Estimate, estimate, peak_bytes
 from assign.recipes import get_recipe
-from assign.strategies import get_strategy
+from assign.strategies import BASELINES, get_strategy
 from assign.strategies.baselines import uniform_in
 from assign.tensors import TensorTable
 from assign.tracer import OptimizerFactory, trace
@@ -70,7 +70,11 @@ def search_table(
     seed: int = 0,
     command: str = "",
 ) -> Assignment:
-    """As :func:`search`, from a table; ``format_name`` puts every tensor in one format and needs no goal."""
+    """As :func:`search`, from a table.
+
+    ``format_name`` puts every tensor in one format; it takes no goal, nor do the strategies that follow from the model
+    alone (``operator``, ``operator-prime``).
+    """
     start = time.perf_counter()
     rules = get_recipe(recipe)
     if format_name is not None:
@@ -80,6 +84,13 @@ def search_table(
                 "Leave out the budget and the low ratio, and use the strategy 'uniform'."
             )
         entries = uniform_in(table, format_name)
+    elif strategy in BASELINES:
+        if budget is not None or low_ratio is not None:
+            raise BudgetError(
+                f"search: the strategy {strategy!r} follows from the model alone and meets no budget or low ratio. "
+                "Leave them out, or use the strategy 'greedy'."
+            )
+        entries = BASELINES[strategy](table, rules)
     else:
         entries = get_strategy(strategy)(
             table,

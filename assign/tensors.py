@@ -78,6 +78,10 @@ def base_key(key: str) -> str:
     return key.removesuffix(".grad").removesuffix(".saved")
 
 
+MARK = "mark:"
+"""Prefix of an event's operator, and of a joint graph node's label, where a tensor is complete and gets its format."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buffer:
     """Memory that one operator of the step allocates.

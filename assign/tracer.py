@@ -21,13 +21,10 @@ from assign.functionalize import functionalize
 from assign.groups import assign_groups
 from assign.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
 from assign.operators import Walk, walk
-from assign.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable, grad_key, saved_key
+from assign.tensors import MARK, Buffer, Event, Role, Schedule, TensorInfo, TensorTable, grad_key, saved_key
 from assign.workspace import kernel_scratch
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-MARK = "mark:"
-"""Prefix of the label of a mark's nodes in the joint graph; the tensor's key follows."""
 
 
 @torch.library.custom_op("assign::probe", mutates_args=())

@@ -184,17 +184,20 @@ def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
 
 
 @pytest.mark.slow
-def test_all_low_saves_a_quarter_of_the_bytes():
-    model, batch = ResNet(width=32, blocks=3), images(batch=32, size=32)
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_all_low_saves_a_quarter_of_the_bytes(backend):
+    model, batch = ResNet(width=32, blocks=2), images(batch=32, size=32)
     table = traced(model, batch)
-    waiting = [_measured_saved(model, batch, plan) for plan in (all_low(table), everything(table, "fp32"))]
+    waiting = [_measured_saved(model, batch, plan, backend) for plan in (all_low(table), everything(table, "fp32"))]
     assert waiting[0] <= 0.27 * waiting[1]
-    assert Replay(table, all_low(table).entries).saved_bytes == pytest.approx(waiting[0], rel=0.02)
+    assert Replay(table, all_low(table).entries).saved_bytes == pytest.approx(
+        waiting[0], rel=0.02 if backend == "eager" else 0.1
+    )
 
 
-def _measured_saved(model, batch, plan):
+def _measured_saved(model, batch, plan, backend):
     """Bytes that the loss keeps alive: what dropping it frees."""
-    step = planned_step(model, class_loss, plan, backend="eager")
+    step = planned_step(model, class_loss, plan, backend=backend)
     step(batch).backward()
     kept = []
 

@@ -1,6 +1,7 @@
 """The repository keeps its own promises: README, map of the house, private names in one file."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -29,6 +30,14 @@ def test_every_command_of_the_readme_exists():
 def test_every_python_block_of_the_readme_runs(block, tmp_path):
     (tmp_path / "block.py").write_text(block + "\nif 'task' in globals():\n    task()\n")
     subprocess.run([sys.executable, "block.py"], cwd=tmp_path, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_notebook_runs(path, tmp_path):
+    cells = json.loads(path.read_text())["cells"]
+    code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (tmp_path / "notebook.py").write_text(code)
+    subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, check=True, timeout=120)
 
 
 def test_the_map_names_every_module():

@@ -16,10 +16,7 @@ from assign.assignment import Assignment, format_pair
 from assign.capture import Capture
 from assign.formats import Format, Scaling, parse_format
 from assign.operators import Site, Walk, floating_arguments, operator_name
-from assign.tensors import saved_key
-
-MARK = "mark:"
-"""Prefix of the label of a mark's nodes in the joint graph; the tensor's key follows."""
+from assign.tensors import MARK, saved_key
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WIDENINGS = frozenset({"float", "to", "type", "type_as"})

@@ -13,10 +13,9 @@ from torch import fx
 
 from assign import _torch
 from assign.assignment import Assignment
-from assign.executor.mark import MARK
 from assign.formats import Format, Scaling, parse_format
 from assign.joint import describe, is_view, origin, read_marked_outputs
-from assign.tensors import saved_key
+from assign.tensors import MARK, saved_key
 
 _QUANTIZE = torch.ops.assign.quantize.default
 

@@ -4,7 +4,7 @@ A strategy is a function; a new one is a file here and a line in ``STRATEGIES``,
 Strategies get the memory model as an argument; they know neither it, nor the executor, nor torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Protocol
@@ -12,7 +12,7 @@ from typing import Protocol
 from assign.assignment import Entry
 from assign.errors import AssignError, nearest
 from assign.recipes import Recipe
-from assign.strategies.baselines import uniform
+from assign.strategies.baselines import operator_based, uniform
 from assign.strategies.goal import PeakBytes
 from assign.strategies.greedy import Order, greedy
 from assign.tensors import TensorTable
@@ -46,7 +46,15 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "uniform": uniform,
     }
 )
-"""Every strategy by the name that ``--strategy`` takes."""
+"""Every search by the name that ``--strategy`` takes."""
+
+BASELINES: Mapping[str, Callable[[TensorTable, Recipe], dict[str, Entry]]] = MappingProxyType(
+    {
+        "operator": operator_based,
+        "operator-prime": partial(operator_based, gradients_follow=True),
+    }
+)
+"""Assignments that follow from the model alone, with no goal to search for, by the same option."""
 
 
 def get_strategy(name: str) -> Strategy:
@@ -56,9 +64,10 @@ def get_strategy(name: str) -> Strategy:
         AssignError: there is none.
     """
     if name not in STRATEGIES:
-        close = nearest(name, STRATEGIES)
+        known = [*STRATEGIES, *BASELINES]
+        close = nearest(name, known)
         raise AssignError(
-            f"there is no strategy {name!r}; choose from {', '.join(sorted(STRATEGIES))}"
+            f"there is no strategy {name!r}; choose from {', '.join(sorted(known))}"
             + (f". Did you mean {close}?" if close else ".")
         )
     return STRATEGIES[name]
