@@ -14,7 +14,7 @@ them is pure Python and never imports torch.
 ``memory``            (table, assignment) → aggregate, peak, timeline
 ``strategies``        searches: (table, recipe, goal) → entries
 ``assignment``        **Assignment**, the second waist: ``plan.json``
-``rounding``          the kernels: quantize, encode, decode, as registered torch operators
+``rounding``          quantize, encode, decode as registered torch operators; ``kernels``: their arithmetic
 ``executor``          mark → pack → compile → apply: a plan made to run
 ``planning``          trace, strategy, provenance in one call
 ``tasks``             what is trained: built-in, from a user's file

@@ -200,6 +200,16 @@ def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
     return run
 
 
+def memory_changes(profiler: torch.profiler.profile) -> list[int]:
+    """Bytes that a finished profiler saw allocated (positive) and freed, in order of time.
+
+    Its public interfaces give sums per operator; only the raw events are a timeline.
+    """
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
+
+
 def inner_exception(error: BaseException) -> BaseException:
     """The exception that our own backend raised inside Dynamo, or ``error`` itself."""
     if isinstance(error, BackendCompilerFailed):

@@ -64,7 +64,12 @@ def main() -> None:
     try:
         app()
     except AssignError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            "\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]),
+            style="red",
+            markup=False,
+            highlight=False,
+        )
         sys.exit(2)
 
 

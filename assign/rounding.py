@@ -14,33 +14,24 @@ numbers as run-time tensors, so that one compilation serves every ``fp(e,m,b)``;
 
 import functools
 import logging
-import math
-import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FunctionType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from assign.errors import FormatError
-from assign.formats import FORMATS, Format, Rounding, Scaling, parse_format
+from assign.formats import FORMATS, Format, Scaling, parse_format
+from assign.kernels import BIAS, INF, MAGNITUDE, WIDTH, Scale, Work, bits_of, coding, quantizing
 
 _FLOATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"], torch.float16: FORMATS["fp16"]}
-_SIGN, _MAGNITUDE, _INF = -(1 << 31), (1 << 31) - 1, 0x7F800000  # in the bits of a float32
-_WIDTH, _BIAS = 23, 127  # mantissa bits and exponent bias of a float32
 
 _WORTH_COMPILING = 2**14  # elements; below that nobody waits for a compiler
 _PIECE = 2**16  # elements at a time without one: temporaries stay in the processor's cache
 _DEVICE_PIECE = 2**22  # the same where every launch costs
-
-
-def _bits(value: float) -> int:
-    """The bits of ``value`` as a float32."""
-    return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -48,124 +39,6 @@ def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-# ---- kernels: float32 arithmetic and float32 bits only; ``numbers`` are Python's or 0-dim tensors
-
-
-class _Scale(NamedTuple):
-    """A scale without axes and its inverse: kernels do not divide, which compilers for GPUs do approximately."""
-
-    value: Tensor
-    inverse: Tensor
-
-
-def _quantize_by_sum(x: Tensor, scale: _Scale | None, numbers: Sequence[Any]) -> Tensor:
-    """Round where ``step · 2^23`` is a float32: adding and subtracting it leaves multiples of ``step``, ties to even.
-
-    ``step`` belongs to the element's exponent, held between the format's lowest and highest, so that subnormals and
-    overflow need no path of their own. A tie that went down to even goes ``away``.
-    """
-    lowest, highest, lift, away, maximum, overflow = numbers
-    x = x.to(torch.float32)
-    value = x.abs() if scale is None else x.abs() * scale.inverse
-    exponent = (value.view(torch.int32) & _INF).clamp(lowest, highest)
-    magic = (exponent + lift).view(torch.float32)
-    near = (value + magic) - magic
-    near = torch.where(value - near == magic * 2.0**-24, near + magic * away, near)
-    near = torch.where(near > maximum, overflow, near)
-    return torch.copysign(near if scale is None else near * scale.value, x)
-
-
-def _quantize_by_bits(x: Tensor, scale: _Scale | None, numbers: Sequence[Any]) -> Tensor:
-    """Round where the format has float32's lowest exponent: then its steps, subnormals included, are bits to cut."""
-    half, even, shift, mask, maximum, overflow = numbers
-    x = x.to(torch.float32)
-    bits = (x if scale is None else x * scale.inverse).view(torch.int32)
-    magnitude = bits & _MAGNITUDE
-    near = (magnitude + (half + ((magnitude >> shift) & even))) & mask
-    near = torch.where(near > maximum, overflow, near)
-    near = torch.where(magnitude > _INF, magnitude, near)
-    result = (near | (bits & _SIGN)).view(torch.float32)
-    return result if scale is None else result * scale.value
-
-
-def _encode(x: Tensor, scale: _Scale | None, numbers: Sequence[Any]) -> Tensor:
-    """Codes, as int32, of values on the grid. A subnormal's code is how many steps it has: the last bits of a sum."""
-    shift, offset, min_normal, magic_bits, top_code, nan_code, sign, magic = numbers
-    value = x.to(torch.float32) if scale is None else x.to(torch.float32) * scale.inverse
-    bits = value.view(torch.int32)
-    magnitude = bits & _MAGNITUDE
-    subnormal = (value.abs() + magic).view(torch.int32) - magic_bits
-    code = torch.where(magnitude < min_normal, subnormal, (magnitude >> shift) - offset).clamp(max=top_code)
-    code = torch.where(magnitude > _INF, nan_code, code)
-    return code.add((bits >> 31) & sign)
-
-
-def _decode(codes: Tensor, scale: _Scale | None, numbers: Sequence[Any]) -> Tensor:
-    """Values, as float32, of codes."""
-    shift, offset, first_normal, inf_code, first_nan, sign, step = numbers
-    codes = codes.to(torch.int32)
-    code = codes & (sign - 1)
-    value = ((code << shift) + offset).view(torch.float32)
-    value = torch.where(code < first_normal, code.to(torch.float32) * step, value)
-    value = torch.where(code == inf_code, math.inf, value)
-    value = torch.where(code >= first_nan, math.nan, value)
-    value = value if scale is None else value * scale.value
-    return torch.where((codes & sign) != 0, -value, value)
-
-
-class _Work(NamedTuple):
-    """A kernel and its numbers; ``unit`` times the scale is the scale that it must be given."""
-
-    kernel: Callable[[Tensor, _Scale | None, Sequence[Any]], Tensor]
-    ints: tuple[int, ...]
-    floats: tuple[float, ...]
-    unit: float
-
-
-def _unit_exponent(fmt: Format) -> int:
-    """Exponent of a unit small enough for ``step · 2^23`` to stay finite; 0 for all usual formats."""
-    return 0 if fmt.max_exponent + _WIDTH - fmt.mantissa_bits <= _BIAS else 24
-
-
-@functools.lru_cache(maxsize=1024)
-def _quantizing(fmt: Format, saturate: bool) -> _Work:
-    shift = _WIDTH - fmt.mantissa_bits
-    away = fmt.rounding is Rounding.AWAY
-    if fmt.min_exponent == 1 - _BIAS:
-        half = (1 << shift) >> 1
-        limit = _bits(fmt.max_value)
-        ints = (half if away or not shift else half - 1, int(not away and shift > 0), shift, -(1 << shift))
-        return _Work(_quantize_by_bits, (*ints, limit, limit if saturate else _INF), (), 1.0)
-    unit = _unit_exponent(fmt)
-    lowest, highest = ((exponent - unit + _BIAS) << _WIDTH for exponent in (fmt.min_exponent, fmt.max_exponent))
-    maximum = math.ldexp(fmt.max_value, -unit)
-    floats = (2.0**-_WIDTH if away else 0.0, maximum, maximum if saturate else math.inf)
-    return _Work(_quantize_by_sum, (lowest, highest, shift << _WIDTH), floats, 2.0**unit)
-
-
-@functools.lru_cache(maxsize=1024)
-def _coding(fmt: Format) -> tuple[_Work, _Work]:
-    """Encoder and decoder."""
-    unit = _unit_exponent(fmt) if fmt.min_exponent > 1 - _BIAS else 0
-    shift = _WIDTH - fmt.mantissa_bits
-    lowest = fmt.min_exponent - unit
-    offset = (lowest + _BIAS - 1) << fmt.mantissa_bits
-    plain = not offset  # subnormals are float32's own: their bits are cut like any other's
-    magic = math.ldexp(1.0, lowest + shift)
-    min_normal = 0 if plain else _bits(math.ldexp(1.0, lowest))
-    max_code = (_bits(math.ldexp(fmt.max_value, -unit)) >> shift) - offset
-    top_code = max_code + fmt.has_inf
-    sign = 1 << (fmt.bits - 1)
-    nan_code = sign - 1 if fmt.has_nan else max_code
-    # int16 has the sign bit of a 16-bit code for its own: below zero, not beyond its range
-    ints = (shift, offset, min_normal, _bits(magic), top_code, nan_code, -sign if fmt.bits == 16 else sign)
-    encoder = _Work(_encode, ints, (magic,), 2.0**unit)
-    first_normal, never = 0 if plain else 1 << fmt.mantissa_bits, 1 << 30
-    specials = (top_code if fmt.has_inf else -1, top_code + 1 if fmt.has_nan else never)
-    step = math.ldexp(1.0, lowest - fmt.mantissa_bits)
-    return encoder, _Work(_decode, (shift, offset << shift, first_normal, *specials, sign), (step,), 2.0**unit)
 
 
 # ---- running a kernel: compiled, or op by op
@@ -195,7 +68,7 @@ def _compiler_failed(device_type: str) -> threading.Event:
 @functools.cache
 def _compiled(kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype) -> Callable[..., None]:
     def store(x: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, out: Tensor) -> None:
-        out.copy_(kernel(x, _Scale(scale, inverse), (*ints.unbind(), *floats.unbind())))
+        out.copy_(kernel(x, Scale(scale, inverse), (*ints.unbind(), *floats.unbind())))
 
     # Dynamo limits how many variants one code object may have: give each pair of dtypes its own
     code = store.__code__.replace(co_name=f"store{kernel.__name__}_{source}_{target}".replace("torch.", ""))
@@ -218,13 +91,13 @@ def _one(device: torch.device) -> Tensor:
         return torch.ones((), dtype=torch.float32, device=device)
 
 
-def _scale_of(work: _Work, scale: Tensor | None, device: torch.device) -> _Scale | None:
+def _scale_of(work: Work, scale: Tensor | None, device: torch.device) -> Scale | None:
     if scale is None:
         if work.unit == 1.0:
             return None
         scale = _one(device)
     scale = scale.reshape(()) * work.unit
-    return _Scale(scale, scale.reciprocal())
+    return Scale(scale, scale.reciprocal())
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -234,7 +107,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _run(work: _Work, x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _run(work: Work, x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     result = torch.empty_like(x, dtype=dtype)
     if not x.numel():
         return result
@@ -268,7 +141,7 @@ def _run(work: _Work, x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Te
 def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
     """To a torch dtype by torch's own cast, which rounds these three right, and then to ``dtype``."""
     result = torch.empty_like(x, dtype=torch_dtype(fmt.code_dtype)).copy_(x)
-    if saturate and fmt.mantissa_bits < _WIDTH:
+    if saturate and fmt.mantissa_bits < WIDTH:
         result.clamp_(-fmt.max_value, fmt.max_value)
     return result if result.dtype == dtype else torch.empty_like(result, dtype=dtype).copy_(result)
 
@@ -284,42 +157,42 @@ def inline_quantize(x: Tensor, scale: Tensor | None, fmt: Format, saturate: bool
     """
     if fmt.native == "float32":
         return x.to(dtype)
-    return _inline(_quantizing(fmt, saturate), x, scale).to(dtype)
+    return _inline(quantizing(fmt, saturate), x, scale).to(dtype)
 
 
 def inline_scale(x: Tensor, fmt: Format) -> Tensor:
     """``assign::scale`` as plain torch operators. ``x`` must have elements."""
     low, high = torch.aminmax(x)
-    amax = torch.maximum(-low, high).to(torch.float32).view(torch.int32) & _MAGNITUDE
-    limit = _bits(fmt.max_value)
+    amax = torch.maximum(-low, high).to(torch.float32).view(torch.int32) & MAGNITUDE
+    limit = bits_of(fmt.max_value)
     lowest, highest = fmt.scale_exponents
     # the exponent of amax less that of max_value, and one more if the mantissa of amax is the larger
-    carry = (1 << _WIDTH) - 1 - (limit & ((1 << _WIDTH) - 1))
-    exponent = (((amax + carry) >> _WIDTH) - (limit >> _WIDTH)).clamp(lowest, highest)
-    scale = torch.where(amax == 0, _bits(1.0), (exponent + _BIAS) << _WIDTH)
-    return torch.where(amax > _INF, amax, scale).view(torch.float32)
+    carry = (1 << WIDTH) - 1 - (limit & ((1 << WIDTH) - 1))
+    exponent = (((amax + carry) >> WIDTH) - (limit >> WIDTH)).clamp(lowest, highest)
+    scale = torch.where(amax == 0, bits_of(1.0), (exponent + BIAS) << WIDTH)
+    return torch.where(amax > INF, amax, scale).view(torch.float32)
 
 
 def inline_encode(x: Tensor, scale: Tensor | None, fmt: Format) -> Tensor:
     """``assign::encode`` as plain torch operators."""
     dtype = torch_dtype(fmt.code_dtype)
-    return x.to(dtype) if dtype.is_floating_point else _inline(_coding(fmt)[0], x, scale).to(dtype)
+    return x.to(dtype) if dtype.is_floating_point else _inline(coding(fmt)[0], x, scale).to(dtype)
 
 
 def inline_decode(codes: Tensor, scale: Tensor | None, fmt: Format, dtype: torch.dtype) -> Tensor:
     """``assign::decode`` as plain torch operators."""
     if torch_dtype(fmt.code_dtype).is_floating_point:
         return codes.to(dtype)
-    return _inline(_coding(fmt)[1], codes, scale).to(dtype)
+    return _inline(coding(fmt)[1], codes, scale).to(dtype)
 
 
-def _inline(work: _Work, x: Tensor, scale: Tensor | None) -> Tensor:
+def _inline(work: Work, x: Tensor, scale: Tensor | None) -> Tensor:
     scales = None
     if scale is not None or work.unit != 1.0:
         scale = x.new_ones((), dtype=torch.float32) if scale is None else scale.reshape(())
         scale = scale * work.unit
         # of a power of two, exactly: its exponent with the other sign
-        scales = _Scale(scale, ((2 * _BIAS << _WIDTH) - scale.view(torch.int32)).view(torch.float32))
+        scales = Scale(scale, ((2 * BIAS << WIDTH) - scale.view(torch.int32)).view(torch.float32))
     return work.kernel(x, scales, (*work.ints, *work.floats))
 
 
@@ -331,7 +204,7 @@ def _quantize_op(x: Tensor, scale: Tensor | None, format: str, saturate: bool, d
     fmt = parse_format(format)
     if scale is None and fmt.native == fmt.code_dtype:
         return _cast(x, fmt, saturate, dtype)
-    return _run(_quantizing(fmt, saturate), x, scale, dtype)
+    return _run(quantizing(fmt, saturate), x, scale, dtype)
 
 
 @_quantize_op.register_fake
@@ -357,7 +230,7 @@ def _encode_op(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
     dtype = torch_dtype(fmt.code_dtype)
     if dtype.is_floating_point:
         return torch.empty_like(x, dtype=dtype).copy_(x)
-    return _run(_coding(fmt)[0], x, scale, dtype)
+    return _run(coding(fmt)[0], x, scale, dtype)
 
 
 @_encode_op.register_fake
@@ -369,7 +242,7 @@ def _(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
 def _decode_op(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
     if codes.is_floating_point():
         return torch.empty_like(codes, dtype=dtype).copy_(codes)
-    return _run(_coding(parse_format(format))[1], codes, scale, dtype)
+    return _run(coding(parse_format(format))[1], codes, scale, dtype)
 
 
 @_decode_op.register_fake

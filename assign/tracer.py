@@ -218,12 +218,15 @@ def _is_getitem(node: fx.Node) -> bool:
 
 
 def _gradients_of(backward: fx.GraphModule) -> dict[tuple[fx.Node, int], str]:
-    """Results (node, part) that are a gradient on its way to a probe, through autograd's own additions."""
+    """Results (node, part) that are a gradient on its way to a probe.
+
+    Autograd's own additions lie on the way, and the backward passes of views and moves, which belong to no operator.
+    """
     found: dict[tuple[fx.Node, int], str] = {}
     for node in reversed(backward.graph.nodes):
         if node.target is torch.ops.assign.probe.default:
             found[_made_by(node.args[0])] = str(node.args[1])
-        elif (node, 0) in found and node.target is torch.ops.aten.add.Tensor:
+        elif (node, 0) in found and (node.target is torch.ops.aten.add.Tensor or not _torch.label_of(node)):
             for source in node.all_input_nodes:
                 found.setdefault(_made_by(source), found[node, 0])
     return found

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from assign import _torch
 from assign.assignment import Assignment
 from assign.errors import DivergedError, TaskError
 from assign.executor.apply import apply, planned_step
+from assign.formats import Scaling, parse_format
 from assign.memory import Replay
 from assign.recipes import get_recipe
 from assign.tasks.batch import Batch, count_bytes, move, tensors_in
@@ -38,6 +40,9 @@ WARM_UP = 2
 
 INITIAL_SCALE = 65536.0
 """Of dynamic loss scaling; doubled after an epoch without overflow, halved at each. Source: arXiv 2301.13464's code."""
+
+_SMALLEST_GRADIENT = 2.0**-30
+"""A format that reaches no lower needs loss scaling: fp16 (2^-24) does, the paper's FP(6,9,0) (2^-39) does not."""
 
 _CHECKPOINT_VERSION = 1
 
@@ -136,6 +141,17 @@ def train(
     return run.result(table, message)
 
 
+def needs_loss_scaling(plan: Assignment) -> bool:
+    """Whether small gradients would vanish under ``plan``: its recipe says so, or one's format is as short as fp16.
+
+    A format with a scale of its own does not count; bf16 reaches as low as fp32.
+    """
+    formats = {entry.format for key, entry in plan.entries.items() if key.endswith(".grad")}
+    rows = [parse_format(name) for name in formats]
+    short = any(row.scaling is Scaling.NONE and row.min_subnormal > _SMALLEST_GRADIENT for row in rows)
+    return get_recipe(plan.recipe).loss_scaling or short
+
+
 def measure_peak(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
     """Bytes alive at the worst moment of ``step``, those of ``resident`` included.
 
@@ -161,18 +177,10 @@ def measure_peak(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
         with _quiet_stderr():
             profiler.stop()
     now = peak = 0  # what was allocated before the profiler started makes no event when it is freed
-    for change in _memory_changes(profiler):
+    for change in _torch.memory_changes(profiler):
         now += change
         peak = max(peak, now)
     return held + peak
-
-
-def _memory_changes(profiler: profile) -> list[int]:
-    """Bytes allocated (positive) and freed, in order of time."""
-    # Private: the profiler's public interfaces give sums per operator; only its raw events are a timeline.
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
 
 
 @contextlib.contextmanager
@@ -227,7 +235,7 @@ class _Run:
         if plan is not None:
             self.loss = planned_step(self.model, task.loss, plan, backend=backend)
             self.planned = apply(self.model, plan, backend=backend)
-            if get_recipe(plan.recipe).loss_scaling:
+            if needs_loss_scaling(plan):
                 self.scaler = torch.amp.GradScaler(
                     self.device.type, init_scale=INITIAL_SCALE, growth_interval=self.length or 2000
                 )

@@ -5,6 +5,7 @@ import torch
 from helpers import all_high, all_low, everything, sgd, traced
 from models import GPT, MLP, ResNet, class_loss, images, tokens, vectors
 
+from assign import _torch
 from assign.assignment import Entry
 from assign.errors import BudgetError, PlanError
 from assign.executor.apply import planned_step
@@ -206,5 +207,4 @@ def _measured_saved(model, batch, plan, backend):
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         forward_only()
-    events = profiler.profiler.kineto_results.events()
-    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+    return sum(_torch.memory_changes(profiler))

@@ -18,7 +18,7 @@ from assign.recipes import get_recipe, initial
 from assign.tasks import Task, load_task
 from assign.tensors import TensorTable
 from assign.tracer import trace
-from assign.training import INITIAL_SCALE, Progress, TrainResult, measure_peak, train
+from assign.training import INITIAL_SCALE, Progress, TrainResult, measure_peak, needs_loss_scaling, train
 
 FIXED = {"metrics", "loss", "measured_peak_bytes", "predicted_peak_bytes", "step_seconds", "diverged"}
 
@@ -433,3 +433,13 @@ def test_digits_learns() -> None:
     assert planned.measured_peak_bytes < 0.6 * plain.measured_peak_bytes
     for result in (plain, planned):
         assert result.predicted_peak_bytes == pytest.approx(result.measured_peak_bytes, rel=0.05)
+
+
+def test_short_gradient_formats_are_scaled_whatever_the_recipe():
+    def plan(format_name, recipe="native"):
+        entries = {"w": Entry(format_name, False), "w.grad": Entry(format_name, False)}
+        return Assignment(entries=entries, recipe=recipe, fingerprint="")
+
+    assert [needs_loss_scaling(plan(name)) for name in ("fp32", "bf16", "e5m2:pow2", "fp(6,9,0)")] == [False] * 4
+    assert [needs_loss_scaling(plan(name)) for name in ("fp16", "e5m2", "fp(5,2,0)")] == [True] * 3
+    assert needs_loss_scaling(plan("fp32", recipe="hfp8"))

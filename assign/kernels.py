@@ -1,0 +1,140 @@
+"""The arithmetic of rounding and coding: each kernel once, in plain torch, over a few numbers taken from a format.
+
+Float32 arithmetic and float32 bits only. The numbers are Python's, which become constants of a graph, or 0-dim tensors,
+so that one compilation serves every ``fp(e,m,b)``.
+"""
+
+import functools
+import math
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from assign.formats import Format, Rounding
+
+SIGN, MAGNITUDE, INF = -(1 << 31), (1 << 31) - 1, 0x7F800000  # in the bits of a float32
+WIDTH, BIAS = 23, 127  # mantissa bits and exponent bias of a float32
+
+
+def bits_of(value: float) -> int:
+    """The bits of ``value`` as a float32."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+class Scale(NamedTuple):
+    """A scale without axes and its inverse: kernels do not divide, which compilers for GPUs do approximately."""
+
+    value: Tensor
+    inverse: Tensor
+
+
+def _quantize_by_sum(x: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tensor:
+    """Round where ``step · 2^23`` is a float32: adding and subtracting it leaves multiples of ``step``, ties to even.
+
+    ``step`` belongs to the element's exponent, held between the format's lowest and highest, so that subnormals and
+    overflow need no path of their own. A tie that went down to even goes ``away``.
+    """
+    lowest, highest, lift, away, maximum, overflow = numbers
+    x = x.to(torch.float32)
+    value = x.abs() if scale is None else x.abs() * scale.inverse
+    exponent = (value.view(torch.int32) & INF).clamp(lowest, highest)
+    magic = (exponent + lift).view(torch.float32)
+    near = (value + magic) - magic
+    near = torch.where(value - near == magic * 2.0**-24, near + magic * away, near)
+    near = torch.where(near > maximum, overflow, near)
+    return torch.copysign(near if scale is None else near * scale.value, x)
+
+
+def _quantize_by_bits(x: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tensor:
+    """Round where the format has float32's lowest exponent: then its steps, subnormals included, are bits to cut."""
+    half, even, shift, mask, maximum, overflow = numbers
+    x = x.to(torch.float32)
+    bits = (x if scale is None else x * scale.inverse).view(torch.int32)
+    magnitude = bits & MAGNITUDE
+    near = (magnitude + (half + ((magnitude >> shift) & even))) & mask
+    near = torch.where(near > maximum, overflow, near)
+    near = torch.where(magnitude > INF, magnitude, near)
+    result = (near | (bits & SIGN)).view(torch.float32)
+    return result if scale is None else result * scale.value
+
+
+def _encode(x: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tensor:
+    """Codes, as int32, of values on the grid. A subnormal's code is how many steps it has: the last bits of a sum."""
+    shift, offset, min_normal, magic_bits, top_code, nan_code, sign, magic = numbers
+    value = x.to(torch.float32) if scale is None else x.to(torch.float32) * scale.inverse
+    bits = value.view(torch.int32)
+    magnitude = bits & MAGNITUDE
+    subnormal = (value.abs() + magic).view(torch.int32) - magic_bits
+    code = torch.where(magnitude < min_normal, subnormal, (magnitude >> shift) - offset).clamp(max=top_code)
+    code = torch.where(magnitude > INF, nan_code, code)
+    return code.add((bits >> 31) & sign)
+
+
+def _decode(codes: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tensor:
+    """Values, as float32, of codes."""
+    shift, offset, first_normal, inf_code, first_nan, sign, step = numbers
+    codes = codes.to(torch.int32)
+    code = codes & (sign - 1)
+    value = ((code << shift) + offset).view(torch.float32)
+    value = torch.where(code < first_normal, code.to(torch.float32) * step, value)
+    value = torch.where(code == inf_code, math.inf, value)
+    value = torch.where(code >= first_nan, math.nan, value)
+    value = value if scale is None else value * scale.value
+    return torch.where((codes & sign) != 0, -value, value)
+
+
+class Work(NamedTuple):
+    """A kernel and its numbers; ``unit`` times the scale is the scale that it must be given."""
+
+    kernel: Callable[[Tensor, Scale | None, Sequence[Any]], Tensor]
+    ints: tuple[int, ...]
+    floats: tuple[float, ...]
+    unit: float
+
+
+def _unit_exponent(fmt: Format) -> int:
+    """Exponent of a unit small enough for ``step · 2^23`` to stay finite; 0 for all usual formats."""
+    return 0 if fmt.max_exponent + WIDTH - fmt.mantissa_bits <= BIAS else 24
+
+
+@functools.lru_cache(maxsize=1024)
+def quantizing(fmt: Format, saturate: bool) -> Work:
+    """The kernel that rounds to ``fmt`` and its numbers; overflow becomes the largest value or infinity."""
+    shift = WIDTH - fmt.mantissa_bits
+    away = fmt.rounding is Rounding.AWAY
+    if fmt.min_exponent == 1 - BIAS:
+        half = (1 << shift) >> 1
+        limit = bits_of(fmt.max_value)
+        ints = (half if away or not shift else half - 1, int(not away and shift > 0), shift, -(1 << shift))
+        return Work(_quantize_by_bits, (*ints, limit, limit if saturate else INF), (), 1.0)
+    unit = _unit_exponent(fmt)
+    lowest, highest = ((exponent - unit + BIAS) << WIDTH for exponent in (fmt.min_exponent, fmt.max_exponent))
+    maximum = math.ldexp(fmt.max_value, -unit)
+    floats = (2.0**-WIDTH if away else 0.0, maximum, maximum if saturate else math.inf)
+    return Work(_quantize_by_sum, (lowest, highest, shift << WIDTH), floats, 2.0**unit)
+
+
+@functools.lru_cache(maxsize=1024)
+def coding(fmt: Format) -> tuple[Work, Work]:
+    """Encoder and decoder."""
+    unit = _unit_exponent(fmt) if fmt.min_exponent > 1 - BIAS else 0
+    shift = WIDTH - fmt.mantissa_bits
+    lowest = fmt.min_exponent - unit
+    offset = (lowest + BIAS - 1) << fmt.mantissa_bits
+    plain = not offset  # subnormals are float32's own: their bits are cut like any other's
+    magic = math.ldexp(1.0, lowest + shift)
+    min_normal = 0 if plain else bits_of(math.ldexp(1.0, lowest))
+    max_code = (bits_of(math.ldexp(fmt.max_value, -unit)) >> shift) - offset
+    top_code = max_code + fmt.has_inf
+    sign = 1 << (fmt.bits - 1)
+    nan_code = sign - 1 if fmt.has_nan else max_code
+    # int16 has the sign bit of a 16-bit code for its own: below zero, not beyond its range
+    ints = (shift, offset, min_normal, bits_of(magic), top_code, nan_code, -sign if fmt.bits == 16 else sign)
+    encoder = Work(_encode, ints, (magic,), 2.0**unit)
+    first_normal, never = 0 if plain else 1 << fmt.mantissa_bits, 1 << 30
+    specials = (top_code if fmt.has_inf else -1, top_code + 1 if fmt.has_nan else never)
+    step = math.ldexp(1.0, lowest - fmt.mantissa_bits)
+    return encoder, Work(_decode, (shift, offset << shift, first_normal, *specials, sign), (step,), 2.0**unit)
