@@ -44,6 +44,7 @@ def main() -> None:
     facts = {"date": today, "commit": sha, "device": f"cpu, {torch.get_num_threads()} threads", "seeds": SEEDS}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     path = Path(__file__).parent / "results" / f"{today}_main_job_cpu_{sha}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**facts, "versions": versions, "summary": summary, "runs": rows}, indent=1) + "\n")
     print(f"wrote {path.name}")
 
