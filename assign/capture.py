@@ -137,15 +137,17 @@ def _describe(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any]) ->
 def _explain(error: BaseException) -> TraceError:
     """A graph break in the user's words: what, which line, what to change."""
     text = str(error)
-    reason = text.split("\n\n")[0].strip()
     lines = [line.strip() for line in text.splitlines()]
+    reason = " ".join(line for line in lines[:2] if line and not line.lower().startswith("hint:"))
     where = ""
     for index, line in enumerate(lines):
         if line.startswith("File ") and "/torch/" not in line and "site-packages" not in line:
             code = lines[index + 1] if index + 1 < len(lines) else ""
             where = f"{line}: {code}"
     hints = [line for line in lines if line.lower().startswith("hint:")]
-    advice = " ".join(hints) or "Hint: move this code out of forward, or express it with torch operators."
+    advice = (
+        "\n  ".join(dict.fromkeys(hints)) or "Hint: move this code out of forward, or express it with torch operators."
+    )
     return TraceError(
         f"trace: the model or the loss cannot be captured as one graph: {reason}\n"
         f"  at: {where or 'unknown line'}\n"

@@ -33,7 +33,7 @@ SIXTEEN_BIT = MATRIX_PRODUCTS | frozenset(
         "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm",
         "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d",
-        "max_pool2d_with_indices", "boolean_dispatch", "fn",
+        "max_pool2d_with_indices",
         "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout",
         "cat", "stack", "pad", "embedding", "gather", "index_select", "take_along_dim", "getitem", "repeat_interleave",
         "mean", "sum", "amax", "amin", "sqrt", "rsqrt", "square", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",

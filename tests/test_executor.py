@@ -205,6 +205,28 @@ def test_eval_no_grad_and_a_smaller_last_batch():
     assert torch.equal(one, planned(batch[0][:1]).detach())
 
 
+def test_the_users_own_casts_stay():
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(16, 32)
+            self.second = nn.Linear(32, 4)
+
+        def forward(self, x):
+            x = self.first(x).to(torch.bfloat16).float()
+            return self.second(x.float() * 2)
+
+    model, batch = Casting(), vectors()
+    table = traced(model, batch)
+    for name in ("fp32", "bf16", "fp16", "e4m3:pow2"):
+        twin = copy.deepcopy(model)
+        loss = planned_step(twin, class_loss, everything(table, name), backend="eager")(batch)
+        loss.backward()
+        assert loss.item() == pytest.approx(class_loss(model, batch).item(), rel=0.1)
+        if name == "fp32":
+            assert loss.item() == class_loss(model, batch).item()
+
+
 def test_more_batch_sizes_than_dynamo_would_compile():
     model = MLP()
     planned = apply(model, all_low(traced(model, vectors())), backend="eager")

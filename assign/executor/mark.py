@@ -100,25 +100,26 @@ class _Marker:
         elif key is not None and "assign_op" not in node.meta:
             self.dtypes[node] = self._compute_dtype(node, key)
             self._lower(graph, node, self.dtypes[node])
-        elif (sources and node in self.walked.key_of) or _is_tuple(self.walked.values.get(node)):
+        elif node in self.walked.key_of or _is_tuple(self.walked.values.get(node)):
             self._follow(node, sources)
         for site in self.sites.get(node, ()):
             self._mark_site(graph, site, before=site.after.next)
 
     def _follow(self, node: fx.Node, sources: list[fx.Node]) -> None:
-        """A view or a move keeps its source's dtype; a conversion to float32 that changed nothing is dropped."""
-        if not sources:
-            return
-        self.dtypes[node] = self.dtypes[sources[0]]
-        if node.op == "call_method" and node.target in _WIDENINGS:
-            node.replace_all_uses_with(sources[0])
+        """A view or a move keeps its source's dtype; a conversion to float32 that changed nothing is dropped.
+
+        A conversion to 16 bit is the user's own wish and stays.
+        """
+        value = self.walked.values.get(node)
+        if isinstance(value, Tensor) and value.dtype != torch.float32:
+            self.dtypes[node] = str(value.dtype).removeprefix("torch.")
+        elif sources:
+            self.dtypes[node] = self.dtypes[sources[0]]
+            if node.op == "call_method" and node.target in _WIDENINGS:
+                node.replace_all_uses_with(sources[0])
 
     def _formats(self, key: str) -> tuple[Format, Format] | None:
         return format_pair(self.plan.entries, key)
-
-    def _carrier(self, key: str) -> str:
-        formats = self._formats(key)
-        return lowering.carrier(*formats) if formats else lowering.FLOAT32
 
     def _compute_dtype(self, node: fx.Node, key: str) -> str:
         site_op = operator_name(node.target)
