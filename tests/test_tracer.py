@@ -71,8 +71,21 @@ def test_tied_weights_have_one_key():
 def test_views_and_constants_are_no_tensors():
     names = keys(traced(GPT(), tokens()))
     assert not [
-        name for name in names if name.rpartition("/")[2].split("#")[0] in ("view", "split", "transpose", "arange")
+        name
+        for name in names
+        if name.rpartition("/")[2].split("#")[0] in ("view", "split", "transpose", "reshape", "arange")
     ]
+
+
+def test_gradients_of_views_follow_their_tensor():
+    schedule = traced(GPT(), tokens()).schedule
+    written = [
+        schedule.buffers[b] for event in schedule.events if event.backward and not event.op for b in event.writes
+    ]
+    assert written
+    assert all(
+        buffer.holds.endswith(".grad") for buffer in written if buffer.dtype == "float32" and buffer.elements > 1
+    )
 
 
 def test_in_place_writes_are_named_where_they_are_done():
