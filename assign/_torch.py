@@ -65,6 +65,12 @@ def forget_recompute(node: fx.Node) -> None:
     node.meta.pop("ac_graph_id", None)
 
 
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
+    """Result of an autograd function that makes one tensor; torch's own ``apply`` has no types."""
+    run: Callable[..., Any] = function.apply
+    return cast(torch.Tensor, run(*args))
+
+
 def source_of(node: fx.Node, position: int = 0) -> fx.Node:
     """The node that is a node's argument at ``position``."""
     source = node.args[position]
@@ -117,7 +123,7 @@ def run_boxed(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., An
     def run(args: list[Any]) -> Any:
         return graph.forward(args)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
+    setattr(run, "_boxed_call", True)  # noqa: B010  a plain assignment to a function's attribute has no type
     return run
 
 
@@ -205,8 +211,8 @@ def memory_changes(profiler: torch.profiler.profile) -> list[int]:
 
     Its public interfaces give sums per operator; only the raw events are a timeline.
     """
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    raw: Any = profiler.profiler
+    events = raw.kineto_results.events()
     return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
 
 

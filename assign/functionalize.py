@@ -28,7 +28,7 @@ _IN_PLACE_OPERATORS: dict[Any, Any] = {
     operator.ior: operator.or_,
     operator.ixor: operator.xor,
 }
-_INPLACE_FLAG = {  # function → position of its ``inplace`` argument
+_INPLACE_FLAG: dict[Any, int] = {  # function → position of its ``inplace`` argument
     F.relu: 1, F.relu6: 1, F.selu: 1, F.celu: 2, F.elu: 2, F.leaky_relu: 2, F.rrelu: 4, F.threshold: 3,
     F.silu: 1, F.mish: 1, F.hardswish: 1, F.hardsigmoid: 1, F.hardtanh: 3,
     F.dropout: 3, F.dropout1d: 3, F.dropout2d: 3, F.dropout3d: 3, F.alpha_dropout: 3, F.feature_alpha_dropout: 3,
@@ -120,8 +120,9 @@ def _mutated(node: fx.Node) -> fx.Node | None:
         return first if changes and name not in ("requires_grad_", "detach_") else None
     if node.op != "call_function":
         return None
-    if isinstance(node.kwargs.get("out"), fx.Node):
-        return node.kwargs["out"]  # type: ignore[return-value]
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        return out
     name = getattr(node.target, "__name__", "")
     if node.target in _IN_PLACE_OPERATORS or node.target is operator.setitem:
         return first
@@ -131,7 +132,7 @@ def _mutated(node: fx.Node) -> fx.Node | None:
 
 
 def _inplace_flag(node: fx.Node) -> bool:
-    position = _INPLACE_FLAG[node.target]  # type: ignore[index]
+    position = _INPLACE_FLAG[node.target]
     return bool(node.kwargs.get("inplace", node.args[position] if len(node.args) > position else False))
 
 
@@ -178,7 +179,8 @@ def _out_of_place(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         position = _INPLACE_FLAG[node.target]
         args = tuple(False if i == position else a for i, a in enumerate(node.args))
         kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-        new = graph.call_function(node.target, args, kwargs)
+        function: Any = node.target
+        new = graph.call_function(function, args, kwargs)
     elif node.op == "call_method" and node.target not in ("copy_", "fill_", "zero_", "normal_", "uniform_"):
         name = str(node.target).rstrip("_")
         if hasattr(Tensor, name) and not str(node.target).startswith("__"):
@@ -194,9 +196,9 @@ def _out_of_place(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 def _namesake(function: Any) -> Callable[..., Any] | None:
     name = getattr(function, "__name__", "").rstrip("_")
     for home in (F, torch):
-        twin = getattr(home, name, None)
+        twin: Callable[..., Any] | None = getattr(home, name, None)
         if callable(twin) and name:
-            return twin  # type: ignore[no-any-return]
+            return twin
     return None
 
 

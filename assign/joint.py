@@ -40,7 +40,7 @@ def origin(node: fx.Node) -> fx.Node:
     A copy of a part does not count: keeping the whole for the sake of a part would cost memory.
     """
     while isinstance(node.args[0] if node.args else None, fx.Node):
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source = _torch.source_of(node)
         if node.target in COPIES:
             before, after = _torch.joint_value(source), _torch.joint_value(node)
             whole = before.untyped_storage().nbytes() // before.dtype.itemsize

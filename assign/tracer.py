@@ -51,8 +51,7 @@ class _Probe(torch.autograd.Function):
 
 
 def _probe_tensor(x: Tensor, key: str) -> Tensor:
-    marked: Tensor = _Probe.apply(x, key)  # type: ignore[no-untyped-call]
-    return marked
+    return _torch.apply_function(_Probe, x, key)
 
 
 def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory | None = None) -> TensorTable:
@@ -277,11 +276,11 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
     """Peak bytes of what operators allocate while the mode is on."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.now = self.peak = 0
         self._known: set[int] = set()
 

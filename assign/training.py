@@ -14,7 +14,7 @@ import pickle
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,7 @@ class _Run:
         self.model.train()
         self.optimizer = task.make_optimizer(self.model)
         self.scheduler = task.scheduler(self.optimizer) if task.scheduler else None
-        self.length = len(task.train) if hasattr(task.train, "__len__") else None  # type: ignore[arg-type]
+        self.length = len(task.train) if isinstance(task.train, Sized) else None
         self.scaler: torch.amp.GradScaler | None = None
         self.planned = self.model
         self.loss: Callable[[Batch], Tensor] = lambda batch: task.loss(self.model, batch)
@@ -337,10 +337,10 @@ class _Run:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise TaskError(f"Task: loss(model, batch) returned {what}; it must be a scalar tensor with a gradient.")
         if self.scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             self.optimizer.step()
         else:
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             self.scaler.step(self.optimizer)
             before = self.scaler.get_scale()
             self.scaler.update()

@@ -50,8 +50,7 @@ def mark_tensor(x: Tensor, forward: str, backward: str, dtype: str, visible: boo
 
     With ``visible``, the joint graph has a node of its own for ``x`` even where rounding changes nothing.
     """
-    marked: Tensor = _Mark.apply(x, forward, backward, _DTYPES[dtype], visible)  # type: ignore[no-untyped-call]
-    return marked
+    return _torch.apply_function(_Mark, x, forward, backward, _DTYPES[dtype], visible)
 
 
 def mark(capture: Capture, walked: Walk, plan: Assignment) -> None:
@@ -93,10 +92,10 @@ class _Marker:
             _torch.label(node, key)
         if node.meta.get("assign_in_place"):
             self._lower(graph, node, self.dtypes.get(node.all_input_nodes[0], lowering.FLOAT32))
-        elif node.target is operator.getitem and _is_tuple(self.walked.values.get(node.args[0])):  # type: ignore[arg-type]
-            maker = node.args[0]
+        elif node.target is operator.getitem and _is_tuple(self.walked.values.get(_torch.source_of(node))):
+            maker = _torch.source_of(node)
             if maker in self.dtypes and node not in self.dtypes:
-                self.dtypes[node] = self.dtypes[maker]  # type: ignore[index]
+                self.dtypes[node] = self.dtypes[maker]
         elif key is not None and "assign_op" not in node.meta:
             self.dtypes[node] = self._compute_dtype(node, key)
             self._lower(graph, node, self.dtypes[node])

@@ -72,7 +72,7 @@ class _Packer:
         """``node`` made in the backward pass from what was restored, right before ``reader``."""
         if node in restored:
             return restored[node]
-        parent: fx.Node = node.args[0]  # type: ignore[assignment]
+        parent = _torch.source_of(node)
         source = self._replay(parent, restored, reader)
         with self.graph.inserting_before(reader):
             new = self.graph.node_copy(node, lambda n: source if n is parent else n)
