@@ -31,6 +31,10 @@ class TaskError(AssignError):
     """A task that cannot be loaded or does not keep to its interface."""
 
 
+class ComparisonError(AssignError):
+    """Nothing that can be compared, or a comparison's file that cannot be read or is of another comparison."""
+
+
 class DivergedError(AssignError):
     """Training whose loss is no longer a finite number."""
 

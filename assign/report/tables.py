@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from assign.assignment import Assignment, Diff
+from assign.comparison import Comparison, Spread, Summary
 from assign.formats import FORMATS, Format
 from assign.memory import Estimate
 from assign.tensors import Role, TensorTable
@@ -159,6 +160,62 @@ def result_table(results: Mapping[str, TrainResult]) -> RenderableType:
         table.add_row(title, *("" if value is None else show(value) for value in values), *ratio)
     notes = [f"{name}: {result.message}" for name, result in results.items() if result.diverged]
     return Rows(table, *notes)
+
+
+def comparison_table(comparison: Comparison) -> RenderableType:
+    """Variants side by side, each over its seeds; what diverged is counted, not averaged."""
+    metric = comparison.metric
+    judged_by = [metric, f"{metric}\nin fp32"] if metric else ["last\ntraining loss"]
+    columns = ["variant", "low ratio\n(elements)", "low ratio\n(bits)", *judged_by]
+    columns += ["peak MiB", "s/step", "tensors\npromoted", "diverged"]
+    seeds = f"{len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else "1 seed"
+    table = _table(f"{comparison.task}: {comparison.epochs} epochs, {seeds}, {comparison.device}", columns)
+    for summary in comparison.summaries():
+        judged = [_metric(summary, summary.loss)]
+        if metric:
+            judged = [_metric(summary, found.get(metric)) for found in (summary.metrics, summary.fp32_metrics)]
+        table.add_row(
+            summary.variant,
+            _fall(summary.low_ratio, summary.final_low_ratio),
+            _fall(summary.low_ratio_bits, summary.final_low_ratio_bits),
+            *judged,
+            "" if summary.peak_bytes.mean is None else f"{summary.peak_bytes.mean / 2**20:.1f}",
+            _number(summary.step_seconds.mean),
+            _mean_count(summary.promotions),
+            f"{summary.diverged} of {summary.runs}",
+        )
+    notes = ["Means over seeds ± sample standard deviation (n − 1)."] if len(comparison.seeds) > 1 else []
+    if any(summary.diverged for summary in comparison.summaries()):
+        notes.append("A run that diverged has no part in the metrics.")
+    return Rows(table, *notes, *_first_messages(comparison))
+
+
+def _metric(summary: Summary, spread: Spread | None) -> str:
+    if summary.runs and summary.diverged == summary.runs:
+        return "diverged"
+    if spread is None or spread.mean is None:
+        return ""
+    return _number(spread.mean) + ("" if spread.deviation is None else f" ± {spread.deviation:.4f}")
+
+
+def _fall(start: float | None, end: Spread) -> str:
+    """A low ratio, and what promotion left of it."""
+    if start is None or end.mean is None:
+        return ""
+    return f"{start:.4f}" if all(value == start for value in end.values) else f"{start:.4f} → {end.mean:.4f}"
+
+
+def _mean_count(counts: Spread) -> str:
+    return "" if counts.mean is None else f"{counts.mean:.0f}" if counts.mean.is_integer() else f"{counts.mean:.1f}"
+
+
+def _first_messages(comparison: Comparison) -> list[str]:
+    """What the first run of each variant that diverged says."""
+    found: dict[str, str] = {}
+    for run in comparison.runs:
+        if run.facts.diverged:
+            found.setdefault(run.variant, f"{run.variant}, seed {run.seed}: {run.facts.message}")
+    return [*found.values()]
 
 
 def _blank(names: Sequence[str]) -> list[str]:
