@@ -15,11 +15,13 @@ them is pure Python and never imports torch.
 ``strategies``        searches: (table, recipe, goal) → entries
 ``assignment``        **Assignment**, the second waist: ``plan.json``
 ``rounding``          quantize, encode, decode as registered torch operators; ``kernels``: their arithmetic
+``promotion``         formats that change while training: low tensors that overflow go back to high
 ``executor``          mark → pack → compile → apply: a plan made to run
 ``planning``          trace, strategy, provenance in one call
 ``tasks``             what is trained: built-in, from a user's file
-``training``          the loop: seeds, loss scaling, checkpoints, measured peak
-``report``            tables for people; ``cli``: the shell
+``training``          the loop: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file
+``comparing``         several plans trained on one task, run by run; ``comparison``: what they came to, and its file
+``report``            tables and pictures for people; ``cli``: the shell
 ``errors``            AssignError and what a user can mend; ``_torch``: every private torch name
 ====================  ==========================================================================================
 """
@@ -30,6 +32,7 @@ from assign.executor.apply import apply, autocast, planned_step
 from assign.formats import FORMATS, Format, parse_format
 from assign.memory import Estimate, estimate
 from assign.planning import search
+from assign.promotion import Promotion
 from assign.recipes import RECIPES
 from assign.rounding import quantize
 from assign.strategies import STRATEGIES
@@ -47,6 +50,7 @@ __all__ = [
     "Assignment",
     "Estimate",
     "Format",
+    "Promotion",
     "Task",
     "TensorTable",
     "apply",

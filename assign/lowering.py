@@ -6,8 +6,7 @@ The executor and the memory model both ask here, so that the bytes predicted are
   gradient's exactly (autograd gives a gradient the dtype of its tensor).
 * An operator runs in a 16-bit dtype if all it reads and makes lives there and torch computes it with float32
   accumulation inside, as autocast trusts it to; otherwise its operands are widened to float32.
-* A custom ``fp(e,m,b)`` result is rounded once, from float32, except behind a matrix product (operands exact in 16 bit,
-  float32 accumulation, one rounding to 16 bit inside the kernel).
+* A custom ``fp(e,m,b)`` tensor lives in float32 and is computed there: rounded once, as in the paper's simulation.
 """
 
 from collections.abc import Iterable
@@ -46,12 +45,18 @@ FLOAT32_PARAMETERS = frozenset({"batch_norm", "instance_norm"})
 """Operators whose kernels take 16-bit values beside float32 scales and running statistics."""
 
 
-def carrier(forward: Format, backward: Format) -> str:
-    """Torch dtype that holds a value of ``forward`` and a gradient of ``backward`` exactly."""
-    if forward.carrier == backward.carrier:
-        return forward.carrier
+def carrier(*formats: Format) -> str:
+    """Torch dtype that holds a tensor's value and its gradient exactly, in each of the formats they may have.
+
+    float32 for formats that torch does not have, so that each of their values is rounded once.
+    """
+    if any(fmt.native is None for fmt in formats):
+        return FLOAT32
+    dtypes = {fmt.carrier for fmt in formats}
+    if len(dtypes) == 1:
+        return dtypes.pop()
     narrow = ((name, FORMATS[row]) for name, row in (("bfloat16", "bf16"), ("float16", "fp16")))
-    return next((name for name, row in narrow if row.contains(forward) and row.contains(backward)), FLOAT32)
+    return next((name for name, row in narrow if all(map(row.contains, formats))), FLOAT32)
 
 
 def compute_dtype(op: str, operands: Iterable[str], result: str, custom_result: bool) -> str:

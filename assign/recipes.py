@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from assign.assignment import Entry
 from assign.errors import FormatError, nearest
-from assign.formats import Format, parse_format
+from assign.formats import Format, Scaling, parse_format
 from assign.tensors import Role, TensorInfo, TensorTable
 
 Pair = tuple[str, str]
@@ -30,6 +30,7 @@ class Recipe:
         overrides: operator name → role → high and low format, in place of ``by_role``. Both an activation
             and its gradient go by the operator that makes the activation.
         loss_scaling: training needs a loss scale, because the low backward format has no scale of its own.
+        promote_every: steps between two looks at the overflow of low forward tensors; 0: none are promoted.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Recipe:
     by_role: Mapping[Role, Pair]
     overrides: Mapping[str, Mapping[Role, Pair]] = field(default_factory=dict)
     loss_scaling: bool
+    promote_every: int
 
     def candidates(self, info: TensorInfo) -> Candidates:
         """The formats that ``info`` may have.
@@ -44,7 +46,7 @@ class Recipe:
         Raises:
             FormatError: the tensor's role is none of the paper's four.
         """
-        pair = self.overrides.get(info.op, {}).get(info.role) or self.by_role.get(info.role)
+        pair = self._pair(info.role, info.op)
         if pair is None:
             raise FormatError(
                 f"recipe {self.name!r} has no formats for {info.key!r}: its role is {info.role}, "
@@ -52,6 +54,21 @@ class Recipe:
             )
         hi, lo = pair
         return Candidates(hi=parse_format(hi), lo=parse_format(lo))
+
+    def promotion(self, role: Role, op: str, entry: Entry) -> Format | None:
+        """The format that a low forward tensor gets when it overflows too often; None where that cannot happen.
+
+        A format with a scale of its own does not overflow, and gradients are the loss scale's business.
+        Source: arXiv 2301.13464, section 4.
+        """
+        pair = self._pair(role, op)
+        if not entry.low or role not in (Role.ACTIVATION, Role.WEIGHT) or pair is None:
+            return None
+        high, own = parse_format(pair[0]), parse_format(entry.format)
+        return high if own.scaling is Scaling.NONE and own.max_value < high.max_value else None
+
+    def _pair(self, role: Role, op: str) -> Pair | None:
+        return self.overrides.get(op, {}).get(role) or self.by_role.get(role)
 
 
 def _value_and_gradient(pair: Pair) -> Mapping[Role, Pair]:
@@ -83,6 +100,7 @@ HFP8 = Recipe(
         Role.WEIGHT_GRAD: (_HI, _HI),
     },
     loss_scaling=True,
+    promote_every=1,
 )
 
 NATIVE = Recipe(
@@ -100,6 +118,7 @@ NATIVE = Recipe(
         **{op: _value_and_gradient(("fp32", "fp32")) for op in sorted(LOSS_OPS)},
     },
     loss_scaling=False,
+    promote_every=0,  # its low formats have a scale each and do not overflow
 )
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (HFP8, NATIVE)})

@@ -26,6 +26,7 @@ from torch import Tensor
 from assign.errors import FormatError
 from assign.formats import FORMATS, Format, Scaling, parse_format
 from assign.kernels import BIAS, INF, MAGNITUDE, WIDTH, Scale, Work, bits_of, coding, quantizing
+from assign.promotion import find_slot, format_named
 
 _FLOATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"], torch.float16: FORMATS["fp16"]}
 
@@ -114,28 +115,64 @@ def _run(work: Work, x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Ten
     dense = x if x.stride() == result.stride() else torch.empty_like(x).copy_(x)
     source, target = _flat(dense), _flat(result)
     scales = _scale_of(work, scale, x.device)
-    choice, failed = _choice.get(), _compiler_failed(x.device.type)
-    if choice or (choice is None and x.numel() >= _WORTH_COMPILING and not failed.is_set()):
-        numbers = _tensors(work.ints, work.floats, x.device)
-        try:
-            _compiled(work.kernel, x.dtype, dtype)(source, *(scales or [_one(x.device)] * 2), *numbers, target)
-            return result
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if choice:
-                raise
-            failed.set()
-            logging.getLogger("assign").warning(
-                "torch.compile does not work here for %s (%s: %s); rounding runs op by op, more slowly.",
-                x.device.type,
-                type(error).__name__,
-                str(error).strip().partition("\n")[0],
-            )
-    piece = _PIECE if x.device.type == "cpu" else _DEVICE_PIECE
-    for part, out in zip(torch.split(source, piece), torch.split(target, piece), strict=True):
+    numbers = _tensors(work.ints, work.floats, x.device)
+    if _ran_compiled(
+        x, lambda: _compiled(work.kernel, x.dtype, dtype)(source, *(scales or [_one(x.device)] * 2), *numbers, target)
+    ):
+        return result
+    for part, out in zip(_pieces(source), _pieces(target), strict=True):
         out.copy_(work.kernel(part, scales, (*work.ints, *work.floats)))
     return result
+
+
+def _ran_compiled(x: Tensor, run: Callable[[], None]) -> bool:
+    """Whether compiled code was wanted for ``x`` and ``run`` went through."""
+    choice, failed = _choice.get(), _compiler_failed(x.device.type)
+    if not (choice or (choice is None and x.numel() >= _WORTH_COMPILING and not failed.is_set())):
+        return False
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if choice:
+            raise
+        failed.set()
+        logging.getLogger("assign").warning(
+            "torch.compile does not work here for %s (%s: %s); rounding runs op by op, more slowly.",
+            x.device.type,
+            type(error).__name__,
+            str(error).strip().partition("\n")[0],
+        )
+        return False
+    return True
+
+
+def _pieces(flat: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(flat, _PIECE if flat.device.type == "cpu" else _DEVICE_PIECE)
+
+
+@functools.cache
+def _compiled_count(source: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], None]:
+    def store(x: Tensor, threshold: Tensor, out: Tensor) -> None:
+        out.copy_((x.abs() >= threshold).sum())
+
+    code = store.__code__.replace(co_name=f"count_{source}".replace("torch.", ""))  # as above
+    return torch.compile(FunctionType(code, store.__globals__), dynamic=True, fullgraph=True)
+
+
+@torch.no_grad()
+def _count_overflow(x: Tensor, fmt: Format) -> Tensor:
+    """How many elements overflow: int64 without axes."""
+    count = torch.zeros((), dtype=torch.int64, device=x.device)
+    if not x.numel():
+        return count
+    flat = _flat(x if x.stride() == torch.empty_like(x, device="meta").stride() else x.clone())
+    _, threshold = _tensors((), (fmt.overflow_threshold,), x.device)
+    if not _ran_compiled(x, lambda: _compiled_count(x.dtype)(flat, threshold[0], count)):
+        for part in _pieces(flat):
+            count += (part.abs() >= fmt.overflow_threshold).sum()
+    return count
 
 
 def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
@@ -196,12 +233,15 @@ def _inline(work: Work, x: Tensor, scale: Tensor | None) -> Tensor:
     return work.kernel(x, scales, (*work.ints, *work.floats))
 
 
-# ---- registered operators: functional, strides as ``empty_like`` gives them
+# ---- registered operators: functional, strides as ``empty_like`` gives them; a format's name may be a slot's
 
 
 @torch.library.custom_op("assign::quantize", mutates_args=())
 def _quantize_op(x: Tensor, scale: Tensor | None, format: str, saturate: bool, dtype: torch.dtype) -> Tensor:
-    fmt = parse_format(format)
+    slot = find_slot(format)
+    fmt = slot.format if slot else parse_format(format)
+    if slot and slot.measuring:
+        slot.record(_count_overflow(x, fmt), x.numel())
     if scale is None and fmt.native == fmt.code_dtype:
         return _cast(x, fmt, saturate, dtype)
     return _run(quantizing(fmt, saturate), x, scale, dtype)
@@ -216,7 +256,7 @@ def _(x: Tensor, scale: Tensor | None, format: str, saturate: bool, dtype: torch
 def _scale_op(x: Tensor, format: str) -> Tensor:
     if not x.numel():
         return x.new_ones((), dtype=torch.float32)
-    return inline_scale(x, parse_format(format))
+    return inline_scale(x, format_named(format))
 
 
 @_scale_op.register_fake
@@ -226,7 +266,7 @@ def _(x: Tensor, format: str) -> Tensor:
 
 @torch.library.custom_op("assign::encode", mutates_args=())
 def _encode_op(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
-    fmt = parse_format(format)
+    fmt = format_named(format)
     dtype = torch_dtype(fmt.code_dtype)
     if dtype.is_floating_point:
         return torch.empty_like(x, dtype=dtype).copy_(x)
@@ -235,14 +275,14 @@ def _encode_op(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
 
 @_encode_op.register_fake
 def _(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
-    return torch.empty_like(x, dtype=torch_dtype(parse_format(format).code_dtype))
+    return torch.empty_like(x, dtype=torch_dtype(format_named(format).code_dtype))
 
 
 @torch.library.custom_op("assign::decode", mutates_args=())
 def _decode_op(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
     if codes.is_floating_point():
         return torch.empty_like(codes, dtype=dtype).copy_(codes)
-    return _run(coding(parse_format(format))[1], codes, scale, dtype)
+    return _run(coding(format_named(format))[1], codes, scale, dtype)
 
 
 @_decode_op.register_fake

@@ -4,17 +4,13 @@ Epoch ``n`` is seeded (torch, numpy, random) by the seed and ``n`` alone: two ru
 whatever else they draw, and a resumed run goes on bit for bit.
 """
 
-import contextlib
 import dataclasses
-import gc
 import hashlib
 import math
-import os
-import pickle
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from assign import _torch
+from assign import checkpoints
 from assign.assignment import Assignment
 from assign.errors import DivergedError, TaskError
 from assign.executor.apply import apply, planned_step
 from assign.formats import Scaling, parse_format
+from assign.measuring import measure_peak
 from assign.memory import Replay
+from assign.promotion import THRESHOLD, Promoted, Promotion
 from assign.recipes import get_recipe
 from assign.tasks.batch import Batch, count_bytes, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
@@ -44,18 +41,44 @@ INITIAL_SCALE = 65536.0
 _SMALLEST_GRADIENT = 2.0**-30
 """A format that reaches no lower needs loss scaling: fp16 (2^-24) does, the paper's FP(6,9,0) (2^-39) does not."""
 
-_CHECKPOINT_VERSION = 1
+_CHECKPOINT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Where training stands after a step. ``steps_per_epoch`` is None where the data has no length."""
+    """Where training stands after a step.
+
+    Attributes:
+        steps_per_epoch: None where the data has no length.
+        promoted: what this step's overflow promoted; ``plan``: as promoted so far.
+    """
 
     epoch: int
     epochs: int
     step: int
     steps_per_epoch: int | None
     loss: float
+    promoted: tuple[Promoted, ...] = ()
+    plan: Assignment | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochResult:
+    """One finished epoch.
+
+    Attributes:
+        loss: mean of the steps.
+        metrics: what the task's ``evaluate`` says, the model computing under the plan.
+        fp32_metrics: the same with the same weights in plain fp32; empty without a plan.
+        loss_scale: at the end; None where there is none.
+        skipped_steps: those whose gradients were not finite.
+    """
+
+    loss: float
+    metrics: Metrics
+    fp32_metrics: Metrics
+    loss_scale: float | None
+    skipped_steps: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +87,10 @@ class TrainResult:
 
     Attributes:
         metrics: what the task's ``evaluate`` says at the end; after a divergence, at the end of the last good epoch.
+        fp32_metrics: the same with the same weights in plain fp32; empty without a plan.
         loss: mean of the last epoch; ``losses``: of each epoch, the unfinished one included.
+        epochs: the finished ones.
+        promotions: tensors that overflowed too often and got their high format back; ``plan`` as it became.
         measured_peak_bytes: every byte alive at the worst moment of one steady step; None if there was none.
         predicted_peak_bytes: what the memory model says of it; None without a table.
         step_seconds: median of the steady steps; None if there was none.
@@ -74,8 +100,11 @@ class TrainResult:
     """
 
     metrics: Metrics
+    fp32_metrics: Metrics
     loss: float
     losses: tuple[float, ...]
+    epochs: tuple[EpochResult, ...]
+    promotions: tuple[Promoted, ...]
     measured_peak_bytes: int | None
     predicted_peak_bytes: int | None
     step_seconds: float | None
@@ -84,18 +113,13 @@ class TrainResult:
     skipped_steps: int
     loss_scale: float | None
     message: str
+    plan: Assignment | None = field(repr=False)
     model: nn.Module = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; numbers that are not finite become None."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
-        finite = {name: _finite_or_none(value) for name, value in self.metrics.items()}
-        return {
-            **plain,
-            "metrics": finite,
-            "loss": _finite_or_none(self.loss),
-            "losses": [_finite_or_none(loss) for loss in self.losses],
-        }
+        """Plain data, without plan and model; numbers that are not finite become None."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("plan", "model")]
+        return {name: _plain(getattr(self, name)) for name in names}
 
 
 def train(
@@ -113,6 +137,8 @@ def train(
     max_steps: int | None = None,
     on_step: Callable[[Progress], None] | None = None,
     raise_on_divergence: bool = False,
+    promote_every: int | None = None,
+    promote_threshold: float = THRESHOLD,
 ) -> TrainResult:
     """Train ``task`` from the start, under ``plan`` or, without one, in plain PyTorch.
 
@@ -124,6 +150,7 @@ def train(
         resume: go on from ``checkpoint``.
         max_steps: stop after so many steps.
         on_step: told after every step.
+        promote_every, promote_threshold: as in ``assign.Promotion``.
     Raises:
         TaskError: the task does not keep to its interface, or the checkpoint cannot be used.
         DivergedError: the loss is not finite, and ``raise_on_divergence``.
@@ -131,7 +158,8 @@ def train(
     """
     if resume and checkpoint is None:
         raise TaskError("train: resume=True needs checkpoint=, the file to go on from.")
-    run = _Run(task, plan, backend=backend, seed=seed, device=device, epochs=epochs or task.epochs)
+    promotion = Promotion(plan, every=promote_every, threshold=promote_threshold) if plan else None
+    run = _Run(task, plan, promotion, backend=backend, seed=seed, device=device, epochs=epochs or task.epochs)
     run.on_step = on_step
     if resume and checkpoint is not None:
         run.load(checkpoint)
@@ -152,50 +180,6 @@ def needs_loss_scaling(plan: Assignment) -> bool:
     return get_recipe(plan.recipe).loss_scaling or short
 
 
-def measure_peak(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
-    """Bytes alive at the worst moment of ``step``, those of ``resident`` included.
-
-    Memory that ``resident`` does not name and ``step`` does not allocate is not counted: free the last step's gradients
-    before. On CPU the profiler's memory events are added up; on CUDA the allocator is asked.
-    """
-    tensors = list(resident)
-    held = count_bytes(tensors)
-    if any(tensor.is_cuda for tensor in tensors):
-        gc.collect()  # garbage in cycles, freed within the step, would make room for the step's own
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return held + torch.cuda.max_memory_allocated() - before
-    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with _quiet_stderr():
-        profiler.start()
-    try:
-        step()
-    finally:
-        with _quiet_stderr():
-            profiler.stop()
-    now = peak = 0  # what was allocated before the profiler started makes no event when it is freed
-    for change in _torch.memory_changes(profiler):
-        now += change
-        peak = max(peak, now)
-    return held + peak
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Swallow what C++ prints: Kineto says on stderr that the profiler starts and stops."""
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-
-
 @dataclass(slots=True, kw_only=True)
 class _History:
     """What a run has seen so far; goes into the checkpoint."""
@@ -205,9 +189,10 @@ class _History:
     steps: int = 0
     skipped: int = 0
     skipped_in_epoch: int = 0
-    losses: list[float] = field(default_factory=list)
+    epochs: list[EpochResult] = field(default_factory=list)
     epoch_loss: float = 0.0
     metrics: Metrics = field(default_factory=dict)
+    fp32_metrics: Metrics = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     first_batch_bytes: int = 0
@@ -217,9 +202,17 @@ class _Run:
     """One run of training: model, optimizer and what belongs to them, made from a seed."""
 
     def __init__(
-        self, task: Task, plan: Assignment | None, *, backend: str, seed: int, device: str, epochs: int
+        self,
+        task: Task,
+        plan: Assignment | None,
+        promotion: Promotion | None,
+        *,
+        backend: str,
+        seed: int,
+        device: str,
+        epochs: int,
     ) -> None:
-        self.task, self.plan, self.seed, self.epochs = task, plan, seed, epochs
+        self.task, self.plan, self.promotion, self.seed, self.epochs = task, plan, promotion, seed, epochs
         self.device = check_device(device)
         self.on_step: Callable[[Progress], None] | None = None
         self.history = _History()
@@ -233,8 +226,8 @@ class _Run:
         self.planned = self.model
         self.loss: Callable[[Batch], Tensor] = lambda batch: task.loss(self.model, batch)
         if plan is not None:
-            self.loss = planned_step(self.model, task.loss, plan, backend=backend)
-            self.planned = apply(self.model, plan, backend=backend)
+            self.loss = planned_step(self.model, task.loss, plan, backend=backend, promotion=promotion)
+            self.planned = apply(self.model, plan, backend=backend, promotion=promotion)
             if needs_loss_scaling(plan):
                 self.scaler = torch.amp.GradScaler(
                     self.device.type, init_scale=INITIAL_SCALE, growth_interval=self.length or 2000
@@ -277,13 +270,20 @@ class _Run:
             self.resumed = None
         for batch in batches:
             value = self._timed_step(move(batch, self.device))
+            promoted = self.promotion.step() if self.promotion else ()
             h.step_in_epoch += 1
             h.steps += 1
             h.epoch_loss += value
             if self.on_step:
                 self.on_step(
                     Progress(
-                        epoch=h.epoch + 1, epochs=self.epochs, step=h.steps, steps_per_epoch=self.length, loss=value
+                        epoch=h.epoch + 1,
+                        epochs=self.epochs,
+                        step=h.steps,
+                        steps_per_epoch=self.length,
+                        loss=value,
+                        promoted=promoted,
+                        plan=self.promotion.plan if self.promotion else None,
                     )
                 )
             yield value
@@ -293,15 +293,24 @@ class _Run:
     def _end_epoch(self, complete: bool) -> str:
         """Evaluate, and turn to the next epoch if this one is complete; returns where it diverged, '' if it did not."""
         h = self.history
-        metrics = self._evaluate()
+        metrics = self._evaluate(self.planned)
+        fp32_metrics = self._evaluate(self.model) if self.plan else {}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             return self._diverged(f"{bad[0]} is {metrics[bad[0]]}")
         if self.scaler and h.skipped_in_epoch == h.step_in_epoch:
             return self._diverged("every step of the epoch had gradients that are not finite, at any loss scale")
-        h.metrics = metrics
+        h.metrics, h.fp32_metrics = metrics, fp32_metrics
         if complete:
-            h.losses.append(h.epoch_loss / h.step_in_epoch)
+            h.epochs.append(
+                EpochResult(
+                    loss=h.epoch_loss / h.step_in_epoch,
+                    metrics=metrics,
+                    fp32_metrics=fp32_metrics,
+                    loss_scale=self.scaler.get_scale() if self.scaler else None,
+                    skipped_steps=h.skipped_in_epoch,
+                )
+            )
             h.epoch, h.step_in_epoch, h.epoch_loss, h.skipped_in_epoch = h.epoch + 1, 0, 0.0, 0
             if self.scheduler:
                 self.scheduler.step()
@@ -349,13 +358,13 @@ class _Run:
             self.history.skipped_in_epoch += skipped
         return float(loss.detach())
 
-    def _evaluate(self) -> Metrics:
+    def _evaluate(self, model: nn.Module) -> Metrics:
         if self.task.evaluate is None:
             return {}
         self.model.eval()
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=cuda):  # what it draws must not change the training
-            found = self.task.evaluate(self.planned)
+            found = self.task.evaluate(model)
         self.model.train()
         if found is None:
             return {}
@@ -376,20 +385,24 @@ class _Run:
     def result(self, table: TensorTable | None, message: str) -> TrainResult:
         h = self.history
         unfinished = [h.epoch_loss / h.step_in_epoch] if h.step_in_epoch else []
-        losses = (*h.losses, *unfinished)
-        entries = self.plan.entries if self.plan else {}
+        losses = (*(epoch.loss for epoch in h.epochs), *unfinished)
+        plan = self.promotion.plan if self.promotion else self.plan
         return TrainResult(
             metrics=dict(h.metrics),
+            fp32_metrics=dict(h.fp32_metrics),
             loss=losses[-1] if losses else math.nan,
             losses=losses,
+            epochs=tuple(h.epochs),
+            promotions=self.promotion.promoted if self.promotion else (),
             measured_peak_bytes=h.peak_bytes,
-            predicted_peak_bytes=Replay(table, entries).peak_bytes if table else None,
+            predicted_peak_bytes=Replay(table, plan.entries if plan else {}).peak_bytes if table else None,
             step_seconds=statistics.median(h.seconds) if h.seconds else None,
             diverged=bool(message),
             steps=h.steps,
             skipped_steps=h.skipped,
             loss_scale=self.scaler.get_scale() if self.scaler else None,
             message=message,
+            plan=plan,
             model=self.model,
         )
 
@@ -402,29 +415,14 @@ class _Run:
         return {"version": _CHECKPOINT_VERSION, "task": self.task.name, "seed": self.seed, "plan": plan}
 
     def save(self, path: Path) -> None:
-        """Write everything that going on needs; the file is never half written."""
-        state = {
-            "identity": self._identity(),
-            "history": dataclasses.asdict(self.history),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
-            "scaler": self.scaler.state_dict() if self.scaler else {},
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            },
+        """Write everything that going on needs."""
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        rng = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
-            raise TaskError(
-                f"cannot write the checkpoint {path}: {error}. Give a file in a directory that exists."
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        history = dataclasses.asdict(self.history)
+        checkpoints.save(path, {"identity": self._identity(), "history": history, "rng": rng, **state})
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -432,30 +430,27 @@ class _Run:
         Raises:
             TaskError: it is not there, not a checkpoint, or of another run.
         """
-        if not path.is_file():
-            raise TaskError(f"there is no checkpoint {path} to go on from. Start without resume; training writes it.")
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            found = state["identity"]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, OSError) as error:
-            raise TaskError(f"{path} is not a checkpoint, or it was cut off. Start again without resume.") from error
-        for name, wanted in self._identity().items():
-            if found.get(name) != wanted:
-                raise TaskError(
-                    f"the checkpoint {path} is of another run: its {name} is {found.get(name)!r}, not {wanted!r}. "
-                    "Go on with what it was made with, or start without resume."
-                )
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise TaskError(f"the checkpoint {path} is of another model or optimizer: {error}") from error
-        if self.scheduler:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler:
-            self.scaler.load_state_dict(state["scaler"])
-        self.history = _History(**state["history"])
+        state = checkpoints.load(path, self._identity(), self.device)
+        for name, part in self._parts().items():
+            try:
+                part.load_state_dict(state[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise TaskError(f"the checkpoint {path} is of another run: its {name} does not fit: {error}") from error
+        self.history = _History(
+            **{**state["history"], "epochs": [EpochResult(**e) for e in state["history"]["epochs"]]}
+        )
         self.resumed = state["rng"] if self.history.step_in_epoch else None
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own."""
+        parts = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.scaler,
+            "promotion": self.promotion,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _restore_rng(self, states: Mapping[str, Tensor | None]) -> None:
         cpu, cuda = states["cpu"], states["cuda"]
@@ -473,5 +468,12 @@ def _seed(seed: int, epoch: int | None = None) -> None:
     np.random.seed(mixed % 2**32)
 
 
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _plain(value: Any) -> Any:
+    """``value`` for JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ from assign.executor.apply import planned_step
 from assign.memory import Replay, aggregate_bytes, estimate, low_ratio, peak_bytes
 from assign.planning import parse_budget, search, search_table
 from assign.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable, saved_key
-from assign.training import measure_peak
+from assign.measuring import measure_peak
 
 
 def chain():

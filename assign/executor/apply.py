@@ -22,10 +22,13 @@ from assign.executor.compile import Backend, make_backend
 from assign.executor.mark import mark
 from assign.functionalize import functionalize
 from assign.operators import Walk, walk
+from assign.promotion import Promotion
 from assign.tensors import grad_key
 
 
-def apply(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -> nn.Module:
+def apply(
+    model: nn.Module, plan: Assignment, *, backend: str = "inductor", promotion: Promotion | None = None
+) -> nn.Module:
     """The model, computing under ``plan``; train it exactly as before.
 
     Parameters, their names and the ``state_dict`` are the model's own, and stay in float32. What is called outside the
@@ -34,25 +37,27 @@ def apply(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -> n
     Args:
         model: in float32; it is not changed and can still be called without the plan.
         backend: ``inductor`` (compiled, fast) or ``eager`` (no compiler needed, exact memory, slower rounding).
+        promotion: made for ``plan``: tensors that overflow too often get their high format back.
     Raises:
-        PlanError: the plan belongs to another model; names the nearest keys.
+        PlanError: the plan belongs to another model; names the nearest keys. Or the promotion to another plan.
         TraceError: the model is not in float32; or, at the first call, it breaks the graph.
     """
     check_parameters(model)
     _check_parameters_named(model, plan)
-    compiled = _compile(model, call_model, plan, Backend(_known(backend)))
+    compiled = _compile(model, call_model, plan, Backend(_known(backend)), promotion)
     original = type(model)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return compiled(*args, **kwargs)
 
     def duplicate(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        return apply(copy.deepcopy(_plain(self, original), memo), plan, backend=backend)
+        return apply(copy.deepcopy(_plain(self, original), memo), self.assign_plan, backend=backend)
 
     def reduce(self: nn.Module, _protocol: int = 2) -> Any:
-        return _restore, (_plain(self, original), plan, backend)
+        return _restore, (_plain(self, original), self.assign_plan, backend)
 
-    body = {"__call__": call, "__deepcopy__": duplicate, "__reduce_ex__": reduce, "assign_plan": plan}
+    current = property(lambda self: promotion.plan if promotion else plan)
+    body = {"__call__": call, "__deepcopy__": duplicate, "__reduce_ex__": reduce, "assign_plan": current}
     planned: nn.Module = _share(
         model, type(original.__name__, (original,), {**body, "__module__": original.__module__})
     )
@@ -86,7 +91,7 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
 
 
 def planned_step(
-    model: nn.Module, loss: Loss, plan: Assignment, *, backend: str = "inductor"
+    model: nn.Module, loss: Loss, plan: Assignment, *, backend: str = "inductor", promotion: Promotion | None = None
 ) -> Callable[[Any], Tensor]:
     """``step(batch)`` → loss, with the loss in the same graph as the model, so that the plan covers it too.
 
@@ -95,10 +100,17 @@ def planned_step(
     """
     check_parameters(model)
     _check_parameters_named(model, plan)
-    return _compile(model, loss, plan, Backend(_known(backend)))
+    return _compile(model, loss, plan, Backend(_known(backend)), promotion)
 
 
-def _compile(model: nn.Module, loss: Callable[..., Any], plan: Assignment, backend: Backend) -> Callable[..., Any]:
+def _compile(
+    model: nn.Module, loss: Callable[..., Any], plan: Assignment, backend: Backend, promotion: Promotion | None
+) -> Callable[..., Any]:
+    if promotion is not None and not promotion.watches(plan):
+        raise PlanError(
+            "apply: the promotion was made for another plan. Make one for this plan: Promotion(plan), and give it to "
+            "everything that runs the plan in this training."
+        )
     whole_step = loss is not call_model
 
     def receive(capture: Capture) -> Callable[..., Any]:
@@ -106,7 +118,7 @@ def _compile(model: nn.Module, loss: Callable[..., Any], plan: Assignment, backe
         walked = walk(capture)
         if capture.training:
             _check_covers(walked, capture, plan, whole_step)
-        mark(capture, walked, plan)
+        mark(capture, walked, plan, promotion)
         return make_backend(plan, backend)(capture.graph, capture.inputs)
 
     compiled = compile_step(_plain(model, type(model)), loss, receive)

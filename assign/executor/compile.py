@@ -12,6 +12,7 @@ from assign import _torch, rounding
 from assign.assignment import Assignment
 from assign.executor.pack import pack
 from assign.formats import parse_format
+from assign.promotion import find_slot
 
 
 class Backend(StrEnum):
@@ -35,18 +36,28 @@ def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
 
 
 def inline(graph: fx.Graph) -> None:
-    """Replace our operators by the arithmetic they stand for, so that Inductor fuses it into its neighbours."""
+    """Replace our operators by the arithmetic they stand for, where a graph gains by it: Inductor fuses that."""
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._to_copy.default:  # added by the packing, behind Inductor's decompositions
             node.target = torch.ops.prims.convert_element_type.default
             node.args, node.kwargs = (node.args[0], node.kwargs["dtype"]), {}
-        elif node.op == "call_function" and node.target in _EXPANSIONS:
+        elif node.op == "call_function" and node.target in _EXPANSIONS and _is_inlined(node):
             tensors = [argument for argument in node.args if isinstance(argument, fx.Node)]
             rest = [argument for argument in node.args if argument is not None and argument not in tensors]
             function = _EXPANSIONS[node.target](*rest)
             body = _torch.trace_inline(function, [_torch.joint_value(tensor) for tensor in tensors])
             _splice(graph, node, body, tensors)
     graph.lint()
+
+
+def _is_inlined(node: fx.Node) -> bool:
+    """Only formats that torch has, and no slot's.
+
+    Emulated formats have long arithmetic: inlined, a ResNet with all tensors in 8 bits compiled for minutes. As
+    operators they share one compiled kernel, and a slot's may round and code in another format at the next step.
+    """
+    name = next(str(argument) for argument in node.args if isinstance(argument, str))
+    return find_slot(name) is None and parse_format(name).native is not None
 
 
 def _quantize(name: str, saturate: bool, dtype: torch.dtype) -> Callable[..., Tensor]:

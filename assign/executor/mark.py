@@ -14,9 +14,10 @@ from torch import Tensor, fx
 from assign import _torch, lowering
 from assign.assignment import Assignment, format_pair
 from assign.capture import Capture
-from assign.formats import Format, Scaling, parse_format
+from assign.formats import Format, Scaling
 from assign.operators import Site, Walk, floating_arguments, operator_name
-from assign.tensors import MARK, saved_key
+from assign.promotion import Promotion, Slot, format_named
+from assign.tensors import MARK, Role, saved_key
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WIDENINGS = frozenset({"float", "to", "type", "type_as"})
@@ -27,38 +28,42 @@ class _Mark(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, forward: str, backward: str, dtype: torch.dtype, visible: bool) -> Tensor:
         ctx.backward_format = backward
         ctx.input_dtype = x.dtype
-        return _round(x, parse_format(forward), dtype, saturate=True, visible=visible)
+        return _round(x, forward, dtype, saturate=True, visible=visible)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = grads
-        rounded = _round(grad, parse_format(ctx.backward_format), grad.dtype, saturate=False)
+        rounded = _round(grad, ctx.backward_format, grad.dtype, saturate=False)
         return rounded.to(ctx.input_dtype), None, None, None, None
 
 
-def _round(x: Tensor, fmt: Format, dtype: torch.dtype, *, saturate: bool, visible: bool = False) -> Tensor:
+def _round(x: Tensor, name: str, dtype: torch.dtype, *, saturate: bool, visible: bool = False) -> Tensor:
+    fmt = format_named(name)
     exact = x.dtype == dtype and _DTYPES.get(fmt.native or "") in (dtype, torch.float32)
     if exact and not visible:
         return x.view_as(x)
-    scale = torch.ops.assign.scale(x, fmt.name) if fmt.scaling is not Scaling.NONE else None
-    rounded: Tensor = torch.ops.assign.quantize(x, scale, fmt.name, saturate, dtype)
+    scale = torch.ops.assign.scale(x, name) if fmt.scaling is not Scaling.NONE else None
+    rounded: Tensor = torch.ops.assign.quantize(x, scale, name, saturate, dtype)
     return rounded
 
 
 def mark_tensor(x: Tensor, forward: str, backward: str, dtype: str, visible: bool = False) -> Tensor:
     """Round ``x`` to ``forward`` and, in the backward pass, its gradient to ``backward``; store both as ``dtype``.
 
+    ``forward`` is a format's name, or a slot's.
+
     With ``visible``, the joint graph has a node of its own for ``x`` even where rounding changes nothing.
     """
     return _torch.apply_function(_Mark, x, forward, backward, _DTYPES[dtype], visible)
 
 
-def mark(capture: Capture, walked: Walk, plan: Assignment) -> None:
+def mark(capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion | None) -> None:
     """Edit the captured graph so that it computes under ``plan``; graphs of an all-fp32 plan stay as they are.
 
     Tensors that the plan does not name (only in evaluation: training checks the plan first) stay in float32.
+    What may be promoted lives in a carrier that holds its high format too.
     """
-    marker = _Marker(walked, plan)
+    marker = _Marker(walked, plan, promotion)
     marker.mark_graph(capture.graph)
     marker.widen_outputs(capture.graph)
     capture.graph.graph.lint()
@@ -66,9 +71,10 @@ def mark(capture: Capture, walked: Walk, plan: Assignment) -> None:
 
 
 class _Marker:
-    def __init__(self, walked: Walk, plan: Assignment) -> None:
+    def __init__(self, walked: Walk, plan: Assignment, promotion: Promotion | None) -> None:
         self.walked = walked
         self.plan = plan
+        self.slots = _slots(walked, plan, promotion)
         self.sites: dict[fx.Node, list[Site]] = {}
         for site in walked.sites:
             self.sites.setdefault(site.after, []).append(site)
@@ -134,7 +140,11 @@ class _Marker:
         if site_op in lowering.FLOAT32_PARAMETERS:
             operands = operands[:1]
         custom = any(fmt.native is None for fmt in formats)
-        return lowering.compute_dtype(site_op, operands, lowering.carrier(*formats), custom)
+        return lowering.compute_dtype(site_op, operands, self._carrier(key, formats), custom)
+
+    def _carrier(self, key: str, formats: tuple[Format, Format]) -> str:
+        slot = self.slots.get(key)
+        return lowering.carrier(*formats, *((slot.low, slot.high) if slot else ()))
 
     def _lower(self, graph: fx.GraphModule, node: fx.Node, dtype: str) -> None:
         """Give every floating-point operand of ``node`` the dtype in which it computes."""
@@ -158,7 +168,7 @@ class _Marker:
         formats = self._formats(site.key)
         if formats is None:
             return
-        dtype = lowering.carrier(*formats)
+        dtype = self._carrier(site.key, formats)
         have = self.dtypes.get(site.node, lowering.FLOAT32)
         names = {fmt.native for fmt in formats}
         explicit = saved_key(site.key) in self.plan.entries
@@ -166,8 +176,8 @@ class _Marker:
             self.dtypes[site.node] = dtype
             return
         with graph.graph.inserting_before(before):
-            names_of_formats = [fmt.name for fmt in formats]
-            marked = graph.graph.call_function(mark_tensor, (site.node, *names_of_formats, dtype, explicit))
+            forward = self.slots[site.key].name if site.key in self.slots else formats[0].name
+            marked = graph.graph.call_function(mark_tensor, (site.node, forward, formats[1].name, dtype, explicit))
         _torch.label(marked, MARK + site.key)
         order = {n: i for i, n in enumerate(graph.graph.nodes)}
         readers = site.readers if site.readers is not None else list(site.node.users)
@@ -203,6 +213,18 @@ class _Marker:
                 with graph.graph.inserting_before(output):
                     widened = graph.graph.call_method("float", (argument,))
                 output.replace_input_with(argument, widened)
+
+
+def _slots(walked: Walk, plan: Assignment, promotion: Promotion | None) -> dict[str, Slot]:
+    if promotion is None:
+        return {}
+    roles = {site.key: Role.WEIGHT if site.op == "parameter" else Role.ACTIVATION for site in walked.sites}
+    found = {
+        site.key: promotion.slot(site.key, roles[site.key], site.op)
+        for site in walked.sites
+        if site.key in plan.entries
+    }
+    return {key: slot for key, slot in found.items() if slot is not None}
 
 
 def _name(dtype: str) -> str:

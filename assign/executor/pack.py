@@ -15,6 +15,7 @@ from assign import _torch
 from assign.assignment import Assignment
 from assign.formats import Format, Scaling, parse_format
 from assign.joint import describe, is_view, origin, read_marked_outputs
+from assign.promotion import format_named
 from assign.tensors import MARK, saved_key
 
 _QUANTIZE = torch.ops.assign.quantize.default
@@ -97,18 +98,19 @@ class _Packer:
         """The mark's value as it comes out of its narrow storage, right before ``first``."""
         value = _torch.joint_value(mark)
         key = _torch.label_of(mark).removeprefix(MARK)
-        own = parse_format(str(mark.args[2]))
-        fmt = self.plan.saved_format(key) if saved_key(key) in self.plan.entries else own
+        name = str(mark.args[2])  # of a format, or of a slot
         source, scale, after = mark, mark.args[1], self._last_forward_reader(mark)
-        if fmt != own:
-            source, scale, after = self._narrow(mark, fmt, after)
+        if saved_key(key) in self.plan.entries and self.plan.saved_format(key).name != name:
+            name = self.plan.saved_format(key).name
+            source, scale, after = self._narrow(mark, parse_format(name), after)
+        fmt = format_named(name)
         if fmt.code_bytes >= value.dtype.itemsize:
             return source
         with self.graph.inserting_after(after):
-            code = self.graph.call_function(torch.ops.assign.encode.default, (source, scale, fmt.name))
-        describe(code, torch.ops.assign.encode(value, _value_of(scale), fmt.name), mark, backward=False)
+            code = self.graph.call_function(torch.ops.assign.encode.default, (source, scale, name))
+        describe(code, torch.ops.assign.encode(value, _value_of(scale), name), mark, backward=False)
         with self.graph.inserting_before(first):
-            decoded = self.graph.call_function(torch.ops.assign.decode.default, (code, scale, fmt.name, value.dtype))
+            decoded = self.graph.call_function(torch.ops.assign.decode.default, (code, scale, name, value.dtype))
         describe(decoded, value, mark, backward=True)
         return decoded
 

@@ -1,0 +1,57 @@
+"""Bytes that a piece of code really holds at its worst moment: the profiler on CPU, the allocator on CUDA."""
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from assign import _torch
+from assign.tasks.batch import count_bytes
+
+
+def measure_peak(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
+    """Bytes alive at the worst moment of ``step``, those of ``resident`` included.
+
+    Memory that ``resident`` does not name and ``step`` does not allocate is not counted: free the last step's gradients
+    before. On CPU the profiler's memory events are added up; on CUDA the allocator is asked.
+    """
+    tensors = list(resident)
+    held = count_bytes(tensors)
+    if any(tensor.is_cuda for tensor in tensors):
+        gc.collect()  # garbage in cycles, freed within the step, would make room for the step's own
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return held + torch.cuda.max_memory_allocated() - before
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _quiet_stderr():
+        profiler.start()
+    try:
+        step()
+    finally:
+        with _quiet_stderr():
+            profiler.stop()
+    now = peak = 0  # what was allocated before the profiler started makes no event when it is freed
+    for change in _torch.memory_changes(profiler):
+        now += change
+        peak = max(peak, now)
+    return held + peak
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Swallow what C++ prints: Kineto says on stderr that the profiler starts and stops."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
