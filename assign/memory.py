@@ -19,7 +19,7 @@ import numpy as np
 from assign import lowering
 from assign.assignment import Assignment, Entry, format_pair
 from assign.formats import Format, parse_format
-from assign.tensors import MARK, Buffer, Event, Role, TensorTable, base_key, saved_key
+from assign.tensors import MARK, SLICE, Buffer, Event, Role, TensorTable, base_key, saved_key
 
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
 _RESIDENT = ("parameters", "buffers", "batch", "optimizer states")
@@ -176,6 +176,8 @@ class Replay:
         info = self.table.by_key.get(key)
         if info is None or info.op in ("parameter", "input"):
             return lowering.FLOAT32
+        if info.op == SLICE:
+            return self._carrier(info.inputs[0])
         operands = [self._carrier(source) for source in info.inputs]
         if info.op in lowering.FLOAT32_PARAMETERS:
             operands = operands[:1]

@@ -3,6 +3,10 @@
 A *site* is a place where a new floating-point tensor appears that depends on a parameter or on the batch: one per
 parameter, per floating-point input of the model, per operator output. Views make no tensor; neither do copies that only
 move data (``contiguous``, ``clone``), nor values computed from constants (masks, position tables).
+
+A view of a part of an activation (``x[:, :c]``, ``narrow``, ``split``, ``unbind``, ``select``) does make one, a
+*slice*: the paper counts both halves of a channel split. No operator runs for it. A part of a parameter is the
+parameter still; a part that is written into later is its source still, or the write would miss the source.
 """
 
 import operator
@@ -18,6 +22,7 @@ from torch import Tensor, fx
 from assign import _torch
 from assign.capture import Capture, strip_module_path
 from assign.functionalize import Aliases
+from assign.tensors import SLICE
 
 MOVES = frozenset({"contiguous", "clone", "reshape", "flatten", "to", "detach", "flip", "roll", "repeat", "permute"})
 """Operators whose result holds the very values of their first argument: no new site, the same key."""
@@ -191,10 +196,8 @@ def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result:
     op = operator_name(maker.meta.get("assign_op", maker.target))
     if not _is_float(value):
         return
-    root = aliases.root[node]
-    if root is not node:
-        if root in result.key_of:
-            result.key_of[node] = result.key_of[root]
+    if aliases.root[node] is not node:
+        _name_view(graph, node, maker, aliases, result)
         return
     first = next((n for n in maker.all_input_nodes if n in result.key_of), None)
     if op in MOVES and "assign_op" not in maker.meta:
@@ -216,6 +219,35 @@ def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result:
     result.labels[node] = key
     result.labels[maker] = key
     result.sites.append(site)
+
+
+def _name_view(graph: fx.GraphModule, node: fx.Node, maker: fx.Node, aliases: Aliases, result: Walk) -> None:
+    """A view has the key of its source; a slice has one of its own."""
+    root, value = aliases.root[node], aliases.values[node]
+    source = next((n for n in maker.all_input_nodes if aliases.root[n] is root and n in result.key_of), None)
+    if source is None:
+        return
+    key = result.key_of[node] = result.key_of[source]
+    if key in result.seen or value.numel() >= aliases.values[source].numel() or _is_written_later(node, aliases):
+        return
+    module = strip_module_path(_torch.module_path(maker))
+    site = _site(result.fresh_key("loss" if module is None else module, SLICE), SLICE, node, graph, value, result)
+    site.module = module or ""
+    site.source = source_line(maker)
+    site.inputs = (key,)
+    result.key_of[node] = site.key
+    result.sites.append(site)
+
+
+def _is_written_later(node: fx.Node, aliases: Aliases) -> bool:
+    """Whether a later node changes the storage of ``node`` in place."""
+    root, later = aliases.root[node], node.next
+    while later.op != "output":
+        target = later.kwargs.get("out") or later.args[0] if later.meta.get("assign_in_place") else None
+        if isinstance(target, fx.Node) and aliases.root[target] is root:
+            return True
+        later = later.next
+    return False
 
 
 def _site(key: str, op: str, node: fx.Node, graph: fx.GraphModule, value: Tensor, result: Walk) -> Site:

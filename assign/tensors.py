@@ -78,6 +78,9 @@ def base_key(key: str) -> str:
     return key.removesuffix(".grad").removesuffix(".saved")
 
 
+SLICE = "slice"
+"""Operator of a row that holds a part of the one that it is made from; nothing runs for it."""
+
 MARK = "mark:"
 """Prefix of an event's operator, and of a joint graph node's label, where a tensor is complete and gets its format."""
 

@@ -22,6 +22,18 @@ class MLP(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+class Gated(nn.Module):
+    """Two halves of one tensor, multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+
+    def forward(self, x):
+        value, gate = self.fc(x).chunk(2, 1)
+        return value * gate
+
+
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()

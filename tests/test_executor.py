@@ -7,13 +7,14 @@ import pickle
 import pytest
 import torch
 from helpers import all_high, all_low, everything, sgd, steps, traced
-from models import GPT, MLP, MODELS, InPlace, ResNet, class_loss, images, tokens, vectors
+from models import GPT, MLP, MODELS, Gated, InPlace, ResNet, class_loss, images, tokens, vectors
 from torch import nn
 
 from assign import _torch
 from assign.assignment import Entry
 from assign.errors import PlanError, TraceError
 from assign.executor.apply import apply, autocast, planned_step
+from assign.rounding import quantize
 from assign.tensors import saved_key
 
 
@@ -92,6 +93,25 @@ def test_every_tensor_is_rounded_to_its_own_format(graphs):
         if key == "/input" and backward:
             continue  # nobody asks for the gradient of the batch
         assert (f"mark:{key}", plan.entries[info.key].format, backward) in rounded, info.key
+
+
+def test_each_slice_has_its_own_format(graphs):
+    model, batch = Gated(), vectors()
+    table = traced(model, batch)
+    value, gate = ("fp(4,3,4)", "fp(5,2,0)"), ("fp(3,1,0)", "fp(2,2,0)")
+    formats = dict(zip(("/slice", "/slice.grad", "/slice#2", "/slice#2.grad"), value + gate, strict=True))
+    plan = everything(table, "fp32").replace({key: Entry(name, True) for key, name in formats.items()})
+    planned = planned_step(model, class_loss, plan, backend="eager")(batch)
+    planned.backward()
+    halves = model.fc(batch[0]).detach().chunk(2, 1)
+    parts = [quantize(part, name).requires_grad_() for part, name in zip(halves, (value[0], gate[0]), strict=True)]
+    loss = nn.functional.cross_entropy(parts[0] * parts[1], batch[1])
+    loss.backward()
+    assert planned == loss
+    grad = torch.cat([quantize(part.grad, name) for part, name in zip(parts, (value[1], gate[1]), strict=True)], 1)
+    assert torch.equal(model.fc.weight.grad, grad.T @ batch[0])
+    codes = nodes([graphs[0]], torch.ops.assign.encode.default)
+    assert [n.meta["val"].shape for n in codes] == [(16, 4), (16, 4)]  # the halves wait, the whole does not
 
 
 def test_encode_comes_right_behind_the_last_reader(graphs):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import all_high, all_low, everything, sgd, traced
-from models import GPT, MLP, ResNet, class_loss, images, tokens, vectors
+from models import GPT, MLP, Gated, ResNet, class_loss, images, tokens, vectors
 
 from assign import _torch
 from assign.assignment import Entry
@@ -101,6 +101,17 @@ def test_aggregate_and_ratio_count_the_papers_tensors():
     assert low_ratio(table, chosen) == 0.0
     chosen["/relu"] = Entry("fp(4,3,4)", True)
     assert low_ratio(table, chosen) == 0.25
+
+
+def test_slices_wait_in_their_own_format_or_in_their_source():
+    table = traced(Gated(), vectors())  # halves of 16 × 4 elements, both read by the product's backward pass
+
+    def waiting(plan):
+        keys = ("fc/linear", "/slice", "/slice#2")
+        return {s.key: s.bytes for s in Replay(table, plan.entries).segments if s.role == Role.SAVED and s.key in keys}
+
+    assert waiting(everything(table, "bf16")) == {"fc/linear": 16 * 8 * 2}  # views of the whole
+    assert waiting(all_low(table)) == {"/slice": 16 * 4 + 4, "/slice#2": 16 * 4 + 4}  # each with its scale
 
 
 def test_the_optimizers_step_may_be_the_peak():

@@ -92,11 +92,40 @@ class Packed(nn.Module):
 
 def test_moves_are_no_tensors_and_gradients_of_views_follow_theirs():
     table = traced(Packed(), vectors())
-    assert keys(table)[:5] == ["/input", "fc/linear", "/mul", "/add", "head/linear"]
+    slices = ["/slice", "/slice#2", "/slice#3"]
+    assert keys(table)[:7] == ["/input", "fc/linear", *slices, "/mul", "/add"]
     events = [event for event in table.schedule.events if event.backward and not event.op]
     written = [table.schedule.buffers[b] for event in events for b in event.writes]
     assert written
     assert all(buffer.holds.endswith(".grad") for buffer in written if buffer.elements > 1)
+
+
+class Sliced(nn.Module):
+    """Parts of an activation, all of it, parts of a part; of a parameter; and one that is written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+        self.gains = nn.Parameter(torch.ones(2, 4))
+
+    def forward(self, x):
+        first = x[:, 0]
+        first.add_(1)  # changes the batch
+        left, right = self.fc(x).relu().chunk(2, 1)
+        all_of_it, last = left[:, :4].view(-1, 2, 2), right.narrow(1, 2, 2).select(1, 1)
+        return all_of_it.flatten(1) * self.gains[0] + (last * first)[:, None]
+
+
+def test_slices_are_tensors():
+    table = traced(Sliced(), vectors())
+    rows = {key: table.by_key[key] for key in keys(table) if "slice" in key}
+    assert [row.shape for row in rows.values()] == [(16, 4), (16, 4), (16, 2), (16,)]  # left, right, narrow, select
+    made_of = ["/relu", "/relu", "/slice#2", "/slice#3"]
+    assert [row.inputs for row in rows.values()] == [(source,) for source in made_of]
+    assert table.by_key["/mul"].inputs == ("/slice", "gains")
+    assert table.by_key["/mul#2"].inputs == ("/slice#4", "/input")
+    assert {f"{key}.grad" for key in rows} <= table.by_key.keys()
+    assert {row.group for row in rows.values()} == {table.by_key["fc/linear"].group}
 
 
 def test_in_place_writes_are_named_where_they_are_done():

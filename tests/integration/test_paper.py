@@ -59,6 +59,21 @@ def test_groups_and_elements(tables):
     assert (len(tables["squeezenet"].groups), tables["squeezenet"].elements) == (27, 356459284)
 
 
+def test_a_shuffled_block_counts_both_halves(tables):
+    # blocks.1 of ShuffleNet, 116 channels of 16×16. Maps of one half (58 channels, 128·58·16·16 elements): the halves
+    # themselves; convolution, normalisation and ReLU; the depthwise ones without ReLU; all three again; two in ``cat``.
+    # Weights: two 1×1 convolutions, nine per channel of the depthwise one, three normalisations. Gradients double all.
+    maps, weights = 2 + 3 + 2 + 3 + 2, 2 * 58 * 58 + 9 * 58 + 3 * 2 * 58
+    expected = 2 * (maps * 128 * 58 * 16 * 16 + weights)
+    table = tables["shufflenet_v2"]
+    own = [row for row in table.paper_tensors if f"{row.module}.".startswith("blocks.1.")]
+    assert sum(row.elements for row in own) == expected == 45628252
+    halves = [row.key for row in own if row.op == "slice" and row.role is Role.ACTIVATION]
+    assert halves == ["blocks.1/slice", "blocks.1/slice#2"]
+    waiting = {row.key for row in table.tensors if row.role is Role.SAVED}
+    assert {f"{key}.saved" for key in halves} & waiting == {"blocks.1/slice#2.saved"}  # nobody multiplies the first
+
+
 @pytest.mark.parametrize(("model", "expected"), [("resnet18", 0.27913), ("squeezenet", 0.17337)])
 def test_operator_based_ratio(tables, model, expected):
     plan = search_table(tables[model], strategy="operator", recipe="hfp8")
