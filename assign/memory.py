@@ -19,6 +19,7 @@ import numpy as np
 from assign import lowering
 from assign.assignment import Assignment, Entry, format_pair
 from assign.formats import Format, parse_format
+from assign.recipes import Recipe, get_recipe, initial
 from assign.tensors import MARK, SLICE, Buffer, Event, Role, TensorTable, base_key, saved_key
 
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
@@ -61,7 +62,8 @@ class Estimate:
 
     Attributes:
         aggregate_bytes: Σ elements × bits / 8 over the paper's four roles.
-        low_ratio: share of those elements that are low; ``low_ratio_by_bits``: 2·(1 − bits / bits of all-high).
+        low_ratio: share of those elements that are low.
+        low_ratio_bits: the same by bits, 2·(1 − bits / bits with all high); negative for a plan wider than that.
         groups_low: groups in which everything is low.
         peak_bytes: every byte alive at the worst moment of one whole step; baseline_peak_bytes: the same in fp32.
         saved_bytes: what waits for the backward pass when the forward pass ends.
@@ -73,6 +75,7 @@ class Estimate:
 
     aggregate_bytes: int
     low_ratio: float
+    low_ratio_bits: float
     groups_low: int
     peak_bytes: int
     baseline_peak_bytes: int
@@ -86,6 +89,7 @@ class Estimate:
         """Plain data, the timeline included."""
         return {
             "low_ratio": self.low_ratio,
+            "low_ratio_bits": self.low_ratio_bits,
             "groups_low": self.groups_low,
             "aggregate_bytes": self.aggregate_bytes,
             "peak_bytes": self.peak_bytes,
@@ -102,12 +106,14 @@ def estimate(table: TensorTable, plan: Assignment) -> Estimate:
 
     Raises:
         PlanError: the plan does not name a tensor of the table.
+        FormatError: there is no recipe of the plan's name.
     """
     plan.check_covers([info.key for info in table.paper_tensors], where="estimate")
     replay = Replay(table, plan.entries)
     return Estimate(
         aggregate_bytes=aggregate_bytes(table, plan.entries),
         low_ratio=low_ratio(table, plan.entries),
+        low_ratio_bits=low_ratio_bits(table, plan.entries, get_recipe(plan.recipe)),
         groups_low=sum(all(plan.entries[key].low for key in group.keys) for group in table.groups),
         peak_bytes=replay.peak_bytes,
         baseline_peak_bytes=Replay(table, {}).peak_bytes,
@@ -126,14 +132,27 @@ def peak_bytes(table: TensorTable, entries: Mapping[str, Entry]) -> int:
 
 def aggregate_bytes(table: TensorTable, entries: Mapping[str, Entry]) -> int:
     """The paper's memory: Σ elements × bits / 8 (A2; no liveness, no optimizer, no masters)."""
-    bits = sum(info.elements * parse_format(entries[info.key].format).bits for info in table.paper_tensors)
-    return -(-bits // 8)
+    return -(-_bits(table, entries) // 8)
 
 
 def low_ratio(table: TensorTable, entries: Mapping[str, Entry]) -> float:
     """Share of the paper's elements that are held low (A2)."""
     low = sum(info.elements for info in table.paper_tensors if entries[info.key].low)
     return low / table.elements if table.elements else 0.0
+
+
+def low_ratio_bits(table: TensorTable, entries: Mapping[str, Entry], recipe: Recipe) -> float:
+    """The low ratio as the paper's code reports it: 2·(1 − bits / bits with all high).
+
+    Where low formats have half the bits of high ones it is the share of elements in a low format. All low is less
+    than 1 under both recipes, for the gradient of a weight is as wide low as high.
+    """
+    high = _bits(table, initial(table, recipe))
+    return 2 * (1 - _bits(table, entries) / high) if high else 0.0
+
+
+def _bits(table: TensorTable, entries: Mapping[str, Entry]) -> int:
+    return sum(info.elements * parse_format(entries[info.key].format).bits for info in table.paper_tensors)
 
 
 class Replay:

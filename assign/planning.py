@@ -118,6 +118,7 @@ def summary(costs: Estimate, seconds: float) -> dict[str, Any]:
     """The figures of an estimate that the shell's JSON promises."""
     return {
         "low_ratio": costs.low_ratio,
+        "low_ratio_bits": costs.low_ratio_bits,
         "groups_low": costs.groups_low,
         "aggregate_bytes": costs.aggregate_bytes,
         "peak_bytes": costs.peak_bytes,

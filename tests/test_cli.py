@@ -69,11 +69,12 @@ def test_trace_search_estimate_train_show_diff(here):
     table = json.loads((here / "table.json").read_text())
     assert {"fingerprint", "elements", "groups", "tensors"} <= table.keys()
     run("search", "mine.py", "--low-ratio", "1", "-o", "low.json", "--json", "search.json")
-    fields = {"low_ratio", "groups_low", "aggregate_bytes", "peak_bytes", "baseline_peak_bytes", "seconds"}
+    fields = {"low_ratio", "low_ratio_bits", "groups_low", "aggregate_bytes", "peak_bytes", "baseline_peak_bytes"}
+    fields |= {"seconds"}
     found = json.loads((here / "search.json").read_text())
     assert fields <= found.keys()
     assert found["low_ratio"] == 1.0
-    run("estimate", "mine.py", "--plan", "low.json", "--json", "estimate.json")
+    assert "low ratio, by bits" in run("estimate", "mine.py", "--plan", "low.json", "--json", "estimate.json")
     predicted = json.loads((here / "estimate.json").read_text())
     assert fields <= predicted.keys()
     assert predicted["peak_bytes"] == found["peak_bytes"]

@@ -9,8 +9,9 @@ from assign import _torch
 from assign.assignment import Entry
 from assign.errors import BudgetError, PlanError
 from assign.executor.apply import planned_step
-from assign.memory import Replay, aggregate_bytes, estimate, low_ratio, peak_bytes
+from assign.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
 from assign.planning import parse_budget, search, search_table
+from assign.recipes import get_recipe
 from assign.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable, saved_key
 from assign.measuring import measure_peak
 
@@ -101,6 +102,20 @@ def test_aggregate_and_ratio_count_the_papers_tensors():
     assert low_ratio(table, chosen) == 0.0
     chosen["/relu"] = Entry("fp(4,3,4)", True)
     assert low_ratio(table, chosen) == 0.25
+    # 200 elements of 8 bits and 200 of 16 against 400 of 16; half of the elements have half of the bits.
+    assert low_ratio_bits(table, chosen, get_recipe("hfp8")) == 0.5
+    assert low_ratio_bits(table, entries("fp(6,9,0)", "fp(6,9,0)"), get_recipe("hfp8")) == 0
+    assert low_ratio_bits(table, entries("fp32", "fp32"), get_recipe("hfp8")) == -2
+    assert low_ratio_bits(TensorTable(tensors=()), {}, get_recipe("hfp8")) == 0
+
+
+def test_estimate_has_both_ratios():
+    table = traced(MLP(), vectors())
+    costs = estimate(table, all_low(table, "hfp8"))
+    assert costs.low_ratio == 1
+    gradients = sum(p.numel() for p in MLP().parameters())  # stay at 16 bits
+    assert costs.low_ratio_bits == pytest.approx(1 - gradients / table.elements)
+    assert costs.to_json()["low_ratio_bits"] == costs.low_ratio_bits
 
 
 def test_slices_wait_in_their_own_format_or_in_their_source():

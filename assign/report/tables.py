@@ -84,7 +84,8 @@ def estimate_table(costs: Estimate, limit: int = 12) -> RenderableType:
     head.add_row("  reached in", costs.peak_at)
     head.add_row("saved for the backward pass", human_bytes(costs.saved_bytes))
     head.add_row("aggregate (the paper's measure)", human_bytes(costs.aggregate_bytes))
-    head.add_row("low ratio", f"{costs.low_ratio:.4f} ({costs.groups_low} groups low)")
+    head.add_row("low ratio, by elements", f"{costs.low_ratio:.4f} ({costs.groups_low} groups low)")
+    head.add_row("low ratio, by bits", f"{costs.low_ratio_bits:.4f}")
     roles = _table("Alive at the peak, by role", ["role", "bytes", "share", ""])
     for role, size in sorted(costs.by_role.items(), key=lambda item: -item[1]):
         share = size / max(costs.peak_bytes, 1)
