@@ -1,22 +1,26 @@
 """The shell: arguments in, tables and JSON out; no logic of its own."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from assign.assignment import Assignment
+from assign.comparing import Variant, compare, load_variants, seed_range
+from assign.comparison import Run
 from assign.errors import AssignError
 from assign.executor.compile import Backend
 from assign.formats import FORMATS, parse_format
 from assign.memory import estimate as estimate_plan
 from assign.planning import search_table, summary
-from assign.report import tables
+from assign.report import pictures, tables
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
 from assign.tensors import TensorTable
@@ -255,6 +259,71 @@ def diff(
     _write(json_file, {"changed": changed, "only_first": list(found.only_here), "only_second": list(found.only_there)})
 
 
+@app.command("compare")
+def compare_plans(
+    task: TaskName,
+    plan: Annotated[list[Path] | None, typer.Option(metavar="PLAN", help="A plan's file; give several.")] = None,
+    seeds: Annotated[int, typer.Option(help="Train with the seeds 0 to SEEDS − 1.")] = 3,
+    epochs: Epochs = None,
+    backend: BackendName = Backend.EAGER,
+    promote_every: Annotated[
+        int | None, typer.Option(help="Steps between promotions, 0 for none; each plan's own recipe's if left out.")
+    ] = None,
+    fp32: Annotated[bool, typer.Option("--fp32/--no-fp32", help="Train in plain fp32 too.")] = True,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Annotated[
+        Path, typer.Option("--json", metavar="FILE", help="The results so far; the same command goes on from it.")
+    ] = Path("compare.json"),
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="SVG or PNG, and FILE-curves beside it; by default beside the JSON."),
+    ] = None,
+) -> None:
+    """Train a task under several plans and several seeds; print, write and draw how they compare."""
+    chosen = seed_range(seeds)
+    variants = load_variants(plan or [], promote_every=promote_every, fp32=fp32)
+    drawn = pictures.picture_paths(json_file, picture)
+    trained: list[Run] = []
+
+    def make_task(seed: int) -> Task:
+        options = TaskOptions(data=data, batch_size=batch_size, seed=seed, device=device, epochs=epochs)
+        return load_task(task, options)
+
+    with _bar("comparing") as (bar, line):
+
+        def advance(variant: Variant, seed: int, step: Progress) -> None:
+            total = step.steps_per_epoch and step.steps_per_epoch * step.epochs
+            words = f"training {variant.name}, seed {seed}, loss {step.loss:.4f}"
+            bar.update(line, completed=step.step, total=total, description=words)
+
+        def tell(run: Run) -> None:
+            trained.append(run)
+            bar.console.print(f"trained {run.variant}, seed {run.seed}", markup=False, highlight=False)
+
+        try:
+            found = compare(
+                make_task,
+                variants,
+                seeds=chosen,
+                file=json_file,
+                backend=backend,
+                device=device,
+                epochs=epochs,
+                on_step=advance,
+                on_run=tell,
+            )
+        except KeyboardInterrupt:
+            bar.console.print(f"stopped: the same command goes on from {json_file}", markup=False, highlight=False)
+            raise
+    if len(found.runs) > len(trained):
+        console.print(f"{len(found.runs) - len(trained)} of {len(found.runs)} runs were in {json_file}", markup=False)
+    console.print(tables.comparison_table(found))
+    for text in pictures.draw(found, drawn, must=picture is not None):
+        console.print(text, markup=False)
+
+
 def _task(name: str, seed: int, batch_size: int | None, device: str, data: Path | None, epochs: int | None) -> Task:
     with console.status(f"loading {name}"):
         return load_task(name, TaskOptions(data=data, batch_size=batch_size, seed=seed, device=device, epochs=epochs))
@@ -308,6 +377,19 @@ def _trained(name: str, task: Task, plan: Assignment | None, table: TensorTable,
             progress.update(bar, completed=step.step, total=total, description=f"training {name}, loss {step.loss:.4f}")
 
         return train_task(task, plan, table=table, on_step=advance, **options)
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[tuple[Bar, TaskID]]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield bar, bar.add_task(title, total=None)
 
 
 def _write(path: Path | None, data: Any) -> None:

@@ -131,7 +131,8 @@ class Summary:
     Attributes:
         diverged: how many of ``runs`` did. Those have no part in the metrics: what they knew before is no result.
         low_ratio, low_ratio_bits: at the start, None without a plan; ``final_…``: of the plans as promoted.
-        metrics: by name, computed under the plan; ``fp32_metrics``: by the same weights in plain fp32.
+        metrics: by name, computed under the plan; ``fp32_metrics``: by the same weights in plain fp32, which without a
+            plan are the same numbers.
         loss: mean training loss of the last epoch.
         peak_bytes: measured.
         promotions: tensors promoted in a run.
@@ -194,7 +195,7 @@ class Comparison:
 
     def summaries(self) -> tuple[Summary, ...]:
         """One for each variant, in their order; one without a finished run has no numbers."""
-        return tuple(_summary(row.name, self.of(row.name)) for row in self.variants)
+        return tuple(_summary(row, self.of(row.name)) for row in self.variants)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the summaries for whoever reads the file; ``from_json`` makes them anew."""
@@ -265,12 +266,12 @@ class Comparison:
                 temporary.unlink()
 
 
-def _summary(variant: str, runs: Sequence[Run]) -> Summary:
+def _summary(row: VariantRow, runs: Sequence[Run]) -> Summary:
     facts = [run.facts for run in runs]
     good = [fact for fact in facts if not fact.diverged]
     first = runs[0] if runs else None
     return Summary(
-        variant=variant,
+        variant=row.name,
         runs=len(runs),
         diverged=len(facts) - len(good),
         low_ratio=first.low_ratio if first else None,
@@ -278,7 +279,7 @@ def _summary(variant: str, runs: Sequence[Run]) -> Summary:
         final_low_ratio=_spread(run.final_low_ratio for run in runs),
         final_low_ratio_bits=_spread(run.final_low_ratio_bits for run in runs),
         metrics=_by_name([fact.metrics for fact in good]),
-        fp32_metrics=_by_name([fact.fp32_metrics for fact in good]),
+        fp32_metrics=_by_name([fact.fp32_metrics if row.plan else fact.metrics for fact in good]),
         loss=_spread(fact.loss for fact in good),
         peak_bytes=_spread(fact.measured_peak_bytes for fact in facts),
         step_seconds=_spread(fact.step_seconds for fact in facts),

@@ -99,6 +99,58 @@ def test_run_puts_both_side_by_side(here):
     assert data["plan"]["predicted_peak_bytes"] == data["search"]["peak_bytes"]
 
 
+def test_compare_trains_each_and_goes_on(here):
+    run("search", "mine.py", "--low-ratio", "1", "--recipe", "hfp8", "-o", "low.json")
+    run("search", "mine.py", "--low-ratio", "0", "-o", "high.json")
+    command = ["compare", "mine.py", "--plan", "low.json", "--plan", "high.json", "--seeds", "2", "--epochs", "1"]
+    command += ["--promote-every", "7"]
+    output = run(*command)
+    assert output.count("trained ") == 6
+    assert all(name in output for name in ("fp32", "low", "high", "0 of 2", "wrote compare.svg"))
+    assert "\x1b" not in output
+    data = json.loads((here / "compare.json").read_text())
+    assert [(r["variant"], r["seed"], r["result"]["diverged"]) for r in data["runs"]] == [
+        (name, seed, False) for name in ("fp32", "low", "high") for seed in (0, 1)
+    ]
+    assert [row["promote_every"] for row in data["variants"]] == [0, 7, 7]
+    assert "</svg>" in (here / "compare-curves.svg").read_text()
+    again = run(*command, "--picture", "other.png")
+    assert "6 of 6 runs were in compare.json" in again
+    assert "trained " not in again
+    assert json.loads((here / "compare.json").read_text()) == data
+    assert (here / "other-curves.png").is_file()
+
+
+def test_compare_ends_well_where_runs_diverge_or_are_stopped(here, monkeypatch):
+    run("search", "mine.py:nan", "--low-ratio", "1", "-o", "low.json")
+    output = run("compare", "mine.py:nan", "--plan", "low.json", "--seeds", "1", "--no-fp32", "--promote-every", "0")
+    assert "1 of 1" in output
+    assert "diverged at step 1" in output
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("assign.comparing.train", interrupt)
+    stopped = runner.invoke(app, ["compare", "mine.py:nan", "--plan", "low.json", "--seeds", "2", "--json", "b.json"])
+    assert stopped.exit_code not in (0, 2)
+    assert "goes on from b.json" in stopped.output
+    assert json.loads((here / "b.json").read_text())["runs"] == []
+
+
+def test_compare_refuses_bad_input_before_it_trains(here, capsys, monkeypatch):
+    def error(*arguments):
+        return fails(capsys, monkeypatch, "compare", *arguments)
+
+    run("search", "mine.py", "--low-ratio", "1", "-o", "low.json")
+    monkeypatch.setattr("assign.comparing.train", None)
+    assert "no plan to compare" in error("mine.py")
+    assert "there is no plan nowhere.json" in error("mine.py", "--plan", "nowhere.json")
+    assert "0 seeds were asked for" in error("mine.py", "--plan", "low.json", "--seeds", "0")
+    assert "suffix must be one of .svg, .png" in error("mine.py", "--plan", "low.json", "--picture", "a.gif")
+    assert "does not fit this model" in error("mine.py:nan", "--plan", "low.json")
+    assert not (here / "compare.json").exists()
+
+
 def test_bad_input_is_one_message_and_status_two(here, capsys, monkeypatch):
     def error(*arguments):
         return fails(capsys, monkeypatch, *arguments)

@@ -3,10 +3,12 @@
 import dataclasses
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from comparisons import by_hand, compared
+from matplotlib.figure import Figure
 
 from assign.comparison import Comparison
 from assign.errors import ComparisonError
@@ -88,6 +90,13 @@ def test_plans_of_one_kind_are_joined(every: tuple[int, int], words: list[str], 
     rows = [dataclasses.replace(row, promote_every=n) for row, n in zip(made.variants, every, strict=True)]
     save_picture(accuracy_picture(dataclasses.replace(made, variants=tuple(rows))), svg)
     assert [text for text in texts(svg) if text.endswith("promotion")] == words
+
+
+@pytest.mark.parametrize("picture", BOTH)
+def test_the_legend_hides_no_data(picture: Callable[[Comparison], Figure]) -> None:
+    figure = picture(comparison())
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().x0 >= figure.axes[0].get_window_extent().x1
 
 
 def test_curves_say_what_they_show(svg: Path) -> None:

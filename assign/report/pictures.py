@@ -122,7 +122,8 @@ def accuracy_picture(comparison: Comparison, metric: str | None = None) -> "Figu
 def curves_picture(comparison: Comparison, metric: str | None = None) -> "Figure":
     """A metric after every epoch: a variant's mean over seeds as a line, from the lowest to the highest as a band.
 
-    A run that diverged has no part in them: it is a thin line of its own, which ends in a cross.
+    A run that diverged has no part in them: it is a thin line of its own, which ends in a cross after
+    its last whole epoch.
 
     Args:
         metric: as for :func:`accuracy_picture`.
@@ -300,7 +301,7 @@ def _draw_curve(axes: "Axes", name: str, number: int | None, runs: Sequence[RunF
 
 
 def _draw_end(axes: "Axes", values: Sequence[float], colour: str, stroke: Any) -> None:
-    """A run that diverged: its curve as far as it goes, and a cross at the epoch in which it ended."""
+    """A run that diverged: its curve as far as it goes, and a cross there."""
     known = [(epoch, value) for epoch, value in enumerate(values, start=1) if not math.isnan(value)]
     if known:
         axes.plot(*zip(*known, strict=True), color=colour, linestyle=stroke, linewidth=0.9)
