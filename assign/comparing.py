@@ -300,8 +300,8 @@ def _run(variant: Variant, seed: int, result: TrainResult, table: TensorTable, d
 def _low_ratios(plan: Assignment | None, table: TensorTable) -> tuple[float | None, float | None]:
     if plan is None:
         return None, None
-    costs = estimate(table, plan).to_json()
-    return costs["low_ratio"], costs.get("low_ratio_bits")
+    costs = estimate(table, plan)
+    return costs.low_ratio, costs.low_ratio_bits
 
 
 def _hardware(device: torch.device) -> str:

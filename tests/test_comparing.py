@@ -21,7 +21,7 @@ from assign.assignment import Assignment, Entry
 from assign.comparing import Variant, compare, load_variants, seed_range
 from assign.comparison import Comparison, Spread
 from assign.errors import AssignError, ComparisonError, PlanError
-from assign.memory import low_ratio
+from assign.memory import low_ratio, low_ratio_bits
 from assign.recipes import get_recipe, initial
 from assign.report.tables import comparison_table
 from assign.tasks import Task
@@ -88,7 +88,13 @@ def make_plan(*low: int, recipe: str = "native") -> Assignment:
 FP32 = Variant(name="fp32", plan=None)
 LOW = Variant(name="low", plan=make_plan(*(group.id for group in TABLE.groups)))
 FIRST = Variant(name="first", plan=make_plan(TABLE.groups[0].id))
-VARIANTS = (FP32, FIRST)
+EMULATED = Variant(name="emulated", plan=make_plan(*(group.id for group in TABLE.groups), recipe="hfp8"))
+
+
+def make_wide_task(seed: int) -> Task:
+    """Its data is beyond FP(4,3,4), which ends at 30: promotion has something to do."""
+    task = make_task(seed)
+    return dataclasses.replace(task, train=[(100 * x, y) for x, y in task.train])
 
 
 def results(comparison: Comparison) -> list[Any]:
@@ -135,14 +141,13 @@ class TestCompare:
         assert FIRST.plan
         assert 0 < low_ratio(TABLE, FIRST.plan.entries) < 1
         assert planned.low_ratio == planned.final_low_ratio == low_ratio(TABLE, FIRST.plan.entries)
-        assert planned.low_ratio_bits == planned.final_low_ratio_bits
+        by_bits = low_ratio_bits(TABLE, FIRST.plan.entries, get_recipe("native"))
+        assert planned.low_ratio_bits == planned.final_low_ratio_bits == by_bits
         assert found.epochs == 1
 
     def test_promotion_lowers_the_low_ratio(self) -> None:
-        plan = make_plan(*(group.id for group in TABLE.groups), recipe="hfp8")
-        wide = [(100 * x, y) for x, y in make_task(0).train]  # FP(4,3,4) ends at 30
-        variants = [Variant(name=f"every {every}", plan=plan, promote_every=every) for every in (0, 1)]
-        found = compare(partial(make_task, train=wide), variants, seeds=[0])
+        variants = [dataclasses.replace(EMULATED, name=f"every {every}", promote_every=every) for every in (0, 1)]
+        found = compare(make_wide_task, variants, seeds=[0])
         never, always = found.runs
         assert never.final_low_ratio == never.low_ratio == always.low_ratio == 1.0
         assert always.final_low_ratio is not None
@@ -195,20 +200,25 @@ def _written(path: Path, text: str) -> Path:
 
 class TestFile:
     def test_a_stopped_comparison_ends_as_one_that_was_not(self, tmp_path: Path) -> None:
-        whole = compare(make_task, VARIANTS, seeds=(0, 1))
+        whole = compare(make_wide_task, (FP32, EMULATED), seeds=(0, 1))
         file = tmp_path / "compare.json"
         # before its first step; before its first checkpoint; after it; in the second run, which then goes on; …
         for steps in (0, 1, STEPS + 1, 2 * STEPS, STEPS + 2, 1):
             with pytest.raises(StopError):
-                compare(make_task, VARIANTS, seeds=(0, 1), file=file, on_step=stop_after(steps))
+                compare(make_wide_task, (FP32, EMULATED), seeds=(0, 1), file=file, on_step=stop_after(steps))
         trained: list[tuple[str, int]] = []
         before = Comparison.load(file).runs
         found = compare(
-            make_task, VARIANTS, seeds=(0, 1), file=file, on_run=lambda run: trained.append((run.variant, run.seed))
+            make_wide_task,
+            (FP32, EMULATED),
+            seeds=(0, 1),
+            file=file,
+            on_run=lambda run: trained.append((run.variant, run.seed)),
         )
         assert 0 < len(before) < 4
         assert len(trained) == 4 - len(before)
         assert results(found) == results(whole)
+        assert whole.summaries()[1].promotions.lowest  # promotions too are found again
         assert all(run in found.runs for run in before)  # to the last digit of their seconds
         assert Comparison.load(file) == found
         assert [path.name for path in tmp_path.iterdir()] == ["compare.json"]
