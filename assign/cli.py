@@ -20,6 +20,7 @@ from assign.executor.compile import Backend
 from assign.formats import FORMATS, parse_format
 from assign.memory import estimate as estimate_plan
 from assign.planning import search_table, summary
+from assign.promotion import THRESHOLD
 from assign.report import pictures, tables
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
@@ -60,6 +61,11 @@ PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="PLAN", help="A plan's file; without one: plain fp32.")
 ]
 BackendName = Annotated[Backend, typer.Option(help="eager: no compiler, exact memory. inductor: compiled, fast.")]
+PromoteEvery = Annotated[
+    int | None,
+    typer.Option(help="Steps between two looks at what overflows; the recipe's own if left out, 0: promote nothing."),
+]
+PromoteThreshold = Annotated[float, typer.Option(help="Share of overflowing elements at which a tensor is promoted.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")]
 
 
@@ -173,6 +179,8 @@ def train(
     backend: BackendName = Backend.EAGER,
     checkpoint: Annotated[Path | None, typer.Option(help="Written after every epoch.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint.")] = False,
+    promote_every: PromoteEvery = None,
+    promote_threshold: PromoteThreshold = THRESHOLD,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -194,6 +202,9 @@ def train(
         device=device,
         checkpoint=checkpoint,
         resume=resume,
+        promote_every=promote_every,
+        promote_threshold=promote_threshold,
+        promoted=_promoted(plan) if plan else None,
     )
     console.print(tables.result_table({name: result}))
     _write(json_file, result.to_json())
@@ -212,6 +223,8 @@ def run(
     format_name: Format = None,
     epochs: Epochs = None,
     backend: BackendName = Backend.EAGER,
+    promote_every: PromoteEvery = None,
+    promote_threshold: PromoteThreshold = THRESHOLD,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -225,6 +238,7 @@ def run(
     console.print(tables.estimate_table(estimate_plan(table, plan)))
     options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
     baseline = _trained("fp32", loaded, None, table, **options)
+    options |= {"promote_every": promote_every, "promote_threshold": promote_threshold, "promoted": _promoted(output)}
     planned = _trained("plan", loaded, plan, table, backend=backend, **options)
     console.print(tables.result_table({"fp32": baseline, "plan": planned}))
     _write(
@@ -266,9 +280,7 @@ def compare_plans(
     seeds: Annotated[int, typer.Option(help="Train with the seeds 0 to SEEDS − 1.")] = 3,
     epochs: Epochs = None,
     backend: BackendName = Backend.EAGER,
-    promote_every: Annotated[
-        int | None, typer.Option(help="Steps between promotions, 0 for none; each plan's own recipe's if left out.")
-    ] = None,
+    promote_every: PromoteEvery = None,
     fp32: Annotated[bool, typer.Option("--fp32/--no-fp32", help="Train in plain fp32 too.")] = True,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -361,7 +373,21 @@ def _searched(
     return plan
 
 
-def _trained(name: str, task: Task, plan: Assignment | None, table: TensorTable, **options: Any) -> TrainResult:
+def _promoted(plan: Path) -> Path:
+    """Where the plan goes that training made of the one in ``plan``."""
+    return plan.with_name(f"{plan.stem}.promoted{plan.suffix}")
+
+
+def _trained(
+    name: str,
+    task: Task,
+    plan: Assignment | None,
+    table: TensorTable,
+    *,
+    promoted: Path | None = None,
+    **options: Any,
+) -> TrainResult:
+    """Train with a bar, and tell of each promotion; the plan as promoted so far stands in ``promoted``."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -375,8 +401,16 @@ def _trained(name: str, task: Task, plan: Assignment | None, table: TensorTable,
         def advance(step: Progress) -> None:
             total = step.steps_per_epoch and step.steps_per_epoch * step.epochs
             progress.update(bar, completed=step.step, total=total, description=f"training {name}, loss {step.loss:.4f}")
+            for past in step.promoted:
+                console.print(tables.promotion_line(past), markup=False, highlight=False)
+            if step.promoted and step.plan and promoted:
+                step.plan.save(promoted)
 
-        return train_task(task, plan, table=table, on_step=advance, **options)
+        result = train_task(task, plan, table=table, on_step=advance, **options)
+    if result.promotions and result.plan and promoted:
+        result.plan.save(promoted)
+        console.print(f"wrote {promoted}: {len(result.promotions)} tensors promoted", markup=False)
+    return result
 
 
 @contextlib.contextmanager

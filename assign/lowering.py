@@ -59,18 +59,15 @@ def carrier(*formats: Format) -> str:
     return next((name for name, row in narrow if all(map(row.contains, formats))), FLOAT32)
 
 
-def compute_dtype(op: str, operands: Iterable[str], result: str, custom_result: bool) -> str:
+def compute_dtype(op: str, operands: Iterable[str], result: str) -> str:
     """Dtype in which ``op`` runs.
 
     Args:
         op: operator name as in the table.
         operands: carriers of the floating-point tensors it reads; float32 for values that no plan names.
         result: carrier of the tensor it makes.
-        custom_result: the result's format or its gradient's has no place in torch (``fp(e,m,b)``).
     """
     dtypes = {*operands, result}
     if len(dtypes) > 1 or FLOAT32 in dtypes or op not in SIXTEEN_BIT:
-        return FLOAT32
-    if custom_result and op not in MATRIX_PRODUCTS:
         return FLOAT32
     return dtypes.pop()

@@ -167,7 +167,7 @@ class Replay:
         self._fp32 = parse_format("fp32")
         self._carriers: dict[str, str] = {}
         self._computes: dict[str, str] = {}
-        self._narrowed = any(self._carrier(key) != lowering.FLOAT32 for key in self._forward_keys())
+        self._narrowed = any(fmt != self._fp32 for key in self._forward_keys() for fmt in self._formats(key))
         self._reads = self._index_reads()
         self._alias = self._find_aliases()
         for number, event in enumerate(self.schedule.events):
@@ -200,8 +200,7 @@ class Replay:
         operands = [self._carrier(source) for source in info.inputs]
         if info.op in lowering.FLOAT32_PARAMETERS:
             operands = operands[:1]
-        custom = any(fmt.native is None for fmt in self._formats(key))
-        return lowering.compute_dtype(info.op, operands, self._carrier(key), custom)
+        return lowering.compute_dtype(info.op, operands, self._carrier(key))
 
     def _index_reads(self) -> dict[int, list[int]]:
         reads: dict[int, list[int]] = defaultdict(list)

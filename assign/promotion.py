@@ -157,10 +157,11 @@ class Promotion:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict` of a promotion of the same plan."""
+        past = tuple(Promoted(**saved) for saved in state["promoted"])
         self._steps = state["steps"]
         self.plan, self.promoted = self._start, ()
-        self._take(tuple(Promoted(**saved) for saved in state["promoted"]))
-        names = {past.key for past in self.promoted}
+        self._take(past)
+        names = {each.key for each in past}
         for slot in self._slots.values():
             slot.promoted = slot.key in names
             slot.measuring = self._measures() and not slot.promoted
@@ -192,4 +193,4 @@ class Promotion:
     def _take(self, found: tuple[Promoted, ...]) -> None:
         self.promoted += found
         if found:
-            self.plan = self.plan.replace({past.key: Entry(past.to_format, False) for past in found})
+            self.plan = self.plan.replace({each.key: Entry(each.to_format, False) for each in found})

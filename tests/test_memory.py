@@ -9,11 +9,11 @@ from assign import _torch
 from assign.assignment import Entry
 from assign.errors import BudgetError, PlanError
 from assign.executor.apply import planned_step
+from assign.measuring import measure_peak
 from assign.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
 from assign.planning import parse_budget, search, search_table
 from assign.recipes import get_recipe
 from assign.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable, saved_key
-from assign.measuring import measure_peak
 
 
 def chain():
@@ -74,11 +74,12 @@ def test_native_sixteen_bit_halves_everything_but_what_is_resident():
 
 
 def test_packed_codes_wait_and_are_decoded_for_their_reader():
-    replay = Replay(chain(), entries("fp(4,3,4)", "fp(5,2,0)"))
-    assert replay.saved_bytes == 100
-    assert any(s.role == Role.SAVED and s.bytes == 100 for s in replay.segments)
-    decoded = [s for s in replay.segments if s.key == "/relu" and s.start == 4 * 6]
-    assert [s.bytes for s in decoded] == [200]  # in its bf16 carrier
+    for forward, backward, carrier in (("e4m3", "e5m2", 200), ("fp(4,3,4)", "fp(5,2,0)", 400)):
+        replay = Replay(chain(), entries(forward, backward))
+        assert replay.saved_bytes == 100
+        assert any(s.role == Role.SAVED and s.bytes == 100 for s in replay.segments)
+        decoded = [s for s in replay.segments if s.key == "/relu" and s.start == 4 * 6]
+        assert [s.bytes for s in decoded] == [carrier]  # bf16; a format that torch does not have lives in fp32
 
 
 def test_saved_entry_overrides_the_activation():

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from assign.assignment import Assignment, Entry
 from assign.errors import DivergedError, TaskError
+from assign.measuring import measure_peak
 from assign.recipes import get_recipe, initial
 from assign.tasks import Task, load_task
 from assign.tensors import TensorTable
 from assign.tracer import trace
-from assign.measuring import measure_peak
 from assign.training import INITIAL_SCALE, Progress, TrainResult, needs_loss_scaling, train
 
 FIXED = {"metrics", "loss", "measured_peak_bytes", "predicted_peak_bytes", "step_seconds", "diverged"}

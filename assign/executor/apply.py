@@ -50,14 +50,16 @@ def apply(
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return compiled(*args, **kwargs)
 
+    def current(_self: nn.Module) -> Assignment:
+        return promotion.plan if promotion else plan
+
     def duplicate(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        return apply(copy.deepcopy(_plain(self, original), memo), self.assign_plan, backend=backend)
+        return apply(copy.deepcopy(_plain(self, original), memo), current(self), backend=backend)
 
     def reduce(self: nn.Module, _protocol: int = 2) -> Any:
-        return _restore, (_plain(self, original), self.assign_plan, backend)
+        return _restore, (_plain(self, original), current(self), backend)
 
-    current = property(lambda self: promotion.plan if promotion else plan)
-    body = {"__call__": call, "__deepcopy__": duplicate, "__reduce_ex__": reduce, "assign_plan": current}
+    body = {"__call__": call, "__deepcopy__": duplicate, "__reduce_ex__": reduce, "assign_plan": property(current)}
     planned: nn.Module = _share(
         model, type(original.__name__, (original,), {**body, "__module__": original.__module__})
     )

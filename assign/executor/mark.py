@@ -139,8 +139,7 @@ class _Marker:
                 operands.append(lowering.FLOAT32)
         if site_op in lowering.FLOAT32_PARAMETERS:
             operands = operands[:1]
-        custom = any(fmt.native is None for fmt in formats)
-        return lowering.compute_dtype(site_op, operands, self._carrier(key, formats), custom)
+        return lowering.compute_dtype(site_op, operands, self._carrier(key, formats))
 
     def _carrier(self, key: str, formats: tuple[Format, Format]) -> str:
         slot = self.slots.get(key)

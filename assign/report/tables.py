@@ -13,6 +13,7 @@ from assign.assignment import Assignment, Diff
 from assign.comparison import Comparison, Spread, Summary
 from assign.formats import FORMATS, Format
 from assign.memory import Estimate
+from assign.promotion import Promoted
 from assign.tensors import Role, TensorTable
 from assign.training import TrainResult
 
@@ -144,6 +145,14 @@ def _entry(entry: Any) -> str:
     return f"{entry.format}{' (low)' if entry.low else ''}"
 
 
+def promotion_line(past: Promoted) -> str:
+    """One promotion in a sentence."""
+    return (
+        f"step {past.step}: {past.key} promoted from {past.from_format} to {past.to_format}, "
+        f"{past.overflow_ratio:.2%} of it overflowed"
+    )
+
+
 def result_table(results: Mapping[str, TrainResult]) -> RenderableType:
     """Trainings side by side; with two, the ratio of the second to the first."""
     names = list(results)
@@ -151,12 +160,17 @@ def result_table(results: Mapping[str, TrainResult]) -> RenderableType:
     metrics = dict.fromkeys(name for result in results.values() for name in result.metrics)
     for metric in metrics:
         table.add_row(metric, *(_number(result.metrics.get(metric)) for result in results.values()), *_blank(names))
+    for metric in dict.fromkeys(name for result in results.values() for name in result.fp32_metrics):
+        same = (_number(result.fp32_metrics.get(metric)) for result in results.values())
+        table.add_row(f"{metric}, same weights in fp32", *same, *_blank(names))
     rows: list[tuple[str, list[Any], Callable[[Any], str]]] = [
         ("last training loss", [result.loss for result in results.values()], _number),
         ("measured peak", [result.measured_peak_bytes for result in results.values()], human_bytes),
         ("predicted peak", [result.predicted_peak_bytes for result in results.values()], human_bytes),
         ("seconds per step", [result.step_seconds for result in results.values()], _number),
     ]
+    if any(result.promotions for result in results.values()):
+        rows.append(("tensors promoted", [len(result.promotions) for result in results.values()], str))
     for title, values, show in rows:
         ratio = [_ratio(values)] if len(names) == 2 else []
         table.add_row(title, *("" if value is None else show(value) for value in values), *ratio)

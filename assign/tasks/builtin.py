@@ -50,8 +50,8 @@ def digits(options: TaskOptions) -> Task:
 
 def cifar(options: TaskOptions, *, classes: int) -> Task:
     """CIFAR and ResNet-18, trained as arXiv 2301.13464 does, in fewer epochs."""
-    mean, deviation = _CIFAR_MOMENTS[classes]
-    return _photographs(
+    mean, deviation = CIFAR_MOMENTS[classes]
+    return photographs(
         options,
         name=f"cifar{classes}",
         data=read_cifar(options.data, classes),
@@ -65,7 +65,7 @@ def cifar(options: TaskOptions, *, classes: int) -> Task:
 
 def fashion_mnist(options: TaskOptions) -> Task:
     """Fashion-MNIST and a ResNet of six blocks."""
-    return _photographs(
+    return photographs(
         options,
         name="fashion-mnist",
         data=read_fashion_mnist(options.data),
@@ -111,7 +111,7 @@ BUILTIN: Mapping[str, Callable[[TaskOptions], Task]] = MappingProxyType(
     }
 )
 
-_CIFAR_MOMENTS = {  # mean and deviation of red, green and blue, as in the code of arXiv 2301.13464
+CIFAR_MOMENTS = {  # mean and deviation of red, green and blue, as in the code of arXiv 2301.13464
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     100: ((0.5074, 0.4867, 0.4411), (0.2011, 0.1987, 0.2025)),
 }
@@ -157,7 +157,7 @@ def judge_text(model: nn.Module, *, inputs: Tensor, following: Tensor) -> Metric
     return {"val_loss": loss / following.numel(), "accuracy": right / following.numel()}
 
 
-def _photographs(
+def photographs(
     options: TaskOptions,
     *,
     name: str,
