@@ -3,17 +3,17 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from assign.assignment import Assignment
-from assign.comparing import Variant, compare, load_variants, seed_range
+from assign.comparing import compare, load_variants, seed_range
 from assign.comparison import Run
 from assign.errors import AssignError
 from assign.executor.compile import Backend
@@ -281,6 +281,7 @@ def compare_plans(
     epochs: Epochs = None,
     backend: BackendName = Backend.EAGER,
     promote_every: PromoteEvery = None,
+    promote_threshold: PromoteThreshold = THRESHOLD,
     fp32: Annotated[bool, typer.Option("--fp32/--no-fp32", help="Train in plain fp32 too.")] = True,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -295,7 +296,7 @@ def compare_plans(
 ) -> None:
     """Train a task under several plans and several seeds; print, write and draw how they compare."""
     chosen = seed_range(seeds)
-    variants = load_variants(plan or [], promote_every=promote_every, fp32=fp32)
+    variants = load_variants(plan or [], promote_every=promote_every, promote_threshold=promote_threshold, fp32=fp32)
     drawn = pictures.picture_paths(json_file, picture)
     trained: list[Run] = []
 
@@ -303,16 +304,11 @@ def compare_plans(
         options = TaskOptions(data=data, batch_size=batch_size, seed=seed, device=device, epochs=epochs)
         return load_task(task, options)
 
-    with _bar("comparing") as (bar, line):
-
-        def advance(variant: Variant, seed: int, step: Progress) -> None:
-            total = step.steps_per_epoch and step.steps_per_epoch * step.epochs
-            words = f"training {variant.name}, seed {seed}, loss {step.loss:.4f}"
-            bar.update(line, completed=step.step, total=total, description=words)
+    with _bar("comparing") as advance:
 
         def tell(run: Run) -> None:
             trained.append(run)
-            bar.console.print(f"trained {run.variant}, seed {run.seed}", markup=False, highlight=False)
+            console.print(f"trained {run.variant}, seed {run.seed}", markup=False, highlight=False)
 
         try:
             found = compare(
@@ -323,11 +319,11 @@ def compare_plans(
                 backend=backend,
                 device=device,
                 epochs=epochs,
-                on_step=advance,
+                on_step=lambda variant, seed, step: advance(f"{variant.name}, seed {seed}", step),
                 on_run=tell,
             )
         except KeyboardInterrupt:
-            bar.console.print(f"stopped: the same command goes on from {json_file}", markup=False, highlight=False)
+            console.print(f"stopped: the same command goes on from {json_file}", markup=False, highlight=False)
             raise
     if len(found.runs) > len(trained):
         console.print(f"{len(found.runs) - len(trained)} of {len(found.runs)} runs were in {json_file}", markup=False)
@@ -388,33 +384,24 @@ def _trained(
     **options: Any,
 ) -> TrainResult:
     """Train with a bar, and tell of each promotion; the plan as promoted so far stands in ``promoted``."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(f"training {name}", total=None)
+    with _bar(f"training {name}") as advance:
 
-        def advance(step: Progress) -> None:
-            total = step.steps_per_epoch and step.steps_per_epoch * step.epochs
-            progress.update(bar, completed=step.step, total=total, description=f"training {name}, loss {step.loss:.4f}")
+        def tell(step: Progress) -> None:
+            advance(name, step)
             for past in step.promoted:
                 console.print(tables.promotion_line(past), markup=False, highlight=False)
             if step.promoted and step.plan and promoted:
                 step.plan.save(promoted)
 
-        result = train_task(task, plan, table=table, on_step=advance, **options)
-    if result.promotions and result.plan and promoted:
-        result.plan.save(promoted)
+        result = train_task(task, plan, table=table, on_step=tell, **options)
+    if result.promotions and promoted:
         console.print(f"wrote {promoted}: {len(result.promotions)} tensors promoted", markup=False)
     return result
 
 
 @contextlib.contextmanager
-def _bar(title: str) -> Iterator[tuple[Bar, TaskID]]:
+def _bar(title: str) -> Iterator[Callable[[str, Progress], None]]:
+    """A bar of progress on a terminal; yields what moves it: ``advance(name, step)``."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -423,7 +410,14 @@ def _bar(title: str) -> Iterator[tuple[Bar, TaskID]]:
         TimeElapsedColumn(),
     )
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar, bar.add_task(title, total=None)
+        line = bar.add_task(title, total=None)
+
+        def advance(name: str, step: Progress) -> None:
+            total = step.steps_per_epoch and step.steps_per_epoch * step.epochs
+            words = f"training {name}, loss {step.loss:.4f}"
+            bar.update(line, completed=step.step, total=total, description=words)
+
+        yield advance
 
 
 def _write(path: Path | None, data: Any) -> None:

@@ -25,6 +25,7 @@ from assign.comparison import Comparison, Run, VariantRow
 from assign.errors import AssignError, ComparisonError, nearest
 from assign.executor.compile import Backend
 from assign.memory import estimate
+from assign.promotion import THRESHOLD
 from assign.recipes import get_recipe
 from assign.tasks import Task, check_device
 from assign.tasks.batch import move
@@ -46,11 +47,13 @@ class Variant:
         plan: None is plain PyTorch in float32.
         promote_every: steps between two looks at what overflows; None is the recipe's own, 0 never. Without a plan
             there is nothing to promote.
+        promote_threshold: share of overflowing elements at which a tensor is promoted.
     """
 
     name: str
     plan: Assignment | None
     promote_every: int | None = None
+    promote_threshold: float = THRESHOLD
 
     @property
     def row(self) -> "VariantRow":
@@ -63,6 +66,7 @@ class Variant:
             recipe=plan.recipe if plan else "",
             strategy=plan.provenance.strategy if plan else "",
             promote_every=usual if self.promote_every is None else self.promote_every,
+            promote_threshold=self.promote_threshold,
         )
 
 
@@ -130,6 +134,7 @@ def compare(
                     checkpoint=checkpoint,
                     resume=bool(goes_on and checkpoint and checkpoint.exists()),
                     promote_every=variant.promote_every if variant.plan else None,
+                    promote_threshold=variant.promote_threshold,
                     on_step=partial(on_step, variant, seed) if on_step else None,
                 )
             run = _run(variant, seed, result, table, where)
@@ -143,7 +148,13 @@ def compare(
     return comparison
 
 
-def load_variants(plans: Sequence[Path], *, promote_every: int | None = None, fp32: bool = True) -> tuple[Variant, ...]:
+def load_variants(
+    plans: Sequence[Path],
+    *,
+    promote_every: int | None = None,
+    promote_threshold: float = THRESHOLD,
+    fp32: bool = True,
+) -> tuple[Variant, ...]:
     """Variants of plans' files, plain fp32 first.
 
     A plan is called by the stem of its file; plans whose stems are equal, or ``fp32``, by their paths.
@@ -158,12 +169,17 @@ def load_variants(plans: Sequence[Path], *, promote_every: int | None = None, fp
     if twice:
         raise ComparisonError(f"compare: the plan {twice[0]} is given twice. Give each plan once.")
     stems = Counter([FP32, *(path.stem for path in plans)])
-    baseline = [Variant(name=FP32, plan=None, promote_every=0)] if fp32 else []
-    named = [(path.stem if stems[path.stem] == 1 else str(path), path) for path in plans]
-    return (
-        *baseline,
-        *(Variant(name=name, plan=Assignment.load(path), promote_every=promote_every) for name, path in named),
-    )
+    variants = [Variant(name=FP32, plan=None, promote_every=0)] if fp32 else []
+    for path in plans:
+        variants.append(
+            Variant(
+                name=path.stem if stems[path.stem] == 1 else str(path),
+                plan=Assignment.load(path),
+                promote_every=promote_every,
+                promote_threshold=promote_threshold,
+            )
+        )
+    return tuple(variants)
 
 
 def seed_range(count: int) -> range:
@@ -238,8 +254,9 @@ def _continued(wanted: Comparison, stored: Comparison, file: Path) -> Comparison
             differ.append(f"it has the variant {row.name!r}, which was not asked for")
         elif new.plan != row.plan:
             differ.append(f"its variant {row.name!r} has {_told(row)}, not {_told(new)}")
-        elif new.promote_every != row.promote_every:
-            differ.append(f"its variant {row.name!r} has promote_every {row.promote_every}, not {new.promote_every}")
+        for rule in ("promote_every", "promote_threshold"):
+            if new is not None and getattr(new, rule) != getattr(row, rule):
+                differ.append(f"its variant {row.name!r} has {rule} {getattr(row, rule)}, not {getattr(new, rule)}")
     gone = [seed for seed in stored.seeds if seed not in wanted.seeds]
     if gone:
         differ.append(f"it has the seeds {', '.join(map(str, gone))}, which were not asked for")

@@ -28,6 +28,7 @@ class VariantRow:
         plan: hash of the plan's recipe and entries; None without a plan.
         recipe, strategy: the plan's, '' where unknown.
         promote_every: steps between two looks at what overflows; 0: nothing is promoted.
+        promote_threshold: share of overflowing elements at which a tensor is promoted.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -37,6 +38,7 @@ class VariantRow:
     recipe: str
     strategy: str
     promote_every: int
+    promote_threshold: float = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

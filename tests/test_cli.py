@@ -26,6 +26,10 @@ def task():
         epochs=2,
     )
 
+def bright():
+    import dataclasses
+    return dataclasses.replace(task(), train=[(x * 50, y) for x, y in task().train])
+
 def nan():
     import dataclasses
     loss = lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]) * float("nan")
@@ -178,3 +182,18 @@ def test_a_loss_that_is_nan_ends_with_status_one(here):
     result = runner.invoke(app, ["train", "mine.py:nan"])
     assert result.exit_code == 1
     assert "diverged" in result.output
+
+
+def test_promotions_are_printed_and_saved_beside_the_plan(here):
+    printed = run("run", "mine.py:bright", "--recipe", "hfp8", "--low-ratio", "1", "-o", "p.json", "--json", "run.json")
+    assert "step 1: /input promoted from fp(4,3,4) to fp(6,9,0), " in printed
+    found = json.loads((here / "run.json").read_text())["plan"]["promotions"]
+    before, after = (json.loads((here / name).read_text())["tensors"] for name in ("p.json", "p.promoted.json"))
+    assert {key for key in after if after[key] != before[key]} == {past["key"] for past in found}
+    assert f"wrote p.promoted.json: {len(found)} tensors promoted" in printed
+    (here / "p.promoted.json").unlink()
+    printed = run("train", "mine.py:bright", "--plan", "p.json", "--promote-every", "0")
+    assert "promoted" not in printed
+    assert not (here / "p.promoted.json").exists()
+    assert "tensors promoted" in run("train", "mine.py:bright", "--plan", "p.json")
+    assert (here / "p.promoted.json").exists()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from assign.assignment import Assignment, Entry
-from assign.errors import DivergedError, TaskError
+from assign.errors import DivergedError, PlanError, TaskError
 from assign.measuring import measure_peak
 from assign.recipes import get_recipe, initial
 from assign.tasks import Task, load_task
@@ -57,6 +57,10 @@ def batches(count: int = 3, size: int = 8, pixels: int = 8) -> list[tuple[Tensor
 def right(model: nn.Module) -> dict[str, float]:
     images, labels = batches(1, 32)[0]
     return {"accuracy": (model(images).argmax(1) == labels).float().mean().item()}
+
+
+def mean_logit(model: nn.Module) -> dict[str, float]:
+    return {"logit": model(batches(1, 32)[0][0]).abs().mean().item()}
 
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -444,3 +448,60 @@ def test_short_gradient_formats_are_scaled_whatever_the_recipe():
     assert [needs_loss_scaling(plan(name)) for name in ("fp32", "bf16", "e5m2:pow2", "fp(6,9,0)")] == [False] * 4
     assert [needs_loss_scaling(plan(name)) for name in ("fp16", "e5m2", "fp(5,2,0)")] == [True] * 3
     assert needs_loss_scaling(plan("fp32", recipe="hfp8"))
+
+
+class TestPromotion:
+    """A task whose images overflow the low format at once, and whose convolution does in time."""
+
+    @staticmethod
+    def bright(**changes: Any) -> Task:
+        return make_task(train=[(images * 20, labels) for images, labels in batches()], **changes)
+
+    def test_promotes_tells_and_keeps_the_first_plan(self) -> None:
+        task = self.bright(epochs=4)
+        table, plan = make_plan(task, "hfp8", low=True)
+        told: list[Progress] = []
+        result = train(task, plan, table=table, on_step=told.append)
+        assert next(each.key for each in result.promotions) == "/input"
+        assert result.promotions == tuple(past for step in told for past in step.promoted)
+        assert [step.step for step in told for _ in step.promoted] == [past.step for past in result.promotions]
+        assert result.plan == told[-1].plan
+        changed = plan.diff(result.plan or plan).changed
+        assert sorted(changed) == sorted(past.key for past in result.promotions)
+        assert {entry.format for _, entry in changed.values()} == {"fp(6,9,0)"}
+        assert json.loads(json.dumps(result.to_json()))["promotions"][0]["key"] == "/input"
+
+    def test_can_be_turned_off_or_made_rarer(self) -> None:
+        task = self.bright(epochs=1)
+        plan = make_plan(task, "hfp8", low=True)[1]
+        assert train(task, plan, promote_every=0).promotions == ()
+        assert train(task, plan, promote_threshold=1.0).promotions == ()
+        assert {past.step for past in train(task, plan, promote_every=2, max_steps=3).promotions} <= {1, 3}
+        with pytest.raises(PlanError, match="every is -1"):
+            train(task, plan, promote_every=-1)
+
+    def test_resumed_equals_uninterrupted(self, tmp_path: Path) -> None:
+        task, file = self.bright(epochs=4), tmp_path / "run.pt"
+        plan = make_plan(task, "hfp8", low=True)[1]
+        straight = train(task, plan)
+        before = train(task, plan, max_steps=4, checkpoint=file, checkpoint_every=1)
+        resumed = train(task, plan, checkpoint=file, resume=True)
+        assert len(before.promotions) > 0
+        assert resumed.promotions[: len(before.promotions)] == before.promotions
+        assert resumed.promotions == straight.promotions
+        assert same(resumed, straight)
+        assert resumed.epochs == straight.epochs
+
+    def test_every_epoch_is_judged_twice(self) -> None:
+        task = make_task(epochs=3, evaluate=mean_logit)
+        plan = make_plan(task, "hfp8", low=True)[1]
+        result, plain = train(task, plan), train(task)
+        assert len(result.epochs) == 3
+        assert [epoch.loss for epoch in result.epochs] == list(result.losses)
+        assert (result.epochs[-1].metrics, result.epochs[-1].fp32_metrics) == (result.metrics, result.fp32_metrics)
+        with torch.no_grad():
+            assert result.fp32_metrics == mean_logit(result.model.eval()) != result.metrics
+        assert plain.fp32_metrics == {}
+        assert result.epochs[0].loss_scale == INITIAL_SCALE * 2
+        assert result.epochs[-1].loss_scale == result.loss_scale
+        assert sum(epoch.skipped_steps for epoch in result.epochs) == result.skipped_steps > 0
