@@ -12,6 +12,7 @@ from assign.executor.apply import planned_step
 from assign.measuring import measure_peak
 from assign.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
 from assign.planning import parse_budget, search, search_table
+from assign.promotion import Promotion
 from assign.recipes import get_recipe
 from assign.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable, saved_key
 
@@ -185,7 +186,7 @@ BIG = {  # large enough that operators on whole tensors dominate, small enough f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BIG)
-@pytest.mark.parametrize("plan_name", ["fp32", "bf16", "native high", "native low"])
+@pytest.mark.parametrize("plan_name", ["fp32", "bf16", "native high", "native low", "hfp8 low"])
 def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
     make, data = BIG[name]
     model, batch = make(), data()
@@ -195,8 +196,10 @@ def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
         "bf16": lambda: everything(table, "bf16"),
         "native high": lambda: all_high(table),
         "native low": lambda: all_low(table),
+        "hfp8 low": lambda: all_low(table, "hfp8"),
     }[plan_name]()
-    optimizer, step = sgd(model.parameters()), planned_step(model, class_loss, plan, backend="eager")
+    optimizer, promotion = sgd(model.parameters()), Promotion(plan)
+    step = planned_step(model, class_loss, plan, backend="eager", promotion=promotion)
 
     def one():
         optimizer.zero_grad()
