@@ -1,0 +1,262 @@
+"""What must hold on a device before its times mean anything; each check returns what it did, or raises."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from assign.executor.apply import planned_step
+from assign.formats import FORMATS, Format, Scaling, parse_format
+from assign.planning import search, search_table
+from assign.promotion import Promotion
+from assign.rounding import (
+    amax_scale,
+    decode,
+    encode,
+    inline_decode,
+    inline_encode,
+    inline_quantize,
+    inline_scale,
+    quantize,
+    torch_dtype,
+    use_compiled,
+)
+from assign.tasks.models import ResNet
+from assign.tracer import trace
+
+PAPER = ("fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)")
+ODD = ("fp(2,1,0)", "fp(8,7,0)", "fp(7,3,-63)", "fp(8,22,0)")
+"""Few bits, float32's own lowest exponent, its highest, and nearly all of its mantissa."""
+
+NAMES = (*FORMATS, *PAPER, *ODD)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_STEPS = 3
+
+
+class DifferentError(Exception):
+    """Two ways to compute the same thing differ; says where."""
+
+
+def inputs(fmt: Format) -> Tensor:
+    """Float32: every bfloat16, random bits, float32's subnormals, the format's ends and ties, special values."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (2**18,), generator=generator, dtype=torch.int64).to(torch.int32)
+    subnormal = torch.randint(0, 2**23, (2**12,), generator=generator, dtype=torch.int32)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    ends = [fmt.max_value, fmt.overflow_threshold, fmt.min_normal, fmt.min_subnormal, fmt.underflow_threshold]
+    steps = torch.arange(1, 2**12, dtype=torch.float64) * (fmt.min_subnormal / 2)
+    ends_and_ties = torch.cat([torch.tensor(ends, dtype=torch.float64), steps]).float()
+    near = [torch.nextafter(ends_and_ties, torch.tensor(limit)) for limit in (0.0, math.inf)]
+    special = torch.tensor([0.0, math.inf, math.nan, 1.0])
+    points = torch.cat([special, ends_and_ties, *near, subnormal.view(torch.float32)])
+    return torch.cat([points, -points, every, bits.view(torch.float32)])
+
+
+def check_rounding(device: torch.device, compiled: bool) -> str:
+    """Every format, from every dtype, saturating and not: rounded, coded and decoded as on the CPU."""
+    done = 0
+    for fmt in map(parse_format, NAMES):
+        for dtype in _FLOATS:
+            x = inputs(fmt).to(dtype)
+            x_there = x.to(device)  # copied, not converted: the bits are the CPU's
+            for saturate in (True, False):
+                with use_compiled(False):
+                    expected = _round_trip(x, fmt, saturate)
+                with use_compiled(compiled):
+                    actual = _round_trip(x_there, fmt, saturate)
+                for what, ours in actual.items():
+                    compare(ours, expected[what], x, f"{what} {fmt.name} of {dtype}, saturate={saturate}")
+                    done += 1
+    return f"{done} results of {len(NAMES)} formats are the CPU's bit for bit"
+
+
+def _round_trip(x: Tensor, fmt: Format, saturate: bool) -> dict[str, Tensor]:
+    found = {}
+    scale = None
+    if fmt.scaling is not Scaling.NONE:
+        found["scale"] = scale = amax_scale(x.nan_to_num(1.0, 2.0, -2.0), fmt)
+    found["quantize"] = rounded = quantize(x, fmt, scale=scale, saturate=saturate)
+    found["encode"] = codes = encode(rounded, fmt, scale=scale)
+    found["decode"] = decode(codes, fmt, scale=scale)
+    return found
+
+
+def check_inlined(device: torch.device) -> str:
+    """The same as a compiler fuses it into a graph, as compiled plans have it; one graph for each format."""
+    count = 0
+    for fmt in (row for row in FORMATS.values() if row.native != "float32"):
+        x = inputs(fmt)
+        x = x[x.isfinite()]  # as one graph, the scale is of the whole tensor
+
+        def run(x: Tensor, fmt: Format = fmt) -> dict[str, Tensor]:
+            scale = inline_scale(x, fmt) if fmt.scaling is not Scaling.NONE else None
+            found = {} if scale is None else {"scale": scale}
+            carrier = torch_dtype(fmt.carrier)
+            for saturate in (True, False):
+                rounded = inline_quantize(x, scale, fmt, saturate, torch.float32)
+                codes = inline_encode(rounded, scale, fmt)
+                found[f"quantize, saturate={saturate}"] = rounded
+                found[f"encode, saturate={saturate}"] = codes
+                found[f"decode, saturate={saturate}"] = inline_decode(codes, scale, fmt, carrier)
+            return found
+
+        torch.compiler.reset()
+        actual, expected = torch.compile(run, fullgraph=True)(x.to(device)), run(x)
+        for what, ours in actual.items():
+            compare(ours, expected[what], x, f"inlined {what} {fmt.name}")
+            count += 1
+    return f"{count} inlined results are the CPU's bit for bit"
+
+
+def compare(actual: Tensor, expected: Tensor, x: Tensor, what: str) -> None:
+    """Equal bit for bit, the signs of zeros too; one NaN is as good as another.
+
+    Raises:
+        DifferentError: names the first input whose results differ.
+    """
+    actual = actual.cpu()
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
+        raise DifferentError(f"{what}: {actual.dtype} {list(actual.shape)}, not {expected.dtype}")
+    nan = torch.zeros_like(actual, dtype=torch.bool)
+    if actual.is_floating_point():
+        nan = actual.isnan() & expected.isnan()
+        bits = torch.int32 if actual.dtype == torch.float32 else torch.int16
+        values = actual, expected
+        actual, expected = actual.view(bits), expected.view(bits)
+    else:
+        values = actual, expected
+    wrong = ((actual != expected) & ~nan).reshape(-1)
+    if wrong.any():
+        first = int(wrong.nonzero()[0, 0])
+        where = f" at {float(x.reshape(-1)[first]).hex()}" if wrong.numel() == x.numel() else ""
+        got, want = (value.reshape(-1)[first].item() for value in values)
+        raise DifferentError(f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first{where}: {got}, not {want}")
+
+
+# ---- whole steps
+
+
+def check_identity(device: torch.device) -> str:
+    """The all-fp32 plan trains a small ResNet exactly as eager PyTorch does."""
+    with _deterministic():
+        plain, batch = _small_resnet(device)
+        planned, _ = _small_resnet(device)
+        plan = search_table(trace(planned, batch, _class_loss), strategy="uniform", format_name="fp32")
+        step = planned_step(planned, _class_loss, plan, backend="eager")
+        losses = [_train(model, loss, batch) for model, loss in ((plain, None), (planned, step))]
+    if losses[0] != losses[1]:
+        raise DifferentError(f"losses {losses[1]}, not {losses[0]}")
+    for (name, ours), theirs in zip(planned.state_dict().items(), plain.state_dict().values(), strict=True):
+        compare(ours, theirs.cpu(), theirs, f"{name} after {_STEPS} steps")
+    return f"{_STEPS} steps of AdamW, losses {losses[0]}: parameters and buffers are eager's bit for bit"
+
+
+def check_plans(device: torch.device, backend: str) -> str:
+    """Plans of both recipes, all low, train: the loss is finite, and falls as fp32's does."""
+    said = []
+    model, batch = _small_resnet(device)
+    fp32 = _train(model, None, batch, steps=20)
+    for recipe in ("native", "hfp8"):
+        model, batch = _small_resnet(device)
+        plan = search_table(trace(model, batch, _class_loss), recipe=recipe, low_ratio=1.0)
+        losses = _train(model, planned_step(model, _class_loss, plan, backend=backend), batch, steps=20)
+        if not all(map(math.isfinite, losses)) or losses[-1] > (losses[0] + fp32[-1]) / 2:
+            raise DifferentError(f"{recipe}: the loss goes {losses[0]:.4f} → {losses[-1]:.4f}, fp32's {fp32[-1]:.4f}")
+        said.append(f"{recipe} {losses[0]:.4f} → {losses[-1]:.4f}")
+    return f"{', '.join(said)}; fp32 {fp32[0]:.4f} → {fp32[-1]:.4f}"
+
+
+def check_promotion(device: torch.device, backend: str) -> str:
+    """One percent of a tensor overflows: it is promoted, and the next step computes in the high format."""
+    model = _Line().to(device)
+    values = torch.tensor([100.0, -100.0]).repeat(5000).to(device)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).sum()
+
+    plan = search(model, values, loss, low_ratio=1.0, recipe="hfp8")
+    promotion = Promotion(plan)
+    step = planned_step(model, loss, plan, backend=backend, promotion=promotion)
+    step(values).backward()
+    found = {past.key: past for past in promotion.step()}
+    past = found.get("/input")
+    if past is None or (past.overflow_ratio, past.to_format) != (1.0, "fp(6,9,0)"):
+        raise DifferentError(f"promoted {sorted(found)}, /input was expected")
+    gradients = []
+    for _ in range(2):
+        model.weight.grad = None
+        step(values).backward()
+        gradients.append(model.weight.grad)
+        promotion.step()
+    if promotion.plan.entries["/input"].format != "fp(6,9,0)":
+        raise DifferentError("the plan did not follow the promotion")
+    if not all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients):
+        raise DifferentError("gradients after the promotion are not finite")
+    return f"{len(found)} tensors promoted, the steps after it are finite"
+
+
+class _Line(nn.Module):
+    """A product that overflows fp(4,3,4) where its input does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(10000))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x * self.weight)
+
+
+def _small_resnet(device: torch.device) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = ResNet(channels_in=3, widths=(16, 32), blocks=1, classes=10)
+    batch = torch.randn(16, 3, 16, 16), torch.randint(10, (16,))
+    return model.to(device), (batch[0].to(device), batch[1].to(device))
+
+
+def _class_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _train(
+    model: nn.Module, step: Callable[[object], Tensor] | None, batch: tuple[Tensor, Tensor], *, steps: int = _STEPS
+) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        loss = step(batch) if step else _class_loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+CHECKS: Mapping[str, Callable[[torch.device], str]] = MappingProxyType(
+    {
+        "rounding, op by op": lambda device: check_rounding(device, False),
+        "identity of the all-fp32 plan": check_identity,
+        "promotion, eager": lambda device: check_promotion(device, "eager"),
+        "plans train, eager": lambda device: check_plans(device, "eager"),
+        "rounding, compiled": lambda device: check_rounding(device, True),
+        "rounding, inlined": check_inlined,
+        "promotion, inductor": lambda device: check_promotion(device, "inductor"),
+        "plans train, inductor": lambda device: check_plans(device, "inductor"),
+    }
+)
+"""By name; cheap ones first."""

@@ -1,0 +1,165 @@
+"""One configuration in a process of its own: `python benchmarks/steps/worker.py JOB.json RESULT.json`.
+
+``bench_step.py`` starts it, once for each configuration: a crash, a NaN or a compiler's global state stays here.
+"""
+
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from assign import _torch
+from assign.measuring import measure_peak
+from assign.tasks.batch import count_bytes, move
+from assign.training import INITIAL_SCALE, needs_loss_scaling
+from benchmarks import facts
+from benchmarks.steps.configurations import (
+    CONFIGURATIONS,
+    UnavailableError,
+    check_available,
+    make_loss,
+    make_optimizer,
+    make_plan,
+)
+from benchmarks.steps.workloads import make_workload
+
+WARM_UP = 3
+FEWEST_STEPS = 5
+"""Steady steps that are taken even where the time is over."""
+
+_LEARNING_RATE = 3e-4
+
+
+def main() -> None:
+    job, result = (Path(argument) for argument in sys.argv[1:])
+    facts.write(result, run(json.loads(job.read_text())))
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Everything that is measured of one configuration of one model."""
+    configuration = CONFIGURATIONS[job["configuration"]]
+    device = torch.device(job["device"])
+    torch.set_num_threads(job["threads"])
+    try:
+        check_available(configuration, device)
+    except UnavailableError as reason:
+        return {"status": "skipped", "reason": str(reason)}
+    torch.manual_seed(job["seed"])
+    workload = make_workload(job["model"], small=job["small"], batch=job["batch"])
+    model = workload.model().to(device).train()
+    batch = move(workload.batch(), device)
+    start = time.perf_counter()
+    plan = make_plan(configuration, model, batch, workload)
+    plan_seconds = time.perf_counter() - start if plan else None
+    compute = make_loss(configuration, model, workload, plan, device)
+    step = Step(
+        make_optimizer(configuration, list(model.parameters()), _LEARNING_RATE),
+        lambda: compute(batch),
+        torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE) if plan and needs_loss_scaling(plan) else None,
+    )
+    seconds = [timed(step, device) for _ in range(WARM_UP)]
+    deadline = time.perf_counter() + job["step_seconds"]
+    while len(seconds) < WARM_UP + job["steps"]:
+        if time.perf_counter() > deadline and len(seconds) >= WARM_UP + FEWEST_STEPS:
+            break
+        seconds.append(timed(step, device))
+    steady = seconds[WARM_UP:]
+    median = statistics.median(steady)
+    states = [s for state in step.optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
+    resident = list(plain_tensors([*model.parameters(), *model.buffers(), *states, *batch]))
+    saved = step.measure_saved(device)
+    step.optimizer.zero_grad(set_to_none=True)
+    peak = measure_peak(step, resident)
+    return {
+        "status": "ok" if all(map(math.isfinite, step.losses)) else "not finite",
+        "description": workload.description,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": steady,
+        "median_seconds": median,
+        "compile_seconds": max(0.0, sum(seconds[:WARM_UP]) - WARM_UP * median),
+        "plan_seconds": plan_seconds,
+        "low_ratio": plan.provenance.estimate["low_ratio"] if plan else None,
+        "peak_bytes": peak,
+        "saved_bytes": saved,
+        "state_bytes": count_bytes(plain_tensors(states)),
+        "losses": step.losses,
+        "skipped_steps": step.skipped,
+    }
+
+
+class Step:
+    """A whole training step: forward, loss, backward, optimizer."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, compute: Callable[[], Tensor], scaler: torch.amp.GradScaler | None
+    ) -> None:
+        self.optimizer, self.compute, self.scaler = optimizer, compute, scaler
+        self.losses: list[float] = []
+        self.skipped = 0
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.finish(self.compute())
+
+    def finish(self, loss: Tensor) -> None:
+        """What comes after the forward pass; reading the loss waits for the device, as logging it does."""
+        if self.scaler is None:
+            loss.backward()
+            self.optimizer.step()
+        else:
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            before = self.scaler.get_scale()
+            self.scaler.update()
+            self.skipped += self.scaler.get_scale() < before
+        self.losses.append(float(loss.detach()))
+
+    def measure_saved(self, device: torch.device) -> int:
+        """Bytes that a forward pass allocates and that still live when it is done: they wait for the backward pass."""
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            loss = self.compute()
+            torch.cuda.synchronize()
+            saved = torch.cuda.memory_allocated() - before
+        else:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                loss = self.compute()
+            saved = sum(_torch.memory_changes(profiler))
+        self.finish(loss)
+        return saved
+
+
+def timed(step: Step, device: torch.device) -> float:
+    """Seconds of one step, the device waited for."""
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def plain_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors that hold the bytes: those inside a subclass that wraps some, as torchao's states do."""
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from plain_tensors(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            yield tensor
+
+
+if __name__ == "__main__":
+    main()
