@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from assign.errors import FormatError, PlanError, nearest
 from assign.formats import Format, parse_format
-from assign.tensors import grad_key, saved_key
+from assign.tensors import base_key, grad_key, saved_key
 
 VERSION = 1
 """Version of the file that this package writes, under the key ``assign_plan``."""
@@ -118,6 +118,21 @@ class Assignment:
         canonical = {name: self._parse(name).name for name in named}
         entries = {key: Entry(canonical[entry.format], entry.low) for key, entry in self.entries.items()}
         object.__setattr__(self, "entries", entries)
+        self._refuse_stochastic_copies()
+
+    def _refuse_stochastic_copies(self) -> None:
+        """A saved copy in its activation's own format is not rounded again; in any other, no seed is at hand."""
+        for key, entry in self.entries.items():
+            own = self.entries.get(base_key(key))
+            if own is None or key != saved_key(base_key(key)) or entry.format == own.format:
+                continue
+            if self._parse(entry.format).stochastic:
+                raise PlanError(
+                    f"{key!r} is assigned {entry.format!r}, its activation {own.format!r}: a saved copy in a format of "
+                    "its own is rounded to nearest.\n"
+                    f"  Choose {entry.format.removesuffix(':sr')!r}, or drop the entry: the copy then has the "
+                    "activation's own format."
+                )
 
     def _parse(self, name: str) -> Format:
         try:

@@ -86,7 +86,7 @@ def main() -> None:
 @app.command()
 def formats(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Formats to show, e.g. 'fp(4,3,4)'; the table if none.")
+        list[str] | None, typer.Argument(help="Formats to show, e.g. 'fp(4,3,4)' or 'bf16:sr'; the table if none.")
     ] = None,
     json_file: Json = None,
 ) -> None:

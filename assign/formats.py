@@ -7,7 +7,7 @@ are names. A new format is one more row of ``FORMATS``.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from types import MappingProxyType
@@ -16,10 +16,15 @@ from assign.errors import FormatError, nearest
 
 
 class Rounding(StrEnum):
-    """Where a value halfway between two neighbours goes."""
+    """To which neighbour a value goes: the nearer, and halfway the even one or the one away from zero; or by chance.
+
+    ``STOCHASTIC``: ``v`` between neighbours ``a < b`` goes to ``b`` with probability ``(v - a) / (b - a)``, so that its
+    mean is ``v``. Source: arXiv 1502.02551, section 3.
+    """
 
     EVEN = "even"
     AWAY = "away"
+    STOCHASTIC = "stochastic"
 
 
 class Scaling(StrEnum):
@@ -49,10 +54,10 @@ class Format:
     """The values ``±k · 2^(E - mantissa_bits)``, ``k < 2^(mantissa_bits + 1)``, from subnormals up to ``max_value``.
 
     Attributes:
-        name: as written in plans, e.g. ``e4m3``, ``fp(4,3,4)``.
+        name: as written in plans, e.g. ``e4m3``, ``fp(4,3,4)``, ``e4m3:sr``.
         min_exponent: exponent of the smallest normal value.
         max_value: largest finite value.
-        rounding: what happens to a tie.
+        rounding: what happens between two values. It changes neither the values nor their codes.
         native: the torch dtype that has exactly these values and codes, e.g. ``float8_e4m3fn``; None if there is none.
     """
 
@@ -91,14 +96,18 @@ class Format:
     def overflow_threshold(self) -> float:
         """An element overflows iff ``|x|`` reaches this: half a step beyond ``max_value``.
 
-        ``e4m3`` alone is different at the very threshold, 464: the tie goes to 448, whose mantissa is even.
+        ``e4m3`` alone is different at the very threshold, 464: the tie goes to 448, whose mantissa is even. With
+        stochastic rounding this is where half of the elements do: see ``rounding``.
         Source: arXiv 2301.13464.
         """
         return self.max_value + math.ldexp(0.5, self.max_exponent - self.mantissa_bits)
 
     @property
     def underflow_threshold(self) -> float:
-        """An element underflows iff ``0 < |x| <=`` this, half of ``min_subnormal``. Source: arXiv 2301.13464."""
+        """An element underflows iff ``0 < |x| <=`` this, half of ``min_subnormal``. Source: arXiv 2301.13464.
+
+        With stochastic rounding, half of the elements that lie here do.
+        """
         return self.min_subnormal / 2
 
     @property
@@ -136,8 +145,13 @@ class Format:
         lowest = carrier.min_exponent - carrier.mantissa_bits - (self.min_exponent - self.mantissa_bits)
         return max(lowest, FORMATS["fp32"].min_exponent), carrier.max_exponent - self.max_exponent
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether rounding to it needs random bits."""
+        return self.rounding is Rounding.STOCHASTIC
+
     def contains(self, other: "Format") -> bool:
-        """Whether every finite value of ``other`` is a value of this format.
+        """Whether every finite value of ``other`` is a value of this format, however either is rounded to.
 
         A scaled format contains itself alone, and only under the same scale; it is contained in whatever holds
         its values under every allowed scale.
@@ -146,7 +160,7 @@ class Format:
         (True, False)
         """
         if self.scaling is not Scaling.NONE:
-            return self == other
+            return self == replace(other, name=self.name, rounding=self.rounding)
         lowest, highest = other.scale_exponents if other.scaling is not Scaling.NONE else (0, 0)
         return (
             self.mantissa_bits >= other.mantissa_bits
@@ -193,25 +207,45 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 )
 
 _PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
-_ALLOWED = f"{', '.join(FORMATS)}, or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22"
+_ALLOWED = (
+    f"{', '.join(FORMATS)}, or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
+    "each but fp32 with ':sr' behind it for stochastic rounding"
+)
+_STOCHASTIC = ":sr"
 
 
 @lru_cache(maxsize=1024)
 def parse_format(name: str) -> Format:
-    """The format called ``name``: a row of ``FORMATS``, or the paper's ``fp(e,m,b)``.
+    """The format called ``name``: a row of ``FORMATS``, or the paper's ``fp(e,m,b)``; ``:sr`` rounds stochastically.
 
     ``fp(e,m,b)`` has e exponent and m mantissa bits and is scaled by ``2^-b``; no codes are kept for inf or NaN, and
     ties go away from zero. At ``e = 8`` the largest exponent is 127, as in the authors' code, so that float32 holds it.
-    Case and blanks do not matter.
+    A name with ``:sr`` behind it is the same format under another rounding. Case and blanks do not matter.
 
     >>> parse_format("FP(4, 3, 4)").max_value
     30.0
+    >>> parse_format("e4m3:pow2:sr").rounding
+    <Rounding.STOCHASTIC: 'stochastic'>
 
     Raises:
         FormatError: no such format, or one whose values float32 does not hold.
     Source: arXiv 2301.13464, section 2, and the authors' code.
     """
     wanted = "".join(name.split()).lower()
+    plain = wanted.removesuffix(_STOCHASTIC)
+    fmt = _find_plain(name, plain)
+    if plain == wanted:
+        return fmt
+    if fmt.native == "float32":
+        raise FormatError(
+            f"{name!r}: everything is computed in fp32, so that rounding to it has nothing to choose between.\n"
+            f"  Allowed: {_ALLOWED}.\n  Choose fp32."
+        )
+    return replace(fmt, name=fmt.name + _STOCHASTIC, rounding=Rounding.STOCHASTIC)
+
+
+def _find_plain(name: str, wanted: str) -> Format:
+    """The format ``wanted``, for which the user wrote ``name``."""
     if wanted in FORMATS:
         return FORMATS[wanted]
     match = _PAPER_NAME.fullmatch(wanted)

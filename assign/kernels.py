@@ -86,10 +86,56 @@ def _decode(codes: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tenso
     return torch.where((codes & sign) != 0, -value, value)
 
 
+_WORD = (1 << 32) - 1
+
+
+def _mix(word: Tensor) -> Tensor:
+    """A bijection of 32-bit words that spreads every bit over all others. int64 throughout: no product overflows.
+
+    Source: github.com/skeeto/hash-prospector, the two-round function of lowest bias; its second factor less ``2^32``.
+    """
+    word = ((word ^ (word >> 16)) * 0x21F0AAAD) & _WORD
+    word = ((word ^ (word >> 15)) * (0xD35A2D97 - (1 << 32))) & _WORD
+    return word ^ (word >> 15)
+
+
+def random_bits(count: int, key: Tensor, first: int) -> Tensor:
+    """int32 [count], 31 random bits each: those of the elements ``first``, ``first + 1``, … under ``key``, int64 [2].
+
+    A function of key and index alone, whoever runs it and in whatever pieces. Both words of the key go in behind a
+    mixing of their own: two streams that share a seed are no shifts of one another.
+    """
+    index = torch.arange(count, dtype=torch.int64, device=key.device) + first
+    word = _mix((index ^ key[0]) & _WORD)
+    return (_mix((word + (index >> 32) + key[1]) & _WORD) >> 1).to(torch.int32)
+
+
+def _quantize_by_chance(x: Tensor, scale: Scale | None, numbers: Sequence[Any], key: Tensor, first: int = 0) -> Tensor:
+    """Round stochastically a dense tensor of one axis whose first element is number ``first``.
+
+    Above ``min_normal`` a step is one bit of a float32: add random bits below it and cut, which is exact. Below, where
+    the step is a constant, the fraction of a step is compared with a random one of 31 bits.
+    """
+    mask, min_normal, maximum, overflow, raised, finer, coarser, lowered = numbers
+    random = random_bits(x.shape[0], key, first)
+    x = x.to(torch.float32)
+    bits = (x if scale is None else x * scale.inverse).view(torch.int32)
+    magnitude = bits & MAGNITUDE
+    steps = magnitude.clamp(max=min_normal).view(torch.float32) * raised * finer
+    whole = steps.floor()
+    up = random < ((steps - whole) * 2.0**31).to(torch.int32)
+    subnormal = ((whole + up.to(torch.float32)) * coarser * lowered).view(torch.int32)
+    near = torch.where(magnitude < min_normal, subnormal, (magnitude + (random & ~mask)) & mask)
+    near = torch.where(near > maximum, overflow, near)
+    near = torch.where(magnitude > INF, magnitude, near)
+    result = (near | (bits & SIGN)).view(torch.float32)
+    return result if scale is None else result * scale.value
+
+
 class Work(NamedTuple):
     """A kernel and its numbers; ``unit`` times the scale is the scale that it must be given."""
 
-    kernel: Callable[[Tensor, Scale | None, Sequence[Any]], Tensor]
+    kernel: Callable[..., Tensor]
     ints: tuple[int, ...]
     floats: tuple[float, ...]
     unit: float
@@ -103,6 +149,8 @@ def _unit_exponent(fmt: Format) -> int:
 @functools.lru_cache(maxsize=1024)
 def quantizing(fmt: Format, saturate: bool) -> Work:
     """The kernel that rounds to ``fmt`` and its numbers; overflow becomes the largest value or infinity."""
+    if fmt.stochastic:
+        return _quantizing_by_chance(fmt, saturate)
     shift = WIDTH - fmt.mantissa_bits
     away = fmt.rounding is Rounding.AWAY
     if fmt.min_exponent == 1 - BIAS:
@@ -115,6 +163,16 @@ def quantizing(fmt: Format, saturate: bool) -> Work:
     maximum = math.ldexp(fmt.max_value, -unit)
     floats = (2.0**-WIDTH if away else 0.0, maximum, maximum if saturate else math.inf)
     return Work(_quantize_by_sum, (lowest, highest, shift << WIDTH), floats, 2.0**unit)
+
+
+def _quantizing_by_chance(fmt: Format, saturate: bool) -> Work:
+    limit = bits_of(fmt.max_value)
+    plain = fmt.min_exponent == 1 - BIAS  # subnormals are float32's own: bits to cut, like any other's
+    lowest = 0 if plain else fmt.min_exponent
+    ints = (-(1 << (WIDTH - fmt.mantissa_bits)), 0 if plain else bits_of(fmt.min_normal), limit)
+    # a step may be too small for a float32 to hold its inverse: there and back in two products each
+    floats = (2.0**-lowest, 2.0**fmt.mantissa_bits, 2.0**-fmt.mantissa_bits, 2.0**lowest)
+    return Work(_quantize_by_chance, (*ints, limit if saturate else INF), floats, 1.0)
 
 
 @functools.lru_cache(maxsize=1024)

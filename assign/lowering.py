@@ -6,12 +6,14 @@ The executor and the memory model both ask here, so that the bytes predicted are
   gradient's exactly (autograd gives a gradient the dtype of its tensor).
 * An operator runs in a 16-bit dtype if all it reads and makes lives there and torch computes it with float32
   accumulation inside, as autocast trusts it to; otherwise its operands are widened to float32.
+* Rounding to bf16 or fp16 stochastically needs more bits than they have: the operator that makes such a tensor runs
+  in float32, and where it is the gradient that is rounded so, the tensor lives there.
 * A custom ``fp(e,m,b)`` tensor lives in float32 and is computed there: rounded once, as in the paper's simulation.
 """
 
 from collections.abc import Iterable
 
-from assign.formats import FORMATS, Format
+from assign.formats import FORMATS, Format, Storage
 
 FLOAT32 = "float32"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -45,12 +47,13 @@ FLOAT32_PARAMETERS = frozenset({"batch_norm", "instance_norm"})
 """Operators whose kernels take 16-bit values beside float32 scales and running statistics."""
 
 
-def carrier(*formats: Format) -> str:
+def carrier(forward: Format, gradient: Format, *later: Format) -> str:
     """Torch dtype that holds a tensor's value and its gradient exactly, in each of the formats they may have.
 
     float32 for formats that torch does not have, so that each of their values is rounded once.
     """
-    if any(fmt.native is None for fmt in formats):
+    formats = (forward, gradient, *later)
+    if any(fmt.native is None for fmt in formats) or _needs_float32(gradient):
         return FLOAT32
     dtypes = {fmt.carrier for fmt in formats}
     if len(dtypes) == 1:
@@ -59,13 +62,28 @@ def carrier(*formats: Format) -> str:
     return next((name for name, row in narrow if all(map(row.contains, formats))), FLOAT32)
 
 
+def made_in(carrier: str, *forward: Format) -> str:
+    """Dtype that the operator which makes a tensor is asked for.
+
+    Args:
+        carrier: of the tensor.
+        forward: each format that the tensor, not its gradient, may have.
+    """
+    return FLOAT32 if any(map(_needs_float32, forward)) else carrier
+
+
+def _needs_float32(fmt: Format) -> bool:
+    """Whether a value that a 16-bit operator makes is on the grid of ``fmt`` already, nothing left to be rounded."""
+    return fmt.stochastic and fmt.storage is Storage.NATIVE
+
+
 def compute_dtype(op: str, operands: Iterable[str], result: str) -> str:
     """Dtype in which ``op`` runs.
 
     Args:
         op: operator name as in the table.
         operands: carriers of the floating-point tensors it reads; float32 for values that no plan names.
-        result: carrier of the tensor it makes.
+        result: what :func:`made_in` says of the tensor it makes.
     """
     dtypes = {*operands, result}
     if len(dtypes) > 1 or FLOAT32 in dtypes or op not in SIXTEEN_BIT:

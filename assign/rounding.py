@@ -5,7 +5,15 @@ Meaning, the same on every device and torch release, whatever their own casts do
 * NaN stays NaN and −0 stays −0; less than half of the smallest subnormal becomes a zero of its sign;
 * beyond the format, inf included: ``saturate`` gives ±``max_value`` (forward tensors), otherwise ±inf (backward
   tensors, so that the loss scaler sees it); ``fp32`` changes nothing;
-* ``x ≈ q · scale``, with ``q`` on the format's grid.
+* ``x ≈ q · scale``, with ``q`` on the format's grid;
+* to a stochastic format a value between two neighbours goes to either, so that its mean stays: exactly, and to 2^-31
+  of the smallest subnormal below ``min_normal``. A value on the grid stays where it is. Overflow is as if the format
+  went on: between ``max_value`` and the next value a share goes up, and what does overflows as above.
+
+Stochastic rounding is a function of a *seed*, drawn from torch's generator where the graph begins, of a number for the
+tensor, and of the element's place in the tensor's shape. So what draws is one small operator, in whose order a compiler
+has no say, and rounding itself stays pure: computed again in the backward pass, in other pieces, in another layout or
+by another compiler, a value goes the same way, and ``torch.manual_seed`` repeats a run.
 
 Each kernel is written once, in plain torch, over a few numbers taken from the format. It runs compiled, with those
 numbers as run-time tensors, so that one compilation serves every ``fp(e,m,b)``; or op by op on small pieces; or, as
@@ -68,8 +76,10 @@ def _compiler_failed(device_type: str) -> threading.Event:
 
 @functools.cache
 def _compiled(kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype) -> Callable[..., None]:
-    def store(x: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, out: Tensor) -> None:
-        out.copy_(kernel(x, Scale(scale, inverse), (*ints.unbind(), *floats.unbind())))
+    def store(
+        x: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, out: Tensor, *key: Tensor
+    ) -> None:
+        out.copy_(kernel(x, Scale(scale, inverse), (*ints.unbind(), *floats.unbind()), *key))
 
     # Dynamo limits how many variants one code object may have: give each pair of dtypes its own
     code = store.__code__.replace(co_name=f"store{kernel.__name__}_{source}_{target}".replace("torch.", ""))
@@ -108,20 +118,23 @@ def _flat(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _run(work: Work, x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _run(work: Work, x: Tensor, scale: Tensor | None, dtype: torch.dtype, key: Tensor | None = None) -> Tensor:
     result = torch.empty_like(x, dtype=dtype)
     if not x.numel():
         return result
+    if key is not None and not x.is_contiguous():  # random bits go by the place in the shape, not in memory
+        return result.copy_(_run(work, x.contiguous(), scale, dtype, key))
+    keys = () if key is None else (key,)
     dense = x if x.stride() == result.stride() else torch.empty_like(x).copy_(x)
     source, target = _flat(dense), _flat(result)
     scales = _scale_of(work, scale, x.device)
     numbers = _tensors(work.ints, work.floats, x.device)
-    if _ran_compiled(
-        x, lambda: _compiled(work.kernel, x.dtype, dtype)(source, *(scales or [_one(x.device)] * 2), *numbers, target)
-    ):
+    fused = scales or [_one(x.device)] * 2
+    if _ran_compiled(x, lambda: _compiled(work.kernel, x.dtype, dtype)(source, *fused, *numbers, target, *keys)):
         return result
     for part, out in zip(_pieces(source), _pieces(target), strict=True):
-        out.copy_(work.kernel(part, scales, (*work.ints, *work.floats)))
+        place = () if key is None else (key, part.storage_offset() - source.storage_offset())
+        out.copy_(work.kernel(part, scales, (*work.ints, *work.floats), *place))
     return result
 
 
@@ -175,6 +188,12 @@ def _count_overflow(x: Tensor, fmt: Format) -> Tensor:
     return count
 
 
+def _key(seed: Tensor, stream: int) -> Tensor:
+    """The two words that random bits are made from: int64 [2]."""
+    seed = seed.reshape(())
+    return torch.stack((seed & 0xFFFFFFFF, (seed >> 32) + stream))
+
+
 def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
     """To a torch dtype by torch's own cast, which rounds these three right, and then to ``dtype``."""
     result = torch.empty_like(x, dtype=torch_dtype(fmt.code_dtype)).copy_(x)
@@ -189,6 +208,7 @@ def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
 def inline_quantize(x: Tensor, scale: Tensor | None, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
     """``assign::quantize`` as plain torch operators with constants, for a compiler to fuse with its neighbours.
 
+    Not for stochastic formats: their arithmetic is long, and as operators they share one compiled kernel.
     ``scale`` is a power of two from ``amax_scale`` or ``inline_scale``. No step is a cast to bf16 and back, which
     Inductor takes the liberty to leave out.
     """
@@ -237,19 +257,49 @@ def _inline(work: Work, x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("assign::quantize", mutates_args=())
-def _quantize_op(x: Tensor, scale: Tensor | None, format: str, saturate: bool, dtype: torch.dtype) -> Tensor:
+def _quantize_op(
+    x: Tensor,
+    scale: Tensor | None,
+    format: str,
+    saturate: bool,
+    dtype: torch.dtype,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
     slot = find_slot(format)
     fmt = slot.format if slot else parse_format(format)
     if slot and slot.measuring:
         slot.record(_count_overflow(x, fmt), x.numel())
+    if fmt.stochastic:
+        if seed is None:
+            raise FormatError(f"{fmt.name!r} needs a seed, and none was given.\n  Take it from draw_seed().")
+        return _run(quantizing(fmt, saturate), x, scale, dtype, _key(seed, stream))
     if scale is None and fmt.native == fmt.code_dtype:
         return _cast(x, fmt, saturate, dtype)
     return _run(quantizing(fmt, saturate), x, scale, dtype)
 
 
 @_quantize_op.register_fake
-def _(x: Tensor, scale: Tensor | None, format: str, saturate: bool, dtype: torch.dtype) -> Tensor:
+def _(
+    x: Tensor,
+    scale: Tensor | None,
+    format: str,
+    saturate: bool,
+    dtype: torch.dtype,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
+
+
+@torch.library.custom_op("assign::seed", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+def _seed_op(device: torch.device) -> Tensor:
+    return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
+
+
+@_seed_op.register_fake
+def _(device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
 
 
 @torch.library.custom_op("assign::scale", mutates_args=())
@@ -300,11 +350,14 @@ def quantize(
     scale: Tensor | None = None,
     saturate: bool = True,
     dtype: torch.dtype | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """Round ``x / scale`` to the nearest value of ``fmt``, ties as the format says, and multiply by ``scale``.
+    """Round ``x / scale`` to a value of ``fmt``, as the format says, and multiply by ``scale``.
 
     >>> quantize(torch.tensor([1.0625, 100.0, -0.0]), "fp(4,3,4)")
     tensor([ 1.1250, 30.0000, -0.0000])
+    >>> quantize(torch.full((8,), 1.0625), "fp(4,3,4):sr", seed=torch.tensor(1)).unique()
+    tensor([1.0000, 1.1250])
 
     Args:
         x: any shape; float32, bfloat16 or float16.
@@ -312,19 +365,30 @@ def quantize(
             product with ``scale`` are rounded too). None: 1, or for a scaled format ``amax_scale(x, fmt)``.
         saturate: what beyond ±``fmt.max_value`` becomes, inf included: that limit, or else ±inf. NaN stays NaN.
         dtype: of the result; it must hold every value of ``fmt``. None: that of ``x`` if it does, else the carrier.
+        seed: int64, one element, not negative: which way a stochastic format rounds. None: ``draw_seed``, so that
+            ``torch.manual_seed`` says it. Formats that round to nearest take no notice of it.
     Returns:
         A fresh tensor, of the shape of ``x`` and, where ``x`` is dense, of its strides.
     Raises:
-        FormatError: an unknown format, or a dtype or scale that does not fit.
+        FormatError: an unknown format, or a dtype, scale or seed that does not fit.
     """
     fmt = _checked(x, fmt, scale)
+    _check_seed(fmt, seed, x.device)
     if fmt.scaling is Scaling.POW2 and scale is None:
         scale = amax_scale(x, fmt)
+    if fmt.stochastic and seed is None:
+        seed = draw_seed(x.device)
     if dtype is None:
         dtype = x.dtype if _FLOATS[x.dtype].contains(fmt) else torch_dtype(fmt.carrier)
     _check_holds(dtype, fmt)
-    result: Tensor = _quantize_op(x, scale, fmt.name, saturate, dtype)
+    result: Tensor = _quantize_op(x, scale, fmt.name, saturate, dtype, seed)
     return result
+
+
+def draw_seed(device: torch.device | str = "cpu") -> Tensor:
+    """A seed for stochastic rounding, from torch's generator of ``device``: int64 without axes, there."""
+    seed: Tensor = _seed_op(torch.device(device))
+    return seed
 
 
 def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
@@ -412,6 +476,14 @@ def _check_scale(fmt: Format, scale: Tensor | None, device: torch.device) -> Non
         raise FormatError(
             f"The scale for {fmt.name!r} is {_name(scale.dtype)} of shape {list(scale.shape)} on {scale.device}.\n"
             f"  Allowed: float32, one element, on {device}, where the tensor is.\n  Take it from amax_scale()."
+        )
+
+
+def _check_seed(fmt: Format, seed: Tensor | None, device: torch.device) -> None:
+    if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device):
+        raise FormatError(
+            f"The seed for {fmt.name!r} is {_name(seed.dtype)} of shape {list(seed.shape)} on {seed.device}.\n"
+            f"  Allowed: int64, one element, on {device}, where the tensor is.\n  Take it from draw_seed()."
         )
 
 

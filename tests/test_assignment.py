@@ -14,7 +14,9 @@ from assign.errors import PlanError
 
 E4M3, E5M2, BF16, FP32 = Entry("e4m3", True), Entry("e5m2", True), Entry("bf16", False), Entry("fp32", False)
 
-FORMAT_NAMES = st.sampled_from(["fp32", "bf16", "fp16", "e4m3", "e5m2:pow2", "fp(4,3,4)", "fp(6,9,0)"])
+FORMAT_NAMES = st.sampled_from(
+    ["fp32", "bf16", "fp16", "e4m3", "e5m2:pow2", "fp(4,3,4)", "fp(6,9,0)", "bf16:sr", "fp(4,3,4):sr"]
+)
 NUMBERS = st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
 ASSIGNMENTS = st.builds(
     Assignment,
@@ -114,6 +116,18 @@ def test_format_names_are_canonical() -> None:
 def test_unknown_format_is_refused_at_once() -> None:
     with pytest.raises(PlanError, match=r"'a' is assigned the format 'e4m33'.*'e4m3'"):
         plan(a=Entry("e4m33", True))
+
+
+def test_saved_copies_of_their_own_round_to_nearest() -> None:
+    same = plan(**{"a": Entry("e4m3:sr", True), "a.saved": Entry("e4m3:sr", True)})
+    assert same.saved_format("a").stochastic
+    assert plan(**{"a": Entry("e4m3:sr", True), "a.saved": Entry("e5m2", True)}).saved_format("a").name == "e5m2"
+    with pytest.raises(PlanError) as caught:
+        plan(**{"a": Entry("bf16:sr", False), "a.saved": Entry("E4M3 :SR", True)})
+    assert str(caught.value) == (
+        "'a.saved' is assigned 'e4m3:sr', its activation 'bf16:sr': a saved copy in a format of its own is rounded to "
+        "nearest.\n  Choose 'e4m3', or drop the entry: the copy then has the activation's own format."
+    )
 
 
 def test_replace_leaves_the_original() -> None:

@@ -64,6 +64,8 @@ def fails(capsys, monkeypatch, *arguments):
 def test_formats_and_schema(here):
     assert "FP(4,3,4)".lower() in run("formats", "fp(4,3,4)", "--json", "formats.json")
     assert json.loads((here / "formats.json").read_text())["fp(4,3,4)"]["max_value"] == 30.0
+    assert "stochastic" in run("formats", "e4m3:sr")
+    assert ":sr" in run("formats")
     schema = json.loads(run("schema"))
     assert "tensors" in schema["properties"]
 

@@ -1,5 +1,6 @@
 """The table of formats against the lists of values in ``oracle`` and the numbers printed in the papers."""
 
+import dataclasses
 import doctest
 import itertools
 import math
@@ -11,7 +12,7 @@ import pytest
 
 from assign import formats
 from assign.errors import FormatError
-from assign.formats import FORMATS, Format, Scaling, Storage, parse_format
+from assign.formats import FORMATS, Format, Rounding, Scaling, Storage, parse_format
 
 LISTED = ["bf16", "fp16", "e4m3", "e5m2", "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)", "fp(2,1,0)", "fp(3,0,-2)", "fp(8,7,0)"]
 LISTED += ["fp(5,10,0)", "fp(5,9,1)", "fp(2,0,-3)", "fp(7,3,-63)", "fp(7,8,64)"]
@@ -121,6 +122,18 @@ def test_spelling_does_not_matter(name: str) -> None:
     assert parse_format(name).name == "fp(4,3,4)"
 
 
+@pytest.mark.parametrize("name", [*(name for name in FORMATS if name != "fp32"), "fp(4,3,4)", "fp(6,9,0)"])
+def test_stochastic_rounding_changes_neither_values_nor_storage(name: str) -> None:
+    plain, fmt = parse_format(name), parse_format(f" {name.upper()} :SR")
+    assert fmt.name == f"{name}:sr"
+    assert (fmt.rounding, fmt.stochastic, plain.stochastic) == (Rounding.STOCHASTIC, True, False)
+    assert dataclasses.replace(fmt, name=plain.name, rounding=plain.rounding) == plain
+    assert fmt.contains(plain)
+    assert plain.contains(fmt)
+    facts = ("bits", "carrier", "code_dtype", "storage", "scale_exponents", "max_exponent", "native")
+    assert [getattr(fmt, fact) for fact in facts] == [getattr(plain, fact) for fact in facts]
+
+
 def test_every_row_is_found_by_its_name() -> None:
     for name, row in FORMATS.items():
         assert parse_format(f" {name.upper()}") is row
@@ -135,7 +148,10 @@ def test_rows_cannot_be_edited() -> None:
     assert isinstance(FORMATS["e4m3"], Format)
 
 
-ALLOWED = "fp32, bf16, fp16, e4m3, e5m2, e4m3:pow2, e5m2:pow2, or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22"
+ALLOWED = (
+    "fp32, bf16, fp16, e4m3, e5m2, e4m3:pow2, e5m2:pow2, or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
+    "each but fp32 with ':sr' behind it for stochastic rounding"
+)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +169,16 @@ ALLOWED = "fp32, bf16, fp16, e4m3, e5m2, e4m3:pow2, e5m2:pow2, or 'fp(e,m,b)' wi
             "  Choose fewer or more bits, or fp32.",
         ),
         (
+            "fp32:sr",
+            "'fp32:sr': everything is computed in fp32, so that rounding to it has nothing to choose between.\n"
+            f"  Allowed: {ALLOWED}.\n  Choose fp32.",
+        ),
+        (
+            "e4m3:rs",
+            "'e4m3:rs' is not a number format. Did you mean 'e4m3', 'e4m3:pow2'?\n"
+            f"  Allowed: {ALLOWED}.\n  Choose one of these.",
+        ),
+        (
             "fp(4,3,200)",
             "'fp(4,3,200)' reaches from 2^-206 to 2^-192; float32, in which it is computed, from 2^-126 to 2^127.\n"
             "  Allowed for e = 4: -119 <= b <= 120.\n  Choose b in that range.",
@@ -166,7 +192,19 @@ def test_errors_say_what_to_do(name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["fp(1,3,0)", "fp(4,23,0)", "fp(4,-1,0)", "fp(8,7,1)", "fp(8,7,-1)", "fp(4,3)", "fp(٤,3,4)"]
+    "name",
+    [
+        "fp(1,3,0)",
+        "fp(4,23,0)",
+        "fp(4,-1,0)",
+        "fp(8,7,1)",
+        "fp(8,7,-1)",
+        "fp(4,3)",
+        "fp(٤,3,4)",
+        ":sr",
+        "e4m3:sr:sr",
+        "e4m3:sr:pow2",
+    ],
 )
 def test_rejected(name: str) -> None:
     with pytest.raises(FormatError, match="Allowed"):

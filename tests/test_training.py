@@ -87,6 +87,12 @@ def make_plan(task: Task, recipe: str = "native", *, low: bool = False) -> tuple
     return table, Assignment(entries=entries, recipe=recipe, fingerprint=table.fingerprint)
 
 
+def stochastic(task: Task) -> Assignment:
+    """Every tensor but the loss in 8 bits, rounded stochastically."""
+    _, plan = make_plan(task, low=True)
+    return plan.replace({key: Entry("e4m3:pow2:sr", True) for key, entry in plan.entries.items() if entry.low})
+
+
 def parameters(result: TrainResult) -> list[Tensor]:
     return [*result.model.state_dict().values()]
 
@@ -245,7 +251,7 @@ class TestPeak:
 
 
 class TestCheckpoint:
-    @pytest.mark.parametrize("make", [lambda task: None, lambda task: make_plan(task, "hfp8")[1]])
+    @pytest.mark.parametrize("make", [lambda task: None, lambda task: make_plan(task, "hfp8")[1], stochastic])
     def test_resumed_equals_uninterrupted(self, tmp_path: Path, make: Callable[[Task], Assignment | None]) -> None:
         task = make_task(epochs=4)
         plan, file = make(task), tmp_path / "run.pt"
@@ -257,8 +263,10 @@ class TestCheckpoint:
         assert len(resumed.losses) == 4
         assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
 
-    @pytest.mark.parametrize("steps", [2, 4, 5])
-    def test_resumes_within_an_epoch(self, tmp_path: Path, steps: int) -> None:
+    @pytest.mark.parametrize(("steps", "make"), [(2, None), (4, None), (5, None), (5, stochastic)])
+    def test_resumes_within_an_epoch(
+        self, tmp_path: Path, steps: int, make: Callable[[Task], Assignment] | None
+    ) -> None:
         images, labels = batches(1, 24)[0]
         data = torch.utils.data.TensorDataset(images, labels)
         task = make_task(
@@ -267,8 +275,9 @@ class TestCheckpoint:
             evaluate=lambda _: {"drawn": torch.rand(()).item()},  # must not disturb the training's numbers
             epochs=3,
         )
-        train(task, max_steps=steps, checkpoint=tmp_path / "run.pt")
-        assert same(train(task, checkpoint=tmp_path / "run.pt", resume=True), train(task))
+        plan = make(task) if make else None
+        train(task, plan, max_steps=steps, checkpoint=tmp_path / "run.pt")
+        assert same(train(task, plan, checkpoint=tmp_path / "run.pt", resume=True), train(task, plan))
 
     def test_written_every_few_steps(self, tmp_path: Path) -> None:
         file = tmp_path / "run.pt"

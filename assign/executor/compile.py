@@ -51,13 +51,17 @@ def inline(graph: fx.Graph) -> None:
 
 
 def _is_inlined(node: fx.Node) -> bool:
-    """Only formats that torch has, and no slot's.
+    """Only formats that torch has, and no slot's; rounding only to nearest.
 
-    Emulated formats have long arithmetic: inlined, a ResNet with all tensors in 8 bits compiled for minutes. As
-    operators they share one compiled kernel, and a slot's may round and code in another format at the next step.
+    Emulated formats and random bits have long arithmetic: inlined, a ResNet with all tensors in 8 bits compiled for
+    minutes. As operators they share one compiled kernel, and a slot's may round and code in another format at the next
+    step.
     """
     name = next(str(argument) for argument in node.args if isinstance(argument, str))
-    return find_slot(name) is None and parse_format(name).native is not None
+    if find_slot(name) is not None:
+        return False
+    fmt = parse_format(name)
+    return fmt.native is not None and not (fmt.stochastic and node.target is torch.ops.assign.quantize.default)
 
 
 def _quantize(name: str, saturate: bool, dtype: torch.dtype) -> Callable[..., Tensor]:

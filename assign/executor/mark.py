@@ -3,9 +3,14 @@
 A mark is an autograd function, so the joint graph holds a rounding node exactly at v, at dv (after the sum over v's
 readers), at θ and at dθ. Between operators a tensor lives in its carrier dtype (see :mod:`assign.lowering`); operands
 are widened where an operator must run in float32.
+
+Where a plan rounds stochastically, the graph begins with one node that draws a seed. Every mark reads it and has a
+number of its own, made from the tensor's key; checkpointed bodies take it as one more operand. What is rounded again in
+the backward pass, there or by the packing, therefore goes the way it went.
 """
 
 import operator
+import zlib
 from typing import Any
 
 import torch
@@ -14,10 +19,11 @@ from torch import Tensor, fx
 from assign import _torch, lowering
 from assign.assignment import Assignment, format_pair
 from assign.capture import Capture
-from assign.formats import Format, Scaling
+from assign.formats import Format, Scaling, parse_format
 from assign.operators import Site, Walk, floating_arguments, operator_name
-from assign.promotion import Promotion, Slot, format_named
-from assign.tensors import MARK, Role, saved_key
+from assign.promotion import Promotion, Slot, find_slot, format_named
+from assign.rounding import draw_seed
+from assign.tensors import MARK, Role, grad_key, saved_key
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WIDENINGS = frozenset({"float", "to", "type", "type_as"})
@@ -25,36 +31,74 @@ _WIDENINGS = frozenset({"float", "to", "type", "type_as"})
 
 class _Mark(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: str, backward: str, dtype: torch.dtype, visible: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        forward: str,
+        backward: str,
+        dtype: torch.dtype,
+        visible: bool,
+        seed: Tensor | None,
+        streams: tuple[int, int],
+    ) -> Tensor:
         ctx.backward_format = backward
         ctx.input_dtype = x.dtype
-        return _round(x, forward, dtype, saturate=True, visible=visible)
+        ctx.stream = streams[1]
+        ctx.save_for_backward(seed)
+        return _round(x, forward, dtype, (seed, streams[0]), saturate=True, visible=visible)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (grad,) = grads
-        rounded = _round(grad, ctx.backward_format, grad.dtype, saturate=False)
-        return rounded.to(ctx.input_dtype), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (seed,) = grads, ctx.saved_tensors
+        rounded = _round(grad, ctx.backward_format, grad.dtype, (seed, ctx.stream), saturate=False)
+        return rounded.to(ctx.input_dtype), None, None, None, None, None, None
 
 
-def _round(x: Tensor, name: str, dtype: torch.dtype, *, saturate: bool, visible: bool = False) -> Tensor:
+def _round(
+    x: Tensor,
+    name: str,
+    dtype: torch.dtype,
+    randomness: tuple[Tensor | None, int],
+    *,
+    saturate: bool,
+    visible: bool = False,
+) -> Tensor:
     fmt = format_named(name)
     exact = x.dtype == dtype and _DTYPES.get(fmt.native or "") in (dtype, torch.float32)
     if exact and not visible:
         return x.view_as(x)
     scale = torch.ops.assign.scale(x, name) if fmt.scaling is not Scaling.NONE else None
-    rounded: Tensor = torch.ops.assign.quantize(x, scale, name, saturate, dtype)
+    rounded: Tensor = (
+        torch.ops.assign.quantize(x, scale, name, saturate, dtype, *randomness)
+        if _may_be_stochastic(name)
+        else torch.ops.assign.quantize(x, scale, name, saturate, dtype)
+    )
     return rounded
 
 
-def mark_tensor(x: Tensor, forward: str, backward: str, dtype: str, visible: bool = False) -> Tensor:
+def _may_be_stochastic(name: str) -> bool:
+    slot = find_slot(name)
+    formats = (slot.low, slot.high) if slot else (parse_format(name),)
+    return any(fmt.stochastic for fmt in formats)
+
+
+def mark_tensor(
+    x: Tensor,
+    forward: str,
+    backward: str,
+    dtype: str,
+    visible: bool = False,
+    seed: Tensor | None = None,
+    streams: tuple[int, int] = (0, 0),
+) -> Tensor:
     """Round ``x`` to ``forward`` and, in the backward pass, its gradient to ``backward``; store both as ``dtype``.
 
-    ``forward`` is a format's name, or a slot's.
+    ``forward`` is a format's name, or a slot's. Stochastic formats need a ``seed``; ``streams`` tell the tensor's and
+    its gradient's random bits from those of others under the same seed.
 
     With ``visible``, the joint graph has a node of its own for ``x`` even where rounding changes nothing.
     """
-    return _torch.apply_function(_Mark, x, forward, backward, _DTYPES[dtype], visible)
+    return _torch.apply_function(_Mark, x, forward, backward, _DTYPES[dtype], visible, seed, streams)
 
 
 def mark(capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion | None) -> None:
@@ -63,7 +107,7 @@ def mark(capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion 
     Tensors that the plan does not name (only in evaluation: training checks the plan first) stay in float32.
     What may be promoted lives in a carrier that holds its high format too.
     """
-    marker = _Marker(walked, plan, promotion)
+    marker = _Marker(capture, walked, plan, promotion)
     marker.mark_graph(capture.graph)
     marker.widen_outputs(capture.graph)
     capture.graph.graph.lint()
@@ -71,7 +115,8 @@ def mark(capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion 
 
 
 class _Marker:
-    def __init__(self, walked: Walk, plan: Assignment, promotion: Promotion | None) -> None:
+    def __init__(self, capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion | None) -> None:
+        self.capture = capture
         self.walked = walked
         self.plan = plan
         self.slots = _slots(walked, plan, promotion)
@@ -79,6 +124,7 @@ class _Marker:
         for site in walked.sites:
             self.sites.setdefault(site.after, []).append(site)
         self.dtypes: dict[fx.Node, str] = {}
+        self.seeds: dict[fx.Graph, fx.Node] = {}
 
     def mark_graph(self, graph: fx.GraphModule) -> None:
         for node in list(graph.graph.nodes):
@@ -139,7 +185,9 @@ class _Marker:
                 operands.append(lowering.FLOAT32)
         if site_op in lowering.FLOAT32_PARAMETERS:
             operands = operands[:1]
-        return lowering.compute_dtype(site_op, operands, self._carrier(key, formats))
+        slot = self.slots.get(key)
+        forward = (slot.low, slot.high) if slot else formats[:1]
+        return lowering.compute_dtype(site_op, operands, lowering.made_in(self._carrier(key, formats), *forward))
 
     def _carrier(self, key: str, formats: tuple[Format, Format]) -> str:
         slot = self.slots.get(key)
@@ -176,7 +224,9 @@ class _Marker:
             return
         with graph.graph.inserting_before(before):
             forward = self.slots[site.key].name if site.key in self.slots else formats[0].name
-            marked = graph.graph.call_function(mark_tensor, (site.node, forward, formats[1].name, dtype, explicit))
+            arguments = (site.node, forward, formats[1].name, dtype, explicit)
+            randomness = self._randomness(graph, site.key, (forward, formats[1].name))
+            marked = graph.graph.call_function(mark_tensor, (*arguments, *randomness))
         _torch.label(marked, MARK + site.key)
         order = {n: i for i, n in enumerate(graph.graph.nodes)}
         readers = site.readers if site.readers is not None else list(site.node.users)
@@ -186,6 +236,28 @@ class _Marker:
         self.dtypes[marked] = dtype
         self.walked.values[marked] = site.value
         self.walked.key_of[marked] = site.key
+
+    def _randomness(self, graph: fx.GraphModule, key: str, formats: tuple[str, str]) -> tuple[Any, ...]:
+        """Seed and streams of a mark; none if it rounds to nearest."""
+        if not any(map(_may_be_stochastic, formats)):
+            return ()
+        return self._seed(graph), tuple(zlib.crc32(name.encode()) for name in (key, grad_key(key)))
+
+    def _seed(self, graph: fx.GraphModule) -> fx.Node:
+        """The node that holds the seed: made once, where the graph begins; in a body, one more placeholder."""
+        if graph.graph not in self.seeds:
+            first = next(node for node in graph.graph.nodes if node.op != "placeholder")
+            with graph.graph.inserting_before(first):
+                outermost = graph is self.capture.graph
+                self.seeds[graph.graph] = (
+                    graph.graph.call_function(draw_seed, (self._device(),))
+                    if outermost
+                    else graph.graph.placeholder("assign_seed")
+                )
+        return self.seeds[graph.graph]
+
+    def _device(self) -> torch.device:
+        return next(value.device for value in self.capture.inputs if isinstance(value, Tensor))
 
     def _first_reader(self, site: Site) -> fx.Node:
         readers = set(site.readers if site.readers is not None else site.node.users)
@@ -199,6 +271,8 @@ class _Marker:
             if isinstance(outer, fx.Node) and outer in self.dtypes:
                 self.dtypes[placeholder] = self.dtypes[outer]
         self.mark_graph(body)
+        if body.graph in self.seeds:
+            node.args = (*node.args, self._seed(graph))
         results: Any = _torch.output_of(body).args[0]
         for user in node.users:
             if user.target is operator.getitem and results[user.args[1]] in self.dtypes:

@@ -46,11 +46,13 @@ def format_table(formats: Sequence[Format] | None = None) -> Table:
         "largest",
         "smallest normal",
         "smallest",
-        "ties",
+        "rounding",
         "saved as",
         "computes in",
     ]
-    table = _table("Number formats; any fp(e,m,b) is one too", columns)
+    table = _table(
+        "Number formats; any fp(e,m,b) is one too, and each but fp32 with :sr for stochastic rounding", columns
+    )
     for fmt in formats or [*FORMATS.values()]:
         cells = [fmt.bits, fmt.exponent_bits, fmt.mantissa_bits, f"{fmt.max_value:.6g}", f"{fmt.min_normal:.4g}"]
         cells += [f"{fmt.min_subnormal:.4g}", fmt.rounding, f"{fmt.code_bytes} B, {fmt.storage}", fmt.carrier]
