@@ -44,6 +44,8 @@ CONFIGURATIONS = (
 )  # fmt: skip
 """The most telling first; the baseline runs before and after them."""
 
+PARTS = ("checks", "rounding", "step")
+
 _ROUNDING_SECONDS = 60
 _RESERVE_SECONDS = 5  # to end processes and write
 
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--total-seconds", type=float, default=570)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", help="as for bench_step.py; those of a GPU, unless given")
     parser.add_argument("--configs", nargs="+", default=CONFIGURATIONS)
     parser.add_argument("--small", action="store_true", help="tiny sizes; writes nothing without --output")
@@ -67,14 +70,15 @@ def main() -> None:
         if path:
             facts.write(path, result)
 
-    for name, check in CHECKS.items():
+    for name, check in CHECKS.items() if "checks" in options.parts else ():
         result["checks"].append(run_check(name, check, torch.device(options.device)))
         keep()
-    left = deadline - time.monotonic()
-    result["rounding"] = run_script(options, "bench_rounding.py", [], min(_ROUNDING_SECONDS, left))
-    keep()
+    if "rounding" in options.parts:
+        left = deadline - time.monotonic()
+        result["rounding"] = run_script(options, "bench_rounding.py", [], min(_ROUNDING_SECONDS, left))
+        keep()
     result["step"] = {}
-    models = options.models or DEFAULTS["cuda"]
+    models = (options.models or DEFAULTS["cuda"]) if "step" in options.parts else ()
     for index, model in enumerate(models):
         share = (deadline - time.monotonic()) / (len(models) - index)
         arguments = ["--models", model, "--rounds", "1", "--total-seconds", str(share), "--step-seconds", "30"]
