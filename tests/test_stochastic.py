@@ -300,17 +300,23 @@ def test_trains():
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_operators_leave_bits_to_round(graphs):
+@pytest.mark.parametrize(("forward", "backward"), [("bf16:sr", "bf16"), ("bf16", "bf16:sr"), ("bf16:sr", "bf16:sr")])
+def test_operators_leave_bits_to_round(graphs, forward, backward):
     """In bf16 a product would be on the grid already: what is rounded to bf16:sr comes in float32, values and grads."""
     model, batch = ResNet(), images(batch=4)
-    planned_step(model, class_loss, everything(traced(model, batch), "bf16:sr"), backend="eager")(batch).backward()
-    for graph in graphs:
-        rounded = [n for n in graph.graph.nodes if n.target is QUANTIZE]
-        assert len(rounded) > 5
-        assert {n.args[0].meta["val"].dtype for n in rounded} == {torch.float32}
+    table = traced(model, batch)
+    keys = [info.key for info in table.paper_tensors]
+    names = {key: Entry(backward if key.endswith(".grad") else forward, False) for key in keys}
+    planned_step(model, class_loss, everything(table, "bf16").replace(names), backend="eager")(batch).backward()
+    for graph, name, ending in zip(graphs, (forward, backward), ("", ".grad"), strict=True):
+        rounded = [n for n in graph.graph.nodes if n.target is QUANTIZE and n.args[2] == "bf16:sr"]
+        made = [n for n in rounded if _torch.is_backward(n) == bool(ending)]
+        if name == "bf16:sr":
+            wanted = {key.removesuffix(ending) for key in keys if key.endswith(".grad") == bool(ending)} - {"/input"}
+            assert {_torch.label_of(n).removeprefix("mark:") for n in made} | {"/input"} == wanted | {"/input"}
+        assert {n.args[0].meta["val"].dtype for n in rounded} <= {torch.float32}
         assert all(isinstance(n.args[5], torch.fx.Node) for n in rounded)
-        streams = [n.args[6] for n in rounded if _torch.is_backward(n) == (graph is graphs[1])]
-        assert len(streams) == len(set(streams))
+        assert len({n.args[6] for n in made}) == len(made)
     assert len([n for n in graphs[0].graph.nodes if n.target is torch.ops.assign.seed.default]) == 1
 
 
