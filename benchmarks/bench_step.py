@@ -134,6 +134,8 @@ def run_one(
     (place / "result.json").unlink(missing_ok=True)
     start = time.monotonic()
     outcome = start_worker(place, options.threads, min(options.run_seconds, left))
+    if left < options.run_seconds and outcome["status"] == "failed" and time.monotonic() >= deadline:
+        outcome["reason"] = f"the total time was over: {outcome['reason']}"
     return {**run, **outcome, "process_seconds": time.monotonic() - start}
 
 
