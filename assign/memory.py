@@ -18,7 +18,7 @@ import numpy as np
 
 from assign import lowering
 from assign.assignment import Assignment, Entry, format_pair
-from assign.formats import Format, parse_format
+from assign.formats import Format, Scaling, parse_format
 from assign.recipes import Recipe, get_recipe, initial
 from assign.tensors import MARK, SLICE, Buffer, Event, Role, TensorTable, base_key, saved_key
 
@@ -200,7 +200,8 @@ class Replay:
         operands = [self._carrier(source) for source in info.inputs]
         if info.op in lowering.FLOAT32_PARAMETERS:
             operands = operands[:1]
-        return lowering.compute_dtype(info.op, operands, self._carrier(key))
+        made_in = lowering.made_in(self._carrier(key), self._formats(key)[0])
+        return lowering.compute_dtype(info.op, operands, made_in)
 
     def _index_reads(self) -> dict[int, list[int]]:
         reads: dict[int, list[int]] = defaultdict(list)
@@ -315,7 +316,7 @@ class Replay:
             return None
         explicit = self.entries.get(saved_key(key))
         fmt = parse_format(explicit.format) if explicit else self._formats(key)[0]
-        return info.elements * fmt.code_bytes + (4 if ":" in fmt.name else 0)
+        return info.elements * fmt.code_bytes + (4 if fmt.scaling is not Scaling.NONE else 0)
 
     def _owner(self, info: Buffer, event: Event) -> tuple[str, str]:
         if info.holds:
