@@ -128,6 +128,8 @@ def _mutated(node: fx.Node) -> fx.Node | None:
         return first
     if node.target in _INPLACE_FLAG and _inplace_flag(node):
         return first
+    if getattr(node.target, "__module__", "") == operator.and_.__module__:  # and_, or_, not_: not in place
+        return None
     return first if name.endswith("_") and not name.endswith("__") and not name.startswith("_") else None
 
 

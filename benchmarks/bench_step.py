@@ -1,6 +1,6 @@
 """Is a plan as fast and as small as what people use today?
 
-Claim (issue 4): compiled, a plan of all bf16 takes at most the time of a step of autocast + compile; all low at most
+Claim: compiled, a plan of all bf16 takes at most the time of a step of autocast + compile; all low at most
 1.3 times that on a CPU, and 1.05 on a GPU with fp8 products; and fewer bytes than any peer.
 
 Method: a whole AdamW step (forward, loss, backward, optimizer) on one batch of random data, for each configuration in

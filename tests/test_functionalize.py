@@ -30,6 +30,13 @@ def written_twice(x):
     return out
 
 
+def masked(x):
+    """``and_`` and ``or_`` of the operator module end like in-place methods and are none."""
+    positive = x > 0
+    small = x.abs() < 1
+    return x * ((positive & small) | ~positive)
+
+
 def operators(x):
     y = x.clone()
     y += x
@@ -59,7 +66,7 @@ def transposed(x):
 
 @pytest.mark.parametrize(
     "function",
-    [view_of_view, stale_views, written_twice, operators, functions, masks, transposed],
+    [view_of_view, stale_views, written_twice, masked, operators, functions, masks, transposed],
     ids=lambda f: f.__name__,
 )
 def test_same_values_and_gradients(function):
