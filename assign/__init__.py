@@ -10,7 +10,7 @@ them is pure Python and never imports torch.
 ``tracer``            model + batch → **TensorTable**; ``joint`` and ``workspace`` help it read the backward pass
 ``tensors``           TensorTable, the first waist: rows by key, groups, the schedule of the step
 ``formats``           number formats as rows of data; ``recipes``: candidates per role; ``groups``: shared decisions
-``lowering``          in which dtype an operator computes: one rule for the executor and for the memory model
+``lowering``          in which dtype an operator computes: one rule for all; ``lowered``: that of a whole table
 ``memory``            (table, assignment) → aggregate, peak, timeline
 ``strategies``        searches: (table, recipe, goal) → entries
 ``assignment``        **Assignment**, the second waist: ``plan.json``

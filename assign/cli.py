@@ -1,6 +1,7 @@
 """The shell: arguments in, tables and JSON out; no logic of its own."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from assign.comparison import Run
 from assign.errors import AssignError
 from assign.executor.compile import Backend
 from assign.formats import FORMATS, parse_format
+from assign.lowered import Lowered
 from assign.memory import estimate as estimate_plan
 from assign.planning import search_table, summary
 from assign.promotion import THRESHOLD
@@ -252,12 +254,25 @@ def run(
 def show(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
     everything: Annotated[bool, typer.Option("--all", help="Every entry.")] = False,
+    lowered: Annotated[
+        str | None,
+        typer.Option(metavar="TASK", help="Which operators of this task's step run in 16 bit, which in 32, and why."),
+    ] = None,
+    batch_size: BatchSize = None,
+    data: Data = None,
     json_file: Json = None,
 ) -> None:
-    """Print a plan: where it came from, its formats, its entries."""
+    """Print a plan: where it came from, its formats, its entries; or what it makes of a task's operators."""
     chosen = Assignment.load(plan)
-    console.print(tables.plan_table(chosen, limit=len(chosen.entries) if everything else 20))
-    _write(json_file, json.loads(chosen.to_json()))
+    if lowered is None:
+        console.print(tables.plan_table(chosen, limit=len(chosen.entries) if everything else 20))
+        _write(json_file, json.loads(chosen.to_json()))
+        return
+    table = _traced(_task(lowered, 0, batch_size, "cpu", data, None), "cpu")
+    chosen.check_covers([info.key for info in table.paper_tensors], where=str(plan))
+    operators = Lowered(table, chosen.entries).operators()
+    console.print(tables.lowered_table(operators))
+    _write(json_file, [dataclasses.asdict(each) for each in operators])
 
 
 @app.command()

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from assign import lowering
-from assign.assignment import Assignment, Entry, format_pair
-from assign.formats import Format, Scaling, parse_format
+from assign.assignment import Assignment, Entry
+from assign.formats import Scaling, parse_format
+from assign.lowered import Lowered
 from assign.recipes import Recipe, get_recipe, initial
-from assign.tensors import MARK, SLICE, Buffer, Event, Role, TensorTable, base_key, saved_key
+from assign.tensors import MARK, Buffer, Event, Role, TensorTable, base_key, saved_key
 
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
 _RESIDENT = ("parameters", "buffers", "batch", "optimizer states")
@@ -164,44 +165,12 @@ class Replay:
         self.entries = entries
         self.segments: list[Segment] = []
         self.saved_bytes = 0
-        self._fp32 = parse_format("fp32")
-        self._carriers: dict[str, str] = {}
-        self._computes: dict[str, str] = {}
-        self._narrowed = any(fmt != self._fp32 for key in self._forward_keys() for fmt in self._formats(key))
+        self._lowered = Lowered(table, entries)
+        self._narrowed = self._lowered.narrowed
         self._reads = self._index_reads()
         self._alias = self._find_aliases()
         for number, event in enumerate(self.schedule.events):
             self._replay_event(number, event)
-
-    def _forward_keys(self) -> list[str]:
-        return [i.key for i in self.table.tensors if i.role in (Role.WEIGHT, Role.ACTIVATION)]
-
-    def _formats(self, key: str) -> tuple[Format, Format]:
-        """Of a forward tensor and of its gradient."""
-        return format_pair(self.entries, key) or (self._fp32, self._fp32)
-
-    def _carrier(self, key: str) -> str:
-        if key not in self._carriers:
-            self._carriers[key] = lowering.carrier(*self._formats(key))
-        return self._carriers[key]
-
-    def _compute(self, key: str) -> str:
-        """Dtype in which the operator that makes ``key`` runs."""
-        if key not in self._computes:
-            self._computes[key] = self._find_compute(key)
-        return self._computes[key]
-
-    def _find_compute(self, key: str) -> str:
-        info = self.table.by_key.get(key)
-        if info is None or info.op in ("parameter", "input"):
-            return lowering.FLOAT32
-        if info.op == SLICE:
-            return self._carrier(info.inputs[0])
-        operands = [self._carrier(source) for source in info.inputs]
-        if info.op in lowering.FLOAT32_PARAMETERS:
-            operands = operands[:1]
-        made_in = lowering.made_in(self._carrier(key), self._formats(key)[0])
-        return lowering.compute_dtype(info.op, operands, made_in)
 
     def _index_reads(self) -> dict[int, list[int]]:
         reads: dict[int, list[int]] = defaultdict(list)
@@ -219,16 +188,10 @@ class Replay:
             if not event.op.startswith(MARK) or not event.writes:
                 continue
             key = event.op.removeprefix(MARK)
-            if self._is_identity(key, event.backward):
+            if self._lowered.is_identity(key, backward=event.backward):
                 source = event.reads[0] if event.reads else None
                 alias[event.writes[0]] = alias.get(source, source) if source is not None else None
         return alias
-
-    def _is_identity(self, key: str, backward: bool) -> bool:
-        carrier, made_in = self._carrier(key), self._compute(key)
-        fmt = self._formats(key)[backward]
-        explicit = not backward and saved_key(key) in self.entries
-        return carrier == made_in and fmt.native in (carrier, lowering.FLOAT32) and not explicit
 
     def _readers(self, buffer: int) -> list[int]:
         twins = [b for b, source in self._alias.items() if source == buffer]
@@ -239,7 +202,7 @@ class Replay:
     def _replay_event(self, number: int, event: Event) -> None:
         op = event.op.removeprefix(MARK)
         is_mark = event.op.startswith(MARK)
-        compute = self._compute(op)
+        compute = self._lowered.compute(op)
         for buffer in event.writes:
             if buffer not in self._alias:
                 self._live(buffer, number, event, compute, is_mark)
@@ -255,7 +218,7 @@ class Replay:
         """Whether the event reads a copy of the buffer in a wider dtype."""
         if not info.holds or info.holds.endswith(".grad") or event.op not in self.table.by_key:
             return False
-        return self._carrier(info.holds) != self._compute(event.op)
+        return self._lowered.carrier(info.holds) != self._lowered.compute(event.op)
 
     def _last_slot(self, info: Buffer, number: int) -> int:
         """Slot in which a buffer last read by event ``number`` goes; before it runs, if it reads a converted copy."""
@@ -312,10 +275,10 @@ class Replay:
 
     def _packed(self, key: str, info: Buffer) -> int | None:
         """Bytes of the saved copy, its scale included; None where the value waits as it is."""
-        if self._is_identity(key, backward=False):
+        if self._lowered.is_identity(key, backward=False):
             return None
         explicit = self.entries.get(saved_key(key))
-        fmt = parse_format(explicit.format) if explicit else self._formats(key)[0]
+        fmt = parse_format(explicit.format) if explicit else self._lowered.formats(key)[0]
         return info.elements * fmt.code_bytes + (4 if fmt.scaling is not Scaling.NONE else 0)
 
     def _owner(self, info: Buffer, event: Event) -> tuple[str, str]:
@@ -330,9 +293,9 @@ class Replay:
             return info.elements * _ITEMSIZE.get(info.dtype, 1)
         if info.holds.endswith(".grad"):
             forward = base_key(info.holds)
-            dtype = self._compute(forward) if is_mark else self._carrier(forward)
+            dtype = self._lowered.compute(forward) if is_mark else self._lowered.carrier(forward)
         elif info.holds:
-            dtype = self._carrier(info.holds)
+            dtype = self._lowered.carrier(info.holds)
         else:
             dtype = lowering.FLOAT32 if info.part else compute
         return info.elements * lowering.BYTES[dtype]
@@ -344,10 +307,11 @@ class Replay:
         """
         if not info.holds.endswith(".grad") or not event.backward:
             return _running(number)
-        carrier = self._carrier(base_key(info.holds))
+        carrier = self._lowered.carrier(base_key(info.holds))
         made = carrier if is_mark or event.op == "" else compute
-        kept = self._compute(base_key(info.holds)) if is_mark else carrier
-        rounded = not is_mark or self._formats(base_key(info.holds))[1].native not in (carrier, lowering.FLOAT32)
+        kept = self._lowered.compute(base_key(info.holds)) if is_mark else carrier
+        gradient = self._lowered.formats(base_key(info.holds))[1]
+        rounded = not is_mark or gradient.native not in (carrier, lowering.FLOAT32)
         if made == kept or not rounded:
             return _running(number)
         done = _behind(self._last_of_operator(number))  # autograd converts once the whole operator is done

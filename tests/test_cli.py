@@ -199,3 +199,23 @@ def test_promotions_are_printed_and_saved_beside_the_plan(here):
     assert not (here / "p.promoted.json").exists()
     assert "tensors promoted" in run("train", "mine.py:bright", "--plan", "p.json")
     assert (here / "p.promoted.json").exists()
+
+
+def test_show_lowered_says_where_operators_run_and_why(here):
+    run("search", "mine.py:task", "--low-ratio", "0.5", "-o", "p.json")
+    printed = run("show", "p.json", "--lowered", "mine.py:task", "--json", "lowered.json")
+    rows = {row["key"]: row for row in json.loads((here / "lowered.json").read_text())}
+    assert list(rows) == ["0/linear", "1/gelu", "2/linear", "loss/mse_loss"]
+    assert [row["dtype"] for row in rows.values()] == ["bfloat16", "bfloat16", "bfloat16", "float32"]
+    assert rows["0/linear"]["why"] == "all it reads and makes lives in bfloat16"
+    assert "matrix products: 2 in bfloat16" in printed
+    plan = json.loads((here / "p.json").read_text())
+    plan["tensors"]["0.weight"]["format"] = plan["tensors"]["0.weight.grad"]["format"] = "fp32"
+    plan["tensors"]["1/gelu"]["format"] = "fp(4,3,4)"
+    (here / "q.json").write_text(json.dumps(plan))
+    run("show", "q.json", "--lowered", "mine.py:task", "--json", "lowered.json")
+    rows = {row["key"]: row for row in json.loads((here / "lowered.json").read_text())}
+    assert rows["0/linear"]["why"] == "it reads 0.weight, which lives in float32"
+    assert rows["1/gelu"]["why"].startswith("its result, fp(4,3,4) and its gradient ")
+    assert rows["2/linear"]["why"] == "it reads 1/gelu, which lives in float32"
+    assert rows["loss/mse_loss"]["why"] == "not known to sum in float32 when its operands are 16-bit"

@@ -12,12 +12,14 @@ from rich.table import Table
 from assign.assignment import Assignment, Diff
 from assign.comparison import Comparison, Spread, Summary
 from assign.formats import FORMATS, Format
+from assign.lowered import Operator
 from assign.memory import Estimate
 from assign.promotion import Promoted
 from assign.tensors import Role, TensorTable
 from assign.training import TrainResult
 
 _BAR = 30
+_LOWERED = ("makes", "operator", "rounded to", "runs in", "because")
 
 
 def human_bytes(size: float) -> str:
@@ -145,6 +147,16 @@ def diff_table(diff: Diff) -> RenderableType:
 
 def _entry(entry: Any) -> str:
     return f"{entry.format}{' (low)' if entry.low else ''}"
+
+
+def lowered_table(operators: Sequence[Operator]) -> RenderableType:
+    """In which dtype each operator runs and why; behind it, how many of the products in which."""
+    table = _table("Operators of the forward pass; each runs backward as it does forward", _LOWERED, right=5)
+    for each in operators:
+        table.add_row(each.key, each.op, each.format, each.dtype, each.why)
+    products = Counter(each.dtype for each in operators if each.product)
+    counts = ", ".join(f"{count} in {dtype}" for dtype, count in products.most_common())
+    return Rows(table, f"matrix products: {counts or 'none'}")
 
 
 def promotion_line(past: Promoted) -> str:
