@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from assign import _torch, rounding
 from assign.assignment import Assignment
 from assign.executor.pack import pack
-from assign.formats import parse_format
+from assign.formats import Storage, parse_format
 from assign.promotion import find_slot
 
 
@@ -51,25 +51,21 @@ def inline(graph: fx.Graph) -> None:
 
 
 def _is_inlined(node: fx.Node) -> bool:
-    """Only formats that torch has, and no slot's; rounding only to nearest.
+    """Only casts between dtypes that torch computes in.
 
-    Emulated formats and random bits have long arithmetic: inlined, a ResNet with all tensors in 8 bits compiled for
-    minutes. As operators they share one compiled kernel, and a slot's may round and code in another format at the next
-    step.
+    Rounding to 8 bits, to emulated formats and by chance is long arithmetic: inlined, a graph with all tensors in 8
+    bits compiled for minutes. As operators these share one compiled kernel, which also leaves a slot free to round and
+    to code in another format at the next step.
     """
     name = next(str(argument) for argument in node.args if isinstance(argument, str))
     if find_slot(name) is not None:
         return False
     fmt = parse_format(name)
-    return fmt.native is not None and not (fmt.stochastic and node.target is torch.ops.assign.quantize.default)
+    return fmt.storage is Storage.NATIVE and not fmt.stochastic
 
 
 def _quantize(name: str, saturate: bool, dtype: torch.dtype) -> Callable[..., Tensor]:
     return lambda x, *s: rounding.inline_quantize(x, s[0] if s else None, parse_format(name), saturate, dtype)
-
-
-def _scale(name: str) -> Callable[..., Tensor]:
-    return lambda x: rounding.inline_scale(x, parse_format(name))
 
 
 def _encode(name: str) -> Callable[..., Tensor]:
@@ -82,7 +78,6 @@ def _decode(name: str, dtype: torch.dtype) -> Callable[..., Tensor]:
 
 _EXPANSIONS: dict[Any, Callable[..., Callable[..., Tensor]]] = {
     torch.ops.assign.quantize.default: _quantize,
-    torch.ops.assign.scale.default: _scale,
     torch.ops.assign.encode.default: _encode,
     torch.ops.assign.decode.default: _decode,
 }

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  #
 _MARKERS = ("o", "s", "^", "D", "v", "P", "*")  # seven to six colours: 42 pairs before one comes again
 _STROKES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _LONGEST_NAME = 26
+_TITLE_WIDTH = 70
 _DOTS_PER_INCH = 100  # 900×600
 
 
@@ -328,7 +330,8 @@ def _finish(axes: "Axes", comparison: Comparison, metric: str | None, when: str,
     axes.set_ylabel(f"{what}{' (%)' if share else ''} {when}")
     seeds = len(comparison.seeds)
     spread = f"mean of {seeds} seeds; {bars}: lowest to highest" if seeds > 1 else "one seed"
-    axes.set_title(f"{comparison.task}: {comparison.epochs} epochs, {spread}", loc="left", fontsize=11)
+    lines = [*textwrap.wrap(comparison.task, _TITLE_WIDTH), f"{comparison.epochs} epochs, {spread}"]
+    axes.set_title("\n".join(lines), loc="left", fontsize=11)  # no wider than the axes: the legend stands beside them
     axes.grid(alpha=0.3)
     figure: Any = axes.figure
     handles, labels = axes.get_legend_handles_labels()
