@@ -22,7 +22,7 @@ them is pure Python and never imports torch.
 ``training``          the loop: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file
 ``comparing``         several plans trained on one task, run by run; ``comparison``: what they came to, and its file
 ``report``            tables and pictures for people; ``cli``: the shell
-``errors``            AssignError and what a user can mend; ``_torch``: every private torch name
+``errors``            AssignError, what a user can mend; ``files``: written whole; ``_torch``: all private torch names
 ====================  ==========================================================================================
 """
 

@@ -4,12 +4,10 @@ This is the second waist of the hourglass: the search writes it, the executor ob
 human-readable JSON in and out.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from assign.errors import FormatError, PlanError, nearest
+from assign.files import write_whole
 from assign.formats import Format, parse_format
 from assign.tensors import base_key, grad_key, saved_key
 
@@ -256,23 +255,13 @@ class Assignment:
         target = Path(path)
         if target.is_dir():
             raise PlanError(f"{target} is a directory; give the plan's file, e.g. {target / 'plan.json'}.")
-        text = self.to_json()
-        target = Path(os.path.realpath(target))  # a link stays a link: what it points to is replaced
-        temporary = target.with_name(f".plan-{secrets.token_hex(6)}.tmp")
         try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+            write_whole(target, self.to_json())
         except OSError as error:
             raise PlanError(
                 f"cannot write the plan {path}: {error.strerror or error}. "
                 "Give a file in a directory that exists and that you may write to."
             ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

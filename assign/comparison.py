@@ -1,9 +1,7 @@
 """Comparison: trainings of several variants over several seeds, as one file; what they come to, variant by variant."""
 
-import contextlib
 import dataclasses
 import json
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from assign.errors import ComparisonError
+from assign.files import write_whole
 
 VERSION = 1
 """Version of the file that this package writes, under the key ``assign_comparison``."""
@@ -250,22 +249,13 @@ class Comparison:
         Raises:
             ComparisonError: the file cannot be written.
         """
-        target = Path(os.path.realpath(path))  # a link stays a link: what it points to is replaced
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+            write_whole(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
         except OSError as error:
             raise ComparisonError(
                 f"cannot write the comparison {path}: {error.strerror or error}. "
                 "Give a file in a directory that exists and that you may write to."
             ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 def _summary(row: VariantRow, runs: Sequence[Run]) -> Summary:

@@ -29,7 +29,7 @@ from contextvars import ContextVar
 from types import FunctionType
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from assign.errors import FormatError
 from assign.formats import FORMATS, Format, Scaling, parse_format
@@ -256,7 +256,7 @@ def _inline(work: Work, x: Tensor, scale: Tensor | None) -> Tensor:
 # ---- registered operators: functional, strides as ``empty_like`` gives them; a format's name may be a slot's
 
 
-@torch.library.custom_op("assign::quantize", mutates_args=())
+@library.custom_op("assign::quantize", mutates_args=())
 def _quantize_op(
     x: Tensor,
     scale: Tensor | None,
@@ -292,7 +292,7 @@ def _(
     return torch.empty_like(x, dtype=dtype)
 
 
-@torch.library.custom_op("assign::seed", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@library.custom_op("assign::seed", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
 def _seed_op(device: torch.device) -> Tensor:
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
 
@@ -302,7 +302,7 @@ def _(device: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=device)
 
 
-@torch.library.custom_op("assign::scale", mutates_args=())
+@library.custom_op("assign::scale", mutates_args=())
 def _scale_op(x: Tensor, format: str) -> Tensor:
     if not x.numel():
         return x.new_ones((), dtype=torch.float32)
@@ -314,7 +314,7 @@ def _(x: Tensor, format: str) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("assign::encode", mutates_args=())
+@library.custom_op("assign::encode", mutates_args=())
 def _encode_op(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
     fmt = format_named(format)
     dtype = torch_dtype(fmt.code_dtype)
@@ -328,7 +328,7 @@ def _(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
     return torch.empty_like(x, dtype=torch_dtype(format_named(format).code_dtype))
 
 
-@torch.library.custom_op("assign::decode", mutates_args=())
+@library.custom_op("assign::decode", mutates_args=())
 def _decode_op(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
     if codes.is_floating_point():
         return torch.empty_like(codes, dtype=dtype).copy_(codes)

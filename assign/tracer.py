@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, library, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +27,7 @@ from assign.workspace import kernel_scratch
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-@torch.library.custom_op("assign::probe", mutates_args=())
+@library.custom_op("assign::probe", mutates_args=())
 def probe(x: Tensor, key: str) -> Tensor:
     """A tensor of the table, to be found again in the joint graph."""
     return x.clone()

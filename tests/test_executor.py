@@ -18,20 +18,6 @@ from assign.rounding import quantize
 from assign.tensors import saved_key
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """The forward and backward graphs that run, in order of compilation."""
-    seen = []
-    run_boxed = _torch.run_boxed
-
-    def spy(graph, inputs):
-        seen.append(graph)
-        return run_boxed(graph, inputs)
-
-    monkeypatch.setattr(_torch.eager_backend, "__defaults__", (spy,))
-    return seen
-
-
 def nodes(graphs, target):
     return [node for graph in graphs for node in graph.graph.nodes if node.target is target]
 

@@ -35,7 +35,7 @@ def comparison(**changes: object) -> Comparison:
         by_hand("bad", 0, 0.0, diverged=True),
         by_hand("bad", 1, 0.0, diverged=True),
     )
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]  # any of its fields
+    return dataclasses.replace(made, **changes)
 
 
 def texts(path: Path) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from assign import rounding
@@ -488,7 +488,7 @@ CALLS = [
 @pytest.mark.parametrize(("op", "arguments"), CALLS)
 def test_operators_keep_torch_s_rules(op: Any, arguments: tuple[object, ...]) -> None:
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(op, (x, *arguments))
+    library.opcheck(op, (x, *arguments))
     fakes = FakeTensorMode()
     with fakes:
         fake = op(*(fakes.from_tensor(each) if isinstance(each, Tensor) else each for each in (x, *arguments)))
@@ -498,8 +498,8 @@ def test_operators_keep_torch_s_rules(op: Any, arguments: tuple[object, ...]) ->
 
 def test_decode_keeps_torch_s_rules() -> None:
     codes = encode(torch.randn(3, 4), "fp(4,3,4)")
-    torch.library.opcheck(torch.ops.assign.decode, (codes, None, "fp(4,3,4)", torch.bfloat16))
-    torch.library.opcheck(torch.ops.assign.decode, (torch.randn(3), None, "fp32", torch.float32))
+    library.opcheck(torch.ops.assign.decode, (codes, None, "fp(4,3,4)", torch.bfloat16))
+    library.opcheck(torch.ops.assign.decode, (torch.randn(3), None, "fp32", torch.float32))
 
 
 # ---- properties

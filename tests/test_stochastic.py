@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import everything, sgd, steps, traced
 from models import MLP, MODELS, ResNet, class_loss, images, vectors
-from torch import nn
+from torch import library, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -224,7 +224,7 @@ def test_codes_are_those_of_the_format(name):
 
 def test_operators_keep_torchs_rules():
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(QUANTIZE, (x, None, "e4m3:sr", True, torch.bfloat16, seed(1), 7))
+    library.opcheck(QUANTIZE, (x, None, "e4m3:sr", True, torch.bfloat16, seed(1), 7))
     with FakeTensorMode():
         fake = draw_seed()
     assert (fake.shape, fake.dtype) == ((), torch.int64)
@@ -253,20 +253,6 @@ def test_errors_say_what_to_do(call, message):
 
 
 # ---- in a plan
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """The forward and backward graphs that run, in order of compilation."""
-    seen = []
-    run_boxed = _torch.run_boxed
-
-    def spy(graph, inputs):
-        seen.append(graph)
-        return run_boxed(graph, inputs)
-
-    monkeypatch.setattr(_torch.eager_backend, "__defaults__", (spy,))
-    return seen
 
 
 def one_step(model, batch, plan, number, backend="eager"):
