@@ -11,12 +11,16 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, TorchRuntimeError, Unsupported, UserError
-from torch._functorch.partitioners import default_partition
+from torch._functorch import config as functorch_config
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.graph import _BoxedCodeGen
 
 __all__ = ["FakeTensor", "FakeTensorMode"]
@@ -52,6 +56,11 @@ def is_backward(node: fx.Node) -> bool:
 def set_backward(node: fx.Node, backward: bool) -> None:
     """Say in which pass a node added to a joint graph runs."""
     node.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"
+
+
+def pin_backward(node: fx.Node) -> None:
+    """Say that a node added to a joint graph must run in the backward pass, whatever a partitioner finds cheaper."""
+    node.meta["partitioner_tag"] = "must_be_in_backward"
 
 
 def is_recomputed(node: fx.Node) -> bool:
@@ -132,6 +141,14 @@ def _split(joint: fx.GraphModule, inputs: Any, kwargs: dict[str, Any]) -> Graphs
     return default_partition(joint, inputs, **{name: kwargs[name] for name in allowed if name in kwargs})
 
 
+def _split_minimally(joint: fx.GraphModule, inputs: Any, kwargs: dict[str, Any]) -> Graphs:
+    allowed = ("num_fwd_outputs", "static_lifetime_input_indices")
+    with functorch_config.patch(cse=False):
+        return min_cut_rematerialization_partition(
+            joint, inputs, **{name: kwargs[name] for name in allowed if name in kwargs}
+        )
+
+
 def eager_backend(
     partition: Callable[[fx.GraphModule, Callable[[fx.GraphModule], Graphs]], Graphs],
     compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]] = run_boxed,
@@ -174,7 +191,7 @@ def inductor_backend(
 
     class Partitioner(Keyed, CustomPartitionerFn):
         def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Graphs:
-            return partition(gm, lambda graph: _split(graph, joint_inputs, kwargs))
+            return partition(gm, lambda graph: _split_minimally(graph, joint_inputs, kwargs))
 
     class Inline(Keyed, CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
@@ -191,6 +208,46 @@ def trace_inline(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphM
     mode = next((value.fake_mode for value in args if isinstance(value, FakeTensor)), contextlib.nullcontext())
     with mode:
         return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*args)
+
+
+def compile_kernel(
+    function: Callable[..., None], examples: Sequence[torch.Tensor], varying: int
+) -> Callable[..., None]:
+    """Inductor's code for a function that writes its result into one of its arguments, without guards around it.
+
+    A call costs a few microseconds, where one through ``torch.compile`` looks up guards first. So the caller must see
+    to what guards see to: dtypes and device of the examples, and below 2^31 elements. Arguments may be the same tensor.
+
+    Args:
+        examples: arguments; the first ``varying`` have one axis, of the same length, and any length will do later.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner  # here: it takes a second to import
+    from torch._inductor.decomposition import select_decomp_table
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    dynamic, static = DimDynamic.DYNAMIC, DimDynamic.STATIC
+    with torch.inference_mode(False), torch.no_grad():
+        examples = [torch.empty_like(example) for example in examples]
+        fakes = [
+            mode.from_tensor(
+                example,
+                symbolic_context=StatelessSymbolicContext(
+                    dynamic_sizes=[dynamic if index < varying else static] * example.dim()
+                ),
+            )
+            for index, example in enumerate(examples)
+        ]
+        with mode, enable_python_dispatcher():  # for lengths that are symbols
+            graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*fakes)
+        output_of(graph).args = ((),)
+        graph.recompile()
+        with tracing(TracingContext(mode)):
+            compiled: Any = compile_fx_inner(graph, fakes)
+
+    def run(*args: torch.Tensor) -> None:
+        compiled(list(args))
+
+    return run
 
 
 def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:

@@ -24,6 +24,33 @@ def bits_of(value: float) -> int:
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
+def largest(x: Tensor) -> Tensor:
+    """The bits of the largest magnitude, int32 without axes; those of a NaN are above infinity's."""
+    return (x.to(torch.float32).view(torch.int32) & MAGNITUDE).amax()
+
+
+def power_of_two(magnitude: Tensor, limits: Sequence[Any]) -> Tensor:
+    """The smallest power of two with which ``magnitude``, bits of a float32, lands within a format's largest value."""
+    carry, highest_value, lowest, highest = limits
+    exponent = (((magnitude + carry) >> WIDTH) - highest_value).clamp(lowest, highest)
+    scale = torch.where(magnitude == 0, bits_of(1.0), (exponent + BIAS) << WIDTH)
+    return torch.where(magnitude > INF, magnitude, scale).view(torch.float32)
+
+
+def inverse_power(scale: Tensor) -> Tensor:
+    """The inverse of a power of two, exactly: its exponent with the other sign."""
+    return ((2 * BIAS << WIDTH) - scale.view(torch.int32)).view(torch.float32)
+
+
+@functools.lru_cache(maxsize=1024)
+def scale_limits(fmt: Format) -> tuple[int, ...]:
+    """Numbers for :func:`power_of_two`."""
+    limit = bits_of(fmt.max_value)
+    mantissa = (1 << WIDTH) - 1
+    # the exponent of the magnitude less that of max_value, and one more if its mantissa is the larger
+    return (mantissa - (limit & mantissa), limit >> WIDTH, *fmt.scale_exponents)
+
+
 class Scale(NamedTuple):
     """A scale without axes and its inverse: kernels do not divide, which compilers for GPUs do approximately."""
 

@@ -15,32 +15,24 @@ tensor, and of the element's place in the tensor's shape. So what draws is one s
 has no say, and rounding itself stays pure: computed again in the backward pass, in other pieces, in another layout or
 by another compiler, a value goes the same way, and ``torch.manual_seed`` repeats a run.
 
-Each kernel is written once, in plain torch, over a few numbers taken from the format. It runs compiled, with those
-numbers as run-time tensors, so that one compilation serves every ``fp(e,m,b)``; or op by op on small pieces; or, as
-``inline_*``, traced into a graph with the numbers as constants.
+Each kernel is written once, in plain torch, over a few numbers taken from the format (:mod:`assign.kernels`), and run
+by :mod:`assign.launch`.
 """
 
-import functools
-import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import FunctionType
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from assign.errors import FormatError
 from assign.formats import FORMATS, Format, Scaling, parse_format
-from assign.kernels import BIAS, INF, MAGNITUDE, WIDTH, Scale, Work, bits_of, coding, quantizing
+from assign.kernels import WIDTH, coding, quantizing, scale_limits
+from assign.launch import count_at_least, find_scale, run, run_scaled
 from assign.promotion import find_slot, format_named
 
 _FLOATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"], torch.float16: FORMATS["fp16"]}
-
-_WORTH_COMPILING = 2**14  # elements; below that nobody waits for a compiler
-_PIECE = 2**16  # elements at a time without one: temporaries stay in the processor's cache
-_DEVICE_PIECE = 2**22  # the same where every launch costs
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -48,144 +40,6 @@ def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-# ---- running a kernel: compiled, or op by op
-
-_choice: ContextVar[bool | None] = ContextVar("assign_use_compiled", default=None)
-
-
-@contextmanager
-def use_compiled(choice: bool | None) -> Iterator[None]:
-    """Choose inside this context: True compiles at every size and raises if that fails; False runs op by op.
-
-    None, the default, compiles for large tensors and falls back, with one logged warning, where no compiler works.
-    The results are the same bit for bit.
-    """
-    token = _choice.set(choice)
-    try:
-        yield
-    finally:
-        _choice.reset(token)
-
-
-@functools.cache
-def _compiler_failed(device_type: str) -> threading.Event:
-    return threading.Event()
-
-
-@functools.cache
-def _compiled(kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype) -> Callable[..., None]:
-    def store(
-        x: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, out: Tensor, *key: Tensor
-    ) -> None:
-        out.copy_(kernel(x, Scale(scale, inverse), (*ints.unbind(), *floats.unbind()), *key))
-
-    # Dynamo limits how many variants one code object may have: give each pair of dtypes its own
-    code = store.__code__.replace(co_name=f"store{kernel.__name__}_{source}_{target}".replace("torch.", ""))
-    own = FunctionType(code, store.__globals__, closure=store.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True)
-
-
-@functools.lru_cache(maxsize=1024)
-def _tensors(ints: tuple[int, ...], floats: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
-        return (
-            torch.tensor(ints, dtype=torch.int32, device=device),
-            torch.tensor(floats, dtype=torch.float32, device=device),
-        )
-
-
-@functools.lru_cache(maxsize=64)
-def _one(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.ones((), dtype=torch.float32, device=device)
-
-
-def _scale_of(work: Work, scale: Tensor | None, device: torch.device) -> Scale | None:
-    if scale is None:
-        if work.unit == 1.0:
-            return None
-        scale = _one(device)
-    scale = scale.reshape(()) * work.unit
-    return Scale(scale, scale.reciprocal())
-
-
-def _flat(x: Tensor) -> Tensor:
-    """A dense tensor as one axis, in the order of its memory; no view, whose base would make Dynamo compile again."""
-    flat = torch.empty(0, dtype=x.dtype, device=x.device)
-    return flat.set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
-
-
-@torch.no_grad()
-def _run(work: Work, x: Tensor, scale: Tensor | None, dtype: torch.dtype, key: Tensor | None = None) -> Tensor:
-    result = torch.empty_like(x, dtype=dtype)
-    if not x.numel():
-        return result
-    if key is not None and not x.is_contiguous():  # random bits go by the place in the shape, not in memory
-        return result.copy_(_run(work, x.contiguous(), scale, dtype, key))
-    keys = () if key is None else (key,)
-    dense = x if x.stride() == result.stride() else torch.empty_like(x).copy_(x)
-    source, target = _flat(dense), _flat(result)
-    scales = _scale_of(work, scale, x.device)
-    numbers = _tensors(work.ints, work.floats, x.device)
-    fused = scales or [_one(x.device)] * 2
-    if _ran_compiled(x, lambda: _compiled(work.kernel, x.dtype, dtype)(source, *fused, *numbers, target, *keys)):
-        return result
-    for part, out in zip(_pieces(source), _pieces(target), strict=True):
-        place = () if key is None else (key, part.storage_offset() - source.storage_offset())
-        out.copy_(work.kernel(part, scales, (*work.ints, *work.floats), *place))
-    return result
-
-
-def _ran_compiled(x: Tensor, run: Callable[[], None]) -> bool:
-    """Whether compiled code was wanted for ``x`` and ``run`` went through."""
-    choice, failed = _choice.get(), _compiler_failed(x.device.type)
-    if not (choice or (choice is None and x.numel() >= _WORTH_COMPILING and not failed.is_set())):
-        return False
-    try:
-        run()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if choice:
-            raise
-        failed.set()
-        logging.getLogger("assign").warning(
-            "torch.compile does not work here for %s (%s: %s); rounding runs op by op, more slowly.",
-            x.device.type,
-            type(error).__name__,
-            str(error).strip().partition("\n")[0],
-        )
-        return False
-    return True
-
-
-def _pieces(flat: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(flat, _PIECE if flat.device.type == "cpu" else _DEVICE_PIECE)
-
-
-@functools.cache
-def _compiled_count(source: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], None]:
-    def store(x: Tensor, threshold: Tensor, out: Tensor) -> None:
-        out.copy_((x.abs() >= threshold).sum())
-
-    code = store.__code__.replace(co_name=f"count_{source}".replace("torch.", ""))  # as above
-    return torch.compile(FunctionType(code, store.__globals__), dynamic=True, fullgraph=True)
-
-
-@torch.no_grad()
-def _count_overflow(x: Tensor, fmt: Format) -> Tensor:
-    """How many elements overflow: int64 without axes."""
-    count = torch.zeros((), dtype=torch.int64, device=x.device)
-    if not x.numel():
-        return count
-    flat = _flat(x if x.stride() == torch.empty_like(x, device="meta").stride() else x.clone())
-    _, threshold = _tensors((), (fmt.overflow_threshold,), x.device)
-    if not _ran_compiled(x, lambda: _compiled_count(x.dtype)(flat, threshold[0], count)):
-        for part in _pieces(flat):
-            count += (part.abs() >= fmt.overflow_threshold).sum()
-    return count
 
 
 def _key(seed: Tensor, stream: int) -> Tensor:
@@ -202,62 +56,24 @@ def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
     return result if result.dtype == dtype else torch.empty_like(result, dtype=dtype).copy_(result)
 
 
-# ---- for tracing into a graph
+def inline_cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
+    """``assign::quantize`` to a dtype of torch's, as plain operators with constants: a compiler fuses these.
 
-
-def inline_quantize(x: Tensor, scale: Tensor | None, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
-    """``assign::quantize`` as plain torch operators with constants, for a compiler to fuse with its neighbours.
-
-    Not for stochastic formats: their arithmetic is long, and as operators they share one compiled kernel.
-    ``scale`` is a power of two from ``amax_scale`` or ``inline_scale``. No step is a cast to bf16 and back, which
-    Inductor takes the liberty to leave out.
+    To a 16-bit ``dtype`` it is a cast. As under autocast, Inductor then hands operators that it fuses the value as it
+    was before. In float32 it is arithmetic on bits: a cast to 16 bits and back, Inductor would leave out everywhere.
     """
     if fmt.native == "float32":
         return x.to(dtype)
-    return _inline(quantizing(fmt, saturate), x, scale).to(dtype)
+    if fmt.native is not None and torch_dtype(fmt.native) == dtype:
+        return (x.to(torch.float32).clamp(-fmt.max_value, fmt.max_value) if saturate else x).to(dtype)
+    work = quantizing(fmt, saturate)
+    return work.kernel(x, None, (*work.ints, *work.floats)).to(dtype)
 
 
-def inline_scale(x: Tensor, fmt: Format) -> Tensor:
-    """``assign::scale`` as plain torch operators. ``x`` must have elements."""
-    low, high = torch.aminmax(x)
-    amax = torch.maximum(-low, high).to(torch.float32).view(torch.int32) & MAGNITUDE
-    limit = bits_of(fmt.max_value)
-    lowest, highest = fmt.scale_exponents
-    # the exponent of amax less that of max_value, and one more if the mantissa of amax is the larger
-    carry = (1 << WIDTH) - 1 - (limit & ((1 << WIDTH) - 1))
-    exponent = (((amax + carry) >> WIDTH) - (limit >> WIDTH)).clamp(lowest, highest)
-    scale = torch.where(amax == 0, bits_of(1.0), (exponent + BIAS) << WIDTH)
-    return torch.where(amax > INF, amax, scale).view(torch.float32)
+# ---- registered operators: strides as ``empty_like`` gives them; a format's name may be a slot's
 
 
-def inline_encode(x: Tensor, scale: Tensor | None, fmt: Format) -> Tensor:
-    """``assign::encode`` as plain torch operators."""
-    dtype = torch_dtype(fmt.code_dtype)
-    return x.to(dtype) if dtype.is_floating_point else _inline(coding(fmt)[0], x, scale).to(dtype)
-
-
-def inline_decode(codes: Tensor, scale: Tensor | None, fmt: Format, dtype: torch.dtype) -> Tensor:
-    """``assign::decode`` as plain torch operators."""
-    if torch_dtype(fmt.code_dtype).is_floating_point:
-        return codes.to(dtype)
-    return _inline(coding(fmt)[1], codes, scale).to(dtype)
-
-
-def _inline(work: Work, x: Tensor, scale: Tensor | None) -> Tensor:
-    scales = None
-    if scale is not None or work.unit != 1.0:
-        scale = x.new_ones((), dtype=torch.float32) if scale is None else scale.reshape(())
-        scale = scale * work.unit
-        # of a power of two, exactly: its exponent with the other sign
-        scales = Scale(scale, ((2 * BIAS << WIDTH) - scale.view(torch.int32)).view(torch.float32))
-    return work.kernel(x, scales, (*work.ints, *work.floats))
-
-
-# ---- registered operators: functional, strides as ``empty_like`` gives them; a format's name may be a slot's
-
-
-@library.custom_op("assign::quantize", mutates_args=())
-def _quantize_op(
+def _quantize(
     x: Tensor,
     scale: Tensor | None,
     format: str,
@@ -266,78 +82,102 @@ def _quantize_op(
     seed: Tensor | None = None,
     stream: int = 0,
 ) -> Tensor:
-    slot = find_slot(format)
-    fmt = slot.format if slot else parse_format(format)
+    return _round(x, scale, format, saturate, dtype, seed, stream, None)
+
+
+def _quantize_in_place(
+    x: Tensor, scale: Tensor | None, format: str, saturate: bool, seed: Tensor | None = None, stream: int = 0
+) -> None:
+    _round(x, scale, format, saturate, x.dtype, seed, stream, x)
+
+
+def _round(
+    x: Tensor,
+    scale: Tensor | None,
+    name: str,
+    saturate: bool,
+    dtype: torch.dtype,
+    seed: Tensor | None,
+    stream: int,
+    out: Tensor | None,
+) -> Tensor:
+    slot = find_slot(name)
+    fmt = slot.format if slot else parse_format(name)
     if slot and slot.measuring:
-        slot.record(_count_overflow(x, fmt), x.numel())
+        slot.record(count_at_least(x, fmt.overflow_threshold), x.numel())
     if fmt.stochastic:
         if seed is None:
             raise FormatError(f"{fmt.name!r} needs a seed, and none was given.\n  Take it from draw_seed().")
-        return _run(quantizing(fmt, saturate), x, scale, dtype, _key(seed, stream))
+        return run(quantizing(fmt, saturate), x, scale, dtype, _key(seed, stream), out=out)
     if scale is None and fmt.native == fmt.code_dtype:
-        return _cast(x, fmt, saturate, dtype)
-    return _run(quantizing(fmt, saturate), x, scale, dtype)
+        cast = _cast(x, fmt, saturate, dtype)
+        return cast if out is None else out.copy_(cast)
+    return run(quantizing(fmt, saturate), x, scale, dtype, out=out)
 
 
-@_quantize_op.register_fake
-def _(
-    x: Tensor,
-    scale: Tensor | None,
-    format: str,
-    saturate: bool,
-    dtype: torch.dtype,
-    seed: Tensor | None = None,
-    stream: int = 0,
-) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
+def _scale(x: Tensor, format: str) -> Tensor:
+    return find_scale(scale_limits(format_named(format)), x)
 
 
-@library.custom_op("assign::seed", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
-def _seed_op(device: torch.device) -> Tensor:
-    return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
+def _scale_quantize(x: Tensor, format: str, saturate: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``quantize`` with it, in one pass: result and scale. Not for stochastic formats."""
+    fmt = format_named(format)
+    return run_scaled(quantizing(fmt, saturate), scale_limits(fmt), x, dtype)
 
 
-@_seed_op.register_fake
-def _(device: torch.device) -> Tensor:
-    return torch.empty((), dtype=torch.int64, device=device)
+def _scale_quantize_in_place(x: Tensor, format: str, saturate: bool) -> Tensor:
+    fmt = format_named(format)
+    return run_scaled(quantizing(fmt, saturate), scale_limits(fmt), x, x.dtype, out=x)[1]
 
 
-@library.custom_op("assign::scale", mutates_args=())
-def _scale_op(x: Tensor, format: str) -> Tensor:
-    if not x.numel():
-        return x.new_ones((), dtype=torch.float32)
-    return inline_scale(x, format_named(format))
-
-
-@_scale_op.register_fake
-def _(x: Tensor, format: str) -> Tensor:
-    return x.new_empty((), dtype=torch.float32)
-
-
-@library.custom_op("assign::encode", mutates_args=())
-def _encode_op(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
+def _encode(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
     fmt = format_named(format)
     dtype = torch_dtype(fmt.code_dtype)
     if dtype.is_floating_point:
         return torch.empty_like(x, dtype=dtype).copy_(x)
-    return _run(coding(fmt)[0], x, scale, dtype)
+    return run(coding(fmt)[0], x, scale, dtype)
 
 
-@_encode_op.register_fake
-def _(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
+def _decode(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
+    if codes.is_floating_point():
+        return torch.empty_like(codes, dtype=dtype).copy_(codes)
+    return run(coding(format_named(format))[1], codes, scale, dtype)
+
+
+def _seed(device: torch.device) -> Tensor:
+    return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
+
+
+def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any], mutates: str = "") -> None:
+    """Make ``function`` the operator ``assign::name``, on every device; ``fake`` says what comes out, without data."""
+    schema = library.infer_schema(function, mutates_args=(mutates,) if mutates else ())
+    tags = torch.Tag.nondeterministic_seeded if function is _seed else ()
+    library.define(f"assign::{name}", schema, tags=tags)
+    library.impl(f"assign::{name}", "CompositeExplicitAutograd", function)
+    names = inspect.signature(function)
+    library.register_fake(f"assign::{name}", lambda *args, **kwargs: fake(**names.bind(*args, **kwargs).arguments))
+
+
+def _scalar(x: Tensor, **_rest: Any) -> Tensor:
+    return x.new_empty((), dtype=torch.float32)
+
+
+def _like(x: Tensor, dtype: torch.dtype, **_rest: Any) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _codes_like(x: Tensor, format: str, **_rest: Any) -> Tensor:
     return torch.empty_like(x, dtype=torch_dtype(format_named(format).code_dtype))
 
 
-@library.custom_op("assign::decode", mutates_args=())
-def _decode_op(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
-    if codes.is_floating_point():
-        return torch.empty_like(codes, dtype=dtype).copy_(codes)
-    return _run(coding(format_named(format))[1], codes, scale, dtype)
-
-
-@_decode_op.register_fake
-def _(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(codes, dtype=dtype)
+_register("quantize", _quantize, _like)
+_register("quantize_", _quantize_in_place, lambda **_: None, "x")
+_register("scale", _scale, _scalar)
+_register("scale_quantize", _scale_quantize, lambda x, **rest: (_like(x, **rest), _scalar(x)))
+_register("scale_quantize_", _scale_quantize_in_place, _scalar, "x")
+_register("encode", _encode, _codes_like)
+_register("decode", _decode, lambda codes, dtype, **_: _like(codes, dtype))
+_register("seed", _seed, lambda device: torch.empty((), dtype=torch.int64, device=device))
 
 
 # ---- the same for people, with their arguments checked
@@ -381,13 +221,13 @@ def quantize(
     if dtype is None:
         dtype = x.dtype if _FLOATS[x.dtype].contains(fmt) else torch_dtype(fmt.carrier)
     _check_holds(dtype, fmt)
-    result: Tensor = _quantize_op(x, scale, fmt.name, saturate, dtype, seed)
+    result: Tensor = torch.ops.assign.quantize(x, scale, fmt.name, saturate, dtype, seed)
     return result
 
 
 def draw_seed(device: torch.device | str = "cpu") -> Tensor:
     """A seed for stochastic rounding, from torch's generator of ``device``: int64 without axes, there."""
-    seed: Tensor = _seed_op(torch.device(device))
+    seed: Tensor = torch.ops.assign.seed(torch.device(device))
     return seed
 
 
@@ -409,7 +249,7 @@ def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
     if fmt.scaling is Scaling.NONE:
         scaled = ", ".join(name for name, row in FORMATS.items() if row.scaling is not Scaling.NONE)
         raise FormatError(f"{fmt.name!r} has no scale.\n  Formats with one: {scaled}.\n  Choose one of these.")
-    scale: Tensor = _scale_op(x, fmt.name)
+    scale: Tensor = torch.ops.assign.scale(x, fmt.name)
     return scale
 
 
@@ -430,7 +270,7 @@ def encode(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None) -> Tens
     """
     fmt = _checked(x, fmt, scale)
     _check_scaled(fmt, scale)
-    codes: Tensor = _encode_op(x, scale, fmt.name)
+    codes: Tensor = torch.ops.assign.encode(x, scale, fmt.name)
     return codes
 
 
@@ -456,7 +296,7 @@ def decode(
     _check_scaled(fmt, scale)
     dtype = dtype or torch_dtype(fmt.carrier)
     _check_holds(dtype, fmt)
-    result: Tensor = _decode_op(codes, scale, fmt.name, dtype)
+    result: Tensor = torch.ops.assign.decode(codes, scale, fmt.name, dtype)
     return result
 
 

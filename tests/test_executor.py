@@ -132,8 +132,8 @@ def test_products_stay_in_fp32_where_operands_are_not_exact_in_16_bit(graphs):
 def test_weights_are_rounded_again_rather_than_saved(graphs):
     model, batch = MLP(), vectors()
     planned_step(model, class_loss, all_low(traced(model, batch)), backend="eager")(batch).backward()
-    weight = nodes([graphs[1]], torch.ops.assign.quantize.default)
-    assert any(_torch.label_of(n) == "mark:second.weight" and n.args[3] is not False for n in weight)
+    rounded = nodes([graphs[1]], torch.ops.assign.scale_quantize.default)
+    assert any(_torch.label_of(n) == "mark:second.weight" and n.args[2] is True for n in rounded)
 
 
 def test_saved_may_be_narrower_than_the_activation(graphs):

@@ -87,14 +87,14 @@ def test_takes_effect_at_the_next_step_alone_and_is_kept_in_its_new_width(backen
     promotion = Promotion(plan)
     step = assign.planned_step(model, total, plan, backend=backend, promotion=promotion)
     planned = assign.apply(model, plan, backend=backend, promotion=promotion)
-    packed, kernel = [], rounding._run
+    packed, kernel = [], rounding.run
 
-    def record(work, x, scale, dtype):
+    def record(work, x, scale, dtype, *rest, **options):
         if not dtype.is_floating_point:
             packed.append(dtype)
-        return kernel(work, x, scale, dtype)
+        return kernel(work, x, scale, dtype, *rest, **options)
 
-    monkeypatch.setattr(rounding, "_run", record)
+    monkeypatch.setattr(rounding, "run", record)
     values, codes = [], []
     for _ in range(4):
         packed.clear()

@@ -19,8 +19,9 @@ from assign.errors import FormatError
 from assign.executor.apply import apply, planned_step
 from assign.formats import parse_format
 from assign.kernels import random_bits
+from assign.launch import use_compiled
 from assign.promotion import Promotion
-from assign.rounding import _key, amax_scale, decode, draw_seed, encode, quantize, use_compiled
+from assign.rounding import _key, amax_scale, decode, draw_seed, encode, quantize
 
 # Inductor's own imports warn, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")

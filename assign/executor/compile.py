@@ -1,6 +1,7 @@
-"""Backends: the packed graphs run node by node, or compiled by Inductor with the rounding inlined."""
+"""Backends: the packed graphs run node by node, or compiled by Inductor."""
 
 import hashlib
+import operator
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
@@ -12,7 +13,12 @@ from assign import _torch, rounding
 from assign.assignment import Assignment
 from assign.executor.pack import pack
 from assign.formats import Storage, parse_format
+from assign.joint import describe, is_view
 from assign.promotion import find_slot
+
+_QUANTIZE = torch.ops.assign.quantize.default
+_SCALE = torch.ops.assign.scale.default
+_SCALE_QUANTIZE = torch.ops.assign.scale_quantize.default
 
 
 class Backend(StrEnum):
@@ -27,36 +33,115 @@ def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
 
     def partition(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
         pack(joint, plan)
-        return split(joint)
+        return _fused(split(joint))
 
     if backend is Backend.EAGER:
         return _torch.eager_backend(partition)
+
+    def partition_minimally(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
+        pack(joint, plan)
+        for node in joint.graph.nodes:
+            if node.target in (*_CASTS, _SCALE) and _torch.is_backward(node):
+                _torch.pin_backward(node)
+        return _fused(split(joint))
+
     entries = "\n".join(f"{key} {entry.format}" for key, entry in sorted(plan.entries.items()))
-    return _torch.inductor_backend(partition, inline, identity=hashlib.sha256(entries.encode()).hexdigest())
+    return _torch.inductor_backend(partition_minimally, inline, identity=hashlib.sha256(entries.encode()).hexdigest())
+
+
+def _fused(graphs: _torch.Graphs) -> _torch.Graphs:
+    for module in graphs:
+        fuse_scales(module.graph)
+        module.recompile()
+    return graphs
+
+
+def fuse_scales(graph: fx.Graph) -> None:
+    """Scale and quantize as one operator wherever the scale is that of the very tensor and format."""
+    for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
+        x, scale, name, saturate, dtype = node.args[:5]
+        if not isinstance(scale, fx.Node) or scale.target is not _SCALE or scale.args != (x, name):
+            continue
+        if len(node.args) > 5 or scale not in graph.nodes:  # a seed: by chance, in a kernel of its own
+            continue
+        with graph.inserting_before(scale):
+            both = graph.call_function(_SCALE_QUANTIZE, (x, name, saturate, dtype))
+            parts = [graph.call_function(operator.getitem, (both, index)) for index in (0, 1)]
+        values = (_torch.joint_value(node), _torch.joint_value(scale))
+        for new, value in zip((both, *parts), (values, *values), strict=True):
+            describe(new, value, node, backward=_torch.is_backward(node))
+        node.replace_all_uses_with(parts[0])
+        scale.replace_all_uses_with(parts[1])
+        graph.erase_node(node)
+        graph.erase_node(scale)
 
 
 def inline(graph: fx.Graph) -> None:
-    """Replace our operators by the arithmetic they stand for, where a graph gains by it: Inductor fuses that."""
+    """Replace casts between dtypes that torch computes in by torch's own operators: Inductor fuses them.
+
+    Rounding to 8 bits, to emulated formats and by chance is long arithmetic: inlined, a graph with all tensors in 8
+    bits compiled for minutes. As operators these share compiled kernels, which also leaves a slot free to round and
+    to code in another format at the next step.
+    """
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._to_copy.default:  # added by the packing, behind Inductor's decompositions
             node.target = torch.ops.prims.convert_element_type.default
             node.args, node.kwargs = (node.args[0], node.kwargs["dtype"]), {}
-        elif node.op == "call_function" and node.target in _EXPANSIONS and _is_inlined(node):
-            tensors = [argument for argument in node.args if isinstance(argument, fx.Node)]
-            rest = [argument for argument in node.args if argument is not None and argument not in tensors]
-            function = _EXPANSIONS[node.target](*rest)
-            body = _torch.trace_inline(function, [_torch.joint_value(tensor) for tensor in tensors])
-            _splice(graph, node, body, tensors)
+        elif node.op == "call_function" and node.target in _CASTS and _is_cast(node):
+            x = _torch.source_of(node)
+            rest = [argument for argument in node.args[1:] if argument is not None]
+            body = _torch.trace_inline(_CASTS[node.target](*rest), [_torch.joint_value(x)])
+            _splice(graph, node, body, [x])
+    overwrite(graph)
     graph.lint()
 
 
-def _is_inlined(node: fx.Node) -> bool:
-    """Only casts between dtypes that torch computes in.
+_IN_PLACE = {
+    _QUANTIZE: (torch.ops.assign.quantize_.default, ("x", "scale", "format", "saturate", "dtype", "seed", "stream")),
+    _SCALE_QUANTIZE: (torch.ops.assign.scale_quantize_.default, ("x", "format", "saturate", "dtype")),
+}
 
-    Rounding to 8 bits, to emulated formats and by chance is long arithmetic: inlined, a graph with all tensors in 8
-    bits compiled for minutes. As operators these share one compiled kernel, which also leaves a slot free to round and
-    to code in another format at the next step.
+
+def overwrite(graph: fx.Graph) -> None:
+    """Let a value be rounded in its own memory where nobody else reads it.
+
+    Otherwise a rounded copy is made beside it: more bytes at the peak, and fresh memory is slow to touch. Inductor has
+    the last word: it copies where it finds another reader.
     """
+    for node in [node for node in graph.nodes if node.target in _IN_PLACE]:
+        target, names = _IN_PLACE[node.target]
+        arguments = dict(zip(names, node.args, strict=False))
+        dtype, x = arguments.pop("dtype"), _torch.source_of(node)
+        value = _torch.joint_value(x)
+        scaled = node.target is _SCALE_QUANTIZE
+        result = _torch.joint_value(node)[0] if scaled else _torch.joint_value(node)
+        if value.dtype != dtype or value.stride() != result.stride() or not _is_last_reader(node):
+            continue
+        with graph.inserting_before(node):
+            both = graph.call_function(torch.ops.higher_order.auto_functionalized, (target,), arguments)
+            scale, rounded = (graph.call_function(operator.getitem, (both, index)) for index in (0, 1))
+        describe(both, (_torch.joint_value(node)[1] if scaled else None, result), node, backward=False)
+        describe(rounded, result, node, backward=False)
+        if scaled:
+            describe(scale, _torch.joint_value(node)[1], node, backward=False)
+            for user in list(node.users):
+                user.replace_all_uses_with((rounded, scale)[user.args[1]])
+                graph.erase_node(user)
+        else:
+            graph.erase_node(scale)
+            node.replace_all_uses_with(rounded)
+        graph.erase_node(node)
+
+
+def _is_last_reader(node: fx.Node) -> bool:
+    """Whether nothing but ``node`` reads its first argument, nor the memory that this is a view of."""
+    source = _torch.source_of(node)
+    while len(source.users) == 1 and is_view(source):
+        source = _torch.source_of(source)
+    return len(source.users) == 1 and source.op == "call_function" and not is_view(source)
+
+
+def _is_cast(node: fx.Node) -> bool:
     name = next(str(argument) for argument in node.args if isinstance(argument, str))
     if find_slot(name) is not None:
         return False
@@ -65,19 +150,20 @@ def _is_inlined(node: fx.Node) -> bool:
 
 
 def _quantize(name: str, saturate: bool, dtype: torch.dtype) -> Callable[..., Tensor]:
-    return lambda x, *s: rounding.inline_quantize(x, s[0] if s else None, parse_format(name), saturate, dtype)
+    return lambda x: rounding.inline_cast(x, parse_format(name), saturate, dtype)
 
 
 def _encode(name: str) -> Callable[..., Tensor]:
-    return lambda x, *s: rounding.inline_encode(x, s[0] if s else None, parse_format(name))
+    dtype = rounding.torch_dtype(parse_format(name).code_dtype)
+    return lambda x: x.to(dtype)
 
 
-def _decode(name: str, dtype: torch.dtype) -> Callable[..., Tensor]:
-    return lambda codes, *s: rounding.inline_decode(codes, s[0] if s else None, parse_format(name), dtype)
+def _decode(_name: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    return lambda codes: codes.to(dtype)
 
 
-_EXPANSIONS: dict[Any, Callable[..., Callable[..., Tensor]]] = {
-    torch.ops.assign.quantize.default: _quantize,
+_CASTS: dict[Any, Callable[..., Callable[..., Tensor]]] = {
+    _QUANTIZE: _quantize,
     torch.ops.assign.encode.default: _encode,
     torch.ops.assign.decode.default: _decode,
 }

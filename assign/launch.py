@@ -1,0 +1,291 @@
+"""Running a kernel: compiled, with a format's numbers as run-time tensors, or op by op on small pieces.
+
+One compilation per kernel and pair of dtypes serves every format. On a CPU narrow elements go several to a word (see
+:mod:`assign.words`). Where no compiler works a run is slower, and its results are the same bit for bit.
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from assign import _torch
+from assign.kernels import Scale, Work, inverse_power, largest, power_of_two
+from assign.words import join, lanes, split, word_dtype
+
+_WORTH_COMPILING = 2**14  # elements; below that nobody waits for a compiler
+_MOST = 2**31 - 1  # elements: compiled code may count them in 32 bits
+_PIECE = 2**16  # elements at a time without one: temporaries stay in the processor's cache
+_DEVICE_PIECE = 2**22  # the same where every launch costs
+
+_choice: ContextVar[bool | None] = ContextVar("assign_use_compiled", default=None)
+
+
+@contextmanager
+def use_compiled(choice: bool | None) -> Iterator[None]:
+    """Choose inside this context: True compiles at every size and raises if that fails; False runs op by op.
+
+    None, the default, compiles for large tensors and falls back, with one logged warning, where no compiler works.
+    The results are the same bit for bit.
+    """
+    token = _choice.set(choice)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+@torch.no_grad()
+def run(
+    work: Work,
+    x: Tensor,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    key: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``work`` on every element of ``x``: a tensor of ``dtype``, in the layout of ``x`` where that is dense.
+
+    Args:
+        scale: float32, one element. None: 1.
+        key: int64 [2], what the random bits of a stochastic kernel are made from.
+        out: where to put the result, ``x`` itself if need be; None: a fresh tensor.
+    """
+    result = torch.empty_like(x, dtype=dtype) if out is None else out
+    if not x.numel():
+        return result
+    in_order = key is None or x.is_contiguous()  # random bits go by the place in the shape, not in memory
+    if not in_order or not _is_dense(x) or x.stride() != result.stride():
+        return result.copy_(run(work, x.contiguous(), scale, dtype, key))
+    keys = () if key is None else (key,)
+    scales = _scale_of(work, scale, x.device)
+    numbers = _tensors(work.ints, work.floats, x.device)
+    fused = scales or [_one(x.device)] * 2
+    count = _lanes(x, dtype) if key is None else 1
+    done = x.numel() - x.numel() % count
+
+    def compiled() -> None:
+        words = (_words(tensor, done, count) for tensor in (x, result))
+        _compiled(work.kernel, x.dtype, dtype, count, x.device)(*words, *fused, *numbers, *keys)
+
+    if not _ran_compiled(x, compiled):
+        done = 0
+    if done < x.numel():
+        for part, place in zip(_pieces(_flat(x)[done:]), _pieces(_flat(result)[done:]), strict=True):
+            random = () if key is None else (key, part.storage_offset() - x.storage_offset())
+            place.copy_(work.kernel(part, scales, (*work.ints, *work.floats), *random))
+    return result
+
+
+@torch.no_grad()
+def run_scaled(
+    work: Work, limits: tuple[int, ...], x: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``work`` with the scale that :func:`find_scale` gives, in one call where that compiles: result and scale."""
+    count = _lanes(x, dtype)
+    result = torch.empty_like(x, dtype=dtype) if out is None else out
+    scale = torch.empty((), dtype=torch.float32, device=x.device)
+    if x.numel() and x.numel() % count == 0 and _is_dense(x) and x.stride() == result.stride():
+        numbers = _tensors(work.ints, (*work.floats, work.unit), x.device)
+        bounds, _ = _tensors(limits, (), x.device)
+
+        def compiled() -> None:
+            words = (_words(tensor, x.numel(), count) for tensor in (x, result))
+            _compiled_scaled(work.kernel, x.dtype, dtype, count, x.device)(*words, *numbers, bounds, scale)
+
+        if _ran_compiled(x, compiled):
+            return result, scale
+    scale = find_scale(limits, x)
+    return run(work, x, scale, dtype, out=result), scale
+
+
+@torch.no_grad()
+def find_scale(limits: tuple[int, ...], x: Tensor) -> Tensor:
+    """The scale for ``x`` under ``limits``, which ``kernels.scale_limits`` gives: float32 without axes.
+
+    1 for no elements, NaN for any NaN.
+    """
+    scale = torch.ones((), dtype=torch.float32, device=x.device)
+    if not x.numel():
+        return scale
+    count = _lanes(x)
+    bounds, _ = _tensors(limits, (), x.device)
+    if x.numel() % count == 0 and _is_dense(x):
+        words = _words(x, x.numel(), count)
+        if _ran_compiled(x, lambda: _compiled_scale(x.dtype, count, x.device)(words, bounds, scale)):
+            return scale
+    low, high = torch.aminmax(x)
+    return power_of_two(largest(torch.maximum(-low, high)), limits)
+
+
+@torch.no_grad()
+def count_at_least(x: Tensor, threshold: float) -> Tensor:
+    """How many magnitudes in ``x`` reach ``threshold``: int64 without axes."""
+    count = torch.zeros((), dtype=torch.int64, device=x.device)
+    if not x.numel():
+        return count
+    flat = _flat(x if _is_dense(x) else x.clone())
+    _, limit = _tensors((), (threshold,), x.device)
+    if not _ran_compiled(x, lambda: _compiled_count(x.dtype, x.device)(flat, limit, count)):
+        for part in _pieces(flat):
+            count += (part.abs() >= threshold).sum()
+    return count
+
+
+# ---- what is compiled: functions that write into their second argument, for any length of the first two
+
+
+_LENGTH = 4096  # of the examples
+
+
+def _lazily(function: Callable[..., None], varying: int) -> Callable[..., None]:
+    """``function`` compiled at its first call, for the dtypes, the device and the numbers of numbers found there."""
+    compiled: list[Callable[..., None]] = []
+
+    def call(*args: Tensor) -> None:
+        if not compiled:
+            examples = [torch.zeros(_LENGTH, dtype=each.dtype, device=each.device) for each in args[:varying]]
+            compiled.append(_torch.compile_kernel(function, [*examples, *args[varying:]], varying))
+        compiled[0](*args)
+
+    return call
+
+
+@functools.cache
+def _compiled(
+    kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype, count: int, device: torch.device
+) -> Callable[..., None]:
+    def store(
+        x: Tensor, out: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, *key: Tensor
+    ) -> None:
+        numbers = (*ints.unbind(), *floats.unbind())
+        done = [kernel(part, Scale(scale, inverse), numbers, *key) for part in split(x, source, count)]
+        out.copy_(join(done, target))
+
+    return _lazily(store, 2)
+
+
+@functools.cache
+def _compiled_scaled(
+    kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype, count: int, device: torch.device
+) -> Callable[..., None]:
+    def store(x: Tensor, out: Tensor, ints: Tensor, floats: Tensor, limits: Tensor, scale_out: Tensor) -> None:
+        parts = split(x, source, count)
+        scale = power_of_two(_largest_of(parts), limits.unbind())
+        *rest, unit = floats.unbind()
+        own = Scale(scale * unit, inverse_power(scale * unit))
+        done = [kernel(part, own, (*ints.unbind(), *rest)) for part in parts]
+        out.copy_(join(done, target))
+        scale_out.copy_(scale)
+
+    return _lazily(store, 2)
+
+
+@functools.cache
+def _compiled_scale(source: torch.dtype, count: int, device: torch.device) -> Callable[..., None]:
+    def store(x: Tensor, limits: Tensor, out: Tensor) -> None:
+        out.copy_(power_of_two(_largest_of(split(x, source, count)), limits.unbind()))
+
+    return _lazily(store, 1)
+
+
+@functools.cache
+def _compiled_count(source: torch.dtype, device: torch.device) -> Callable[..., None]:
+    def store(x: Tensor, threshold: Tensor, out: Tensor) -> None:
+        out.copy_((x.abs() >= threshold).sum())
+
+    return _lazily(store, 1)
+
+
+def _largest_of(parts: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.maximum, map(largest, parts))
+
+
+@functools.cache
+def _compiler_failed(device_type: str) -> threading.Event:
+    return threading.Event()
+
+
+def _ran_compiled(x: Tensor, run: Callable[[], None]) -> bool:
+    """Whether compiled code was wanted for ``x`` and ``run`` went through."""
+    choice, failed = _choice.get(), _compiler_failed(x.device.type)
+    if not (choice or (choice is None and x.numel() >= _WORTH_COMPILING and not failed.is_set())):
+        return False
+    if x.numel() > _MOST:
+        return False
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if choice:
+            raise
+        failed.set()
+        logging.getLogger("assign").warning(
+            "torch.compile does not work here for %s (%s: %s); rounding runs op by op, more slowly.",
+            x.device.type,
+            type(error).__name__,
+            str(error).strip().partition("\n")[0],
+        )
+        return False
+    return True
+
+
+# ---- numbers and memory
+
+
+@functools.lru_cache(maxsize=1024)
+def _tensors(ints: tuple[int, ...], floats: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return (
+            torch.tensor(ints, dtype=torch.int32, device=device),
+            torch.tensor(floats, dtype=torch.float32, device=device),
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _one(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones((), dtype=torch.float32, device=device)
+
+
+def _scale_of(work: Work, scale: Tensor | None, device: torch.device) -> Scale | None:
+    if scale is None:
+        if work.unit == 1.0:
+            return None
+        scale = _one(device)
+    scale = scale.reshape(()) * work.unit
+    return Scale(scale, scale.reciprocal())
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A dense tensor as one axis, in the order of its memory; no view, whose base would make Dynamo compile again."""
+    return _words(x, x.numel(), 1)
+
+
+def _words(x: Tensor, number: int, count: int) -> Tensor:
+    """The first ``number`` elements of a dense tensor in the order of its memory, ``count`` to a word."""
+    size = x.dtype.itemsize * count
+    place = x.storage_offset() * x.dtype.itemsize
+    if place % size:  # words begin at multiples of their size
+        x, place = torch.empty_like(x).copy_(x), 0
+    flat = torch.empty(0, dtype=word_dtype(x.dtype, count), device=x.device)
+    return flat.set_(x.untyped_storage(), place // size, (number // count,), (1,))
+
+
+def _lanes(x: Tensor, *others: torch.dtype) -> int:
+    return lanes(x.dtype, *others) if x.device.type == "cpu" else 1
+
+
+def _pieces(flat: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(flat, _PIECE if flat.device.type == "cpu" else _DEVICE_PIECE)
