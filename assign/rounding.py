@@ -151,7 +151,7 @@ def _seed(device: torch.device) -> Tensor:
 def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any], mutates: str = "") -> None:
     """Make ``function`` the operator ``assign::name``, on every device; ``fake`` says what comes out, without data."""
     schema = library.infer_schema(function, mutates_args=(mutates,) if mutates else ())
-    tags = torch.Tag.nondeterministic_seeded if function is _seed else ()
+    tags = [torch.Tag.flexible_layout, *([torch.Tag.nondeterministic_seeded] if function is _seed else [])]
     library.define(f"assign::{name}", schema, tags=tags)
     library.impl(f"assign::{name}", "CompositeExplicitAutograd", function)
     names = inspect.signature(function)

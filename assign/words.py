@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _NARROW = (torch.bfloat16, torch.int16)
+_INF, _QUIET = 0x7F800000, 1 << 22  # bits of a float32
 _WORDS = {4: torch.int32, 8: torch.int64}
 
 
@@ -63,7 +64,8 @@ def join(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def _bits_of_bfloat16(value: Tensor) -> Tensor:
     """In the upper half; what a NaN has in the lower half must not be all that makes it one."""
     bits = value.view(torch.int32)
-    return torch.where(value.isnan(), bits | (1 << 22), bits)
+    is_nan = (_INF - (bits & 0x7FFFFFFF)) >> 31  # all ones, else zero; a comparison would not become a vector
+    return bits | (is_nan & _QUIET)
 
 
 def _four(codes: Sequence[Tensor]) -> Tensor:

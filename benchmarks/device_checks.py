@@ -12,19 +12,16 @@ from torch.nn import functional as F
 from assign import _torch
 from assign.executor.apply import planned_step
 from assign.formats import FORMATS, Format, Scaling, parse_format
+from assign.launch import use_compiled
 from assign.planning import search, search_table
 from assign.promotion import Promotion
 from assign.rounding import (
     amax_scale,
     decode,
     encode,
-    inline_decode,
-    inline_encode,
-    inline_quantize,
-    inline_scale,
+    inline_cast,
     quantize,
     torch_dtype,
-    use_compiled,
 )
 from assign.tasks.models import ResNet
 from assign.tracer import trace
@@ -66,6 +63,7 @@ def check_rounding(device: torch.device, compiled: bool) -> str:
     for fmt in map(parse_format, NAMES):
         for dtype in _FLOATS:
             x = inputs(fmt).to(dtype)
+            x = x if fmt.has_nan else x[~x.isnan()]  # the code of a NaN has its sign, which a cast need not keep
             x_there = x.to(device)  # copied, not converted: the bits are the CPU's
             for saturate in (True, False):
                 with use_compiled(False):
@@ -84,6 +82,11 @@ def _round_trip(x: Tensor, fmt: Format, saturate: bool) -> dict[str, Tensor]:
     if fmt.scaling is not Scaling.NONE:
         found = {f"scale of up to {bound}": amax_scale(_held(x, bound), fmt) for bound in _BOUNDS}
         scale = torch.tensor(_SCALE, device=x.device)
+        for bound in _BOUNDS:
+            both = torch.ops.assign.scale_quantize(_held(x, bound), fmt.name, saturate, x.dtype)
+            found |= {
+                f"{what} of up to {bound} in one": one for what, one in zip(("value", "scale"), both, strict=True)
+            }
     found["quantize"] = rounded = quantize(x, fmt, scale=scale, saturate=saturate)
     found["encode"] = codes = encode(rounded, fmt, scale=scale)
     found["decode"] = decode(codes, fmt, scale=scale)
@@ -96,9 +99,9 @@ def _held(x: Tensor, bound: float) -> Tensor:
 
 
 def check_inlined(device: torch.device) -> str:
-    """The same as a compiler fuses it into a graph, as compiled plans have it; one graph for each format."""
+    """Casts to torch's own dtypes as a compiler fuses them into a graph, as compiled plans have them."""
     count = 0
-    for fmt in (row for row in FORMATS.values() if row.native != "float32"):
+    for fmt in (row for row in FORMATS.values() if row.native not in (None, "float32")):
         x, run = inputs(fmt), _inlined(fmt)
         x_there = x.to(device)
         torch.compiler.reset()
@@ -111,17 +114,11 @@ def check_inlined(device: torch.device) -> str:
 
 def _inlined(fmt: Format) -> Callable[[Tensor], dict[str, Tensor]]:
     def run(x: Tensor) -> dict[str, Tensor]:
-        found, scale = {}, None
-        if fmt.scaling is not Scaling.NONE:
-            found = {f"scale of up to {bound}": inline_scale(_held(x, bound), fmt) for bound in _BOUNDS}
-            scale = torch.full((), _SCALE, device=x.device)
-        for saturate in (True, False):
-            rounded = inline_quantize(x, scale, fmt, saturate, torch.float32)
-            codes = inline_encode(rounded, scale, fmt)
-            found[f"quantize, saturate={saturate}"] = rounded
-            found[f"encode, saturate={saturate}"] = codes
-            found[f"decode, saturate={saturate}"] = inline_decode(codes, scale, fmt, torch_dtype(fmt.carrier))
-        return found
+        return {
+            f"cast to {dtype}, saturate={saturate}": inline_cast(x, fmt, saturate, dtype)
+            for saturate in (True, False)
+            for dtype in (torch.float32, torch_dtype(str(fmt.native)))
+        }
 
     return run
 

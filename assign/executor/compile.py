@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from assign import _torch, rounding
 from assign.assignment import Assignment
 from assign.executor.pack import pack
+from assign.executor.reuse import reuse_grids
 from assign.formats import Storage, parse_format
 from assign.joint import describe, is_view
 from assign.promotion import find_slot
@@ -40,6 +41,7 @@ def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
 
     def partition_minimally(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
         pack(joint, plan)
+        reuse_grids(joint.graph)
         for node in joint.graph.nodes:
             if node.target in (*_CASTS, _SCALE) and _torch.is_backward(node):
                 _torch.pin_backward(node)

@@ -1,0 +1,100 @@
+"""A pass over the joint graph: what lies on a format's grid already is not rounded to that format again.
+
+A relu, a maximum pool or a slice picks values of its operand and puts zeros beside them; in the backward pass the
+gradient of a relu or of one side of an addition is the gradient that came in, at most with zeros. Rounded before in the
+same format, such a tensor lies on the same grid, and its own scale could only be smaller: rounding would change
+nothing, and cost a pass over memory or two. Its codes are then made with the scale of what it was picked from.
+
+Formats that a slot holds are left alone: their overflow is counted where they round.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from assign import _torch
+from assign.joint import COPIES, is_view
+from assign.promotion import find_slot
+
+_QUANTIZE = torch.ops.assign.quantize.default
+_SCALE = torch.ops.assign.scale.default
+_aten = torch.ops.aten
+
+_PICKS = frozenset(
+    {
+        _aten.relu.default, _aten.threshold_backward.default, _aten.embedding.default, _aten.index_select.default,
+        _aten.gather.default, _aten.neg.default, _aten.abs.default,
+    }
+)  # fmt: skip
+"""Operators whose result has values of their first operand, zeros, or either with another sign."""
+
+_POOLS = frozenset({_aten.max_pool2d_with_indices.default, _aten.max_pool3d_with_indices.default})
+"""The same of the first of their results."""
+
+_VALUE_AT = {_aten.full.default: 1, _aten.full_like.default: 1, _aten.scalar_tensor.default: 0}
+"""Constants: which argument is their value."""
+
+
+def reuse_grids(graph: fx.Graph) -> int:
+    """Take out every rounding that changes nothing; how many there were."""
+    dropped = 0
+    for mark in list(graph.find_nodes(op="call_function", target=_QUANTIZE)):
+        source = _rounded_before(mark)
+        if source is None:
+            continue
+        scale, other = mark.args[1], source.args[1]
+        mark.replace_all_uses_with(_torch.source_of(mark))
+        graph.erase_node(mark)
+        if isinstance(scale, fx.Node) and isinstance(other, fx.Node):
+            scale.replace_all_uses_with(other)
+            graph.erase_node(scale)
+        dropped += 1
+    return dropped
+
+
+def _rounded_before(mark: fx.Node) -> fx.Node | None:
+    """The rounding whose values ``mark`` would round again."""
+    x, (scale, name, saturate, dtype) = _torch.source_of(mark), mark.args[1:5]
+    here = _torch.joint_value(x)
+    if here.dtype != dtype or find_slot(str(name)) is not None:
+        return None
+    if isinstance(scale, fx.Node) and scale.target is not _SCALE:
+        return None
+    source: fx.Node | None = x
+    while source is not None and source.target is not _QUANTIZE:
+        source = _picked_from(source)
+    if (
+        source is None
+        or source.args[2:4] != (name, saturate)
+        or isinstance(scale, fx.Node) != isinstance(source.args[1], fx.Node)
+    ):
+        return None
+    return source
+
+
+def _picked_from(node: fx.Node) -> fx.Node | None:
+    """The node whose values ``node`` holds, some of them zero or with another sign; None if there is no such node."""
+    if node.op != "call_function" or not node.args:
+        return None
+    if node.target is _aten.where.self:
+        kept = [branch for branch in node.args[1:] if not _is_zero(branch)]
+        return kept[0] if len(kept) == 1 and isinstance(kept[0], fx.Node) else None
+    first: Any = node.args[0]
+    if not isinstance(first, fx.Node):
+        return None
+    if node.target is operator.getitem and first.target in _POOLS:
+        return _torch.source_of(first) if node.args[1] == 0 else None
+    if node.target in _PICKS or is_view(node):
+        return first
+    if node.target in COPIES:
+        before, after = _torch.joint_value(first).dtype, _torch.joint_value(node).dtype
+        return first if before.is_floating_point and before.itemsize <= after.itemsize else None
+    return None
+
+
+def _is_zero(branch: Any) -> bool:
+    if not isinstance(branch, fx.Node):
+        return bool(branch == 0)
+    return branch.target in _VALUE_AT and branch.args[_VALUE_AT[branch.target]] == 0
