@@ -5,7 +5,7 @@ gradient of a relu or of one side of an addition is the gradient that came in, a
 same format, such a tensor lies on the same grid, and its own scale could only be smaller: rounding would change
 nothing, and cost a pass over memory or two. Its codes are then made with the scale of what it was picked from.
 
-Formats that a slot holds are left alone: their overflow is counted where they round.
+A slot is one tensor's own: what may be promoted is rounded, and its overflow counted, in its own place.
 """
 
 import operator
@@ -16,7 +16,6 @@ from torch import fx
 
 from assign import _torch
 from assign.joint import COPIES, is_view
-from assign.promotion import find_slot
 
 _QUANTIZE = torch.ops.assign.quantize.default
 _SCALE = torch.ops.assign.scale.default
@@ -58,7 +57,7 @@ def _rounded_before(mark: fx.Node) -> fx.Node | None:
     """The rounding whose values ``mark`` would round again."""
     x, (scale, name, saturate, dtype) = _torch.source_of(mark), mark.args[1:5]
     here = _torch.joint_value(x)
-    if here.dtype != dtype or find_slot(str(name)) is not None:
+    if here.dtype != dtype:
         return None
     if isinstance(scale, fx.Node) and scale.target is not _SCALE:
         return None
@@ -95,6 +94,4 @@ def _picked_from(node: fx.Node) -> fx.Node | None:
 
 
 def _is_zero(branch: Any) -> bool:
-    if not isinstance(branch, fx.Node):
-        return bool(branch == 0)
     return branch.target in _VALUE_AT and branch.args[_VALUE_AT[branch.target]] == 0
