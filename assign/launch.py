@@ -166,7 +166,7 @@ def _compiled(
     ) -> None:
         numbers = (*ints.unbind(), *floats.unbind())
         done = [kernel(part, Scale(scale, inverse), numbers, *key) for part in split(x, source, count)]
-        out.copy_(join(done, target))
+        out.copy_(join(done, target, source))
 
     return _lazily(store, 2)
 
@@ -181,7 +181,7 @@ def _compiled_scaled(
         *rest, unit = floats.unbind()
         own = Scale(scale * unit, inverse_power(scale * unit))
         done = [kernel(part, own, (*ints.unbind(), *rest)) for part in parts]
-        out.copy_(join(done, target))
+        out.copy_(join(done, target, source))
         scale_out.copy_(scale)
 
     return _lazily(store, 2)

@@ -44,8 +44,8 @@ def split(words: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
     return [each.view(torch.float32) if dtype == torch.bfloat16 else each >> 16 for each in bits]
 
 
-def join(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The words whose lanes are ``values``, which ``dtype`` holds exactly."""
+def join(values: Sequence[Tensor], dtype: torch.dtype, source: torch.dtype) -> Tensor:
+    """The words whose lanes are ``values``, made from ``source`` and held by ``dtype`` exactly."""
     if len(values) == 1:
         return values[0]
     if dtype == torch.float32:
@@ -53,7 +53,9 @@ def join(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     elif dtype == torch.uint8:
         halves = [_four(values)]
     else:
-        bits = [_bits_of_bfloat16(value) if dtype == torch.bfloat16 else value << 16 for value in values]
+        bits = [value.view(torch.int32) if dtype == torch.bfloat16 else value << 16 for value in values]
+        if (source, dtype) == (torch.float32, torch.bfloat16):
+            bits = [_quiet(each) for each in bits]
         halves = [((low >> 16) & 0xFFFF) | (high & -(1 << 16)) for low, high in zip(bits[::2], bits[1::2], strict=True)]
     if len(halves) == 1:
         return halves[0]
@@ -61,9 +63,8 @@ def join(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return (low & 0xFFFFFFFF) | (high << 32)
 
 
-def _bits_of_bfloat16(value: Tensor) -> Tensor:
-    """In the upper half; what a NaN has in the lower half must not be all that makes it one."""
-    bits = value.view(torch.int32)
+def _quiet(bits: Tensor) -> Tensor:
+    """A NaN of ``bits`` may be one by its lower half alone, which is cut off: set a bit of the upper."""
     is_nan = (_INF - (bits & 0x7FFFFFFF)) >> 31  # all ones, else zero; a comparison would not become a vector
     return bits | (is_nan & _QUIET)
 
