@@ -2,11 +2,16 @@
 
 The graph that Dynamo hands over has torch-level operators (``conv2d``, ``relu``, …), with the path of the module and
 the line of the user's code on every node. Parameters and buffers are its inputs, told apart by identity.
+
+Parameters in 16 bit are captured as if they were in float32, so that the user's code is the same code and a graph the
+same graph, whatever the plan stores; in the graph handed on, who read the widened parameter reads the parameter.
 """
 
+import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +23,8 @@ from assign.errors import AssignError, TraceError
 Loss = Callable[[nn.Module, Any], Tensor]
 
 _PREFIX = "L['self'].model"
+_GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # how Dynamo says a.b where parameters are replaced
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +36,7 @@ class Capture:
         inputs: example values of its placeholders, in order.
         parameters: placeholder → name of the parameter (one name for tied weights).
         buffers: placeholders that are buffers of the model.
+        dtypes: of the parameters that are not in float32; the graph's own values say float32.
         training: whether the model was in training mode with gradients on.
     """
 
@@ -36,6 +44,7 @@ class Capture:
     inputs: Sequence[Any]
     parameters: dict[fx.Node, str]
     buffers: frozenset[fx.Node]
+    dtypes: dict[fx.Node, torch.dtype]
     training: bool
 
 
@@ -61,7 +70,11 @@ class Step(nn.Module):
         self.forward = types.MethodType(own, self)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.loss(self.model, *args, **kwargs)
+        narrow = {name: p for name, p in self.model.named_parameters() if p.dtype in _SIXTEEN_BIT}
+        if not narrow:
+            return self.loss(self.model, *args, **kwargs)
+        with _torch.replaced_parameters(self.model, {name: p.to(torch.float32) for name, p in narrow.items()}):
+            return self.loss(self.model, *args, **kwargs)
 
 
 def compile_step(
@@ -72,7 +85,6 @@ def compile_step(
     Raises (when called):
         TraceError: the model or the loss breaks the graph; says the user's line.
     """
-    check_parameters(model)
 
     def receive(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return backend(_describe(model, graph, inputs))
@@ -93,9 +105,11 @@ def compile_step(
     return call
 
 
-def check_parameters(model: nn.Module) -> None:
+def check_parameters(model: nn.Module, masters: Mapping[str, torch.dtype] = MappingProxyType({})) -> None:
     """Refuse models that are not in float32: the plan narrows a model, it does not widen one.
 
+    Args:
+        masters: dtypes that a plan gives to parameters, who may be in them already.
     Raises:
         TraceError: names the first such parameter.
     """
@@ -104,7 +118,8 @@ def check_parameters(model: nn.Module) -> None:
             f"trace: the model is a {type(model).__name__}, a torch.nn.Module is needed. Pass the module itself."
         )
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+        allowed = (torch.float32, masters.get(name, torch.float32))
+        if parameter.is_floating_point() and parameter.dtype not in allowed:
             raise TraceError(
                 f"trace: parameter {name!r} is {parameter.dtype}; a plan starts from float32 and narrows it. "
                 "Call model.float() first."
@@ -113,6 +128,8 @@ def check_parameters(model: nn.Module) -> None:
 
 def strip_module_path(path: str) -> str | None:
     """Module path below the model from Dynamo's own, None for code outside the model."""
+    while _GETATTR.search(path):
+        path = _GETATTR.sub(r"\1.\2", path)
     if path != _PREFIX and not path.startswith((_PREFIX + ".", _PREFIX + "[", _PREFIX + "_")):
         return None
     rest = path.removeprefix(_PREFIX).replace("._modules", "").replace("_modules", "")
@@ -125,13 +142,26 @@ def _describe(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any]) ->
     buffers = {id(buffer) for buffer in model.buffers()}
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     pairs = list(zip(placeholders, inputs, strict=True))
+    dtypes = {node: value.dtype for node, value in pairs if id(value) in names and value.dtype in _SIXTEEN_BIT}
+    for node in dtypes:
+        _drop_widening(graph, node)
+    graph.recompile()
     return Capture(
         graph=graph,
         inputs=inputs,
         parameters={node: names[id(value)] for node, value in pairs if id(value) in names},
         buffers=frozenset(node for node, value in pairs if id(value) in buffers),
+        dtypes=dtypes,
         training=model.training and torch.is_grad_enabled(),
     )
+
+
+def _drop_widening(graph: fx.GraphModule, parameter: fx.Node) -> None:
+    """Let those who read the parameter, widened by :class:`Step`, read it as it is."""
+    for widened in [user for user in parameter.users if user.op == "call_method" and user.target == "to"]:
+        _torch.copy_fake_value(widened, parameter)
+        widened.replace_all_uses_with(parameter)
+        graph.graph.erase_node(widened)
 
 
 def _explain(error: BaseException) -> TraceError:
