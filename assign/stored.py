@@ -35,7 +35,8 @@ def owner_of(key: str, keys: Collection[str]) -> tuple[str, Role] | None:
     """
     found = [(key.removesuffix(".master"), Role.MASTER), (key.removesuffix(".grad.stored"), Role.WEIGHT_GRAD)]
     found.append((key.rpartition(".optim.")[0], Role.OPTIM_STATE))
-    return next(((owner, role) for owner, role in found if owner != key and owner in keys and "/" not in owner), None)
+    weights = ((owner, role) for owner, role in found if owner not in ("", key) and "/" not in owner)
+    return next(((owner, role) for owner, role in weights if owner in keys), None)
 
 
 def parse_stored(name: str, role: Role) -> StateFormat:
