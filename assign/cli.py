@@ -56,8 +56,8 @@ Recipe = Annotated[str, typer.Option(help="Candidates per tensor: native, hfp8, 
 Strategy = Annotated[
     str,
     typer.Option(
-        help="greedy, greedy-smallest, greedy-random, uniform, operator, operator-prime; or standalone, with the recipe "
-        "bf16 or fp16: everything in 16 bit, masters too."
+        help="greedy, greedy-smallest, greedy-random, uniform, operator, operator-prime; or standalone, with the "
+        "recipe bf16 or fp16: everything in 16 bit, masters too."
     ),
 ]
 OptimizerStates = Annotated[

@@ -1,8 +1,8 @@
 """Optimizers whose states a plan stores: torch's own, torchao's or bitsandbytes', behind one function.
 
-``assign.optimizer(torch.optim.AdamW, model, plan, lr=1e-3)`` is torch's AdamW where the plan stores everything alike, and
-another library's AdamW where it does not. Which library can keep what, :mod:`assign.stored` says; the states, in each
-library's form, :mod:`assign.states` makes. The arithmetic is the library's; none of it is written here.
+``assign.optimizer(torch.optim.AdamW, model, plan, lr=1e-3)`` is torch's AdamW where the plan stores everything alike,
+and another library's AdamW where it does not. Which library can keep what, :mod:`assign.stored` says; the states, in
+each library's form, :mod:`assign.states` makes. The arithmetic is the library's; none of it is written here.
 
 ==============  ====================================================================================================
 torch           any optimizer, all in the dtype of the parameters; SGD on any native dtypes
@@ -15,6 +15,7 @@ A second moment in bf16 hardly decays where ``beta2`` is above 0.998: a step tak
 place. Formats in blocks have their scale, and do not stall so.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
@@ -191,20 +192,18 @@ def _from_torch(made: Optimizer) -> Optimizer:
 
 
 def _from_torchao(made: Optimizer) -> Optimizer:
-    from torchao.optim import Adam8bit, AdamW8bit
-
+    optim: Any = importlib.import_module("torchao.optim")  # it has no types
     _refuse(made, "torchao", {"maximize": False, "capturable": False, "differentiable": False})
     groups = [_part(group, "params", "betas", "eps", "weight_decay", "amsgrad") for group in made.param_groups]
     for group, source in zip(groups, made.param_groups, strict=True):
         group["lr"] = _tensor_rate(source["lr"])
-    kind: Any = AdamW8bit if made.param_groups[0]["decoupled_weight_decay"] else Adam8bit
+    kind = optim.AdamW8bit if made.param_groups[0]["decoupled_weight_decay"] else optim.Adam8bit
     planned: Optimizer = kind(groups)
     return planned
 
 
 def _from_bitsandbytes(made: Optimizer) -> Optimizer:
-    from bitsandbytes import optim
-
+    optim: Any = importlib.import_module("bitsandbytes.optim")  # it has no types
     plain = {"maximize": False, "amsgrad": False, "nesterov": False, "dampening": 0, "capturable": False}
     _refuse(made, "bitsandbytes", plain | {"differentiable": False})
     groups = [_part(group, "params", "lr", "betas", "eps", "weight_decay") for group in made.param_groups]
@@ -214,7 +213,7 @@ def _from_bitsandbytes(made: Optimizer) -> Optimizer:
             group["betas"] = (source["momentum"], source["dampening"])
         planned = optim.SGD8bit(groups, lr=groups[0]["lr"], momentum=groups[0]["betas"][0])
     else:
-        kind: Any = optim.AdamW8bit if made.param_groups[0]["decoupled_weight_decay"] else optim.Adam8bit
+        kind = optim.AdamW8bit if made.param_groups[0]["decoupled_weight_decay"] else optim.Adam8bit
         planned = kind(groups)
     return planned
 
@@ -272,7 +271,7 @@ class _Planned(Optimizer):
         sizes = [len(group["params"]) for group in packed], [len(group["params"]) for group in self.param_groups]
         if sizes[0] != sizes[1]:
             raise PlanError(
-                f"load_state_dict: groups of {sizes[0]} parameters are loaded, this optimizer has groups of {sizes[1]}. "
+                f"load_state_dict: groups of {sizes[0]} parameters are loaded, this optimizer has {sizes[1]}. "
                 "Load what an optimizer of this model, with the same groups, saved."
             )
         numbers = (number for group in packed for number in group["params"])
@@ -283,8 +282,7 @@ class _Planned(Optimizer):
         }
         rate = _tensor_rate if self.assign_library is Library.TORCHAO else float
         groups = [
-            {**mine, **theirs, "lr": rate(theirs["lr"])}
-            for mine, theirs in zip(self.param_groups, packed, strict=True)
+            {**mine, **theirs, "lr": rate(theirs["lr"])} for mine, theirs in zip(self.param_groups, packed, strict=True)
         ]
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update({parameter: states for parameter, states in loaded.items() if states})
@@ -314,8 +312,9 @@ class _Planned(Optimizer):
         return states
 
 
-def _planned(made: Optimizer) -> Any:
+def _planned(made: Optimizer) -> _Planned:
     """``made``, of a class that is also :class:`_Planned`."""
     kind = type(made)
     made.__class__ = type(kind.__name__, (_Planned, kind), {"__module__": kind.__module__})
+    assert isinstance(made, _Planned)
     return made

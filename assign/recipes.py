@@ -126,14 +126,13 @@ NATIVE = Recipe(
 )
 
 
-
 def _one_format(name: str) -> Recipe:
     """A recipe with nothing to choose: losses too, as in arXiv 2305.10947's standalone training."""
     roles = (Role.ACTIVATION, Role.ACTIVATION_GRAD, Role.WEIGHT, Role.WEIGHT_GRAD)
     return Recipe(
         name=name,
         description=f"{name} everywhere; with the strategy standalone, in what is stored too",
-        by_role={role: (name, name) for role in roles},
+        by_role=dict.fromkeys(roles, (name, name)),
         loss_scaling=False,  # of its own; training scales where gradients are fp16 and masters are not
         promote_every=0,
     )

@@ -4,6 +4,7 @@
 to them without loss, and filled from them, rounding as the library rounds.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
@@ -134,9 +135,12 @@ def _shared(table: tuple[float, ...], device: torch.device) -> Tensor:
 # ---- bitsandbytes
 
 
-def _make_bitsandbytes(parameter: Tensor, stored: Stored) -> States:
-    from bitsandbytes import functional
+def _bitsandbytes() -> Any:
+    return importlib.import_module("bitsandbytes.functional")  # it has no types
 
+
+def _make_bitsandbytes(parameter: Tensor, stored: Stored) -> States:
+    functional = _bitsandbytes()
     states: States = {"step": 0}
     for number, (name, fmt) in enumerate(stored.states.items(), 1):
         if isinstance(fmt, Format):
@@ -155,8 +159,7 @@ def _numbered(states: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _widen_bitsandbytes(states: Mapping[str, Any]) -> States:
-    from bitsandbytes import functional
-
+    functional = _bitsandbytes()
     wide: States = {"step": torch.tensor(float(states["step"]))} if "state2" in states else {}
     for number, name in _numbered(states).items():
         codes = states[f"state{number}"]
@@ -168,8 +171,7 @@ def _widen_bitsandbytes(states: Mapping[str, Any]) -> States:
 
 
 def _fill_bitsandbytes(own: States, wide: Mapping[str, Any]) -> States:
-    from bitsandbytes import functional
-
+    functional = _bitsandbytes()
     for number, name in _numbered(own).items():
         codes = own[f"state{number}"]
         if codes.dtype is torch.uint8:

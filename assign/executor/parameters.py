@@ -26,7 +26,7 @@ def store_parameters(model: nn.Module, plan: Assignment) -> None:
     masters = {name: torch_dtype(master_format(plan.entries, name).carrier) for name in named}
     check_parameters(model, masters)
     if any(named[name].dtype != dtype for name, dtype in masters.items()):
-        model.register_load_state_dict_pre_hook(_refuse_loss)
+        model.register_load_state_dict_pre_hook(_refuse_loss)  # type: ignore[no-untyped-call]  # torch gives no types
     for name, parameter in named.items():
         _store(parameter, masters[name], torch_dtype(gradient_format(plan.entries, name).carrier))
 
