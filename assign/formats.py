@@ -232,6 +232,11 @@ class BlockFormat:
         """Bytes of a tensor, scales included; tables of codes, one for all tensors, are not."""
         return -(-elements * self.bits // 8) + 4 * -(-elements // self.block)
 
+    @property
+    def rule(self) -> str:
+        """:meth:`fits` in words."""
+        return f"it takes at least {SMALLEST_BLOCKED} elements, and a whole number of blocks of {self.block}"
+
     def fits(self, elements: int) -> bool:
         """Whether a tensor may have it: large enough, and a whole number of blocks.
 

@@ -94,10 +94,10 @@ def widened_state_dict(planned: Optimizer) -> dict[str, Any]:
     """
     packed = planned.state_dict()
     states = {number: widened(unwrapped(state)) for number, state in packed["state"].items()}
-    return {
-        "state": states,
-        "param_groups": [{**group, "lr": float(group["lr"])} for group in packed["param_groups"]],
-    }
+    groups = [{**group, "lr": float(group["lr"])} for group in packed["param_groups"]]
+    if any("momentum_buffer" in state for state in states.values()):
+        groups = [_translated(group, {**group, "momentum": 0.0, "dampening": 0.0}) for group in groups]
+    return {"state": states, "param_groups": groups}
 
 
 # ---- what the plan says
@@ -282,7 +282,8 @@ class _Planned(Optimizer):
         }
         rate = _tensor_rate if self.assign_library is Library.TORCHAO else float
         groups = [
-            {**mine, **theirs, "lr": rate(theirs["lr"])} for mine, theirs in zip(self.param_groups, packed, strict=True)
+            _translated(theirs, mine) | {"lr": rate(theirs["lr"])}
+            for mine, theirs in zip(self.param_groups, packed, strict=True)
         ]
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update({parameter: states for parameter, states in loaded.items() if states})
@@ -310,6 +311,16 @@ class _Planned(Optimizer):
                     "load_state_dict(state, lossy=True)."
                 )
         return states
+
+
+def _translated(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group's options, as far as ``mine`` has them; bitsandbytes calls SGD's momentum ``betas``."""
+    known = {name: value for name, value in theirs.items() if name in mine or name == "initial_lr"}
+    if "momentum" in mine and "momentum" not in theirs:
+        known["momentum"], known["dampening"] = theirs["betas"]
+    elif "momentum" in theirs and "momentum" not in mine:
+        known["betas"] = theirs["momentum"], theirs["dampening"]
+    return {**mine, **known}
 
 
 def _planned(made: Optimizer) -> _Planned:

@@ -182,7 +182,7 @@ def store(
 
     Raises:
         FormatError: no such format, or not for this role.
-        PlanError: states are asked for, and the optimizer has none.
+        PlanError: states are asked for, and the optimizer has none, or none that is large enough.
     """
     entries: dict[str, Entry] = {}
     stored = [row for row in table.tensors if is_stored(row)]
@@ -202,5 +202,11 @@ def store(
                 "Leave them out, or use one with states: torch.optim.AdamW, or SGD with momentum."
             )
         fits = [row for row in rows if not isinstance(fmt, BlockFormat) or fmt.fits(row.elements)]
+        if isinstance(fmt, BlockFormat) and not fits:
+            largest = max(row.elements for row in rows)
+            raise PlanError(
+                f"optimizer states are asked for in {fmt.name}, but none fits: {fmt.rule}, and the largest has "
+                f"{largest} elements. Choose bf16."
+            )
         entries |= {row.key: Entry(fmt.name, False) for row in fits}
     return entries

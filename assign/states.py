@@ -57,8 +57,7 @@ def restore(own: States, saved: Mapping[str, Any], parameter: Tensor) -> States:
     What is saved in the form of ``own`` comes back bit for bit; else it is rounded to it.
     """
     if not own:
-        wide = widened(saved)
-        return {name: value if name == "step" else _like(value, parameter) for name, value in wide.items()}
+        return {name: _like(name, value, parameter) for name, value in widened(saved).items()}
     if own.keys() == saved.keys() and all(_same_form(own[name], saved[name]) for name in own):
         return {name: _copied(value, saved[name]) for name, value in own.items()}
     wide = widened(saved)
@@ -75,9 +74,12 @@ def _widen(value: Any) -> Any:
     return plain.float() if plain.is_floating_point() else plain
 
 
-def _like(value: Any, parameter: Tensor) -> Any:
-    is_float = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(device=parameter.device, dtype=parameter.dtype) if is_float else value
+def _like(name: str, value: Any, parameter: Tensor) -> Any:
+    """A copy as torch's optimizers have it: the count of steps where and as it was, the rest like the parameter."""
+    if not isinstance(value, Tensor):
+        return value
+    is_step = name == "step" or not value.is_floating_point()
+    return value.clone() if is_step else value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
 
 
 def _same_form(own: Any, saved: Any) -> bool:

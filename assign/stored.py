@@ -223,9 +223,8 @@ def _check_sizes(stored: Stored) -> None:
     for name, fmt in stored.states.items():
         if isinstance(fmt, BlockFormat) and not fmt.fits(stored.elements):
             raise PlanError(
-                f"{state_key(stored.key, name)!r} is assigned {fmt.name}, but has {stored.elements} elements; "
-                f"{fmt.name} takes a whole number of blocks of {fmt.block}, and at least 4096 elements.\n"
-                "  Choose fp32 or bf16 for it, or leave its entry out."
+                f"{state_key(stored.key, name)!r} is assigned {fmt.name}, but has {stored.elements} elements: "
+                f"{fmt.rule}.\n  Choose fp32 or bf16 for it, or leave its entry out."
             )
 
 

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from assign import _torch
-from assign.assignment import Assignment
+from assign.assignment import Assignment, Entry
 from assign.capture import Capture, Loss, call_model, compile_step
 from assign.errors import PlanError, nearest
 from assign.executor.compile import Backend, make_backend
 from assign.executor.mark import mark, tap_of
-from assign.executor.parameters import store_parameters
+from assign.executor.parameters import check_storable, store_parameters
 from assign.functionalize import functionalize
 from assign.operators import Walk, walk
 from assign.promotion import Promotion
 from assign.stored import owner_of
-from assign.tensors import grad_key
+from assign.tensors import Role, grad_key
 
 
 def apply(
@@ -46,6 +46,7 @@ def apply(
         PlanError: the plan belongs to another model; names the nearest keys. Or the promotion to another plan.
         TraceError: the model is not in float32; or, at the first call, it breaks the graph.
     """
+    check_storable(model, plan)
     _check_parameters_named(model, plan)
     store_parameters(model, plan)
     compiled = _compile(model, call_model, plan, Backend(_known(backend)), promotion)
@@ -82,8 +83,16 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
     Entering again with the same model and plan reuses what was compiled.
 
     Raises:
-        PlanError, TraceError: as for :func:`apply`.
+        PlanError: as for :func:`apply`; or the plan stores masters or gradients in 16 bit, which would outlast the
+            context.
+        TraceError: as for :func:`apply`.
     """
+    lasting = next((key for key, entry in plan.entries.items() if _is_lasting(key, entry, plan)), None)
+    if lasting is not None:
+        raise PlanError(
+            f"autocast: the plan stores {lasting!r} as {plan.entries[lasting].format}, and parameters do not change "
+            "back behind the context. Use assign.apply(model, plan)."
+        )
     cache = _PLANNED.setdefault(model, {})
     key = (id(plan), backend)
     if key not in cache:
@@ -96,6 +105,11 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
         object.__setattr__(model, "__class__", original)
 
 
+def _is_lasting(key: str, entry: Entry, plan: Assignment) -> bool:
+    owner = owner_of(key, plan.entries)
+    return owner is not None and owner[1] is not Role.OPTIM_STATE and entry.format != "fp32"
+
+
 def planned_step(
     model: nn.Module, loss: Loss, plan: Assignment, *, backend: str = "inductor", promotion: Promotion | None = None
 ) -> Callable[[Any], Tensor]:
@@ -104,6 +118,7 @@ def planned_step(
     Raises:
         PlanError, TraceError: as for :func:`apply`.
     """
+    check_storable(model, plan)
     _check_parameters_named(model, plan)
     store_parameters(model, plan)
     return _compile(model, loss, plan, Backend(_known(backend)), promotion)

@@ -13,18 +13,28 @@ from assign.rounding import torch_dtype
 from assign.stored import gradient_format, master_format
 
 
+def check_storable(model: nn.Module, plan: Assignment) -> None:
+    """Make sure that the model is one in float32, or already has the dtypes of the plan's masters.
+
+    Raises:
+        TraceError: names the first parameter that is neither.
+    """
+    check_parameters(model, {key: master_dtype(plan, key) for key in plan.entries})
+
+
+def master_dtype(plan: Assignment, key: str) -> torch.dtype:
+    """Dtype of the parameter ``key`` itself."""
+    return torch_dtype(master_format(plan.entries, key).carrier)
+
+
 def store_parameters(model: nn.Module, plan: Assignment) -> None:
     """Give the model's parameters the dtypes of their masters, rounded to nearest, and their gradients theirs.
 
     From then on the model refuses a ``state_dict`` whose values its parameters cannot hold. Doing it twice changes
     nothing.
-
-    Raises:
-        TraceError: a parameter is in neither float32 nor its master's dtype.
     """
     named = {name: p for name, p in model.named_parameters() if name in plan.entries}
-    masters = {name: torch_dtype(master_format(plan.entries, name).carrier) for name in named}
-    check_parameters(model, masters)
+    masters = {name: master_dtype(plan, name) for name in named}
     if any(named[name].dtype != dtype for name, dtype in masters.items()):
         model.register_load_state_dict_pre_hook(_refuse_loss)  # type: ignore[no-untyped-call]  # torch gives no types
     for name, parameter in named.items():
