@@ -7,9 +7,10 @@ Parameters in 16 bit are captured as if they were in float32, so that the user's
 same graph, whatever the plan stores; in the graph handed on, who read the widened parameter reads the parameter.
 """
 
+import contextlib
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -93,7 +94,8 @@ def compile_step(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return compiled(*args, **kwargs)
+            with _hidden_gradients(model):
+                return compiled(*args, **kwargs)
         except _torch.CaptureError as error:
             inner = _torch.inner_exception(error)
             if isinstance(inner, AssignError):
@@ -103,6 +105,19 @@ def compile_step(
             raise
 
     return call
+
+
+@contextlib.contextmanager
+def _hidden_gradients(model: nn.Module) -> Iterator[None]:
+    """Take away gradients that are not of their parameter's dtype: Dynamo does not capture a parameter with one."""
+    hidden = [(p, p.grad) for p in model.parameters() if p.grad is not None and p.grad.dtype != p.dtype]
+    for parameter, _ in hidden:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in hidden:
+            parameter.grad = gradient
 
 
 def check_parameters(model: nn.Module, masters: Mapping[str, torch.dtype] = MappingProxyType({})) -> None:

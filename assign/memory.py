@@ -25,7 +25,6 @@ from assign.stored import gradient_format, master_format, optimizer_scratch, res
 from assign.tensors import MARK, Buffer, Event, Role, TensorTable, base_key, saved_key
 
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
-_RESIDENT = ("parameters", "buffers", "batch", "optimizer states")
 
 
 _SLOTS = 4
@@ -404,10 +403,13 @@ class Replay:
     def alive(self) -> tuple[tuple[str, str, int], ...]:
         """What is alive at the peak: (key, role, bytes), largest first."""
         s, stored = self.schedule, self._resident
-        sizes = (stored.parameters, s.buffer_bytes, s.batch_bytes, stored.states)
-        found = [(name, "resident", size) for name, size in zip(_RESIDENT, sizes, strict=True)]
+        found = [(name, "parameters", size) for name, size in stored.masters.items()]
+        found += [(name, "optimizer states", size) for name, size in stored.optimizer_states.items()]
+        found += [("buffers", "buffers", s.buffer_bytes), ("batch", "batch", s.batch_bytes)]
+        found += [("unused", "parameters", stored.others[0]), ("unused", "optimizer states", stored.others[2])]
         if self._peak_slot is None:
-            found.append(("gradients", str(Role.WEIGHT_GRAD), stored.gradients))
+            found += [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]
+            found.append(("unused", str(Role.WEIGHT_GRAD), stored.others[1]))
             found.append(("optimizer scratch", "scratch", self.optimizer_scratch_bytes))
         else:
             slot = self._peak_slot
@@ -416,10 +418,10 @@ class Replay:
 
     @property
     def by_role(self) -> dict[str, int]:
-        """Bytes alive at the peak by role; the resident ones by name."""
+        """Bytes alive at the peak by role."""
         sums: dict[str, int] = defaultdict(int)
-        for key, role, size in self.alive:
-            sums[key if role == "resident" else role] += size
+        for _, role, size in self.alive:
+            sums[role] += size
         return dict(sums)
 
     @property

@@ -141,13 +141,14 @@ def _compile(
             _check_covers(walked, capture, plan, whole_step)
         taps = mark(capture, walked, plan, promotion)
 
-        def with_taps(inputs: Sequence[Any]) -> list[Any]:
-            return [*inputs, *(tap_of(inputs[tap.position], tap.dtype) for tap in taps)]
+        def taps_of(inputs: Sequence[Any]) -> list[Tensor]:
+            return [tap_of(inputs[tap.position], tap.dtype) for tap in taps]
 
-        run = make_backend(plan, backend)(capture.graph, with_taps(capture.inputs))
+        examples = [tap.detach().requires_grad_() for tap in taps_of(capture.inputs)]
+        run = make_backend(plan, backend)(capture.graph, [*capture.inputs, *examples])
         for tap in taps:  # Dynamo counts the inputs of its graph once more
             _torch.drop_input(capture.graph, tap.node)
-        return (lambda *inputs: run(*with_taps(inputs))) if taps else run
+        return (lambda *inputs: run(*inputs, *taps_of(inputs))) if taps else run
 
     compiled = compile_step(_plain(model, type(model)), loss, receive)
 
