@@ -274,9 +274,9 @@ _BITSANDBYTES_SCRATCH = {"SGD": 9.02, "Adam": 20.0, "AdamW": 20.0}
 
 
 _SGD_SCRATCH = {(False, False): (8, 12), (False, True): (4, 8), (True, False): (8, 12), (True, True): (4, 12)}
-"""Bytes per element of the largest parameter that torch's SGD allocates on mixed dtypes, where states, where gradients
-are in 16 bit: without weight decay and Nesterov's momentum, and with. It widens what it reads. Measured with torch 2.13 on
-CPU."""
+"""Bytes per element of the largest parameter that torch's SGD allocates on mixed dtypes, by whether states, whether
+gradients are in 16 bit: without weight decay and Nesterov's momentum, and with. It widens what it reads. Measured with
+torch 2.13 on CPU."""
 
 
 def optimizer_scratch(schedule: Schedule, stored: Iterable[Stored]) -> int:

@@ -215,12 +215,11 @@ def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
     assert peak_bytes(table, plan.entries) == pytest.approx(measured, rel=0.05)
 
 
-SMALL_STEPS = {  # a parameter-heavy step, whose peak is where gradients and states are, and one full of activations
-    "wide mlp": (lambda: MLP(width=8192), lambda: vectors(batch=16)),
-    "gpt": (lambda: GPT(width=128, layers=2, length=64), lambda: tokens(batch=4, length=64)),
+HEAVY = {  # steps with more parameters, gradients and states than activations
+    "wide mlp": (lambda: MLP(width=2**16), lambda: vectors(batch=8)),
+    "gpt": (lambda: GPT(width=256, layers=2, length=64), lambda: tokens(batch=8, length=64)),
 }
 STORED = {
-    "fp32": (adamw, "fp32", {}),
     "8-bit states, torchao": (adamw, "bf16", {"optimizer_states": "dynamic8"}),
     "4-bit states": (adamw, "bf16", {"optimizer_states": "dynamic4"}),
     "bf16 gradients": (sgd, "bf16", {"gradients": "bf16"}),
@@ -232,11 +231,11 @@ STORED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_name", SMALL_STEPS)
+@pytest.mark.parametrize("model_name", HEAVY)
 @pytest.mark.parametrize("name", STORED)
 def test_predicted_peak_counts_what_is_stored(model_name, name):
     factory, format_name, stored = STORED[name]
-    make, data = SMALL_STEPS[model_name]
+    make, data = HEAVY[model_name]
     model, batch = make(), data()
     table = traced(model, batch, optimizer=factory)
     if format_name is None:
@@ -256,9 +255,7 @@ def test_predicted_peak_counts_what_is_stored(model_name, name):
     optimizer.zero_grad()
     states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     measured = measure_peak(one, [*model.parameters(), *model.buffers(), *batch, *states])
-    predicted = Replay(table, plan.entries)
-    print(f"{model_name} | {name} | {predicted.peak_bytes} | {measured} | {predicted.peak_at}")
-    assert predicted.peak_bytes == pytest.approx(measured, rel=0.05)
+    assert peak_bytes(table, plan.entries) == pytest.approx(measured, rel=0.05)
 
 
 def test_a_budget_is_met_by_storing_less_before_anything_else_is_narrowed():
