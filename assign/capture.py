@@ -65,16 +65,18 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
+        self.narrow = tuple(name for name, p in model.named_parameters() if p.dtype in _SIXTEEN_BIT)
         function = Step._forward
         code = function.__code__.replace(co_name=f"step_{id(self)}")
         own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
         self.forward = types.MethodType(own, self)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        narrow = {name: p for name, p in self.model.named_parameters() if p.dtype in _SIXTEEN_BIT}
-        if not narrow:
+        if not self.narrow:
             return self.loss(self.model, *args, **kwargs)
-        with _torch.replaced_parameters(self.model, {name: p.to(torch.float32) for name, p in narrow.items()}):
+        parameters = dict(self.model.named_parameters())
+        wide = {name: parameters[name].to(torch.float32) for name in self.narrow}
+        with _torch.replaced_parameters(self.model, wide):
             return self.loss(self.model, *args, **kwargs)
 
 

@@ -11,8 +11,8 @@ torchao         Adam and AdamW, each state in a format of its own; computes in f
 bitsandbytes    Adam, AdamW and SGD with momentum; states of a parameter all fp32 or all ``dynamic8``
 ==============  ====================================================================================================
 
-A second moment in bf16 hardly decays where ``beta2`` is above 0.998: a step takes off less than half a unit in its last
-place. Formats in blocks have their scale, and do not stall so.
+A second moment in bf16 does not decay where ``beta2`` is above 0.998: a step takes off less than half a unit in its
+last place. Blocks decay with their scale.
 """
 
 import importlib
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from assign.assignment import Assignment
 from assign.errors import PlanError, nearest
 from assign.rounding import torch_dtype
-from assign.states import make_states, restore, unwrapped, widened
+from assign.states import count_changed, make_states, restore, unwrapped, widened
 from assign.stored import (
     Library,
     StateFormat,
@@ -292,7 +292,7 @@ class _Planned(Optimizer):
         stored = self.assign_stored[parameter]
         own = make_states(self.assign_library, parameter, stored)
         wide = widened(saved)
-        missing = [name for name in stored.states if name not in wide] if own else []
+        missing = [name for name in stored.states if name not in wide] if own or saved else []
         if missing:
             raise PlanError(
                 f"load_state_dict: the plan stores {state_key(stored.key, missing[0])!r} as "
@@ -302,7 +302,7 @@ class _Planned(Optimizer):
         states = restore(own, saved, parameter)
         kept = widened(states)
         for name in [] if lossy else [name for name, value in wide.items() if isinstance(value, Tensor)]:
-            lost = int((kept[name] != wide[name].to(kept[name].device)).sum())
+            lost = count_changed(kept[name], wide[name])
             if lost:
                 raise PlanError(
                     f"load_state_dict: {state_key(stored.key, name)!r} would be rounded in {lost} of its "

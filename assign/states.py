@@ -67,6 +67,12 @@ def restore(own: States, saved: Mapping[str, Any], parameter: Tensor) -> States:
     return filled | ({"step": torch.tensor(float(wide["step"]))} if "step" in own else {})
 
 
+def count_changed(after: Tensor, before: Tensor) -> int:
+    """How many elements are not what they were; NaN stays NaN."""
+    wide = before.to(device=after.device, dtype=torch.float32)
+    return int(((after.float() != wide) & ~wide.isnan()).sum())
+
+
 def _widen(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value

@@ -127,6 +127,18 @@ def test_states_of_one_parameter_may_differ():
     assert resident(table, plan.entries).states == state_bytes(optimizer)
 
 
+@pytest.mark.parametrize(("format_name", "decays"), [("bf16", False), ("dynamic8", True), ("e4m3:block256", True)])
+def test_a_second_moment_in_bf16_does_not_decay(format_name, decays):
+    model, optimizer, _, _ = made(ADAMW, states=format_name)
+    moments = []
+    for gradient in (1.0, *[0.0] * 50):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+        moments.append(assign.widened_state_dict(optimizer)["state"][0]["exp_avg_sq"].mean().item())
+    assert moments[-1] == pytest.approx(moments[0] * (0.999**50 if decays else 1), rel=1e-3)
+
+
 def test_groups_and_options_stay():
     model, _, _, plan = made(ADAMW, states="dynamic8")
     groups = [{"params": [model.fc.weight], "lr": 0.5}, {"params": [model.fc.bias], "weight_decay": 0.0}]
@@ -168,8 +180,10 @@ def test_widens_into_torchs_own_optimizer_and_back(name):
     theirs.load_state_dict(copy.deepcopy(wide))
     assert {v.dtype for s in theirs.state.values() for v in s.values()} == {torch.float32}
     train(plain, theirs, steps=1)
-    _, float32, _, _ = made(kind)
+    _, float32, _, _ = made((cls, options | {"lr": 7.0, "weight_decay": 0.5}))
     float32.load_state_dict(optimizer.state_dict())  # of another library, in other formats: nothing is lost
+    for option, value in options.items():
+        assert theirs.param_groups[0][option] == float32.param_groups[0][option] == pytest.approx(value)
     again = float32.state_dict()["state"]
     for number, state in wide["state"].items():
         for key, value in state.items():
@@ -201,6 +215,9 @@ def test_a_checkpoint_without_the_plans_states_is_refused():
     train(model, sgd, steps=1)
     with pytest.raises(PlanError, match=r"stores 'fc\.weight\.optim\.exp_avg' as dynamic8, but .* has momentum_buffer"):
         narrow.load_state_dict(sgd.state_dict())
+    _, float32, _, _ = made(ADAMW)
+    with pytest.raises(PlanError, match=r"stores 'fc\.weight\.optim\.exp_avg' as fp32, but .* has momentum_buffer"):
+        float32.load_state_dict(sgd.state_dict())
     _, unused, _, _ = made(ADAMW)
     with pytest.raises(PlanError, match="has no states for it"):
         narrow.load_state_dict(unused.state_dict())
@@ -211,6 +228,7 @@ def test_a_checkpoint_without_the_plans_states_is_refused():
 def test_a_narrow_model_refuses_values_that_it_would_round():
     model, _, _, plan = made(ADAMW, master="bf16")
     exact = {name: value.float() for name, value in model.state_dict().items()}
+    exact["fc.bias"][0] = torch.nan
     model.load_state_dict(exact)
     fresh = Wide()
     with pytest.raises(PlanError, match=r"'fc\.weight' is stored in bfloat16 here, in which \d+ of the 8192 values"):

@@ -10,6 +10,7 @@ from assign.assignment import Assignment
 from assign.capture import check_parameters
 from assign.errors import PlanError
 from assign.rounding import torch_dtype
+from assign.states import count_changed
 from assign.stored import gradient_format, master_format
 
 
@@ -57,7 +58,7 @@ def _refuse_loss(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
         value = state_dict.get(prefix + name)
         if not isinstance(value, torch.Tensor) or value.dtype == parameter.dtype:
             continue
-        lost = int((value.to(parameter.dtype).to(value.dtype) != value).sum())
+        lost = count_changed(value.to(parameter.dtype), value)
         if lost:
             raise PlanError(
                 f"load_state_dict: {name!r} is stored in {str(parameter.dtype).removeprefix('torch.')} here, in which "
