@@ -391,6 +391,20 @@ def test_stored_dtypes_hold_on_both_backends(backend, name, formats):
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_a_narrow_master_is_widened_for_a_wide_weight():
+    make, data = MODELS["resnet"]
+    model, batch = make(), data()
+    plan = stored_plan(model, batch, "fp32", master="bf16", gradients="fp32")
+    twin = copy.deepcopy(model)
+    planned_step(model, class_loss, plan, backend="eager")(batch).backward()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(parameter.bfloat16())
+    class_loss(twin, batch).backward()
+    for mine, plain in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine.grad, plain.grad)  # in float32, not by way of the master's dtype
+
+
 def test_gradients_are_narrow_from_the_mark_on(graphs):
     """Not only behind the backward pass, where autograd itself would convert them."""
     model, batch = MODELS["resnet"][0](), MODELS["resnet"][1]()
