@@ -14,9 +14,11 @@ them is pure Python and never imports torch.
 ``memory``            (table, assignment) → aggregate, peak, timeline
 ``strategies``        searches: (table, recipe, goal) → entries
 ``assignment``        **Assignment**, the second waist: ``plan.json``
+``stored``            what stays between steps: masters, stored gradients, optimizer states; who can keep them
 ``rounding``          quantize, encode, decode as registered torch operators; ``kernels``: their arithmetic
 ``promotion``         formats that change while training: low tensors that overflow go back to high
 ``executor``          mark → pack → compile → apply: a plan made to run
+``optimizers``        optimizers whose states follow a plan, from three libraries; ``states``: each one's form of them
 ``planning``          trace, strategy, provenance in one call
 ``tasks``             what is trained: built-in, from a user's file
 ``training``          the loop: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file
@@ -31,6 +33,7 @@ from assign.errors import AssignError
 from assign.executor.apply import apply, autocast, planned_step
 from assign.formats import FORMATS, Format, parse_format
 from assign.memory import Estimate, estimate
+from assign.optimizers import optimizer, widened_state_dict
 from assign.planning import search
 from assign.promotion import Promotion
 from assign.recipes import RECIPES
@@ -56,9 +59,11 @@ __all__ = [
     "apply",
     "autocast",
     "estimate",
+    "optimizer",
     "parse_format",
     "planned_step",
     "quantize",
     "search",
     "trace",
+    "widened_state_dict",
 ]

@@ -6,7 +6,7 @@ Written against torch 2.11 to 2.13.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, TorchRuntimeError, Unsupported, UserError
+from torch._dynamo.source import LocalSource
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
@@ -22,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.graph import _BoxedCodeGen
+from torch.nn.utils import stateless
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["FakeTensor", "FakeTensorMode"]
 
@@ -278,3 +281,43 @@ def inner_exception(error: BaseException) -> BaseException:
     if isinstance(error, BackendCompilerFailed):
         return cast(BaseException, error.inner_exception)
     return error
+
+
+def copy_fake_value(source: fx.Node, target: fx.Node) -> None:
+    """Let a captured node have the value without data of another."""
+    target.meta["example_value"] = source.meta["example_value"]
+
+
+def replaced_parameters(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> contextlib.AbstractContextManager[None]:
+    """Within the context, the module has these tensors in the place of its parameters; tied ones stay tied.
+
+    ``torch.func.functional_call`` does the same around a call of the module alone; a loss may call any part of it.
+    """
+    replaced = stateless._reparametrize_module(model, dict(tensors), tie_weights=True)
+    return cast(contextlib.AbstractContextManager[None], replaced)
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold the data of ``tensor``: itself, or what a wrapper subclass keeps."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]
+
+
+def add_input(graph: fx.GraphModule, name: str) -> fx.Node:
+    """One more input of a captured graph, behind its others, as if Dynamo had found it."""
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    with graph.graph.inserting_after(last):
+        added = graph.graph.placeholder(name)
+    setattr(added, "_dynamo_source", LocalSource(name))  # noqa: B010  no such attribute is declared
+    return added
+
+
+def drop_input(graph: fx.GraphModule, added: fx.Node) -> None:
+    """Take out what :func:`add_input` added, once the graph is compiled."""
+    for user in list(added.users):
+        user.kwargs = {name: value for name, value in user.kwargs.items() if value is not added}
+    graph.graph.erase_node(added)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from assign.errors import FormatError, PlanError, nearest
 from assign.files import write_whole
 from assign.formats import Format, parse_format
+from assign.stored import check_stored, owner_of, parse_stored
 from assign.tensors import base_key, grad_key, saved_key
 
 VERSION = 1
@@ -99,12 +100,13 @@ class Assignment:
     """The format of every tensor of one model's training step.
 
     Attributes:
-        entries: key → entry, for every tensor in the paper's four roles. Keys of saved copies, masters and optimizer
-            states may stand here too; where they do not, they follow the default of their role.
+        entries: key → entry, for every tensor in the paper's four roles. Keys of saved copies, masters, stored
+            gradients and optimizer states may stand here too; where they do not, a saved copy follows its activation,
+            and what is stored between steps is fp32 (see :mod:`assign.stored`).
         fingerprint: of the model that the assignment is for.
 
     Raises:
-        PlanError: an entry names a format that does not exist.
+        PlanError: an entry names a format that does not exist, or that is not for what it names.
     """
 
     entries: Mapping[str, Entry]
@@ -113,11 +115,10 @@ class Assignment:
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
-        named = {entry.format for entry in self.entries.values()}
-        canonical = {name: self._parse(name).name for name in named}
-        entries = {key: Entry(canonical[entry.format], entry.low) for key, entry in self.entries.items()}
+        entries = {key: Entry(self._canonical(key, entry.format), entry.low) for key, entry in self.entries.items()}
         object.__setattr__(self, "entries", entries)
         self._refuse_stochastic_copies()
+        check_stored(entries)
 
     def _refuse_stochastic_copies(self) -> None:
         """A saved copy in its activation's own format is not rounded again; in any other, no seed is at hand."""
@@ -125,7 +126,7 @@ class Assignment:
             own = self.entries.get(base_key(key))
             if own is None or key != saved_key(base_key(key)) or entry.format == own.format:
                 continue
-            if self._parse(entry.format).stochastic:
+            if parse_format(entry.format).stochastic:
                 raise PlanError(
                     f"{key!r} is assigned {entry.format!r}, its activation {own.format!r}: a saved copy in a format of "
                     "its own is rounded to nearest.\n"
@@ -133,15 +134,15 @@ class Assignment:
                     "activation's own format."
                 )
 
-    def _parse(self, name: str) -> Format:
+    def _canonical(self, key: str, name: str) -> str:
+        owner = owner_of(key, self.entries)
         try:
-            return parse_format(name)
+            return parse_stored(name, owner[1]).name if owner else parse_format(name).name
         except FormatError as error:
-            key = next(key for key, entry in self.entries.items() if entry.format == name)
             raise PlanError(f"{key!r} is assigned the format {name!r}: {error}") from error
 
     def format_of(self, key: str) -> Format:
-        """Format of the tensor ``key``.
+        """Format of the tensor ``key`` of the step itself; :mod:`assign.stored` knows those of what is stored.
 
         Raises:
             PlanError: the assignment has no such key.
@@ -181,7 +182,7 @@ class Assignment:
     def check_covers(self, keys: Collection[str], *, where: str) -> None:
         """Make sure that this is a plan for the tensors ``keys``, the paper's tensors of a model.
 
-        An entry for a saved copy, a master or an optimizer state is in place if ``keys`` has the tensor it belongs to.
+        An entry for a saved copy, or for what is stored, is in place if ``keys`` has the tensor it belongs to.
 
         Args:
             where: what to call this assignment, e.g. the path of its file.
@@ -289,8 +290,7 @@ class Assignment:
 
 
 def _belongs(key: str, wanted: Collection[str]) -> bool:
-    owners = (key, key.removesuffix(".saved"), key.removesuffix(".master"), key.rpartition(".optim.")[0])
-    return any(owner in wanted for owner in owners)
+    return key in wanted or key.removesuffix(".saved") in wanted or owner_of(key, wanted) is not None
 
 
 def _named(keys: Sequence[str], others: Iterable[str], title: str) -> list[str]:

@@ -2,11 +2,17 @@
 
 The graph that Dynamo hands over has torch-level operators (``conv2d``, ``relu``, …), with the path of the module and
 the line of the user's code on every node. Parameters and buffers are its inputs, told apart by identity.
+
+Parameters in 16 bit are captured as if they were in float32, so that the user's code is the same code and a graph the
+same graph, whatever the plan stores; in the graph handed on, who read the widened parameter reads the parameter.
 """
 
+import contextlib
+import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +24,8 @@ from assign.errors import AssignError, TraceError
 Loss = Callable[[nn.Module, Any], Tensor]
 
 _PREFIX = "L['self'].model"
+_GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # how Dynamo says a.b where parameters are replaced
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +37,7 @@ class Capture:
         inputs: example values of its placeholders, in order.
         parameters: placeholder → name of the parameter (one name for tied weights).
         buffers: placeholders that are buffers of the model.
+        dtypes: of the parameters that are not in float32; the graph's own values say float32.
         training: whether the model was in training mode with gradients on.
     """
 
@@ -36,6 +45,7 @@ class Capture:
     inputs: Sequence[Any]
     parameters: dict[fx.Node, str]
     buffers: frozenset[fx.Node]
+    dtypes: dict[fx.Node, torch.dtype]
     training: bool
 
 
@@ -55,13 +65,19 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
+        self.narrow = tuple(name for name, p in model.named_parameters() if p.dtype in _SIXTEEN_BIT)
         function = Step._forward
         code = function.__code__.replace(co_name=f"step_{id(self)}")
         own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
         self.forward = types.MethodType(own, self)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.loss(self.model, *args, **kwargs)
+        if not self.narrow:
+            return self.loss(self.model, *args, **kwargs)
+        parameters = dict(self.model.named_parameters())
+        wide = {name: parameters[name].to(torch.float32) for name in self.narrow}
+        with _torch.replaced_parameters(self.model, wide):
+            return self.loss(self.model, *args, **kwargs)
 
 
 def compile_step(
@@ -72,7 +88,6 @@ def compile_step(
     Raises (when called):
         TraceError: the model or the loss breaks the graph; says the user's line.
     """
-    check_parameters(model)
 
     def receive(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return backend(_describe(model, graph, inputs))
@@ -81,7 +96,8 @@ def compile_step(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return compiled(*args, **kwargs)
+            with _hidden_gradients(model):
+                return compiled(*args, **kwargs)
         except _torch.CaptureError as error:
             inner = _torch.inner_exception(error)
             if isinstance(inner, AssignError):
@@ -93,9 +109,24 @@ def compile_step(
     return call
 
 
-def check_parameters(model: nn.Module) -> None:
+@contextlib.contextmanager
+def _hidden_gradients(model: nn.Module) -> Iterator[None]:
+    """Take away gradients that are not of their parameter's dtype: Dynamo does not capture a parameter with one."""
+    hidden = [(p, p.grad) for p in model.parameters() if p.grad is not None and p.grad.dtype != p.dtype]
+    for parameter, _ in hidden:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in hidden:
+            parameter.grad = gradient
+
+
+def check_parameters(model: nn.Module, masters: Mapping[str, torch.dtype] = MappingProxyType({})) -> None:
     """Refuse models that are not in float32: the plan narrows a model, it does not widen one.
 
+    Args:
+        masters: dtypes that a plan gives to parameters, who may be in them already.
     Raises:
         TraceError: names the first such parameter.
     """
@@ -104,7 +135,8 @@ def check_parameters(model: nn.Module) -> None:
             f"trace: the model is a {type(model).__name__}, a torch.nn.Module is needed. Pass the module itself."
         )
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+        allowed = (torch.float32, masters.get(name, torch.float32))
+        if parameter.is_floating_point() and parameter.dtype not in allowed:
             raise TraceError(
                 f"trace: parameter {name!r} is {parameter.dtype}; a plan starts from float32 and narrows it. "
                 "Call model.float() first."
@@ -113,6 +145,8 @@ def check_parameters(model: nn.Module) -> None:
 
 def strip_module_path(path: str) -> str | None:
     """Module path below the model from Dynamo's own, None for code outside the model."""
+    while _GETATTR.search(path):
+        path = _GETATTR.sub(r"\1.\2", path)
     if path != _PREFIX and not path.startswith((_PREFIX + ".", _PREFIX + "[", _PREFIX + "_")):
         return None
     rest = path.removeprefix(_PREFIX).replace("._modules", "").replace("_modules", "")
@@ -125,13 +159,26 @@ def _describe(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any]) ->
     buffers = {id(buffer) for buffer in model.buffers()}
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     pairs = list(zip(placeholders, inputs, strict=True))
+    dtypes = {node: value.dtype for node, value in pairs if id(value) in names and value.dtype in _SIXTEEN_BIT}
+    for node in dtypes:
+        _drop_widening(graph, node)
+    graph.recompile()
     return Capture(
         graph=graph,
         inputs=inputs,
         parameters={node: names[id(value)] for node, value in pairs if id(value) in names},
         buffers=frozenset(node for node, value in pairs if id(value) in buffers),
+        dtypes=dtypes,
         training=model.training and torch.is_grad_enabled(),
     )
+
+
+def _drop_widening(graph: fx.GraphModule, parameter: fx.Node) -> None:
+    """Let those who read the parameter, widened by :class:`Step`, read it as it is."""
+    for widened in [user for user in parameter.users if user.op == "call_method" and user.target == "to"]:
+        _torch.copy_fake_value(widened, parameter)
+        widened.replace_all_uses_with(parameter)
+        graph.graph.erase_node(widened)
 
 
 def _explain(error: BaseException) -> TraceError:

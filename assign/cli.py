@@ -52,10 +52,20 @@ BatchSize = Annotated[int | None, typer.Option(help="Samples per step; the task'
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Data = Annotated[Path | None, typer.Option(help="Directory with the task's data.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs to train; the task's own if left out.")]
-Recipe = Annotated[str, typer.Option(help="Candidates per tensor: native or hfp8.")]
+Recipe = Annotated[str, typer.Option(help="Candidates per tensor: native, hfp8, bf16 or fp16.")]
 Strategy = Annotated[
-    str, typer.Option(help="greedy, greedy-smallest, greedy-random, uniform, operator or operator-prime.")
+    str,
+    typer.Option(
+        help="greedy, greedy-smallest, greedy-random, uniform, operator, operator-prime; or standalone, with the "
+        "recipe bf16 or fp16: everything in 16 bit, masters too."
+    ),
 ]
+OptimizerStates = Annotated[
+    str | None,
+    typer.Option(help="Store optimizer states as bf16, fp16, dynamic8, dynamic4 or e4m3:block256; fp32 if left out."),
+]
+Gradients = Annotated[str | None, typer.Option(help="Store gradients as bf16 or fp16; as their masters if left out.")]
+Master = Annotated[str | None, typer.Option(help="Store the parameters themselves as bf16 or fp16; fp32 if left out.")]
 Format = Annotated[str | None, typer.Option("--format", help="With --strategy uniform: every tensor in this format.")]
 LowRatio = Annotated[float | None, typer.Option(help="Share of the elements to hold low, 0 to 1.")]
 Budget = Annotated[str | None, typer.Option(help="Peak bytes of a step: 512MiB, 6GB, or 50% of the all-fp32 peak.")]
@@ -160,6 +170,9 @@ def search(
     strategy: Strategy = "greedy",
     recipe: Recipe = "native",
     format_name: Format = None,
+    optimizer_states: OptimizerStates = None,
+    gradients: Gradients = None,
+    master: Master = None,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -168,7 +181,19 @@ def search(
 ) -> None:
     """Choose a format for every tensor and write the plan."""
     table = _traced(_task(task, seed, batch_size, device, data, None), device)
-    plan = _searched(table, output, budget, low_ratio, strategy, recipe, format_name, seed)
+    plan = _searched(
+        table,
+        output,
+        budget=budget,
+        low_ratio=low_ratio,
+        strategy=strategy,
+        recipe=recipe,
+        format_name=format_name,
+        optimizer_states=optimizer_states,
+        gradients=gradients,
+        master=master,
+        seed=seed,
+    )
     console.print(tables.estimate_table(estimate_plan(table, plan)))
     _write(json_file, plan.provenance.estimate)
 
@@ -223,6 +248,9 @@ def run(
     strategy: Strategy = "greedy",
     recipe: Recipe = "native",
     format_name: Format = None,
+    optimizer_states: OptimizerStates = None,
+    gradients: Gradients = None,
+    master: Master = None,
     epochs: Epochs = None,
     backend: BackendName = Backend.EAGER,
     promote_every: PromoteEvery = None,
@@ -236,7 +264,19 @@ def run(
     """The main job: trace, search, train in fp32 and under the plan, print both side by side."""
     loaded = _task(task, seed, batch_size, device, data, epochs)
     table = _traced(loaded, device)
-    plan = _searched(table, output, budget, low_ratio, strategy, recipe, format_name, seed)
+    plan = _searched(
+        table,
+        output,
+        budget=budget,
+        low_ratio=low_ratio,
+        strategy=strategy,
+        recipe=recipe,
+        format_name=format_name,
+        optimizer_states=optimizer_states,
+        gradients=gradients,
+        master=master,
+        seed=seed,
+    )
     console.print(tables.estimate_table(estimate_plan(table, plan)))
     options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
     baseline = _trained("fp32", loaded, None, table, **options)
@@ -358,27 +398,9 @@ def _traced(task: Task, device: str) -> TensorTable:
         return trace_step(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer)
 
 
-def _searched(
-    table: TensorTable,
-    output: Path,
-    budget: str | None,
-    low_ratio: float | None,
-    strategy: str,
-    recipe: str,
-    format_name: str | None,
-    seed: int,
-) -> Assignment:
+def _searched(table: TensorTable, output: Path, **options: Any) -> Assignment:
     with console.status("searching"):
-        plan = search_table(
-            table,
-            budget=budget,
-            low_ratio=low_ratio,
-            strategy=strategy,
-            recipe=recipe,
-            format_name=format_name,
-            seed=seed,
-            command=" ".join(["assign", *sys.argv[1:]]),
-        )
+        plan = search_table(table, command=" ".join(["assign", *sys.argv[1:]]), **options)
     plan.save(output)
     console.print(f"wrote {output}: {len(plan.entries)} tensors", markup=False)
     return plan

@@ -1,7 +1,7 @@
 """Number formats: frozen rows of data, their table, and the reading of their names.
 
 A *format* is the set of values that a tensor may hold; a *dtype* is what torch stores. No torch in here: dtypes
-are names. A new format is one more row of ``FORMATS``.
+are names. A new format is one more row of ``FORMATS``; one that only optimizer states may have, of ``STATE_FORMATS``.
 """
 
 import math
@@ -206,6 +206,62 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
     }
 )
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockFormat:
+    """Codes of which a block shares one float32 scale: how libraries keep optimizer states. Nothing computes in it.
+
+    Attributes:
+        name: as written in plans, e.g. ``dynamic8``.
+        code: what one code stands for, in words.
+        bits: of one code.
+        block: consecutive elements that share a scale.
+    """
+
+    name: str
+    code: str
+    bits: int
+    block: int
+
+    @property
+    def bits_per_element(self) -> float:
+        """Of a code and its share of the scale."""
+        return self.bits + 32 / self.block
+
+    def bytes_of(self, elements: int) -> int:
+        """Bytes of a tensor, scales included; tables of codes, one for all tensors, are not."""
+        return -(-elements * self.bits // 8) + 4 * -(-elements // self.block)
+
+    @property
+    def rule(self) -> str:
+        """:meth:`fits` in words."""
+        return f"it takes at least {SMALLEST_BLOCKED} elements, and a whole number of blocks of {self.block}"
+
+    def fits(self, elements: int) -> bool:
+        """Whether a tensor may have it: large enough, and a whole number of blocks.
+
+        Source: both conditions are torchao's; bitsandbytes has the first.
+        """
+        return elements >= SMALLEST_BLOCKED and elements % self.block == 0
+
+
+SMALLEST_BLOCKED = 4096
+"""Elements of the smallest tensor that is kept in blocks. Source: arXiv 2110.02861; torchao and bitsandbytes alike."""
+
+STATE_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            # Source: arXiv 2110.02861 with blocks of 256, as torchao and bitsandbytes have them now.
+            BlockFormat(name="dynamic8", code="dynamic tree of 256 values", bits=8, block=256),
+            # Source: arXiv 2309.01507, as torchao has it.
+            BlockFormat(name="dynamic4", code="dynamic tree of 16 values; second moments linear", bits=4, block=128),
+            BlockFormat(name="e4m3:block256", code="e4m3", bits=8, block=256),
+        )
+    }
+)
+"""Formats of optimizer states alone. The values of each are the library's that keeps the states."""
+
 _PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
 _ALLOWED = (
     f"{', '.join(FORMATS)}, or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
@@ -249,6 +305,11 @@ def _find_plain(name: str, wanted: str) -> Format:
     if wanted in FORMATS:
         return FORMATS[wanted]
     match = _PAPER_NAME.fullmatch(wanted)
+    if wanted in STATE_FORMATS:
+        raise FormatError(
+            f"{name!r} is a format of optimizer states alone; this is no state.\n  Allowed: {_ALLOWED}.\n"
+            "  Choose one of these."
+        )
     if match is None:
         close = nearest(wanted, [*FORMATS, "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)"])
         meant = f" Did you mean {close}?" if close else ""

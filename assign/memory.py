@@ -21,10 +21,10 @@ from assign.assignment import Assignment, Entry
 from assign.formats import Scaling, parse_format
 from assign.lowered import Lowered
 from assign.recipes import Recipe, get_recipe, initial
+from assign.stored import gradient_format, master_format, optimizer_scratch, resident, stored_in
 from assign.tensors import MARK, Buffer, Event, Role, TensorTable, base_key, saved_key
 
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
-_RESIDENT = ("parameters", "buffers", "batch", "optimizer states")
 
 
 _SLOTS = 4
@@ -167,6 +167,7 @@ class Replay:
         self.saved_bytes = 0
         self._lowered = Lowered(table, entries)
         self._narrowed = self._lowered.narrowed
+        self._resident = resident(table, entries)
         self._reads = self._index_reads()
         self._alias = self._find_aliases()
         for number, event in enumerate(self.schedule.events):
@@ -188,10 +189,28 @@ class Replay:
             if not event.op.startswith(MARK) or not event.writes:
                 continue
             key = event.op.removeprefix(MARK)
-            if self._lowered.is_identity(key, backward=event.backward):
+            if self._is_identity(key, backward=event.backward):
                 source = event.reads[0] if event.reads else None
                 alias[event.writes[0]] = alias.get(source, source) if source is not None else None
         return alias
+
+    def _is_identity(self, key: str, *, backward: bool) -> bool:
+        """Whether a mark changes nothing: a parameter's reads its master, and makes the gradient that is stored."""
+        if not self._is_weight(key):
+            return self._lowered.is_identity(key, backward=backward)
+        carrier, fmt = self._lowered.carrier(key), self._lowered.formats(key)[backward]
+        outside = self._kept(key) if backward else master_format(self.entries, key).carrier
+        return carrier == outside and fmt.native in (carrier, lowering.FLOAT32)
+
+    def _is_weight(self, key: str) -> bool:
+        info = self.table.by_key.get(key)
+        return info is not None and info.role is Role.WEIGHT
+
+    def _kept(self, key: str) -> str:
+        """Dtype in which the gradient of ``key`` leaves its mark."""
+        if self._is_weight(key):
+            return gradient_format(self.entries, key).carrier
+        return self._lowered.compute(key)
 
     def _readers(self, buffer: int) -> list[int]:
         twins = [b for b, source in self._alias.items() if source == buffer]
@@ -275,7 +294,7 @@ class Replay:
 
     def _packed(self, key: str, info: Buffer) -> int | None:
         """Bytes of the saved copy, its scale included; None where the value waits as it is."""
-        if self._lowered.is_identity(key, backward=False):
+        if self._is_identity(key, backward=False):
             return None
         explicit = self.entries.get(saved_key(key))
         fmt = parse_format(explicit.format) if explicit else self._lowered.formats(key)[0]
@@ -293,7 +312,7 @@ class Replay:
             return info.elements * _ITEMSIZE.get(info.dtype, 1)
         if info.holds.endswith(".grad"):
             forward = base_key(info.holds)
-            dtype = self._lowered.compute(forward) if is_mark else self._lowered.carrier(forward)
+            dtype = self._kept(forward) if is_mark else self._lowered.carrier(forward)
         elif info.holds:
             dtype = self._lowered.carrier(info.holds)
         else:
@@ -309,7 +328,7 @@ class Replay:
             return _running(number)
         carrier = self._lowered.carrier(base_key(info.holds))
         made = carrier if is_mark or event.op == "" else compute
-        kept = self._lowered.compute(base_key(info.holds)) if is_mark else carrier
+        kept = self._kept(base_key(info.holds)) if is_mark else carrier
         gradient = self._lowered.formats(base_key(info.holds))[1]
         rounded = not is_mark or gradient.native not in (carrier, lowering.FLOAT32)
         if made == kept or not rounded:
@@ -334,14 +353,23 @@ class Replay:
 
     @property
     def resident_bytes(self) -> int:
-        """Parameters, buffers, batch and optimizer states: alive all the time."""
-        s = self.schedule
-        return s.parameter_bytes + s.buffer_bytes + s.batch_bytes + s.optimizer_bytes
+        """Masters, buffers, batch and optimizer states: alive all the time."""
+        s, stored = self.schedule, self._resident
+        return stored.parameters + s.buffer_bytes + s.batch_bytes + stored.states
+
+    @cached_property
+    def optimizer_scratch_bytes(self) -> int:
+        """What the optimizer's step allocates for a moment.
+
+        Raises:
+            PlanError: no library can keep what the plan stores.
+        """
+        return optimizer_scratch(self.schedule, stored_in(self.table, self.entries))
 
     @property
     def optimizer_peak_bytes(self) -> int:
         """What is alive while the optimizer steps."""
-        return self.resident_bytes + self.schedule.gradient_bytes + self.schedule.optimizer_scratch_bytes
+        return self.resident_bytes + self._resident.gradients + self.optimizer_scratch_bytes
 
     @cached_property
     def slots(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -374,12 +402,15 @@ class Replay:
     @property
     def alive(self) -> tuple[tuple[str, str, int], ...]:
         """What is alive at the peak: (key, role, bytes), largest first."""
-        s = self.schedule
-        resident = (s.parameter_bytes, s.buffer_bytes, s.batch_bytes, s.optimizer_bytes)
-        found = [(name, "resident", size) for name, size in zip(_RESIDENT, resident, strict=True)]
+        s, stored = self.schedule, self._resident
+        found = [(name, "parameters", size) for name, size in stored.masters.items()]
+        found += [(name, "optimizer states", size) for name, size in stored.optimizer_states.items()]
+        found += [("buffers", "buffers", s.buffer_bytes), ("batch", "batch", s.batch_bytes)]
+        found += [("unused", "parameters", stored.others[0]), ("unused", "optimizer states", stored.others[2])]
         if self._peak_slot is None:
-            found.append(("gradients", str(Role.WEIGHT_GRAD), s.gradient_bytes))
-            found.append(("optimizer scratch", "scratch", s.optimizer_scratch_bytes))
+            found += [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]
+            found.append(("unused", str(Role.WEIGHT_GRAD), stored.others[1]))
+            found.append(("optimizer scratch", "scratch", self.optimizer_scratch_bytes))
         else:
             slot = self._peak_slot
             found += [(x.key, str(x.role), x.bytes) for x in self.segments if x.start <= slot <= x.end]
@@ -387,10 +418,10 @@ class Replay:
 
     @property
     def by_role(self) -> dict[str, int]:
-        """Bytes alive at the peak by role; the resident ones by name."""
+        """Bytes alive at the peak by role."""
         sums: dict[str, int] = defaultdict(int)
-        for key, role, size in self.alive:
-            sums[key if role == "resident" else role] += size
+        for _, role, size in self.alive:
+            sums[role] += size
         return dict(sums)
 
     @property

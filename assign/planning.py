@@ -13,7 +13,7 @@ from assign.assignment import Assignment, Provenance
 from assign.capture import Loss
 from assign.errors import BudgetError
 from assign.memory import Estimate, estimate, peak_bytes
-from assign.recipes import get_recipe
+from assign.recipes import get_recipe, store
 from assign.strategies import BASELINES, get_strategy
 from assign.strategies.baselines import uniform_in
 from assign.tensors import TensorTable
@@ -32,9 +32,15 @@ def search(
     strategy: str = "greedy",
     recipe: str = "native",
     optimizer: OptimizerFactory | None = None,
+    master: str | None = None,
+    gradients: str | None = None,
+    optimizer_states: str | None = None,
     seed: int = 0,
 ) -> Assignment:
     """A plan for one training step of ``loss(model, batch)``.
+
+    What is stored between steps takes the formats asked for first; the search then narrows as little as the budget
+    still needs.
 
     Args:
         model: in float32; nothing of it is changed and nothing is computed.
@@ -43,9 +49,14 @@ def search(
         budget: peak bytes of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the all-fp32 peak.
         low_ratio: share of elements to hold low, 0 to 1. One of the two must be given.
         optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states count; None counts none.
+        master: format of the parameters themselves, ``bf16`` or ``fp16``; None leaves them in fp32, or as the strategy
+            says.
+        gradients: format in which gradients wait for the optimizer; None: that of their masters.
+        optimizer_states: e.g. ``bf16`` or ``dynamic8``; None: that of their masters.
         seed: for strategies that draw.
     Raises:
         BudgetError: no goal, one that makes no sense, or a budget below the floor (says the floor).
+        FormatError, PlanError: formats that cannot be stored, or that no library's optimizer can keep.
         TraceError: a graph break, a loss that is no scalar, a model that is not in float32.
     """
     return search_table(
@@ -54,6 +65,9 @@ def search(
         low_ratio=low_ratio,
         strategy=strategy,
         recipe=recipe,
+        master=master,
+        gradients=gradients,
+        optimizer_states=optimizer_states,
         seed=seed,
         command="assign.search",
     )
@@ -67,16 +81,20 @@ def search_table(
     strategy: str = "greedy",
     recipe: str = "native",
     format_name: str | None = None,
+    master: str | None = None,
+    gradients: str | None = None,
+    optimizer_states: str | None = None,
     seed: int = 0,
     command: str = "",
 ) -> Assignment:
     """As :func:`search`, from a table.
 
     ``format_name`` puts every tensor in one format; it takes no goal, nor do the strategies that follow from the model
-    alone (``operator``, ``operator-prime``).
+    alone (``operator``, ``operator-prime``, ``standalone``).
     """
     start = time.perf_counter()
     rules = get_recipe(recipe)
+    stored = store(table, master=master, gradients=gradients, states=optimizer_states)
     if format_name is not None:
         if strategy != "uniform" or budget is not None or low_ratio is not None:
             raise BudgetError(
@@ -95,12 +113,12 @@ def search_table(
         entries = get_strategy(strategy)(
             table,
             recipe=rules,
-            peak_bytes=lambda candidate: peak_bytes(table, candidate),
+            peak_bytes=lambda candidate: peak_bytes(table, {**candidate, **stored}),
             low_ratio=low_ratio,
             budget_bytes=None if budget is None else parse_budget(budget, peak_bytes(table, {})),
             seed=seed,
         )
-    plan = Assignment(entries=entries, recipe=rules.name, fingerprint=table.fingerprint)
+    plan = Assignment(entries={**entries, **stored}, recipe=rules.name, fingerprint=table.fingerprint)
     costs = summary(estimate(table, plan), time.perf_counter() - start)
     return plan.with_provenance(
         Provenance(

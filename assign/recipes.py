@@ -1,13 +1,17 @@
-"""Recipes: which two formats each tensor may choose between, by its role and its operator. Rows of data."""
+"""Recipes: which two formats each tensor may choose between, by its role and its operator. Rows of data.
+
+What is stored between steps is not chosen between two: :func:`store` gives it one format for all.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from assign.assignment import Entry
-from assign.errors import FormatError, nearest
-from assign.formats import Format, Scaling, parse_format
-from assign.tensors import Role, TensorInfo, TensorTable
+from assign.errors import FormatError, PlanError, nearest
+from assign.formats import BlockFormat, Format, Scaling, parse_format
+from assign.stored import is_stored, parse_stored
+from assign.tensors import Role, TensorInfo, TensorTable, master_key, stored_grad_key
 
 Pair = tuple[str, str]
 """Names of the high and of the low format."""
@@ -121,7 +125,22 @@ NATIVE = Recipe(
     promote_every=0,  # its low formats have a scale each and do not overflow
 )
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (HFP8, NATIVE)})
+
+def _one_format(name: str) -> Recipe:
+    """A recipe with nothing to choose: losses too, as in arXiv 2305.10947's standalone training."""
+    roles = (Role.ACTIVATION, Role.ACTIVATION_GRAD, Role.WEIGHT, Role.WEIGHT_GRAD)
+    return Recipe(
+        name=name,
+        description=f"{name} everywhere; with the strategy standalone, in what is stored too",
+        by_role=dict.fromkeys(roles, (name, name)),
+        loss_scaling=False,  # of its own; training scales where gradients are fp16 and masters are not
+        promote_every=0,
+    )
+
+
+BF16, FP16 = _one_format("bf16"), _one_format("fp16")
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (HFP8, NATIVE, BF16, FP16)})
 """Every recipe by name; a new one is a row here."""
 
 
@@ -151,4 +170,43 @@ def initial(table: TensorTable, recipe: Recipe, low: Collection[int] = frozenset
         candidates = recipe.candidates(row)
         is_low = row.group in low
         entries[row.key] = Entry((candidates.lo if is_low else candidates.hi).name, is_low)
+    return entries
+
+
+def store(
+    table: TensorTable, *, master: str | None = None, gradients: str | None = None, states: str | None = None
+) -> dict[str, Entry]:
+    """Entries for all masters, stored gradients and optimizer states of a table; None leaves a role out.
+
+    A state that is too small for a format in blocks keeps the dtype of its master, as in the libraries.
+
+    Raises:
+        FormatError: no such format, or not for this role.
+        PlanError: states are asked for, and the optimizer has none, or none that is large enough.
+    """
+    entries: dict[str, Entry] = {}
+    stored = [row for row in table.tensors if is_stored(row)]
+    if master is not None:
+        name = parse_stored(master, Role.MASTER).name
+        entries |= {master_key(row.key): Entry(name, False) for row in stored if row.role is Role.WEIGHT}
+    if gradients is not None:
+        name = parse_stored(gradients, Role.WEIGHT_GRAD).name
+        weights = [row.key.removesuffix(".grad") for row in stored if row.role is Role.WEIGHT_GRAD]
+        entries |= {stored_grad_key(key): Entry(name, False) for key in weights}
+    if states is not None:
+        fmt = parse_stored(states, Role.OPTIM_STATE)
+        rows = [row for row in stored if row.role is Role.OPTIM_STATE]
+        if not rows:
+            raise PlanError(
+                f"optimizer states are asked for in {fmt.name}, but the optimizer keeps none (or none was given). "
+                "Leave them out, or use one with states: torch.optim.AdamW, or SGD with momentum."
+            )
+        fits = [row for row in rows if not isinstance(fmt, BlockFormat) or fmt.fits(row.elements)]
+        if isinstance(fmt, BlockFormat) and not fits:
+            largest = max(row.elements for row in rows)
+            raise PlanError(
+                f"optimizer states are asked for in {fmt.name}, but none fits: {fmt.rule}, and the largest has "
+                f"{largest} elements. Choose bf16."
+            )
+        entries |= {row.key: Entry(fmt.name, False) for row in fits}
     return entries

@@ -78,6 +78,21 @@ def base_key(key: str) -> str:
     return key.removesuffix(".grad").removesuffix(".saved")
 
 
+def master_key(key: str) -> str:
+    """Key of the stored parameter behind weight ``key``."""
+    return f"{key}.master"
+
+
+def stored_grad_key(key: str) -> str:
+    """Key of the gradient of weight ``key`` as it waits for the optimizer."""
+    return f"{grad_key(key)}.stored"
+
+
+def state_key(key: str, state: str) -> str:
+    """Key of an optimizer state of weight ``key``, e.g. ``fc.weight.optim.exp_avg``."""
+    return f"{key}.optim.{state}"
+
+
 SLICE = "slice"
 """Operator of a row that holds a part of the one that it is made from; nothing runs for it."""
 
@@ -128,6 +143,7 @@ class Schedule:
         kept: buffers that outlive the backward pass (gradients of the parameters).
         parameter_bytes, buffer_bytes, batch_bytes: resident during the whole step.
         gradient_bytes: gradients of all parameters, resident once the backward pass has made them.
+        optimizer: name of its class, ``''`` without one.
         optimizer_bytes: states; optimizer_scratch_bytes: what its step allocates for a moment.
     """
 
@@ -138,6 +154,7 @@ class Schedule:
     buffer_bytes: int = 0
     batch_bytes: int = 0
     gradient_bytes: int = 0
+    optimizer: str = ""
     optimizer_bytes: int = 0
     optimizer_scratch_bytes: int = 0
 

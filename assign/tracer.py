@@ -15,13 +15,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from assign import _torch
-from assign.capture import Capture, Loss, compile_step
+from assign.capture import Capture, Loss, check_parameters, compile_step
 from assign.errors import TraceError
 from assign.functionalize import functionalize
 from assign.groups import assign_groups
 from assign.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
 from assign.operators import Walk, walk
-from assign.tensors import MARK, Buffer, Event, Role, Schedule, TensorInfo, TensorTable, grad_key, saved_key
+from assign.tensors import MARK, Buffer, Event, Role, Schedule, TensorInfo, TensorTable, grad_key, saved_key, state_key
 from assign.workspace import kernel_scratch
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -65,6 +65,7 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
     Raises:
         TraceError: a graph break, a loss that is no scalar, or a model that is not in float32.
     """
+    check_parameters(model)
     recorder = _Recorder()
     step = compile_step(model, loss, recorder.receive)
     with torch.enable_grad():
@@ -77,13 +78,14 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
             f"trace: loss(model, batch) returned {what}, a scalar tensor is needed. Reduce it with .mean()."
         )
     rows = list(_rows(recorder, model))
-    states, optimizer_bytes, scratch = _optimizer_states(model, optimizer)
+    name, states, optimizer_bytes, scratch = _optimizer_states(model, optimizer)
     schedule = dataclasses.replace(
         recorder.schedule,
         parameter_bytes=_bytes(model.parameters()),
         buffer_bytes=_bytes(model.buffers()),
         batch_bytes=_bytes(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)),
         gradient_bytes=_bytes(p for p in model.parameters() if p.requires_grad),
+        optimizer=name,
         optimizer_bytes=optimizer_bytes,
         optimizer_scratch_bytes=scratch,
     )
@@ -301,10 +303,10 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         self.now -= size
 
 
-def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> tuple[list[TensorInfo], int, int]:
-    """Rows, bytes and momentary bytes of the optimizer, read off a step on tensors without data."""
+def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> tuple[str, list[TensorInfo], int, int]:
+    """Class, rows, bytes and momentary bytes of the optimizer, read off a step on tensors without data."""
     if optimizer is None:
-        return [], 0, 0
+        return "", [], 0, 0
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     twins = [nn.Parameter(torch.empty_like(p, device="meta")) for _, p in named]
     instance = optimizer(twins)
@@ -323,7 +325,7 @@ def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> t
                 total += value.untyped_storage().nbytes()
                 rows.append(
                     TensorInfo(
-                        key=f"{name}.optim.{state}",
+                        key=state_key(name, state),
                         role=Role.OPTIM_STATE,
                         shape=tuple(value.shape),
                         elements=value.numel(),
@@ -332,4 +334,10 @@ def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> t
                         module=name.rpartition(".")[0],
                     )
                 )
-    return rows, total, allocations.peak
+    return optimizer_name(instance), rows, total, allocations.peak
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """``AdamW`` for torch's own; the whole path of another's class, which may compute anything."""
+    kind = type(optimizer)
+    return kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"

@@ -4,6 +4,7 @@ Epoch ``n`` is seeded (torch, numpy, random) by the seed and ``n`` alone: two ru
 whatever else they draw, and a resumed run goes on bit for bit.
 """
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -26,8 +27,10 @@ from assign.executor.apply import apply, planned_step
 from assign.formats import Scaling, parse_format
 from assign.measuring import measure_peak
 from assign.memory import Replay
+from assign.optimizers import follow
 from assign.promotion import THRESHOLD, Promoted, Promotion
 from assign.recipes import get_recipe
+from assign.stored import is_narrowed, master_format
 from assign.tasks.batch import Batch, count_bytes, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
 from assign.tensors import TensorTable
@@ -172,8 +175,11 @@ def train(
 def needs_loss_scaling(plan: Assignment) -> bool:
     """Whether small gradients would vanish under ``plan``: its recipe says so, or one's format is as short as fp16.
 
-    A format with a scale of its own does not count; bf16 reaches as low as fp32.
+    A format with a scale of its own does not count; bf16 reaches as low as fp32. Where masters are in 16 bit themselves
+    there is none: a scale would have to be divided out of gradients in those 16 bits.
     """
+    if any(master_format(plan.entries, key).name != "fp32" for key in plan.entries):
+        return False
     formats = {entry.format for key, entry in plan.entries.items() if key.endswith(".grad")}
     rows = [parse_format(name) for name in formats]
     short = any(row.scaling is Scaling.NONE and row.min_subnormal > _SMALLEST_GRADIENT for row in rows)
@@ -219,8 +225,6 @@ class _Run:
         _seed(seed)
         self.model = task.make_model().to(self.device)
         self.model.train()
-        self.optimizer = task.make_optimizer(self.model)
-        self.scheduler = task.scheduler(self.optimizer) if task.scheduler else None
         self.length = len(task.train) if isinstance(task.train, Sized) else None
         self.scaler: torch.amp.GradScaler | None = None
         self.planned = self.model
@@ -232,6 +236,10 @@ class _Run:
                 self.scaler = torch.amp.GradScaler(
                     self.device.type, init_scale=INITIAL_SCALE, growth_interval=self.length or 2000
                 )
+        self.optimizer = task.make_optimizer(self.model)  # of parameters that have the plan's dtypes by now
+        if plan is not None and is_narrowed(plan.entries):
+            self.optimizer = follow(self.optimizer, self.model, plan)
+        self.scheduler = task.scheduler(self.optimizer) if task.scheduler else None
         self.warm_up = WARM_UP  # counts down, in every process anew
         self.last_step = math.inf
         self.resumed: Mapping[str, Tensor | None] | None = None
@@ -294,7 +302,7 @@ class _Run:
         """Evaluate, and turn to the next epoch if this one is complete; returns where it diverged, '' if it did not."""
         h = self.history
         metrics = self._evaluate(self.planned)
-        fp32_metrics = self._evaluate(self.model) if self.plan else {}
+        fp32_metrics = self._evaluate(self._in_float32()) if self.plan else {}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             return self._diverged(f"{bad[0]} is {metrics[bad[0]]}")
@@ -358,14 +366,19 @@ class _Run:
             self.history.skipped_in_epoch += skipped
         return float(loss.detach())
 
+    def _in_float32(self) -> nn.Module:
+        """The model, or a copy of it where its parameters are in 16 bit."""
+        is_wide = all(p.dtype == torch.float32 for p in self.model.parameters() if p.is_floating_point())
+        return self.model if is_wide else copy.deepcopy(self.model).float()
+
     def _evaluate(self, model: nn.Module) -> Metrics:
         if self.task.evaluate is None:
             return {}
-        self.model.eval()
+        model.eval()
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=cuda):  # what it draws must not change the training
             found = self.task.evaluate(model)
-        self.model.train()
+        model.train()
         if found is None:
             return {}
         if not isinstance(found, Mapping):

@@ -12,6 +12,10 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
 def traced(model, batch, loss=class_loss, optimizer=sgd):
     return trace(model, batch, loss, optimizer)
 

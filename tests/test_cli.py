@@ -219,3 +219,29 @@ def test_show_lowered_says_where_operators_run_and_why(here):
     assert rows["1/gelu"]["why"].startswith("its result, fp(4,3,4) and its gradient ")
     assert rows["2/linear"]["why"] == "it reads 1/gelu, which lives in float32"
     assert rows["loss/mse_loss"]["why"] == "not known to sum in float32 when its operands are 16-bit"
+
+
+def test_what_is_stored_can_be_chosen_and_is_shown(here, capsys, monkeypatch):
+    store = ["--optimizer-states", "bf16", "--gradients", "bf16"]
+    run("run", "mine.py", "--low-ratio", "0", *store, "-o", "p.json", "--json", "run.json")
+    tensors = json.loads((here / "p.json").read_text())["tensors"]
+    assert tensors["0.weight.optim.momentum_buffer"]["format"] == tensors["0.weight.grad.stored"]["format"] == "bf16"
+    found = json.loads((here / "run.json").read_text())
+    run("run", "mine.py", "--low-ratio", "0", "-o", "w.json", "--json", "wide.json")
+    wide = json.loads((here / "wide.json").read_text())
+    for figure in ("predicted_peak_bytes", "measured_peak_bytes"):
+        assert found["plan"][figure] < wide["plan"][figure]
+        assert found["baseline"][figure] == wide["baseline"][figure]
+    run("search", "mine.py", "--strategy", "standalone", "--recipe", "fp16", "-o", "p.json", "--json", "search.json")
+    assert "optimizer states" in run("estimate", "mine.py", "--plan", "p.json")
+    run("train", "mine.py", "--plan", "p.json")
+    assert "0.weight.master" in run("show", "p.json", "--all")
+    run("search", "mine.py", "--low-ratio", "0", "--master", "bf16", "-o", "p.json")
+
+    def error(*arguments):
+        return fails(capsys, monkeypatch, "search", "mine.py", *arguments)
+
+    assert "is not for a master" in error("--low-ratio", "0", "--master", "e4m3")
+    assert "none fits" in error("--low-ratio", "0", "--optimizer-states", "dynamic8")
+    assert "Choose the recipe bf16 or fp16" in error("--strategy", "standalone")
+    assert "follows from the model alone" in error("--strategy", "standalone", "--recipe", "bf16", "--budget", "50%")

@@ -14,6 +14,7 @@ from assign import _torch
 from assign.assignment import Entry
 from assign.errors import PlanError, TraceError
 from assign.executor.apply import apply, autocast, planned_step
+from assign.recipes import store
 from assign.rounding import quantize
 from assign.tensors import saved_key
 
@@ -332,3 +333,135 @@ def test_inductor_computes_what_eager_computes():
             for twin, backend in zip(twins, ("eager", "inductor"), strict=True)
         ]
         assert results[1][0] == pytest.approx(results[0][0], rel=0.02)
+
+
+# ---- what is stored between steps
+
+
+def stored_plan(model, batch, format_name="bf16", **formats):
+    table = traced(model, batch)
+    return everything(table, format_name).replace(store(table, **formats))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("formats", [{"master": "bf16"}, {"gradients": "bf16"}], ids=["masters", "gradients"])
+def test_what_is_narrow_already_is_stored_narrow_without_loss(name, formats):
+    """A bf16 weight on a bf16 master, and a bf16 gradient stored so, are what they were on fp32 ones."""
+    make, data = MODELS[name]
+    model, batch = make(), data()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    twin = copy.deepcopy(model)
+    wide = planned_step(model, class_loss, stored_plan(model, batch), backend="eager")
+    narrow = planned_step(twin, class_loss, stored_plan(twin, batch, **formats), backend="eager")
+    results = []
+    for step in (wide, narrow):
+        torch.manual_seed(1)
+        loss = step(batch)
+        loss.backward()
+        results.append(loss)
+    assert torch.equal(*results)
+    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        assert (mine.dtype, mine.grad.dtype) == (
+            torch.bfloat16 if "master" in formats else torch.float32,
+            torch.bfloat16,
+        )
+        assert torch.equal(mine.grad.float(), theirs.grad)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    ("name", "formats"), [("fp16", {"master": "fp16", "gradients": "fp32"}), ("bf16", {"gradients": "bf16"})]
+)
+def test_stored_dtypes_hold_on_both_backends(backend, name, formats):
+    make, data = MODELS["mlp"]
+    model, batch = make(), data()
+    step = planned_step(model, class_loss, stored_plan(model, batch, name, **formats), backend=backend)
+    optimizer = sgd(model.parameters())
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = step(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    wanted = (torch.float16, torch.float32) if "master" in formats else (torch.float32, torch.bfloat16)
+    assert {(p.dtype, p.grad.dtype) for p in model.parameters()} == {wanted}
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_narrow_master_is_widened_for_a_wide_weight():
+    make, data = MODELS["resnet"]
+    model, batch = make(), data()
+    plan = stored_plan(model, batch, "fp32", master="bf16", gradients="fp32")
+    twin = copy.deepcopy(model)
+    planned_step(model, class_loss, plan, backend="eager")(batch).backward()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(parameter.bfloat16())
+    class_loss(twin, batch).backward()
+    for mine, plain in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine.grad, plain.grad)  # in float32, not by way of the master's dtype
+
+
+def test_gradients_are_narrow_from_the_mark_on(graphs):
+    """Not only behind the backward pass, where autograd itself would convert them."""
+    model, batch = MODELS["resnet"][0](), MODELS["resnet"][1]()
+    planned_step(model, class_loss, stored_plan(model, batch, "fp32", gradients="bf16"), backend="eager")(
+        batch
+    ).backward()
+    outputs = next(node for node in graphs[-1].graph.nodes if node.op == "output").all_input_nodes
+    dtypes = [_torch.joint_value(node).dtype for node in outputs]
+    assert dtypes == [torch.bfloat16] * len([*model.parameters()])
+
+
+def test_a_master_of_16_bit_is_the_weight_itself(graphs):
+    """No copy of a parameter is made to compute with, nor one of its gradient to store."""
+    model, batch = MODELS["mlp"][0](), MODELS["mlp"][1]()
+    planned_step(model, class_loss, stored_plan(model, batch, master="bf16"), backend="eager")(batch).backward()
+    shapes = {tuple(p.shape) for p in model.parameters()}
+    conversions = [torch.ops.aten._to_copy.default, torch.ops.assign.quantize.default]
+    made = [n for graph in graphs for n in graph.graph.nodes if n.target in conversions]
+    assert not [n for n in made if tuple(_torch.joint_value(n).shape) in shapes]
+
+
+def test_apply_stores_parameters_and_says_so_in_the_state_dict():
+    model, batch = MODELS["dropout"][0](), MODELS["dropout"][1]()
+    plan = stored_plan(model, batch, master="bf16")
+    model(batch[0]).sum().backward()
+    planned = apply(model, plan, backend="eager")
+    assert {value.dtype for value in planned.state_dict().values()} == {torch.bfloat16}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert planned(batch[0]).dtype == torch.float32
+    twin = copy.deepcopy(planned)
+    assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(planned(batch[0]), twin.eval()(batch[0]))
+    assert apply(model, plan, backend="eager")(batch[0]).dtype == torch.float32  # a second time
+    with pytest.raises(TraceError, match=r"is torch\.bfloat16; a plan starts from float32"):
+        apply(model, stored_plan(MODELS["dropout"][0](), batch), backend="eager")
+
+
+def test_frozen_parameters_have_masters_and_no_gradients():
+    model, batch = MODELS["mlp"][0](), MODELS["mlp"][1]()
+    model.first.weight.requires_grad_(False)
+    step = planned_step(model, class_loss, stored_plan(model, batch, master="bf16"), backend="eager")
+    step(batch).backward()
+    assert model.first.weight.dtype == torch.bfloat16
+    assert model.first.weight.grad is None
+    assert model.second.weight.grad.dtype == torch.bfloat16
+
+
+def test_gradients_of_another_dtype_add_up_over_batches():
+    model, batch = MODELS["mlp"][0](), MODELS["mlp"][1]()
+    step = planned_step(model, class_loss, stored_plan(model, batch, "fp32", gradients="bf16"), backend="eager")
+    step(batch).backward()
+    once = [p.grad.clone() for p in model.parameters()]
+    smaller = tuple(each[:4] for each in batch)  # captured anew, beside the gradients
+    step(smaller)
+    step(batch).backward()
+    for parameter, gradient in zip(model.parameters(), once, strict=True):
+        assert parameter.grad.dtype == torch.bfloat16
+        assert torch.equal(parameter.grad, gradient * 2)

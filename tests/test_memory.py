@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import all_high, all_low, everything, sgd, traced
+from helpers import adamw, all_high, all_low, everything, sgd, traced
 from models import GPT, MLP, Gated, ResNet, class_loss, images, tokens, vectors
 
 from assign import _torch
@@ -11,6 +11,7 @@ from assign.errors import BudgetError, PlanError
 from assign.executor.apply import planned_step
 from assign.measuring import measure_peak
 from assign.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
+from assign.optimizers import follow
 from assign.planning import parse_budget, search, search_table
 from assign.promotion import Promotion
 from assign.recipes import get_recipe
@@ -212,6 +213,74 @@ def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
     states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     measured = measure_peak(one, [*model.parameters(), *model.buffers(), *batch, *states])
     assert peak_bytes(table, plan.entries) == pytest.approx(measured, rel=0.05)
+
+
+HEAVY = {  # steps with more parameters, gradients and states than activations
+    "wide mlp": (lambda: MLP(width=2**16), lambda: vectors(batch=8)),
+    "gpt": (lambda: GPT(width=256, layers=2, length=64), lambda: tokens(batch=8, length=64)),
+}
+STORED = {
+    "8-bit states, torchao": (adamw, "bf16", {"optimizer_states": "dynamic8"}),
+    "4-bit states": (adamw, "bf16", {"optimizer_states": "dynamic4"}),
+    "bf16 gradients": (sgd, "bf16", {"gradients": "bf16"}),
+    "bf16 gradients and states": (sgd, "bf16", {"gradients": "bf16", "optimizer_states": "bf16"}),
+    "8-bit states, bitsandbytes": (sgd, "bf16", {"optimizer_states": "dynamic8"}),
+    "bf16 masters, 8-bit states": (adamw, "bf16", {"master": "bf16", "optimizer_states": "dynamic8"}),
+    "standalone": (adamw, None, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_name", HEAVY)
+@pytest.mark.parametrize("name", STORED)
+def test_predicted_peak_counts_what_is_stored(model_name, name):
+    factory, format_name, stored = STORED[name]
+    make, data = HEAVY[model_name]
+    model, batch = make(), data()
+    table = traced(model, batch, optimizer=factory)
+    if format_name is None:
+        plan = search_table(table, strategy="standalone", recipe="bf16")
+    else:
+        plan = search_table(table, strategy="uniform", format_name=format_name, **stored)
+    step = planned_step(model, class_loss, plan, backend="eager")
+    optimizer = follow(factory(model.parameters()), model, plan)
+
+    def one():
+        optimizer.zero_grad()
+        step(batch).backward()
+        optimizer.step()
+
+    one()
+    one()
+    optimizer.zero_grad()
+    states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    measured = measure_peak(one, [*model.parameters(), *model.buffers(), *batch, *states])
+    assert peak_bytes(table, plan.entries) == pytest.approx(measured, rel=0.05)
+
+
+def test_a_budget_is_met_by_storing_less_before_anything_else_is_narrowed():
+    table = traced(MLP(width=2048), vectors(), optimizer=adamw)
+    plain = search_table(table, low_ratio=0)
+    budget = peak_bytes(table, plain.entries) - 200_000
+    narrow = search_table(table, budget=budget, optimizer_states="dynamic8")
+    assert peak_bytes(table, narrow.entries) <= budget
+    assert low_ratio(table, narrow.entries) == 0
+    with pytest.raises(BudgetError, match="or store less between steps"):
+        search_table(table, budget=budget)
+
+
+def test_what_is_stored_shows_by_role_and_by_key():
+    table = traced(MLP(width=2048), vectors(), optimizer=adamw)
+    wide = estimate(table, search_table(table, low_ratio=0))
+    costs = estimate(table, search_table(table, low_ratio=0, optimizer_states="dynamic8", master="bf16"))
+    n, small = 2048 * 16 + 4 * 2048, 2048 + 4
+    assert wide.by_role["optimizer states"] == 8 * (n + small)
+    assert costs.by_role["optimizer states"] == 2 * (n + n // 64) + 4 * small
+    assert costs.by_role["parameters"] == wide.by_role["parameters"] // 2 == 2 * (n + small)
+    assert sum(size for _, _, size in costs.alive) == costs.peak_bytes
+    alive = {key: (role, size) for key, role, size in costs.alive}
+    assert alive["first.weight.optim.exp_avg"] == ("optimizer states", 2048 * 16 + 2048 * 16 // 64)
+    assert alive["first.weight.master"] == ("parameters", 2 * 2048 * 16)
 
 
 @pytest.mark.slow

@@ -156,7 +156,8 @@ def test_infeasible_budget_says_what_was_asked_the_floor_and_what_to_do() -> Non
     assert str(caught.value) == (
         "the budget is 1048576 bytes (1.0 MiB), but even with all 2 groups of tensors low a training step still needs "
         "3145728 bytes (3.0 MiB) at its peak.\n"
-        "  Ask for at least 3145728 bytes, make the batch smaller, or choose a recipe with narrower low formats."
+        "  Ask for at least 3145728 bytes, make the batch smaller, choose a recipe with narrower low formats, or "
+        "store less between steps: narrower optimizer states, gradients or masters."
     )
 
 

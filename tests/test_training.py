@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from assign.assignment import Assignment, Entry
 from assign.errors import DivergedError, PlanError, TaskError
 from assign.measuring import measure_peak
+from assign.planning import search_table
 from assign.recipes import get_recipe, initial
 from assign.tasks import Task, load_task
 from assign.tensors import TensorTable
@@ -514,3 +515,88 @@ class TestPromotion:
         assert result.epochs[0].loss_scale == INITIAL_SCALE * 2
         assert result.epochs[-1].loss_scale == result.loss_scale
         assert sum(epoch.skipped_steps for epoch in result.epochs) == result.skipped_steps > 0
+
+
+class WideNet(nn.Module):
+    """A weight of 4096 elements, large enough for 8-bit states, behind a batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(1)
+        self.hidden = nn.Linear(64, 64)
+        self.out = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.out(F.gelu(self.hidden(self.bn(x).flatten(1))))
+        return logits
+
+
+class TestStored:
+    """Plans that store masters, gradients and optimizer states."""
+
+    @staticmethod
+    def task(**changes: Any) -> Task:
+        return make_task(**({"model": WideNet, "optimizer": partial(torch.optim.AdamW, lr=0.01)} | changes))
+
+    @staticmethod
+    def search(task: Task, **options: Any) -> tuple[TensorTable, Assignment]:
+        table = trace(task.make_model(), task.first_batch(), task.loss, task.optimizer)
+        goal = {} if {"strategy", "format_name"} & options.keys() else {"low_ratio": 0}
+        return table, search_table(table, **goal, **options)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"optimizer_states": "dynamic8"},
+            {"optimizer_states": "bf16", "gradients": "bf16"},
+            {"strategy": "standalone", "recipe": "bf16"},
+            {"master": "bf16", "optimizer_states": "dynamic4"},
+        ],
+    )
+    def test_trains_and_resumes_bit_for_bit(self, tmp_path: Path, options: dict[str, str]) -> None:
+        task, file = self.task(epochs=4), tmp_path / "run.pt"
+        table, plan = self.search(task, **options)
+        straight = train(task, plan, table=table)
+        train(task, plan, max_steps=5, checkpoint=file)
+        resumed = train(task, plan, checkpoint=file, resume=True)
+        assert same(resumed, straight)
+        assert resumed.metrics == straight.metrics
+        assert straight.loss < 0.9 * straight.losses[0]
+        assert straight.measured_peak_bytes is not None
+        assert straight.loss_scale is None
+
+    def test_standalone_learns_in_16_bit_alone_and_is_judged_in_fp32_too(self) -> None:
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+            task = self.task(optimizer=optimizer, epochs=4)
+            table, plan = self.search(task, strategy="standalone", recipe=name)
+            result = train(task, plan, table=table)
+            assert {p.dtype for p in result.model.parameters()} == {dtype}
+            assert result.loss_scale is None
+            assert result.loss < 0.9 * result.losses[0]
+            assert result.fp32_metrics.keys() == result.metrics.keys() != set()
+            plain = train(task, table=table)
+            assert result.loss == pytest.approx(plain.loss, rel=0.1)
+
+    def test_a_plan_that_stores_float32_is_plain_training(self) -> None:
+        task = self.task()
+        table, plan = self.search(task, strategy="uniform", format_name="fp32", optimizer_states="fp32", master="fp32")
+        assert same(train(task, plan, table=table), train(task))
+
+    def test_another_plans_checkpoint_is_refused(self, tmp_path: Path) -> None:
+        task, file = self.task(), tmp_path / "run.pt"
+        _, plan = self.search(task)
+        _, narrow = self.search(task, gradients="bf16", optimizer_states="bf16")
+        train(task, plan, checkpoint=file)
+        with pytest.raises(TaskError, match="its plan is"):
+            train(task, narrow, checkpoint=file, resume=True)
+
+    def test_an_optimizer_that_cannot_is_refused_before_anything_runs(self) -> None:
+        task = self.task(optimizer=partial(torch.optim.RMSprop, lr=0.01))
+        with pytest.raises(PlanError, match="no library has an optimizer RMSprop"):
+            self.search(task, optimizer_states="dynamic8")
+
+    def test_16_bit_masters_have_no_loss_scale(self) -> None:
+        task = self.task()
+        assert needs_loss_scaling(self.search(task, recipe="fp16")[1])
+        assert not needs_loss_scaling(self.search(task, strategy="standalone", recipe="fp16")[1])

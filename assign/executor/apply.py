@@ -8,22 +8,24 @@ flag. Only calling it differs: the call is captured, marked, packed and compiled
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from assign import _torch
-from assign.assignment import Assignment
-from assign.capture import Capture, Loss, call_model, check_parameters, compile_step
+from assign.assignment import Assignment, Entry
+from assign.capture import Capture, Loss, call_model, compile_step
 from assign.errors import PlanError, nearest
 from assign.executor.compile import Backend, make_backend
-from assign.executor.mark import mark
+from assign.executor.mark import mark, tap_of
+from assign.executor.parameters import check_storable, store_parameters
 from assign.functionalize import functionalize
 from assign.operators import Walk, walk
 from assign.promotion import Promotion
-from assign.tensors import grad_key
+from assign.stored import owner_of
+from assign.tensors import Role, grad_key
 
 
 def apply(
@@ -31,19 +33,22 @@ def apply(
 ) -> nn.Module:
     """The model, computing under ``plan``; train it exactly as before.
 
-    Parameters, their names and the ``state_dict`` are the model's own, and stay in float32. What is called outside the
-    module (a loss on its output) runs as usual: entries under ``loss/`` need :func:`planned_step`.
+    Parameters, their names and the ``state_dict`` are the model's own. Where the plan stores masters or gradients in 16
+    bit, the model's own parameters become so, rounded to nearest, and its ``state_dict`` with them; else they stay in
+    float32. What is called outside the module (a loss on its output) runs as usual: entries under ``loss/`` need
+    :func:`planned_step`. The optimizer's states follow the plan by :func:`assign.optimizer`.
 
     Args:
-        model: in float32; it is not changed and can still be called without the plan.
+        model: in float32. It can still be called without the plan, unless its parameters are in 16 bit now.
         backend: ``inductor`` (compiled, fast) or ``eager`` (no compiler needed, exact memory, slower rounding).
         promotion: made for ``plan``: tensors that overflow too often get their high format back.
     Raises:
         PlanError: the plan belongs to another model; names the nearest keys. Or the promotion to another plan.
         TraceError: the model is not in float32; or, at the first call, it breaks the graph.
     """
-    check_parameters(model)
+    check_storable(model, plan)
     _check_parameters_named(model, plan)
+    store_parameters(model, plan)
     compiled = _compile(model, call_model, plan, Backend(_known(backend)), promotion)
     original = type(model)
 
@@ -78,8 +83,16 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
     Entering again with the same model and plan reuses what was compiled.
 
     Raises:
-        PlanError, TraceError: as for :func:`apply`.
+        PlanError: as for :func:`apply`; or the plan stores masters or gradients in 16 bit, which would outlast the
+            context.
+        TraceError: as for :func:`apply`.
     """
+    lasting = next((key for key, entry in plan.entries.items() if _is_lasting(key, entry, plan)), None)
+    if lasting is not None:
+        raise PlanError(
+            f"autocast: the plan stores {lasting!r} as {plan.entries[lasting].format}, and parameters do not change "
+            "back behind the context. Use assign.apply(model, plan)."
+        )
     cache = _PLANNED.setdefault(model, {})
     key = (id(plan), backend)
     if key not in cache:
@@ -92,6 +105,11 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
         object.__setattr__(model, "__class__", original)
 
 
+def _is_lasting(key: str, entry: Entry, plan: Assignment) -> bool:
+    owner = owner_of(key, plan.entries)
+    return owner is not None and owner[1] is not Role.OPTIM_STATE and entry.format != "fp32"
+
+
 def planned_step(
     model: nn.Module, loss: Loss, plan: Assignment, *, backend: str = "inductor", promotion: Promotion | None = None
 ) -> Callable[[Any], Tensor]:
@@ -100,8 +118,9 @@ def planned_step(
     Raises:
         PlanError, TraceError: as for :func:`apply`.
     """
-    check_parameters(model)
+    check_storable(model, plan)
     _check_parameters_named(model, plan)
+    store_parameters(model, plan)
     return _compile(model, loss, plan, Backend(_known(backend)), promotion)
 
 
@@ -120,8 +139,16 @@ def _compile(
         walked = walk(capture)
         if capture.training:
             _check_covers(walked, capture, plan, whole_step)
-        mark(capture, walked, plan, promotion)
-        return make_backend(plan, backend)(capture.graph, capture.inputs)
+        taps = mark(capture, walked, plan, promotion)
+
+        def taps_of(inputs: Sequence[Any]) -> list[Tensor]:
+            return [tap_of(inputs[tap.position], tap.dtype) for tap in taps]
+
+        examples = [tap.detach().requires_grad_() for tap in taps_of(capture.inputs)]
+        run = make_backend(plan, backend)(capture.graph, [*capture.inputs, *examples])
+        for tap in taps:  # Dynamo counts the inputs of its graph once more
+            _torch.drop_input(capture.graph, tap.node)
+        return (lambda *inputs: run(*inputs, *taps_of(inputs))) if taps else run
 
     compiled = compile_step(_plain(model, type(model)), loss, receive)
 
@@ -166,9 +193,13 @@ def _known(backend: str) -> str:
 def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
     """Early, before anything is captured: every parameter of the model stands in the plan and the other way round."""
     names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
-    planned = {key for key in plan.entries if "/" not in key and not key.endswith((".grad", ".saved", ".master"))}
+    planned = {
+        key
+        for key in plan.entries
+        if "/" not in key and not key.endswith((".grad", ".saved")) and owner_of(key, plan.entries) is None
+    }
     unread = [name for name in names if name not in planned]
-    gone = sorted(key for key in planned - set(names) if ".optim." not in key)
+    gone = sorted(planned - set(names))
     if gone or len(unread) == len(names) > 0:
         name = (gone or unread)[0]
         others = names if gone else planned

@@ -7,10 +7,15 @@ are widened where an operator must run in float32.
 Where a plan rounds stochastically, the graph begins with one node that draws a seed. Every mark reads it and has a
 number of its own, made from the tensor's key; checkpointed bodies take it as one more operand. What is rounded again in
 the backward pass, there or by the packing, therefore goes the way it went.
+
+Autograd gives a parameter's gradient the parameter's dtype. Where the plan stores it in another, the mark hands it to a
+*tap* instead: one more input of the graph, a tensor of that dtype without data, whose gradient becomes the parameter's
+(see :func:`tap_of`). So the gradient is narrow from the mark on, not only behind the whole backward pass.
 """
 
 import operator
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +28,7 @@ from assign.formats import Format, Scaling, parse_format
 from assign.operators import Site, Walk, floating_arguments, operator_name
 from assign.promotion import Promotion, Slot, find_slot, format_named
 from assign.rounding import draw_seed
+from assign.stored import gradient_format
 from assign.tensors import MARK, Role, grad_key, saved_key
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,9 +46,11 @@ class _Mark(torch.autograd.Function):
         visible: bool,
         seed: Tensor | None,
         streams: tuple[int, int],
+        tap: Tensor | None,
     ) -> Tensor:
         ctx.backward_format = backward
-        ctx.input_dtype = x.dtype
+        ctx.gradient_dtype = x.dtype if tap is None else tap.dtype
+        ctx.has_tap = tap is not None
         ctx.stream = streams[1]
         ctx.save_for_backward(seed)
         return _round(x, forward, dtype, (seed, streams[0]), saturate=True, visible=visible)
@@ -51,7 +59,24 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (seed,) = grads, ctx.saved_tensors
         rounded = _round(grad, ctx.backward_format, grad.dtype, (seed, ctx.stream), saturate=False)
-        return rounded.to(ctx.input_dtype), None, None, None, None, None, None
+        gradient = rounded.to(ctx.gradient_dtype)
+        to_x, to_tap = (None, gradient) if ctx.has_tap else (gradient, None)
+        return to_x, None, None, None, None, None, None, to_tap
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        return parameter.new_zeros((), dtype=dtype).expand(parameter.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def tap_of(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of ``dtype`` and of the parameter's shape, without data, whose gradient is the parameter's gradient."""
+    return _torch.apply_function(_Tap, parameter, dtype)
 
 
 def _round(
@@ -90,28 +115,43 @@ def mark_tensor(
     visible: bool = False,
     seed: Tensor | None = None,
     streams: tuple[int, int] = (0, 0),
+    tap: Tensor | None = None,
 ) -> Tensor:
     """Round ``x`` to ``forward`` and, in the backward pass, its gradient to ``backward``; store both as ``dtype``.
 
     ``forward`` is a format's name, or a slot's. Stochastic formats need a ``seed``; ``streams`` tell the tensor's and
     its gradient's random bits from those of others under the same seed.
 
-    With ``visible``, the joint graph has a node of its own for ``x`` even where rounding changes nothing.
+    With ``visible``, the joint graph has a node of its own for ``x`` even where rounding changes nothing. The gradient
+    goes to ``tap``, in its dtype, if there is one.
     """
-    return _torch.apply_function(_Mark, x, forward, backward, _DTYPES[dtype], visible, seed, streams)
+    return _torch.apply_function(_Mark, x, forward, backward, _DTYPES[dtype], visible, seed, streams, tap)
 
 
-def mark(capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion | None) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tap:
+    """One more input of a marked graph, behind its others: for the parameter at ``position``, in ``dtype``."""
+
+    node: fx.Node
+    position: int
+    dtype: torch.dtype
+
+
+def mark(capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion | None) -> list[Tap]:
     """Edit the captured graph so that it computes under ``plan``; graphs of an all-fp32 plan stay as they are.
 
     Tensors that the plan does not name (only in evaluation: training checks the plan first) stay in float32.
     What may be promoted lives in a carrier that holds its high format too.
+
+    Returns:
+        The taps that the graph takes now, in the order of its inputs.
     """
     marker = _Marker(capture, walked, plan, promotion)
     marker.mark_graph(capture.graph)
     marker.widen_outputs(capture.graph)
     capture.graph.graph.lint()
     capture.graph.recompile()
+    return marker.taps
 
 
 class _Marker:
@@ -123,7 +163,8 @@ class _Marker:
         self.sites: dict[fx.Node, list[Site]] = {}
         for site in walked.sites:
             self.sites.setdefault(site.after, []).append(site)
-        self.dtypes: dict[fx.Node, str] = {}
+        self.dtypes = {node: str(dtype).removeprefix("torch.") for node, dtype in capture.dtypes.items()}
+        self.taps: list[Tap] = []
         self.seeds: dict[fx.Graph, fx.Node] = {}
 
     def mark_graph(self, graph: fx.GraphModule) -> None:
@@ -219,14 +260,15 @@ class _Marker:
         have = self.dtypes.get(site.node, lowering.FLOAT32)
         names = {fmt.native for fmt in formats}
         explicit = saved_key(site.key) in self.plan.entries
-        if have == dtype and names == {dtype} and not explicit:
+        tap = self._tap(graph, site, have) if site.op == "parameter" else None
+        if have == dtype and names == {dtype} and not explicit and tap is None:
             self.dtypes[site.node] = dtype
             return
         with graph.graph.inserting_before(before):
             forward = self.slots[site.key].name if site.key in self.slots else formats[0].name
             arguments = (site.node, forward, formats[1].name, dtype, explicit)
             randomness = self._randomness(graph, site.key, (forward, formats[1].name))
-            marked = graph.graph.call_function(mark_tensor, (*arguments, *randomness))
+            marked = graph.graph.call_function(mark_tensor, (*arguments, *randomness), {"tap": tap} if tap else {})
         _torch.label(marked, MARK + site.key)
         order = {n: i for i, n in enumerate(graph.graph.nodes)}
         readers = site.readers if site.readers is not None else list(site.node.users)
@@ -236,6 +278,21 @@ class _Marker:
         self.dtypes[marked] = dtype
         self.walked.values[marked] = site.value
         self.walked.key_of[marked] = site.key
+
+    def _tap(self, graph: fx.GraphModule, site: Site, have: str) -> fx.Node | None:
+        """One more input for the gradient of a parameter that is stored in another dtype than the parameter.
+
+        None inside a checkpointed body, which autograd enters as a whole: there it is converted at the very end.
+        """
+        dtype = gradient_format(self.plan.entries, site.key).carrier
+        if dtype == have or graph is not self.capture.graph or not torch.is_grad_enabled():
+            return None
+        if not _torch.fake_value(site.node).requires_grad:
+            return None
+        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        added = _torch.add_input(graph, f"assign_tap_{len(self.taps)}")
+        self.taps.append(Tap(node=added, position=inputs.index(site.node), dtype=_DTYPES[dtype]))
+        return added
 
     def _randomness(self, graph: fx.GraphModule, key: str, formats: tuple[str, str]) -> tuple[Any, ...]:
         """Seed and streams of a mark; none if it rounds to nearest."""

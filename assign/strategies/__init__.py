@@ -12,7 +12,7 @@ from typing import Protocol
 from assign.assignment import Entry
 from assign.errors import AssignError, nearest
 from assign.recipes import Recipe
-from assign.strategies.baselines import operator_based, uniform
+from assign.strategies.baselines import operator_based, standalone, uniform
 from assign.strategies.goal import PeakBytes
 from assign.strategies.greedy import Order, greedy
 from assign.tensors import TensorTable
@@ -52,6 +52,7 @@ BASELINES: Mapping[str, Callable[[TensorTable, Recipe], dict[str, Entry]]] = Map
     {
         "operator": operator_based,
         "operator-prime": partial(operator_based, gradients_follow=True),
+        "standalone": standalone,
     }
 )
 """Assignments that follow from the model alone, with no goal to search for, by the same option."""

@@ -3,9 +3,10 @@
 from collections.abc import Collection
 
 from assign.assignment import Entry
+from assign.errors import FormatError
 from assign.formats import parse_format
 from assign.groups import GEMM_OPS, INPUT_OP
-from assign.recipes import Recipe, initial
+from assign.recipes import Recipe, initial, store
 from assign.strategies.goal import Goal, PeakBytes, over_budget
 from assign.tensors import Role, TensorInfo, TensorTable, grad_key
 
@@ -69,6 +70,27 @@ def operator_based(table: TensorTable, recipe: Recipe, *, gradients_follow: bool
     low = low | {grad_key(key) for key in gradients - weights}
     high_entries, low_entries = initial(table, recipe), initial(table, recipe, {row.group for row in activations})
     return {key: low_entries[key] if key in low else entry for key, entry in high_entries.items()}
+
+
+def standalone(table: TensorTable, recipe: Recipe) -> dict[str, Entry]:
+    """Everything in one 16-bit format: what a step computes, and masters, gradients and optimizer states too.
+
+    There is no master beside the weight that is computed with, and no loss scale. Buffers stay in float32.
+
+    Raises:
+        FormatError: the recipe's formats are not one 16-bit format of torch's.
+    Source: arXiv 2305.10947.
+    """
+    entries = initial(table, recipe)
+    names = {entry.format for entry in entries.values()}
+    if names not in ({"bf16"}, {"fp16"}):
+        raise FormatError(
+            f"the strategy standalone stores all in one 16-bit format; the recipe {recipe.name!r} has "
+            f"{', '.join(sorted(names))}. Choose the recipe bf16 or fp16."
+        )
+    (name,) = names
+    has_states = any(row.role is Role.OPTIM_STATE for row in table.tensors)
+    return entries | store(table, master=name, gradients=name, states=name if has_states else None)
 
 
 def _kept_high(activations: Collection[TensorInfo]) -> set[str]:

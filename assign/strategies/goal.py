@@ -49,5 +49,6 @@ def over_budget(goal: Goal, floor: int, tried: str) -> BudgetError:
     return BudgetError(
         f"the budget is {asked} bytes ({asked / MIB:.1f} MiB), but {tried} a training step still needs "
         f"{floor} bytes ({floor / MIB:.1f} MiB) at its peak.\n"
-        f"  Ask for at least {floor} bytes, make the batch smaller, or choose a recipe with narrower low formats."
+        f"  Ask for at least {floor} bytes, make the batch smaller, choose a recipe with narrower low "
+        "formats, or store less between steps: narrower optimizer states, gradients or masters."
     )

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from assign import _torch
+
 Batch = Any
 
 
@@ -32,6 +34,6 @@ def tensors_in(batch: Batch) -> Iterator[Tensor]:
 
 
 def count_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind ``tensors``."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    """Bytes of the distinct storages behind ``tensors``, those of wrapper subclasses' inner tensors included."""
+    storages = [inner.untyped_storage() for tensor in tensors for inner in _torch.inner_tensors(tensor)]
     return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
