@@ -17,6 +17,7 @@ them is pure Python and never imports torch.
 ``rounding``          quantize, encode, decode as registered torch operators; ``kernels``: their arithmetic
 ``promotion``         formats that change while training: low tensors that overflow go back to high
 ``executor``          mark → pack → compile → apply: a plan made to run
+``updates``           SGD and AdamW for weights stored in 16 bits: to nearest, stochastically, with Kahan's sum
 ``planning``          trace, strategy, provenance in one call
 ``tasks``             what is trained: built-in, from a user's file
 ``training``          the loop: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file
