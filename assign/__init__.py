@@ -18,6 +18,8 @@ them is pure Python and never imports torch.
 ``promotion``         formats that change while training: low tensors that overflow go back to high
 ``executor``          mark → pack → compile → apply: a plan made to run
 ``updates``           SGD and AdamW for weights stored in 16 bits: to nearest, stochastically, with Kahan's sum
+``monitor``           updates that rounding lost, while training
+``audit``             what 16 bits would lose, said before; ``certificate``: predictions that a plan cannot change
 ``planning``          trace, strategy, provenance in one call
 ``tasks``             what is trained: built-in, from a user's file
 ``training``          the loop: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file
@@ -28,10 +30,13 @@ them is pure Python and never imports torch.
 """
 
 from assign.assignment import Assignment
+from assign.audit import audit_constants, audit_range
+from assign.certificate import certify
 from assign.errors import AssignError
 from assign.executor.apply import apply, autocast, planned_step
 from assign.formats import FORMATS, Format, parse_format
 from assign.memory import Estimate, estimate
+from assign.monitor import LostUpdates
 from assign.planning import search
 from assign.promotion import Promotion
 from assign.recipes import RECIPES
@@ -51,11 +56,15 @@ __all__ = [
     "Assignment",
     "Estimate",
     "Format",
+    "LostUpdates",
     "Promotion",
     "Task",
     "TensorTable",
     "apply",
+    "audit_constants",
+    "audit_range",
     "autocast",
+    "certify",
     "estimate",
     "parse_format",
     "planned_step",

@@ -120,9 +120,9 @@ def test_compiled_is_eager_bit_for_bit(kind, rounding, dtype):
     "options",
     [
         {},
-        {"momentum": 0.5},
-        {"momentum": 0.5, "dampening": 0.25, "weight_decay": 2**-6},
-        {"momentum": 0.5, "weight_decay": 2**-6, "nesterov": True},
+        {"momentum": 0.75},
+        {"momentum": 0.75, "dampening": 0.25, "weight_decay": 2**-6},
+        {"momentum": 0.75, "weight_decay": 2**-6, "nesterov": True},
     ],
     ids=["plain", "momentum", "dampening", "nesterov"],
 )
