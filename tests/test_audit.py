@@ -157,17 +157,18 @@ def with_grad(values, grad):
 
 
 def test_range_by_hand():
-    """fp16: smallest 2^-24; 1 has bits of 2^-10, 2^-20 one of 2^-24; an update has to be half of that."""
+    """fp16: smallest 2^-24; the last bit of 1 is 2^-10, that of small numbers 2^-24; an update has to be half of it."""
     tiny = 2.0**-25
-    model = with_grad([1.0, 1.0, 2.0**-20, tiny, 7e4, 0.0], [2.0**-11, 2.0**-12, 2.0**-24, tiny, 0.0, 1.0])
+    weights = [1.0, 1.0, 2.0**-20, 2.0**-20, tiny, 7e4, 0.0]
+    model = with_grad(weights, [2.0**-11, 2.0**-12, 2.0**-24, 2.0**-26, tiny, 0.0, 2.0**-20])
     report = audit_range(model, torch.optim.SGD(model.parameters(), lr=1.0))
     (row,) = report.rows
     assert row == dataclasses.replace(report.weights, name="w")
-    assert (row.elements, row.overflowing, report.fits) == (6, 1, False)
+    assert (row.elements, row.overflowing, report.fits) == (7, 1, False)
     assert row.largest == pytest.approx(7e4)
-    assert row.small == 1 / 5  # of those not zero
-    assert row.small_gradients == 1 / 5
-    assert row.lost_updates == 1 / 5  # only 2^-12 at 1: 2^-25 is half of the last bit of what small numbers have
+    assert row.small == 1 / 6  # of those not zero
+    assert row.small_gradients == 2 / 6  # 2^-26 and tiny
+    assert row.lost_updates == 2 / 6  # 2^-12 at 1, 2^-26 at 2^-20
     assert model.w[0] == 1  # a look, no step
     json.dumps(report.to_json())
 
