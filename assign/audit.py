@@ -80,7 +80,8 @@ class Finding:
     def __str__(self) -> str:
         return (
             f"{self.where}: {self.name}={self.value:g} is {self.becomes:.4g} in {self.format}: {self.why}.\n"
-            f"  Set {self.name.partition('[')[0]} so that {self.name} is {self.advice:g}, or keep this part in float32."
+            f"  Allowed: {self.advice:g} or {'less' if self.value > self.advice else 'more'}.\n"
+            f"  Set {self.name}={self.advice:g}, or keep this part in float32."
         )
 
 

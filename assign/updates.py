@@ -4,7 +4,8 @@ Such a weight takes no update below half of its last bit: with bf16, any below 2
 update, and it alone, is rounded in one of three ways:
 
 * ``nearest``: as ``torch.optim`` does, what is lost is lost;
-* ``stochastic``: to either neighbour, so that the mean is kept; the random bits come from torch's generator;
+* ``stochastic``: to either neighbour, so that the mean is kept; the random bits come from torch's generator, which must
+  be in the same state in all processes that are to hold the same weights;
 * ``kahan``: to nearest, and what got lost is kept in a second 16-bit tensor and added to the next update.
 
 Everything else is arithmetic of the parameter's dtype: each operation, and each state, is rounded to nearest. A
@@ -51,7 +52,6 @@ class _Optimizer16(Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         defaults["rounding"] = _known(defaults["rounding"])
         super().__init__(params, defaults)
-        self.register_load_state_dict_pre_hook(_check_loaded)
         self._check_some_rounded()
 
     @abstractmethod
@@ -80,6 +80,30 @@ class _Optimizer16(Optimizer):
                     f"{type(self).__name__}: a parameter of shape {list(parameter.shape)} is {_dtype(parameter)}.\n"
                     f"  Allowed: {_TYPES}.\n  Keep narrower or wider weights out of it, or convert them."
                 )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's: states come back in the parameters' dtypes, those of a ``torch.optim`` optimizer too.
+
+        Raises:
+            FormatError: the states were made with another rounding.
+        """
+        super().load_state_dict(self._with_rounding(state_dict))
+
+    def _with_rounding(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The saved state, in which torch's own optimizers name no rounding, with the one that this optimizer has."""
+        groups = []
+        for index, saved in enumerate(state["param_groups"]):
+            own = self.param_groups[min(index, len(self.param_groups) - 1)]["rounding"]
+            rounding = saved.get("rounding", own)
+            if rounding != own:
+                raise FormatError(
+                    f"{type(self).__name__}: the saved state was made with rounding={rounding!r}, "
+                    f"this optimizer has rounding={own!r}.\n"
+                    "  Allowed: the same, or the state of a torch.optim optimizer.\n"
+                    "  Make the optimizer with that rounding, or begin with fresh states."
+                )
+            groups.append({**saved, "rounding": own})
+        return {**state, "param_groups": groups}
 
     def _check_some_rounded(self) -> None:
         rounding = self.defaults["rounding"]
@@ -290,22 +314,6 @@ def _check_numbers(**numbers: float | Tensor) -> None:
     for name, value in numbers.items():
         if not isinstance(value, Tensor) and not value >= 0:
             raise ValueError(f"{name} is {value}; it must be at least 0.")
-
-
-def _check_loaded(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A saved state goes on with the rounding it was made with; torch's own, which has none, takes the optimizer's."""
-    groups = []
-    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
-        rounding = saved.get("rounding", own["rounding"])
-        if rounding != own["rounding"]:
-            raise FormatError(
-                f"{type(optimizer).__name__}: the saved state was made with rounding={rounding!r}, "
-                f"this optimizer has rounding={own['rounding']!r}.\n"
-                "  Allowed: the same, or the state of a torch.optim optimizer.\n"
-                "  Make the optimizer with that rounding, or begin with fresh states."
-            )
-        groups.append({**saved, "rounding": own["rounding"]})
-    return {**state, "param_groups": groups} if len(groups) == len(state["param_groups"]) else state
 
 
 def _dtype(tensor: Tensor) -> str:

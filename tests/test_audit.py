@@ -131,7 +131,7 @@ def test_warns_raises_or_returns():
     model = nn.BatchNorm1d(4).half()
     text = (
         "BatchNorm1d: eps=1e-05 is 1.001e-05 in fp16: subnormal, bits of it are lost.\n"
-        "  Set eps so that eps is 0.001, or keep this part in float32."
+        "  Allowed: 0.001 or more.\n  Set eps=0.001, or keep this part in float32."
     )
     with pytest.warns(PrecisionWarning) as seen:
         found = audit_constants(model)
@@ -142,6 +142,11 @@ def test_warns_raises_or_returns():
     with warnings.catch_warnings(action="error"):
         assert findings(model) == found
         audit_constants(nn.BatchNorm1d(4, eps=1e-3).half(), action="raise")
+    (slow,) = findings(model, torch.optim.Adam([torch.ones(1)], betas=(0.9, 0.999)), format="bf16")
+    assert str(slow) == (
+        "optimizer, group 0: betas[1]=0.999 is 1 in bf16: a moment of that format never falls.\n"
+        "  Allowed: 0.996 or less.\n  Set betas[1]=0.996, or keep this part in float32."
+    )
     with pytest.raises(FormatError, match=r"action is 'shout'.\n  Allowed: warn, raise, return"):
         audit_constants(model, action="shout")
 

@@ -1,5 +1,6 @@
 """Updates of 16-bit weights: what is lost, what is kept, and that a compiler changes nothing about it."""
 
+import copy
 import io
 import math
 
@@ -282,6 +283,15 @@ def test_states_of_torchs_own_optimizer_are_taken_over():
     w.grad = torch.ones_like(w)
     ours.step()
     assert COMPENSATION in ours.state[w]
+
+
+def test_a_copy_keeps_its_rounding():
+    twin = copy.deepcopy(run(OPTIMIZERS["adamw"], "kahan")[1])
+    _, optimizer = run(lambda p, rounding: torch.optim.AdamW(p), "", dtype=torch.float32)
+    twin.load_state_dict(optimizer.state_dict())
+    assert twin.param_groups[0]["rounding"] == "kahan"
+    with pytest.raises(ValueError, match="parameter group"):
+        twin.load_state_dict({**optimizer.state_dict(), "param_groups": [{"params": [0]}, {"params": [1]}]})
 
 
 def sparse():
