@@ -199,7 +199,7 @@ class RangeRow:
     Attributes:
         name: a parameter, a buffer, or ``parameter.optim.state``.
         largest: of the magnitudes.
-        overflowing: elements that would be infinite.
+        overflowing: elements that would be infinite, or are not finite already.
         small: share below the smallest value of the format.
         small_gradients: share of learning rate times gradient below it.
         lost_updates: share of the updates below half of the weight's last bit: to nearest, the weight stays.
@@ -219,7 +219,8 @@ class RangeReport:
     """What a format would make of a model, its optimizer's states and its next step.
 
     Attributes:
-        weights: of all parameters together, as are the other two.
+        rows: parameters, buffers and states.
+        weights: all parameters together.
     """
 
     format: str
@@ -232,13 +233,12 @@ class RangeReport:
         return not any(row.overflowing for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "format": self.format,
-            "fits": self.fits,
-            "weights": asdict(self.weights),
-            "tensors": [asdict(row) for row in self.rows],
-        }
+        """Plain data; a largest magnitude that is not finite becomes None."""
+        weights, *tensors = (
+            asdict(row) | {"largest": row.largest if math.isfinite(row.largest) else None}
+            for row in (self.weights, *self.rows)
+        )
+        return {"format": self.format, "fits": self.fits, "weights": weights, "tensors": tensors}
 
 
 @torch.no_grad()
@@ -298,7 +298,7 @@ class _Counts:
         return cls(
             elements=x.numel(),
             largest=float(size.max()) if x.numel() else 0.0,
-            overflowing=int((size >= fmt.overflow_threshold).sum()),
+            overflowing=int((~(size < fmt.overflow_threshold)).sum()),
             nonzero=_count(size),
             small=_count(size, fmt.min_subnormal),
             **more,
@@ -309,7 +309,10 @@ class _Counts:
         parts = [*counts]
         numbers = [field.name for field in fields(cls) if field.name != "largest"]
         totals = {name: sum(getattr(part, name) for part in parts) for name in numbers}
-        return cls(largest=max((part.largest for part in parts), default=0.0), **totals)
+        largest = float(
+            torch.tensor([0.0, *(part.largest for part in parts)]).max()
+        )  # NaN stays, as Python's would not
+        return cls(largest=largest, **totals)
 
     def row(self, name: str) -> RangeRow:
         return RangeRow(

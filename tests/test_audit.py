@@ -218,6 +218,13 @@ def test_buffers_are_stored_too():
     assert audit_range(model, torch.optim.SGD(model.parameters(), lr=0.1), format="bf16").fits
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_checkpoint_that_is_not_finite_does_not_fit(value):
+    report = audit_range(model := with_grad([1.0, value], [0.1, 0.1]), torch.optim.SGD(model.parameters(), lr=0.1))
+    assert (report.fits, report.weights.overflowing) == (False, 1)
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["weights"]["largest"] is None
+
+
 def test_range_says_what_it_needs():
     model = nn.Linear(2, 2)
     with pytest.raises(TaskError, match=r"no parameter has a gradient.*\n.*\n  Call loss.backward\(\) first"):
