@@ -87,8 +87,10 @@ def certify(
                 "  Allowed: the same shape.\n  Give the same model in another precision."
             )
         parts.append(_compare(*both))
-    if not parts:
-        raise TaskError("certify: there is no batch.\n  Allowed: at least one.\n  Give the evaluation data, in a list.")
+    if not any(len(margins) for margins, _, _ in parts):
+        raise TaskError(
+            "certify: there is no batch.\n  Allowed: at least one sample.\n  Give the evaluation data, in a list."
+        )
     margins, deviations, same = (torch.cat(each) for each in zip(*parts, strict=True))
     certified = margins > 2 * deviations  # never so where either is NaN
     return Certificate(

@@ -105,6 +105,7 @@ def test_modules_are_judged_in_eval_mode_and_left_as_they_were():
     ("call", "message"),
     [
         (lambda: certify(mlp(), mlp(), []), "certify: there is no batch"),
+        (lambda: certify(mlp(), mlp(), [torch.zeros(0, 784)]), "certify: there is no batch"),
         (lambda: by_hand([[1.0]], [[1.0]]), r"float32 of shape \[1, 1\], in which axis -1 is to be the classes"),
         (lambda: by_hand([[1]], [[1]]), r"int64 of shape \[1, 1\]"),
         (lambda: by_hand([1.0, 2.0], [1.0, 2.0]), r"float32 of shape \[2\]"),
