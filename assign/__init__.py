@@ -15,10 +15,14 @@ them is pure Python and never imports torch.
 ``strategies``        searches: (table, recipe, goal) → entries
 ``assignment``        **Assignment**, the second waist: ``plan.json``
 ``stored``            what stays between steps: masters, stored gradients, optimizer states; who can keep them
-``rounding``          quantize, encode, decode as registered torch operators; ``kernels``: their arithmetic
+``rounding``          quantize, encode, decode as registered torch operators; ``kernels``: their arithmetic;
+                      ``launch``: how it is run, compiled or not; ``words``: narrow elements, several to an integer
 ``promotion``         formats that change while training: low tensors that overflow go back to high
 ``executor``          mark → pack → compile → apply: a plan made to run
 ``optimizers``        optimizers whose states follow a plan, from three libraries; ``states``: each one's form of them
+``updates``           SGD and AdamW for weights stored in 16 bits: to nearest, stochastically, with Kahan's sum
+``monitor``           updates that rounding lost, while training
+``audit``             what 16 bits would lose, said before; ``certificate``: predictions that a plan cannot change
 ``planning``          trace, strategy, provenance in one call
 ``tasks``             what is trained: built-in, from a user's file
 ``training``          the loop: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file
@@ -29,10 +33,13 @@ them is pure Python and never imports torch.
 """
 
 from assign.assignment import Assignment
+from assign.audit import audit_constants, audit_range
+from assign.certificate import certify
 from assign.errors import AssignError
 from assign.executor.apply import apply, autocast, planned_step
 from assign.formats import FORMATS, Format, parse_format
 from assign.memory import Estimate, estimate
+from assign.monitor import LostUpdates
 from assign.optimizers import optimizer, widened_state_dict
 from assign.planning import search
 from assign.promotion import Promotion
@@ -53,11 +60,15 @@ __all__ = [
     "Assignment",
     "Estimate",
     "Format",
+    "LostUpdates",
     "Promotion",
     "Task",
     "TensorTable",
     "apply",
+    "audit_constants",
+    "audit_range",
     "autocast",
+    "certify",
     "estimate",
     "optimizer",
     "parse_format",

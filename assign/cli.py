@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 
 from assign.assignment import Assignment
+from assign.audit import audit_task, load_weights
+from assign.certificate import certify_task
 from assign.comparing import compare, load_variants, seed_range
 from assign.comparison import Run
 from assign.errors import AssignError
@@ -23,7 +25,7 @@ from assign.lowered import Lowered
 from assign.memory import estimate as estimate_plan
 from assign.planning import search_table, summary
 from assign.promotion import THRESHOLD
-from assign.report import pictures, tables
+from assign.report import audits, pictures, tables
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
 from assign.tensors import TensorTable
@@ -78,6 +80,10 @@ PromoteEvery = Annotated[
     typer.Option(help="Steps between two looks at what overflows; the recipe's own if left out, 0: promote nothing."),
 ]
 PromoteThreshold = Annotated[float, typer.Option(help="Share of overflowing elements at which a tensor is promoted.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", help="fp32 weights: what 'train --checkpoint' wrote, or a saved state_dict."),
+]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")]
 
 
@@ -387,6 +393,55 @@ def compare_plans(
         console.print(text, markup=False)
 
 
+@app.command()
+def audit(
+    task: TaskName,
+    format_name: Annotated[str, typer.Option("--format", help="In which training is to go on: fp16, bf16, …")] = "fp16",
+    checkpoint: Weights = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """Say what a 16-bit format would lose of a task's constants, weights, gradients and updates, before it does."""
+    loaded = _task(task, seed, batch_size, device, data, None)
+    with console.status("one forward and backward pass in fp32"):
+        constants, report = audit_task(loaded, format=format_name, checkpoint=checkpoint, device=device)
+    console.print(audits.constants_table(constants), audits.range_table(report))
+    _write(json_file, {"constants": [dataclasses.asdict(each) for each in constants], "range": report.to_json()})
+    if not report.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def certify(
+    task: TaskName,
+    plan: Annotated[Path, typer.Option("--plan", metavar="PLAN", help="A plan's file.")],
+    checkpoint: Weights = None,
+    epochs: Epochs = None,
+    backend: BackendName = Backend.EAGER,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """Certify which predictions of an fp32 model cannot change under a plan; trains it first without a checkpoint."""
+    chosen = Assignment.load(plan)
+    loaded = _task(task, seed, batch_size, device, data, epochs)
+    if checkpoint is None:
+        result = _trained("fp32", loaded, None, None, seed=seed, epochs=epochs, device=device)
+        model = result.model
+    else:
+        model = loaded.make_model().to(check_device(device))
+        load_weights(checkpoint, model)
+    with console.status("evaluating in fp32 and under the plan"):
+        found = certify_task(loaded, model, chosen, backend=backend, device=device)
+    console.print(audits.certificate_table(found))
+    _write(json_file, found.to_json())
+
+
 def _task(name: str, seed: int, batch_size: int | None, device: str, data: Path | None, epochs: int | None) -> Task:
     with console.status(f"loading {name}"):
         return load_task(name, TaskOptions(data=data, batch_size=batch_size, seed=seed, device=device, epochs=epochs))
@@ -415,7 +470,7 @@ def _trained(
     name: str,
     task: Task,
     plan: Assignment | None,
-    table: TensorTable,
+    table: TensorTable | None,
     *,
     promoted: Path | None = None,
     **options: Any,
