@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from assign import updates
 from assign.assignment import Assignment
 from assign.errors import PlanError, nearest
 from assign.rounding import torch_dtype
@@ -41,6 +42,7 @@ from assign.stored import (
 )
 from assign.tensors import Role, state_key
 from assign.tracer import optimizer_name
+from assign.updates import UpdateRounding
 
 
 def optimizer(
@@ -50,6 +52,7 @@ def optimizer(
     *,
     params: Iterable[Any] | None = None,
     library: str | None = None,
+    update_rounding: str = UpdateRounding.NEAREST,
     **options: Any,
 ) -> Optimizer:
     """An optimizer of the model's parameters whose states are kept as ``plan`` says.
@@ -63,17 +66,27 @@ def optimizer(
         params: parameters or groups of them, as torch takes them; all that require a gradient if left out.
         library: ``torch``, ``torchao`` or ``bitsandbytes``; the first installed one that can keep the states if left
             out.
+        update_rounding: how updates of 16-bit masters are rounded: ``nearest``, ``stochastic`` or ``kahan``; the last
+            two are for SGD and AdamW with states in the dtype of their masters (:mod:`assign.updates`).
         options: of ``kind``, e.g. ``lr``.
     Raises:
         PlanError: no library can keep such states with this optimizer, or it is not installed; or the optimizer has no
-            such state.
+            such state, or no such rounding.
+        FormatError: a rounding that does not exist, or no master in 16 bits to round.
     """
     chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
     make: Callable[..., Optimizer] = kind
-    return follow(make(chosen, **options), model, plan, library=library)
+    return follow(make(chosen, **options), model, plan, library=library, update_rounding=update_rounding)
 
 
-def follow(made: Optimizer, model: nn.Module, plan: Assignment, *, library: str | None = None) -> Optimizer:
+def follow(
+    made: Optimizer,
+    model: nn.Module,
+    plan: Assignment,
+    *,
+    library: str | None = None,
+    update_rounding: str = UpdateRounding.NEAREST,
+) -> Optimizer:
     """An optimizer like ``made``, one before its first step, that keeps its states as ``plan`` says.
 
     Raises:
@@ -81,7 +94,10 @@ def follow(made: Optimizer, model: nn.Module, plan: Assignment, *, library: str 
     """
     stored = _stored(made, model, plan)
     chosen = _choose(optimizer_name(made), stored.values(), library)
-    planned = _planned(_MAKERS[chosen](made))
+    if update_rounding == UpdateRounding.NEAREST:
+        planned = _planned(_MAKERS[chosen](made))
+    else:
+        planned = _planned(_from_updates(made, chosen, update_rounding))
     planned.assign_library, planned.assign_stored = chosen, stored
     planned.assign_reset()
     return planned
@@ -187,8 +203,26 @@ def _choose(name: str, stored: Collection[Stored], library: str | None) -> Libra
 
 
 def _from_torch(made: Optimizer) -> Optimizer:
-    """``made`` itself. Updates of 16-bit masters are rounded to nearest: another rounding takes its place here."""
+    """``made`` itself: updates of 16-bit masters are rounded to nearest."""
     return made
+
+
+def _from_updates(made: Optimizer, library: Library, rounding: str) -> Optimizer:
+    name = optimizer_name(made)
+    if library is not Library.TORCH or name not in ("SGD", "AdamW"):
+        raise PlanError(
+            f"optimizer: update_rounding={rounding!r} was asked of {type(made).__name__} with states that {library} "
+            "keeps. Allowed: SGD and AdamW, states in the dtype of their masters.\n"
+            "  Leave the states' formats out of the plan, or round updates to nearest."
+        )
+    if name == "SGD":
+        _refuse(made, "assign.updates", {"maximize": False, "differentiable": False})
+        names = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov")
+    else:
+        _refuse(made, "assign.updates", {"maximize": False, "differentiable": False, "amsgrad": False})
+        names = ("params", "lr", "betas", "eps", "weight_decay")
+    kind = updates.SGD if name == "SGD" else updates.AdamW
+    return kind([_part(group, *names) for group in made.param_groups], rounding=rounding)
 
 
 def _from_torchao(made: Optimizer) -> Optimizer:

@@ -8,7 +8,7 @@ from helpers import everything, traced
 from torch import nn
 
 import assign
-from assign import _torch, optimizers
+from assign import _torch, optimizers, updates
 from assign.assignment import Entry
 from assign.errors import PlanError
 from assign.executor.apply import apply
@@ -42,7 +42,7 @@ def _uncompiled():
         yield
 
 
-def made(kind, *, library=None, entries=(), **formats):
+def made(kind, *, library=None, update_rounding="nearest", entries=(), **formats):
     """A model and an optimizer under a plan that stores ``formats`` and ``entries``; and the table, and the plan."""
     torch.manual_seed(0)
     model = Wide()
@@ -51,7 +51,8 @@ def made(kind, *, library=None, entries=(), **formats):
         table = traced(model, BATCH, square, optimizer=lambda parameters: cls(parameters, **options))
     plan = everything(table, "fp32").replace(store(table, **formats) | dict(entries))
     apply(model, plan, backend="eager")
-    return model, assign.optimizer(cls, model, plan, library=library, **options), table, plan
+    how = {"library": library, "update_rounding": update_rounding}
+    return model, assign.optimizer(cls, model, plan, **how, **options), table, plan
 
 
 def train(model, optimizer, steps=5):
@@ -147,6 +148,36 @@ def test_groups_and_options_stay():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
     assert {group["betas"] for group in optimizer.param_groups} == {(0.5, 0.75)}
     torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+
+# ---- updates of 16-bit masters
+
+
+@pytest.mark.parametrize("kind", [SGD, ADAMW], ids=["SGD", "AdamW"])
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_updates_are_rounded_as_asked(kind, rounding):
+    cls, options = kind
+    model, optimizer, _, _ = made(kind, master="bf16", update_rounding=rounding)
+    twin = copy.deepcopy(model)
+    own = getattr(updates, cls.__name__)(twin.parameters(), rounding=rounding, **options)
+    nearest, plain, _, _ = made(kind, master="bf16")
+    trained = []
+    for each, chosen in ((model, optimizer), (twin, own), (nearest, plain)):
+        torch.manual_seed(1)
+        trained.append(train(each, chosen))
+    assert all(map(torch.equal, trained[0], trained[1]))
+    assert not all(map(torch.equal, trained[0], trained[2]))
+
+
+def test_what_kahan_keeps_is_in_the_checkpoint():
+    model, optimizer, _, _ = made(SGD, master="bf16", update_rounding="kahan")
+    train(model, optimizer, steps=3)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    straight = train(model, optimizer, steps=3)
+    other, fresh, _, _ = made(SGD, master="bf16", update_rounding="kahan")
+    other.load_state_dict(saved[0])
+    fresh.load_state_dict(saved[1])
+    assert all(map(torch.equal, train(other, fresh, steps=3), straight))
 
 
 # ---- checkpoints
@@ -260,6 +291,8 @@ def test_a_narrow_model_refuses_values_that_it_would_round():
         ),
         (ADAMW, {"states": "dynamic8", "library": "numpy"}, "there is no library 'numpy'; choose from torch, torchao"),
         (ADAMW, {"states": "dynamic4", "library": "bitsandbytes"}, "or all as dynamic8"),
+        (ADAMW, {"states": "dynamic8", "master": "bf16", "update_rounding": "kahan"}, "with states that torchao keeps"),
+        ((torch.optim.Adam, {"lr": 0.1}), {"master": "bf16", "update_rounding": "kahan"}, "Allowed: SGD and AdamW"),
     ],
 )
 def test_what_cannot_be_kept_says_why(kind, formats, says):
