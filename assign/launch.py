@@ -18,7 +18,7 @@ from assign import _torch
 from assign.kernels import Scale, Work, inverse_power, largest, power_of_two
 from assign.words import join, lanes, split, word_dtype
 
-_WORTH_COMPILING = 2**14  # elements; below that nobody waits for a compiler
+_WORTH_COMPILING = 2**14  # elements; below that nobody waits for a compiler, but takes what there is
 _MOST = 2**31 - 1  # elements: compiled code may count them in 32 bits
 _PIECE = 2**16  # elements at a time without one: temporaries stay in the processor's cache
 _DEVICE_PIECE = 2**22  # the same where every launch costs
@@ -70,11 +70,13 @@ def run(
     count = _lanes(x, dtype) if key is None else 1
     done = x.numel() - x.numel() % count
 
+    kernel = _compiled(work.kernel, x.dtype, dtype, count, x.device)
+
     def compiled() -> None:
         words = (_words(tensor, done, count) for tensor in (x, result))
-        _compiled(work.kernel, x.dtype, dtype, count, x.device)(*words, *fused, *numbers, *keys)
+        kernel(*words, *fused, *numbers, *keys)
 
-    if not _ran_compiled(x, compiled):
+    if not (done and _ran_compiled(x, kernel, compiled)):
         done = 0
     if done < x.numel():
         for part, place in zip(_pieces(_flat(x)[done:]), _pieces(_flat(result)[done:]), strict=True):
@@ -95,11 +97,13 @@ def run_scaled(
         numbers = _tensors(work.ints, (*work.floats, work.unit), x.device)
         bounds, _ = _tensors(limits, (), x.device)
 
+        kernel = _compiled_scaled(work.kernel, x.dtype, dtype, count, x.device)
+
         def compiled() -> None:
             words = (_words(tensor, x.numel(), count) for tensor in (x, result))
-            _compiled_scaled(work.kernel, x.dtype, dtype, count, x.device)(*words, *numbers, bounds, scale)
+            kernel(*words, *numbers, bounds, scale)
 
-        if _ran_compiled(x, compiled):
+        if _ran_compiled(x, kernel, compiled):
             return result, scale
     scale = find_scale(limits, x)
     return run(work, x, scale, dtype, out=result), scale
@@ -117,8 +121,8 @@ def find_scale(limits: tuple[int, ...], x: Tensor) -> Tensor:
     count = _lanes(x)
     bounds, _ = _tensors(limits, (), x.device)
     if x.numel() % count == 0 and _is_dense(x):
-        words = _words(x, x.numel(), count)
-        if _ran_compiled(x, lambda: _compiled_scale(x.dtype, count, x.device)(words, bounds, scale)):
+        kernel = _compiled_scale(x.dtype, count, x.device)
+        if _ran_compiled(x, kernel, lambda: kernel(_words(x, x.numel(), count), bounds, scale)):
             return scale
     low, high = torch.aminmax(x)
     return power_of_two(largest(torch.maximum(-low, high)), limits)
@@ -132,7 +136,8 @@ def count_at_least(x: Tensor, threshold: float) -> Tensor:
         return count
     flat = _flat(x if _is_dense(x) else x.clone())
     _, limit = _tensors((), (threshold,), x.device)
-    if not _ran_compiled(x, lambda: _compiled_count(x.dtype, x.device)(flat, limit, count)):
+    kernel = _compiled_count(x.dtype, x.device)
+    if not _ran_compiled(x, kernel, lambda: kernel(flat, limit, count)):
         for part in _pieces(flat):
             count += (part.abs() >= threshold).sum()
     return count
@@ -144,23 +149,29 @@ def count_at_least(x: Tensor, threshold: float) -> Tensor:
 _LENGTH = 4096  # of the examples
 
 
-def _lazily(function: Callable[..., None], varying: int) -> Callable[..., None]:
-    """``function`` compiled at its first call, for the dtypes, the device and the numbers of numbers found there."""
-    compiled: list[Callable[..., None]] = []
+class _Lazy:
+    """A function compiled at its first call, for the dtypes, the device and the count of numbers found there."""
 
-    def call(*args: Tensor) -> None:
-        if not compiled:
-            examples = [torch.zeros(_LENGTH, dtype=each.dtype, device=each.device) for each in args[:varying]]
-            compiled.append(_torch.compile_kernel(function, [*examples, *args[varying:]], varying))
-        compiled[0](*args)
+    def __init__(self, function: Callable[..., None], varying: int) -> None:
+        self._function, self._varying = function, varying
+        self._compiled: Callable[..., None] | None = None
 
-    return call
+    @property
+    def ready(self) -> bool:
+        return self._compiled is not None
+
+    def __call__(self, *args: Tensor) -> None:
+        if self._compiled is None:
+            lengths = [torch.zeros(_LENGTH, dtype=each.dtype, device=each.device) for each in args[: self._varying]]
+            examples = [*lengths, *args[self._varying :]]
+            self._compiled = _torch.compile_kernel(self._function, examples, self._varying)
+        self._compiled(*args)
 
 
 @functools.cache
 def _compiled(
     kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype, count: int, device: torch.device
-) -> Callable[..., None]:
+) -> _Lazy:
     def store(
         x: Tensor, out: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, *key: Tensor
     ) -> None:
@@ -168,13 +179,13 @@ def _compiled(
         done = [kernel(part, Scale(scale, inverse), numbers, *key) for part in split(x, source, count)]
         out.copy_(join(done, target, source))
 
-    return _lazily(store, 2)
+    return _Lazy(store, 2)
 
 
 @functools.cache
 def _compiled_scaled(
     kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype, count: int, device: torch.device
-) -> Callable[..., None]:
+) -> _Lazy:
     def store(x: Tensor, out: Tensor, ints: Tensor, floats: Tensor, limits: Tensor, scale_out: Tensor) -> None:
         parts = split(x, source, count)
         scale = power_of_two(_largest_of(parts), limits.unbind())
@@ -184,23 +195,23 @@ def _compiled_scaled(
         out.copy_(join(done, target, source))
         scale_out.copy_(scale)
 
-    return _lazily(store, 2)
+    return _Lazy(store, 2)
 
 
 @functools.cache
-def _compiled_scale(source: torch.dtype, count: int, device: torch.device) -> Callable[..., None]:
+def _compiled_scale(source: torch.dtype, count: int, device: torch.device) -> _Lazy:
     def store(x: Tensor, limits: Tensor, out: Tensor) -> None:
         out.copy_(power_of_two(_largest_of(split(x, source, count)), limits.unbind()))
 
-    return _lazily(store, 1)
+    return _Lazy(store, 1)
 
 
 @functools.cache
-def _compiled_count(source: torch.dtype, device: torch.device) -> Callable[..., None]:
+def _compiled_count(source: torch.dtype, device: torch.device) -> _Lazy:
     def store(x: Tensor, threshold: Tensor, out: Tensor) -> None:
         out.copy_((x.abs() >= threshold).sum())
 
-    return _lazily(store, 1)
+    return _Lazy(store, 1)
 
 
 def _largest_of(parts: list[Tensor]) -> Tensor:
@@ -212,12 +223,11 @@ def _compiler_failed(device_type: str) -> threading.Event:
     return threading.Event()
 
 
-def _ran_compiled(x: Tensor, run: Callable[[], None]) -> bool:
-    """Whether compiled code was wanted for ``x`` and ``run`` went through."""
+def _ran_compiled(x: Tensor, kernel: _Lazy, run: Callable[[], None]) -> bool:
+    """Whether compiled code was wanted for ``x`` and ``run``, which calls ``kernel``, went through."""
     choice, failed = _choice.get(), _compiler_failed(x.device.type)
-    if not (choice or (choice is None and x.numel() >= _WORTH_COMPILING and not failed.is_set())):
-        return False
-    if x.numel() > _MOST:
+    worth_it = kernel.ready or (x.numel() >= _WORTH_COMPILING and not failed.is_set())
+    if not (choice or (choice is None and worth_it)) or x.numel() > _MOST:
         return False
     try:
         run()

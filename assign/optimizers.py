@@ -209,6 +209,7 @@ def _from_torch(made: Optimizer) -> Optimizer:
 
 def _from_updates(made: Optimizer, library: Library, rounding: str) -> Optimizer:
     name = optimizer_name(made)
+    names: tuple[str, ...]
     if library is not Library.TORCH or name not in ("SGD", "AdamW"):
         raise PlanError(
             f"optimizer: update_rounding={rounding!r} was asked of {type(made).__name__} with states that {library} "
