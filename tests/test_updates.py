@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from assign.errors import FormatError
-from assign.rounding import use_compiled
+from assign.launch import use_compiled
 from assign.updates import COMPENSATION, SGD, AdamW, kahan_add
 
 # Inductor's own imports warn, once in a process

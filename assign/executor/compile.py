@@ -1,9 +1,11 @@
 """Backends: the packed graphs run node by node, or compiled by Inductor."""
 
+import functools
 import hashlib
 import operator
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +50,16 @@ def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
         return _fused(split(joint))
 
     entries = "\n".join(f"{key} {entry.format}" for key, entry in sorted(plan.entries.items()))
-    return _torch.inductor_backend(partition_minimally, inline, identity=hashlib.sha256(entries.encode()).hexdigest())
+    identity = hashlib.sha256(entries.encode() + _passes()).hexdigest()
+    return _torch.inductor_backend(partition_minimally, inline, identity=identity)
+
+
+@functools.cache
+def _passes() -> bytes:
+    """The code of the passes: what Inductor cached under other passes is not what these would make."""
+    here = Path(__file__).parent
+    files = (here / "compile.py", here / "pack.py", here / "reuse.py", here.parent / "joint.py")
+    return b"".join(file.read_bytes() for file in files)
 
 
 def _fused(graphs: _torch.Graphs) -> _torch.Graphs:
