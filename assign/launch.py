@@ -177,7 +177,7 @@ def _compiled(
     ) -> None:
         numbers = (*ints.unbind(), *floats.unbind())
         done = [kernel(part, Scale(scale, inverse), numbers, *key) for part in split(x, source, count)]
-        out.copy_(join(done, target, source))
+        out.copy_(join(done, target))
 
     return _Lazy(store, 2)
 
@@ -192,7 +192,7 @@ def _compiled_scaled(
         *rest, unit = floats.unbind()
         own = Scale(scale * unit, inverse_power(scale * unit))
         done = [kernel(part, own, (*ints.unbind(), *rest)) for part in parts]
-        out.copy_(join(done, target, source))
+        out.copy_(join(done, target))
         scale_out.copy_(scale)
 
     return _Lazy(store, 2)

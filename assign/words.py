@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 _NARROW = (torch.bfloat16, torch.int16)
-_INF, _QUIET = 0x7F800000, 1 << 22  # bits of a float32
 _WORDS = {4: torch.int32, 8: torch.int64}
 
 
@@ -44,8 +43,8 @@ def split(words: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
     return [each.view(torch.float32) if dtype == torch.bfloat16 else each >> 16 for each in bits]
 
 
-def join(values: Sequence[Tensor], dtype: torch.dtype, source: torch.dtype) -> Tensor:
-    """The words whose lanes are ``values``, made from ``source`` and held by ``dtype`` exactly."""
+def join(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The words whose lanes are ``values``, which ``dtype`` holds exactly, and NaNs that come out of a product."""
     if len(values) == 1:
         return values[0]
     if dtype == torch.float32:
@@ -54,19 +53,11 @@ def join(values: Sequence[Tensor], dtype: torch.dtype, source: torch.dtype) -> T
         halves = [_four(values)]
     else:
         bits = [value.view(torch.int32) if dtype == torch.bfloat16 else value << 16 for value in values]
-        if (source, dtype) == (torch.float32, torch.bfloat16):
-            bits = [_quiet(each) for each in bits]
         halves = [((low >> 16) & 0xFFFF) | (high & -(1 << 16)) for low, high in zip(bits[::2], bits[1::2], strict=True)]
     if len(halves) == 1:
         return halves[0]
     low, high = (half.to(torch.int64) for half in halves)
     return (low & 0xFFFFFFFF) | (high << 32)
-
-
-def _quiet(bits: Tensor) -> Tensor:
-    """A NaN of ``bits`` may be one by its lower half alone, which is cut off: set a bit of the upper."""
-    is_nan = (_INF - (bits & 0x7FFFFFFF)) >> 31  # all ones, else zero; a comparison would not become a vector
-    return bits | (is_nan & _QUIET)
 
 
 def _four(codes: Sequence[Tensor]) -> Tensor:

@@ -410,11 +410,12 @@ def test_elements_that_share_a_word(name: str, source: torch.dtype, target: torc
             assert_same(one, other)
 
 
-def test_a_nan_stays_one_in_half_a_word() -> None:
+@pytest.mark.parametrize("name", ["fp(4,3,4)", "fp(8,2,0)"])
+def test_a_nan_stays_one_in_half_a_word(name: str) -> None:
     """Those with nothing but low bits too, which half a word has no room for."""
     bits = torch.tensor([0x7F800001, -0x7FFFFF, 0x7FC00000, 0x7F80FFFF], dtype=torch.int32)
     with use_compiled(True):
-        values = quantize(bits.view(torch.float32), "e4m3:pow2", scale=torch.ones(()), dtype=torch.bfloat16)
+        values = quantize(bits.view(torch.float32), name, dtype=torch.bfloat16)
     assert values.isnan().all()
 
 
