@@ -60,16 +60,15 @@ def run(
     result = torch.empty_like(x, dtype=dtype) if out is None else out
     if not x.numel():
         return result
+    count = _lanes(x, dtype) if key is None else 1
     in_order = key is None or x.is_contiguous()  # random bits go by the place in the shape, not in memory
-    if not in_order or not _is_dense(x) or x.stride() != result.stride():
+    if not in_order or not _is_dense(x) or x.stride() != result.stride() or result.storage_offset() % count:
         return result.copy_(run(work, x.contiguous(), scale, dtype, key))
     keys = () if key is None else (key,)
     scales = _scale_of(work, scale, x.device)
     numbers = _tensors(work.ints, work.floats, x.device)
     fused = scales or [_one(x.device)] * 2
-    count = _lanes(x, dtype) if key is None else 1
     done = x.numel() - x.numel() % count
-
     kernel = _compiled(work.kernel, x.dtype, dtype, count, x.device)
 
     def compiled() -> None:
@@ -93,10 +92,10 @@ def run_scaled(
     count = _lanes(x, dtype)
     result = torch.empty_like(x, dtype=dtype) if out is None else out
     scale = torch.empty((), dtype=torch.float32, device=x.device)
-    if x.numel() and x.numel() % count == 0 and _is_dense(x) and x.stride() == result.stride():
+    whole = x.numel() > 0 and x.numel() % count == 0 and result.storage_offset() % count == 0
+    if whole and _is_dense(x) and x.stride() == result.stride():
         numbers = _tensors(work.ints, (*work.floats, work.unit), x.device)
         bounds, _ = _tensors(limits, (), x.device)
-
         kernel = _compiled_scaled(work.kernel, x.dtype, dtype, count, x.device)
 
         def compiled() -> None:
@@ -284,7 +283,10 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _words(x: Tensor, number: int, count: int) -> Tensor:
-    """The first ``number`` elements of a dense tensor in the order of its memory, ``count`` to a word."""
+    """The first ``number`` elements of a dense tensor in the order of its memory, ``count`` to a word.
+
+    Of a tensor that begins within a word it is a copy, to be read only.
+    """
     size = x.dtype.itemsize * count
     place = x.storage_offset() * x.dtype.itemsize
     if place % size:  # words begin at multiples of their size

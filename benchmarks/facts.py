@@ -24,13 +24,19 @@ def gather(device: str, threads: int | None = None) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_told, sys.argv[1:])]),
         "device": device_name(device),
         "threads": threads or torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "cuda": torch.version.cuda,
     }
+
+
+def _told(argument: str) -> str:
+    """An argument as a result tells it: of an absolute path, whose folders are one machine's own, the name alone."""
+    option, separator, value = argument.rpartition("=")
+    return f"{option}{separator}…/{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def commit() -> str:

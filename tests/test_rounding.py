@@ -440,6 +440,23 @@ def test_scale_and_quantize_in_one(shape: tuple[int, ...], compiled: bool) -> No
         assert_same(again, scale)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_in_place_within_a_word(compiled: bool) -> None:
+    """A tensor that begins in the middle of a word is rounded where it is, and what lies before it stays."""
+    whole = torch.linspace(-50, 50, 65).bfloat16()
+    for round_in_place in (
+        lambda x: torch.ops.assign.scale_quantize_(x, "e4m3:pow2", True),
+        lambda x: torch.ops.assign.quantize_(x, None, "fp(4,3,4)", True),
+    ):
+        expected, copy = whole[1:].clone(), whole.clone()
+        with use_compiled(compiled):
+            round_in_place(expected)
+            round_in_place(copy[1:])
+        assert_same(copy[1:], expected)
+        assert not torch.equal(expected, whole[1:])
+        assert_same(copy[:1], whole[:1])
+
+
 def test_one_compilation_serves_every_format_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     with use_compiled(True):
         for name in ("fp(4,3,4)", "e4m3:pow2"):
