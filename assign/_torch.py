@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -174,23 +175,27 @@ def inductor_backend(
     partition: Callable[[fx.GraphModule, Callable[[fx.GraphModule], Graphs]], Graphs],
     inline: Callable[[fx.Graph], None],
     identity: str,
+    passes: Sequence[Path],
 ) -> GraphBackend:
     """A backend for Dynamo that compiles the partitioned graphs with Inductor.
 
     Args:
         partition: as for :func:`eager_backend`.
         inline: edits each graph in place, right before Inductor lowers it.
-        identity: changes whenever one of the two would do something else; part of the key of Inductor's cache.
+        identity: what the two do beside what their code says; it and the code are part of the key of Inductor's cache.
+        passes: the files with that code.
     """
     from torch._inductor.compile_fx import compile_fx  # here: it takes a second to import, and eager never needs it
-    from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+    from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files
+
+    key = get_hash_for_files(tuple(map(str, passes)), extra=identity).hex()
 
     class Keyed:
         def uuid(self) -> str:
-            return identity
+            return key
 
         def __reduce__(self) -> tuple[type[str], tuple[str]]:  # pickled only to make a key of Inductor's cache
-            return str, (identity,)
+            return str, (key,)
 
     class Partitioner(Keyed, CustomPartitionerFn):
         def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Graphs:

@@ -122,8 +122,12 @@ def certify_task(
         )
     model = model.to(check_device(device))
     calls: list[_Call] = []
-    with torch.no_grad(), _evaluating(model):
-        task.evaluate(_recording(model, calls))
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(_Call(args, kwargs)), with_kwargs=True)
+    try:
+        with torch.no_grad(), _evaluating(model):
+            task.evaluate(model)
+    finally:
+        hook.remove()
     return certify(model, apply(model, plan, backend=backend), calls)
 
 
@@ -133,19 +137,6 @@ class _Call:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-
-
-def _recording(model: nn.Module, calls: list[_Call]) -> nn.Module:
-    """The model itself, of the same class and with the same parts, which writes down what it is called with."""
-    original = type(model)
-
-    def call(_self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        calls.append(_Call(args, kwargs))
-        return model(*args, **kwargs)
-
-    twin: nn.Module = object.__new__(type(original.__name__, (original,), {"__call__": call}))
-    object.__setattr__(twin, "__dict__", model.__dict__)
-    return twin
 
 
 def quantiles(values: Tensor) -> dict[str, float]:

@@ -148,11 +148,12 @@ def _seed(device: torch.device) -> Tensor:
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
 
 
-def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any], mutates: str = "") -> None:
+def _register(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag, mutates: str = ""
+) -> None:
     """Make ``function`` the operator ``assign::name``, on every device; ``fake`` says what comes out, without data."""
     schema = library.infer_schema(function, mutates_args=(mutates,) if mutates else ())
-    tags = [torch.Tag.flexible_layout, *([torch.Tag.nondeterministic_seeded] if function is _seed else [])]
-    library.define(f"assign::{name}", schema, tags=tags)
+    library.define(f"assign::{name}", schema, tags=[torch.Tag.flexible_layout, *tags])
     library.impl(f"assign::{name}", "CompositeExplicitAutograd", function)
     names = inspect.signature(function)
     library.register_fake(f"assign::{name}", lambda *args, **kwargs: fake(**names.bind(*args, **kwargs).arguments))
@@ -171,13 +172,18 @@ def _codes_like(x: Tensor, format: str, **_rest: Any) -> Tensor:
 
 
 _register("quantize", _quantize, _like)
-_register("quantize_", _quantize_in_place, lambda **_: None, "x")
+_register("quantize_", _quantize_in_place, lambda **_: None, mutates="x")
 _register("scale", _scale, _scalar)
 _register("scale_quantize", _scale_quantize, lambda x, **rest: (_like(x, **rest), _scalar(x)))
-_register("scale_quantize_", _scale_quantize_in_place, _scalar, "x")
+_register("scale_quantize_", _scale_quantize_in_place, _scalar, mutates="x")
 _register("encode", _encode, _codes_like)
 _register("decode", _decode, lambda codes, dtype, **_: _like(codes, dtype))
-_register("seed", _seed, lambda device: torch.empty((), dtype=torch.int64, device=device))
+_register(
+    "seed",
+    _seed,
+    lambda device: torch.empty((), dtype=torch.int64, device=device),
+    torch.Tag.nondeterministic_seeded,
+)
 
 
 # ---- the same for people, with their arguments checked

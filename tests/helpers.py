@@ -4,6 +4,7 @@ import torch
 from models import class_loss
 
 from assign.assignment import Assignment, Entry
+from assign.measuring import measure_peak
 from assign.recipes import get_recipe, initial
 from assign.tracer import trace
 
@@ -47,3 +48,18 @@ def steps(model, step, batch, count=5, optimizer=sgd):
         grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
         instance.step()
     return losses, grads
+
+
+def measured_peak(model, batch, step, optimizer):
+    """Bytes alive at the worst moment of a whole step, once the optimizer has its states."""
+
+    def one():
+        optimizer.zero_grad()
+        step(batch).backward()
+        optimizer.step()
+
+    one()
+    one()
+    optimizer.zero_grad()
+    states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    return measure_peak(one, [*model.parameters(), *model.buffers(), *batch, *states])

@@ -4,18 +4,16 @@ import copy
 import dataclasses
 import json
 import math
-import sys
 import warnings
 
 import pytest
 import torch
+from shell import fails, run
 from torch import nn
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 from assign import updates
 from assign.audit import PrecisionWarning, audit_constants, audit_range, load_weights
-from assign.cli import app, main
 from assign.errors import FormatError, TaskError
 from assign.tasks import TaskOptions, load_task
 from assign.tasks.data import read_digits
@@ -305,15 +303,10 @@ def here(tmp_path, monkeypatch):
 
 
 def test_audit_in_a_shell(here):
-    runner = CliRunner()
-    result = runner.invoke(app, ["train", "mine.py", "--checkpoint", "c.pt"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    result = runner.invoke(
-        app, ["audit", "mine.py", "--checkpoint", "c.pt", "--json", "a.json"], catch_exceptions=False
-    )
-    assert result.exit_code == 0, result.output
+    run("train", "mine.py", "--checkpoint", "c.pt")
+    output = run("audit", "mine.py", "--checkpoint", "c.pt", "--json", "a.json")
     for words in ("Constants that do not survive", "optimizer, group 0", "0.0001", "all weights", "Nothing overflows."):
-        assert words in result.output
+        assert words in output
     found = json.loads((here / "a.json").read_text())
     assert [each["where"] for each in found["constants"]] == ["1", "optimizer, group 0"]
     assert found["range"]["fits"]
@@ -323,11 +316,8 @@ def test_audit_in_a_shell(here):
     state = torch.load("c.pt", weights_only=True)["model"]
     state["0.weight"] *= 1e7
     torch.save(state, "huge.pt")
-    result = runner.invoke(app, ["audit", "mine.py", "--checkpoint", "huge.pt"], catch_exceptions=False)
-    assert result.exit_code == 1
-    assert "it would be infinite" in result.output
-    result = runner.invoke(app, ["audit", "mine.py", "--format", "bf16"], catch_exceptions=False)
-    assert "betas[1]" in result.output
+    assert "it would be infinite" in run("audit", "mine.py", "--checkpoint", "huge.pt", code=1)
+    assert "betas[1]" in run("audit", "mine.py", "--format", "bf16")
 
 
 @pytest.mark.parametrize(
@@ -345,11 +335,7 @@ def test_checkpoints_that_do_not_fit(here, monkeypatch, capsys, content, message
         (here / "c.pt").write_bytes(content)
     elif content is not None:
         torch.save(content, "c.pt")
-    monkeypatch.setattr(sys, "argv", ["assign", "audit", "mine.py", "--checkpoint", "c.pt"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in fails(capsys, monkeypatch, "audit", "mine.py", "--checkpoint", "c.pt")
 
 
 def test_a_saved_state_dict_is_a_checkpoint(tmp_path):

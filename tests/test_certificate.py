@@ -2,19 +2,17 @@
 
 import copy
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shell import fails, run
 from torch import nn
-from typer.testing import CliRunner
 
 import assign
 from assign.certificate import certify, certify_task, quantiles
-from assign.cli import app, main
 from assign.errors import TaskError
 from assign.planning import search_table
 from assign.tasks import TaskOptions, load_task
@@ -191,20 +189,6 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(TASK)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*arguments):
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def fails(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["assign", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
 
 
 def test_certify_in_a_shell(here, monkeypatch, capsys):

@@ -1,14 +1,9 @@
 """The shell as a user meets it: exit status, tables, JSON fields, and what bad input says."""
 
 import json
-import sys
 
 import pytest
-from typer.testing import CliRunner
-
-from assign.cli import app, main
-
-runner = CliRunner()
+from shell import fails, run
 
 TASK = """
 import torch
@@ -45,20 +40,6 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(TASK)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*arguments):
-    result = runner.invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def fails(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["assign", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
 
 
 def test_formats_and_schema(here):
@@ -137,9 +118,8 @@ def test_compare_ends_well_where_runs_diverge_or_are_stopped(here, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("assign.comparing.train", interrupt)
-    stopped = runner.invoke(app, ["compare", "mine.py:nan", "--plan", "low.json", "--seeds", "2", "--json", "b.json"])
-    assert stopped.exit_code not in (0, 2)
-    assert "goes on from b.json" in stopped.output
+    arguments = ("compare", "mine.py:nan", "--plan", "low.json", "--seeds", "2", "--json", "b.json")
+    assert "goes on from b.json" in run(*arguments, code=130)
     assert json.loads((here / "b.json").read_text())["runs"] == []
 
 
@@ -181,9 +161,7 @@ def test_a_plan_for_another_model(here, capsys, monkeypatch):
 
 
 def test_a_loss_that_is_nan_ends_with_status_one(here):
-    result = runner.invoke(app, ["train", "mine.py:nan"])
-    assert result.exit_code == 1
-    assert "diverged" in result.output
+    assert "diverged" in run("train", "mine.py:nan", code=1)
 
 
 def test_promotions_are_printed_and_saved_beside_the_plan(here):

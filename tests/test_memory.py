@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from helpers import adamw, all_high, all_low, everything, sgd, traced
+from helpers import adamw, all_high, all_low, everything, measured_peak, sgd, traced
 from models import GPT, MLP, Gated, ResNet, class_loss, images, tokens, vectors
 
 from assign import _torch
 from assign.assignment import Entry
 from assign.errors import BudgetError, PlanError
 from assign.executor.apply import planned_step
-from assign.measuring import measure_peak
 from assign.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
 from assign.optimizers import follow
 from assign.planning import parse_budget, search, search_table
@@ -201,17 +200,7 @@ def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
     }[plan_name]()
     optimizer, promotion = sgd(model.parameters()), Promotion(plan)
     step = planned_step(model, class_loss, plan, backend="eager", promotion=promotion)
-
-    def one():
-        optimizer.zero_grad()
-        step(batch).backward()
-        optimizer.step()
-
-    one()
-    one()
-    optimizer.zero_grad()
-    states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    measured = measure_peak(one, [*model.parameters(), *model.buffers(), *batch, *states])
+    measured = measured_peak(model, batch, step, optimizer)
     assert peak_bytes(table, plan.entries) == pytest.approx(measured, rel=0.05)
 
 
@@ -244,17 +233,7 @@ def test_predicted_peak_counts_what_is_stored(model_name, name):
         plan = search_table(table, strategy="uniform", format_name=format_name, **stored)
     step = planned_step(model, class_loss, plan, backend="eager")
     optimizer = follow(factory(model.parameters()), model, plan)
-
-    def one():
-        optimizer.zero_grad()
-        step(batch).backward()
-        optimizer.step()
-
-    one()
-    one()
-    optimizer.zero_grad()
-    states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    measured = measure_peak(one, [*model.parameters(), *model.buffers(), *batch, *states])
+    measured = measured_peak(model, batch, step, optimizer)
     assert peak_bytes(table, plan.entries) == pytest.approx(measured, rel=0.05)
 
 

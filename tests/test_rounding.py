@@ -1,6 +1,7 @@
 """Rounding, scale and codes against ``oracle``, torch's and ml_dtypes' own casts, and one another."""
 
 import doctest
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -641,3 +642,21 @@ def test_errors_say_what_to_do(call: Callable[[], Tensor], message: str) -> None
     with pytest.raises(FormatError) as caught:
         call()
     assert str(caught.value) == message
+
+
+def test_small_tensors_take_a_kernel_that_is_compiled_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a compiler to round four elements, but once there is a kernel they are faster with it."""
+    compiled: list[object] = []
+    kernels = launch._compiled.__wrapped__  # without what other tests compiled
+    monkeypatch.setattr(launch, "_compiled", functools.cache(kernels))
+    monkeypatch.setattr(_torch, "compile_kernel", lambda *_: compiled.append(1) or _fill_with_sevens)
+    small, large = torch.ones(4), torch.ones(2**15)
+    assert quantize(small, "fp(4,3,4)").unique() == 1.0
+    assert not compiled
+    assert quantize(large, "fp(4,3,4)").unique() == 7.0
+    assert quantize(small, "fp(4,3,4)").unique() == 7.0
+    assert len(compiled) == 1
+
+
+def _fill_with_sevens(_x: torch.Tensor, out: torch.Tensor, *_rest: torch.Tensor) -> None:
+    out.fill_(7.0)

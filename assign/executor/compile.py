@@ -1,8 +1,5 @@
 """Backends: the packed graphs run node by node, or compiled by Inductor."""
 
-import functools
-import hashlib
-import operator
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -13,15 +10,14 @@ from torch import Tensor, fx
 
 from assign import _torch, rounding
 from assign.assignment import Assignment
+from assign.executor.fuse import fuse_scales, overwrite
 from assign.executor.pack import pack
 from assign.executor.reuse import reuse_grids
 from assign.formats import Storage, parse_format
-from assign.joint import describe, is_view
 from assign.promotion import find_slot
 
 _QUANTIZE = torch.ops.assign.quantize.default
 _SCALE = torch.ops.assign.scale.default
-_SCALE_QUANTIZE = torch.ops.assign.scale_quantize.default
 
 
 class Backend(StrEnum):
@@ -33,60 +29,32 @@ class Backend(StrEnum):
 
 def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
     """A Dynamo backend for graphs that are marked with ``plan``."""
+    compiled = backend is Backend.INDUCTOR
 
     def partition(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
         pack(joint, plan)
-        return _fused(split(joint))
+        if compiled:
+            reuse_grids(joint.graph)
+            _keep_in_backward(joint.graph)
+        graphs = split(joint)
+        for module in graphs:
+            fuse_scales(module.graph)
+            module.recompile()
+        return graphs
 
-    if backend is Backend.EAGER:
+    if not compiled:
         return _torch.eager_backend(partition)
-
-    def partition_minimally(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
-        pack(joint, plan)
-        reuse_grids(joint.graph)
-        for node in joint.graph.nodes:
-            if node.target in (*_CASTS, _SCALE) and _torch.is_backward(node):
-                _torch.pin_backward(node)
-        return _fused(split(joint))
-
     entries = "\n".join(f"{key} {entry.format}" for key, entry in sorted(plan.entries.items()))
-    identity = hashlib.sha256(entries.encode() + _passes()).hexdigest()
-    return _torch.inductor_backend(partition_minimally, inline, identity=identity)
-
-
-@functools.cache
-def _passes() -> bytes:
-    """The code of the passes: what Inductor cached under other passes is not what these would make."""
     here = Path(__file__).parent
-    files = (here / "compile.py", here / "pack.py", here / "reuse.py", here.parent / "joint.py")
-    return b"".join(file.read_bytes() for file in files)
+    passes = [*sorted(here.glob("*.py")), *(here.parent / f"{name}.py" for name in ("joint", "rounding", "kernels"))]
+    return _torch.inductor_backend(partition, inline, identity=entries, passes=passes)
 
 
-def _fused(graphs: _torch.Graphs) -> _torch.Graphs:
-    for module in graphs:
-        fuse_scales(module.graph)
-        module.recompile()
-    return graphs
-
-
-def fuse_scales(graph: fx.Graph) -> None:
-    """Scale and quantize as one operator wherever the scale is that of the very tensor and format."""
-    for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
-        x, scale, name, saturate, dtype = node.args[:5]
-        if not isinstance(scale, fx.Node) or scale.target is not _SCALE or scale.args != (x, name):
-            continue
-        if len(node.args) > 5 or scale not in graph.nodes:  # a seed: by chance, in a kernel of its own
-            continue
-        with graph.inserting_before(scale):
-            both = graph.call_function(_SCALE_QUANTIZE, (x, name, saturate, dtype))
-            parts = [graph.call_function(operator.getitem, (both, index)) for index in (0, 1)]
-        values = (_torch.joint_value(node), _torch.joint_value(scale))
-        for new, value in zip((both, *parts), (values, *values), strict=True):
-            describe(new, value, node, backward=_torch.is_backward(node))
-        node.replace_all_uses_with(parts[0])
-        scale.replace_all_uses_with(parts[1])
-        graph.erase_node(node)
-        graph.erase_node(scale)
+def _keep_in_backward(graph: fx.Graph) -> None:
+    """What the packing restores in the backward pass stays there, however cheap it would be to keep it instead."""
+    for node in graph.nodes:
+        if node.target in (*_CASTS, _SCALE) and _torch.is_backward(node):
+            _torch.pin_backward(node)
 
 
 def inline(graph: fx.Graph) -> None:
@@ -107,51 +75,6 @@ def inline(graph: fx.Graph) -> None:
             _splice(graph, node, body, [x])
     overwrite(graph)
     graph.lint()
-
-
-_IN_PLACE = {
-    _QUANTIZE: (torch.ops.assign.quantize_.default, ("x", "scale", "format", "saturate", "dtype", "seed", "stream")),
-    _SCALE_QUANTIZE: (torch.ops.assign.scale_quantize_.default, ("x", "format", "saturate", "dtype")),
-}
-
-
-def overwrite(graph: fx.Graph) -> None:
-    """Let a value be rounded in its own memory where nobody else reads it.
-
-    Otherwise a rounded copy is made beside it: more bytes at the peak, and fresh memory is slow to touch. Inductor has
-    the last word: it copies where it finds another reader.
-    """
-    for node in [node for node in graph.nodes if node.target in _IN_PLACE]:
-        target, names = _IN_PLACE[node.target]
-        arguments = dict(zip(names, node.args, strict=False))
-        dtype, x = arguments.pop("dtype"), _torch.source_of(node)
-        value = _torch.joint_value(x)
-        scaled = node.target is _SCALE_QUANTIZE
-        result = _torch.joint_value(node)[0] if scaled else _torch.joint_value(node)
-        if value.dtype != dtype or value.stride() != result.stride() or not _is_last_reader(node):
-            continue
-        with graph.inserting_before(node):
-            both = graph.call_function(torch.ops.higher_order.auto_functionalized, (target,), arguments)
-            scale, rounded = (graph.call_function(operator.getitem, (both, index)) for index in (0, 1))
-        describe(both, (_torch.joint_value(node)[1] if scaled else None, result), node, backward=False)
-        describe(rounded, result, node, backward=False)
-        if scaled:
-            describe(scale, _torch.joint_value(node)[1], node, backward=False)
-            for user in list(node.users):
-                user.replace_all_uses_with((rounded, scale)[user.args[1]])
-                graph.erase_node(user)
-        else:
-            graph.erase_node(scale)
-            node.replace_all_uses_with(rounded)
-        graph.erase_node(node)
-
-
-def _is_last_reader(node: fx.Node) -> bool:
-    """Whether nothing but ``node`` reads its first argument, nor the memory that this is a view of."""
-    source = _torch.source_of(node)
-    while len(source.users) == 1 and is_view(source):
-        source = _torch.source_of(source)
-    return len(source.users) == 1 and source.op == "call_function" and not is_view(source)
 
 
 def _is_cast(node: fx.Node) -> bool:

@@ -9,14 +9,16 @@ from rich.markup import escape
 from assign.audit import Finding, RangeReport
 from assign.certificate import Certificate, quantiles
 from assign.monitor import LostUpdates
-from assign.report.tables import _table
+from assign.report.tables import new_table
 
 
 def constants_table(found: Sequence[Finding]) -> RenderableType:
     """Constants that do not survive their format, and what to set instead."""
     if not found:
         return "Constants: every eps and beta survives."
-    table = _table("Constants that do not survive", ["where", "constant", "is", "becomes", "that is", "set"], right=2)
+    table = new_table(
+        "Constants that do not survive", ["where", "constant", "is", "becomes", "that is", "set"], right=2
+    )
     for each in found:
         becomes = f"{each.becomes:.4g} ({each.format})"
         table.add_row(escape(each.where), escape(each.name), f"{each.value:g}", becomes, each.why, f"{each.advice:g}")
@@ -26,7 +28,7 @@ def constants_table(found: Sequence[Finding]) -> RenderableType:
 def range_table(report: RangeReport, limit: int = 20) -> RenderableType:
     """What a format would make of each tensor, those that lose most first; shares are of the elements not zero."""
     columns = ["tensor", "elements", "largest", "overflow", "too small", "lr · gradient\ntoo small", "updates\nlost"]
-    table = _table(f"Going on in {report.format}", columns)
+    table = new_table(f"Going on in {report.format}", columns)
     rows = sorted(report.rows, key=lambda row: (-row.overflowing, -(row.lost_updates or 0), -(row.small or 0)))
     for row in (report.weights, *rows[:limit]):
         shares = (_percent(share) for share in (row.small, row.small_gradients, row.lost_updates))
@@ -38,7 +40,7 @@ def range_table(report: RangeReport, limit: int = 20) -> RenderableType:
 
 def lost_table(lost: LostUpdates) -> RenderableType:
     """The share of updates lost, parameter by parameter, the largest first."""
-    table = _table("Updates lost to rounding", ["parameter", "lost"])
+    table = new_table("Updates lost to rounding", ["parameter", "lost"])
     for name, share in sorted(lost.shares.items(), key=lambda item: -item[1]):
         table.add_row(escape(name), _percent(share))
     return Rows(table, f"all together: {_percent(lost.share) or 'none tried'}")
@@ -46,7 +48,7 @@ def lost_table(lost: LostUpdates) -> RenderableType:
 
 def certificate_table(found: Certificate) -> RenderableType:
     """Counts, and the distributions of margin and deviation."""
-    head = _table("Tolerance certificate", ["", "samples", "share"])
+    head = new_table("Tolerance certificate", ["", "samples", "share"])
     counts = {
         "evaluated": found.samples,
         "certified (Γ > 2δ)": found.certified,
@@ -56,7 +58,7 @@ def certificate_table(found: Certificate) -> RenderableType:
     }
     for name, count in counts.items():
         head.add_row(name, f"{count:,}", _percent(count / found.samples))
-    spread = _table("Over the samples", ["quantile", "margin Γ", "deviation δ"])
+    spread = new_table("Over the samples", ["quantile", "margin Γ", "deviation δ"])
     margins, deviations = quantiles(found.margins), quantiles(found.deviations)
     for name, margin in margins.items():
         spread.add_row(name, f"{margin:.4g}", f"{deviations[name]:.4g}")

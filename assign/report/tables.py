@@ -31,7 +31,8 @@ def human_bytes(size: float) -> str:
     return f"{size:.2f} GiB"
 
 
-def _table(title: str, columns: Sequence[str], right: int = 1) -> Table:
+def new_table(title: str, columns: Sequence[str], right: int = 1) -> Table:
+    """An empty table of the house's look, its columns from number ``right`` on flush right."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index >= right else "left", overflow="fold")
@@ -52,7 +53,7 @@ def format_table(formats: Sequence[Format] | None = None) -> Table:
         "saved as",
         "computes in",
     ]
-    table = _table(
+    table = new_table(
         "Number formats; any fp(e,m,b) is one too, and each but fp32 with :sr for stochastic rounding", columns
     )
     for fmt in formats or [*FORMATS.values()]:
@@ -64,14 +65,14 @@ def format_table(formats: Sequence[Format] | None = None) -> Table:
 
 def trace_table(table: TensorTable, limit: int = 20) -> RenderableType:
     """The table's groups, and its largest tensors."""
-    groups = _table(
+    groups = new_table(
         f"{len(table.groups)} groups, {table.elements:,} elements in the paper's four roles",
         ["group", "elements", "share", "tensors", "first"],
     )
     for group in sorted(table.groups, key=lambda g: -g.elements)[:limit]:
         share = f"{group.elements / table.elements:.1%}"
         groups.add_row(str(group.id), f"{group.elements:,}", share, str(len(group.keys)), group.keys[0])
-    rows = _table(
+    rows = new_table(
         f"Largest of {len(table.tensors)} tensors", ["tensor", "role", "shape", "elements", "group", "source"], right=3
     )
     forward = [info for info in table.tensors if info.role in (Role.ACTIVATION, Role.WEIGHT)]
@@ -84,7 +85,7 @@ def trace_table(table: TensorTable, limit: int = 20) -> RenderableType:
 def estimate_table(costs: Estimate, limit: int = 12) -> RenderableType:
     """Peak against fp32, split by role, and what is alive at it."""
     ratio = costs.peak_bytes / costs.baseline_peak_bytes if costs.baseline_peak_bytes else 1.0
-    head = _table("Predicted for one training step", ["", "bytes"])
+    head = new_table("Predicted for one training step", ["", "bytes"])
     head.add_row("peak, all in fp32", human_bytes(costs.baseline_peak_bytes))
     head.add_row("peak under the plan", f"{human_bytes(costs.peak_bytes)} ({ratio:.1%})")
     head.add_row("  reached in", costs.peak_at)
@@ -92,12 +93,12 @@ def estimate_table(costs: Estimate, limit: int = 12) -> RenderableType:
     head.add_row("aggregate (the paper's measure)", human_bytes(costs.aggregate_bytes))
     head.add_row("low ratio, by elements", f"{costs.low_ratio:.4f} ({costs.groups_low} groups low)")
     head.add_row("low ratio, by bits", f"{costs.low_ratio_bits:.4f}")
-    roles = _table("Alive at the peak, by role", ["role", "bytes", "share", ""])
+    roles = new_table("Alive at the peak, by role", ["role", "bytes", "share", ""])
     for role, size in sorted(costs.by_role.items(), key=lambda item: -item[1]):
         share = size / max(costs.peak_bytes, 1)
         roles.add_row(role, human_bytes(size), f"{share:.1%}", "█" * round(_BAR * share))
     roles.columns[-1].justify = "left"
-    alive = _table("Largest at the peak", ["tensor", "role", "bytes"], right=2)
+    alive = new_table("Largest at the peak", ["tensor", "role", "bytes"], right=2)
     for key, role, size in costs.alive[:limit]:
         alive.add_row(key, role, human_bytes(size))
     return Rows(head, roles, alive)
@@ -105,7 +106,7 @@ def estimate_table(costs: Estimate, limit: int = 12) -> RenderableType:
 
 def plan_table(plan: Assignment, limit: int = 20) -> RenderableType:
     """A plan's provenance, its formats by share of tensors, and its entries."""
-    head = _table("Plan", ["", ""], right=2)
+    head = new_table("Plan", ["", ""], right=2)
     source = plan.provenance
     head.add_row("recipe", plan.recipe)
     head.add_row("model's fingerprint", plan.fingerprint)
@@ -118,12 +119,12 @@ def plan_table(plan: Assignment, limit: int = 20) -> RenderableType:
         text = human_bytes(float(str(value))) if name.endswith("bytes") else f"{float(str(value)):.4g}"
         head.add_row(f"predicted {name.removesuffix('_bytes').replace('_', ' ')}", text)
     counts = Counter(entry.format for entry in plan.entries.values())
-    formats = _table(f"Formats of {len(plan.entries)} tensors", ["format", "tensors", "share", ""])
+    formats = new_table(f"Formats of {len(plan.entries)} tensors", ["format", "tensors", "share", ""])
     for name, count in counts.most_common():
         share = count / len(plan.entries)
         formats.add_row(name, str(count), f"{share:.1%}", "█" * round(_BAR * share))
     formats.columns[-1].justify = "left"
-    entries = _table("Entries", ["tensor", "format", "low"], right=3)
+    entries = new_table("Entries", ["tensor", "format", "low"], right=3)
     for key, entry in [*plan.entries.items()][:limit]:
         entries.add_row(key, entry.format, "low" if entry.low else "")
     if len(plan.entries) > limit:
@@ -135,7 +136,7 @@ def diff_table(diff: Diff) -> RenderableType:
     """What changes from one plan to another."""
     if not diff:
         return "The two plans are the same."
-    table = _table("Differences", ["tensor", "first", "second"], right=3)
+    table = new_table("Differences", ["tensor", "first", "second"], right=3)
     for key, (first, second) in diff.changed.items():
         table.add_row(key, _entry(first), _entry(second))
     for key in diff.only_here:
@@ -151,7 +152,7 @@ def _entry(entry: Any) -> str:
 
 def lowered_table(operators: Sequence[Operator]) -> RenderableType:
     """In which dtype each operator runs and why; behind it, how many of the products in which."""
-    table = _table("Operators of the forward pass; each runs backward as it does forward", _LOWERED, right=5)
+    table = new_table("Operators of the forward pass; each runs backward as it does forward", _LOWERED, right=5)
     for each in operators:
         table.add_row(each.key, each.op, each.format, each.dtype, each.why)
     products = Counter(each.dtype for each in operators if each.product)
@@ -170,7 +171,7 @@ def promotion_line(past: Promoted) -> str:
 def result_table(results: Mapping[str, TrainResult]) -> RenderableType:
     """Trainings side by side; with two, the ratio of the second to the first."""
     names = list(results)
-    table = _table("Training", ["", *names, *(["ratio"] if len(names) == 2 else [])])
+    table = new_table("Training", ["", *names, *(["ratio"] if len(names) == 2 else [])])
     metrics = dict.fromkeys(name for result in results.values() for name in result.metrics)
     for metric in metrics:
         table.add_row(metric, *(_number(result.metrics.get(metric)) for result in results.values()), *_blank(names))
@@ -199,7 +200,7 @@ def comparison_table(comparison: Comparison) -> RenderableType:
     columns = ["variant", "low ratio\n(elements)", "low ratio\n(bits)", *judged_by]
     columns += ["peak MiB", "s/step", "tensors\npromoted", "diverged"]
     seeds = f"{len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else "1 seed"
-    table = _table(f"{escape(comparison.task)}: {comparison.epochs} epochs, {seeds}, {comparison.device}", columns)
+    table = new_table(f"{escape(comparison.task)}: {comparison.epochs} epochs, {seeds}, {comparison.device}", columns)
     for summary in comparison.summaries():
         judged = [_metric(summary, summary.loss)]
         if metric:

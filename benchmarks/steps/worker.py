@@ -9,7 +9,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     steady = seconds[WARM_UP:]
     median = statistics.median(steady)
     states = [s for state in step.optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
-    resident = list(plain_tensors([*model.parameters(), *model.buffers(), *states, *batch]))
+    resident = [*model.parameters(), *model.buffers(), *states, *batch]
     saved = step.measure_saved(device)
     step.optimizer.zero_grad(set_to_none=True)
     peak = measure_peak(step, resident)
@@ -92,7 +92,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "low_ratio": plan.provenance.estimate["low_ratio"] if plan else None,
         "peak_bytes": peak,
         "saved_bytes": saved,
-        "state_bytes": count_bytes(plain_tensors(states)),
+        "state_bytes": count_bytes(states),
         "losses": step.losses,
         "skipped_steps": step.skipped,
     }
@@ -150,15 +150,6 @@ def timed(step: Step, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def plain_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The tensors that hold the bytes: those inside a subclass that wraps some, as torchao's states do."""
-    for tensor in tensors:
-        if hasattr(tensor, "__tensor_flatten__"):
-            yield from plain_tensors(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        else:
-            yield tensor
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from assign.executor.compile import fuse_scales, overwrite
+from assign.executor.fuse import fuse_scales, overwrite
 
 ops = torch.ops.assign
 NAME = "e4m3:pow2"
