@@ -17,7 +17,8 @@ them is pure Python and never imports torch.
 ``stored``            what stays between steps: masters, stored gradients, optimizer states; who can keep them
 ``rounding``          quantize, encode, decode as registered torch operators; ``kernels``: their arithmetic;
                       ``launch``: how it is run, compiled or not; ``words``: narrow elements, several to an integer
-``promotion``         formats that change while training: low tensors that overflow go back to high
+``promotion``         formats that change while training: low tensors that overflow go back to high;
+                      ``delayed``: scales that the steps before gave
 ``executor``          mark → pack → compile → apply: a plan made to run
 ``optimizers``        optimizers whose states follow a plan, from three libraries; ``states``: each one's form of them
 ``updates``           SGD and AdamW for weights stored in 16 bits: to nearest, stochastically, with Kahan's sum
@@ -35,6 +36,7 @@ them is pure Python and never imports torch.
 from assign.assignment import Assignment
 from assign.audit import audit_constants, audit_range
 from assign.certificate import certify
+from assign.delayed import DelayedScales
 from assign.errors import AssignError
 from assign.executor.apply import apply, autocast, planned_step
 from assign.formats import FORMATS, Format, parse_format
@@ -58,6 +60,7 @@ __all__ = [
     "STRATEGIES",
     "AssignError",
     "Assignment",
+    "DelayedScales",
     "Estimate",
     "Format",
     "LostUpdates",

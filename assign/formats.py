@@ -28,10 +28,14 @@ class Rounding(StrEnum):
 
 
 class Scaling(StrEnum):
-    """Whether a tensor of the format carries a scale: one float32 per tensor, a power of two."""
+    """Whether a tensor of the format carries a scale, one float32 per tensor, and which.
+
+    ``POW2``: a power of two, so that scaling rounds nothing. ``AMAX``: the largest magnitude becomes the largest value.
+    """
 
     NONE = "none"
     POW2 = "pow2"
+    AMAX = "amax"
 
 
 class Storage(StrEnum):
@@ -58,6 +62,7 @@ class Format:
         min_exponent: exponent of the smallest normal value.
         max_value: largest finite value.
         rounding: what happens between two values. It changes neither the values nor their codes.
+        delayed: the scale is that of earlier steps' magnitudes, so that this step's need not be known to begin.
         native: the torch dtype that has exactly these values and codes, e.g. ``float8_e4m3fn``; None if there is none.
     """
 
@@ -70,6 +75,7 @@ class Format:
     has_inf: bool = False
     has_nan: bool = False
     scaling: Scaling = Scaling.NONE
+    delayed: bool = False
     native: str | None = None
 
     @property
@@ -112,10 +118,18 @@ class Format:
 
     @property
     def carrier(self) -> str:
-        """Narrowest torch float dtype in which every value, times any scale in ``scale_exponents``, is exact."""
-        if self.scaling is Scaling.POW2:
+        """Narrowest torch float dtype in which every value, times any scale in ``scale_exponents``, is exact.
+
+        With ``AMAX`` it is so near that its code can be told: the product with the scale is rounded to the carrier.
+        """
+        if self.scaled:
             return "bfloat16" if self.mantissa_bits <= FORMATS["bf16"].mantissa_bits else "float32"
         return next((dtype for name, dtype in _CARRIERS if FORMATS[name].contains(self)), "float32")
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a tensor of the format carries a scale."""
+        return self.scaling is not Scaling.NONE
 
     @property
     def code_dtype(self) -> str:
@@ -140,7 +154,10 @@ class Format:
 
     @property
     def scale_exponents(self) -> tuple[int, int]:
-        """Lowest and highest exponent of a scale with which every value, scaled, is exact in the carrier."""
+        """Lowest and highest exponent of a scale with which every value, scaled, is exact in the carrier.
+
+        Under ``AMAX`` any number between these powers of two is a scale.
+        """
         carrier = FORMATS["bf16" if self.carrier == "bfloat16" else "fp32"]
         lowest = carrier.min_exponent - carrier.mantissa_bits - (self.min_exponent - self.mantissa_bits)
         return max(lowest, FORMATS["fp32"].min_exponent), carrier.max_exponent - self.max_exponent
@@ -159,9 +176,9 @@ class Format:
         >>> FORMATS["bf16"].contains(FORMATS["e4m3"]), FORMATS["fp16"].contains(FORMATS["bf16"])
         (True, False)
         """
-        if self.scaling is not Scaling.NONE:
+        if self.scaled:
             return self == replace(other, name=self.name, rounding=self.rounding)
-        lowest, highest = other.scale_exponents if other.scaling is not Scaling.NONE else (0, 0)
+        lowest, highest = other.scale_exponents if other.scaled else (0, 0)
         return (
             self.mantissa_bits >= other.mantissa_bits
             and self.min_subnormal <= math.ldexp(other.min_subnormal, lowest)
@@ -176,7 +193,8 @@ _CARRIERS = (("bf16", "bfloat16"), ("fp16", "float16"))
 def _float(
     name: str, exponent_bits: int, mantissa_bits: int, max_value: float, *, native: str, has_inf: bool = True
 ) -> Format:
-    """A row whose exponent bias is IEEE's, ``2^(e-1) - 1``, with ties to even and NaN."""
+    """A row whose exponent bias is IEEE's, ``2^(e-1) - 1``, with ties to even and NaN; its name says how it scales."""
+    scaling = next((Scaling(part) for part in name.split(":") if part in list(Scaling)), Scaling.NONE)
     return Format(
         name=name,
         exponent_bits=exponent_bits,
@@ -185,12 +203,14 @@ def _float(
         max_value=max_value,
         has_inf=has_inf,
         has_nan=True,
-        scaling=Scaling.POW2 if name.endswith(":pow2") else Scaling.NONE,
+        scaling=scaling,
+        delayed=name.endswith(":delayed"),
         native=native,
     )
 
 
-# e4m3 and e5m2: OCP 8-bit Floating Point Specification (OFP8) 1.0, the same as arXiv 2209.05433, table 1.
+# e4m3 and e5m2: OCP 8-bit Floating Point Specification (OFP8) 1.0, the same as arXiv 2209.05433, table 1; section 3
+# has the scales. Delayed scales are those of NVIDIA's Transformer Engine.
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         row.name: row
@@ -198,10 +218,14 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             _float("fp32", 8, 23, math.ldexp(2 - 2**-23, 127), native="float32"),
             _float("bf16", 8, 7, math.ldexp(2 - 2**-7, 127), native="bfloat16"),
             _float("fp16", 5, 10, 65504.0, native="float16"),
-            _float("e4m3", 4, 3, 448.0, native="float8_e4m3fn", has_inf=False),
-            _float("e5m2", 5, 2, 57344.0, native="float8_e5m2"),
-            _float("e4m3:pow2", 4, 3, 448.0, native="float8_e4m3fn", has_inf=False),
-            _float("e5m2:pow2", 5, 2, 57344.0, native="float8_e5m2"),
+            *(
+                row
+                for scale in ("", ":pow2", ":amax", ":pow2:delayed", ":amax:delayed")
+                for row in (
+                    _float(f"e4m3{scale}", 4, 3, 448.0, native="float8_e4m3fn", has_inf=False),
+                    _float(f"e5m2{scale}", 5, 2, 57344.0, native="float8_e5m2"),
+                )
+            ),
         )
     }
 )
@@ -264,7 +288,8 @@ STATE_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
 
 _PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
 _ALLOWED = (
-    f"{', '.join(FORMATS)}, or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
+    f"{', '.join(name for name in FORMATS if ':' not in name)} (e4m3 and e5m2 also with a scale: ':pow2' or ':amax', "
+    "and ':delayed' behind that), or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
     "each but fp32 with ':sr' behind it for stochastic rounding"
 )
 _STOCHASTIC = ":sr"

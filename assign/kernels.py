@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from assign.formats import Format, Rounding
+from assign.formats import Format, Rounding, Scaling
 
 SIGN, MAGNITUDE, INF = -(1 << 31), (1 << 31) - 1, 0x7F800000  # in the bits of a float32
 WIDTH, BIAS = 23, 127  # mantissa bits and exponent bias of a float32
@@ -42,13 +42,30 @@ def inverse_power(scale: Tensor) -> Tensor:
     return ((2 * BIAS << WIDTH) - scale.view(torch.int32)).view(torch.float32)
 
 
+def share_of(magnitude: Tensor, limits: Sequence[Any]) -> Tensor:
+    """The scale with which ``magnitude``, bits of a float32, lands on a format's largest value."""
+    inverse, lowest, highest = limits
+    value = magnitude.view(torch.float32)
+    return torch.where(magnitude == 0, 1.0, (value * inverse).clamp(lowest, highest))
+
+
+class Scaler(NamedTuple):
+    """A function from the bits of a largest magnitude to a scale, and its numbers."""
+
+    kernel: Callable[[Tensor, Sequence[Any]], Tensor]
+    ints: tuple[int, ...]
+    floats: tuple[float, ...]
+
+
 @functools.lru_cache(maxsize=1024)
-def scale_limits(fmt: Format) -> tuple[int, ...]:
-    """Numbers for :func:`power_of_two`."""
+def scaling(fmt: Format) -> Scaler:
+    """How the scale of a tensor follows from its largest magnitude; NaN for NaN, 1 where all is zero."""
+    if fmt.scaling is Scaling.AMAX:
+        return Scaler(share_of, (), (1 / fmt.max_value, *(math.ldexp(1.0, each) for each in fmt.scale_exponents)))
     limit = bits_of(fmt.max_value)
     mantissa = (1 << WIDTH) - 1
     # the exponent of the magnitude less that of max_value, and one more if its mantissa is the larger
-    return (mantissa - (limit & mantissa), limit >> WIDTH, *fmt.scale_exponents)
+    return Scaler(power_of_two, (mantissa - (limit & mantissa), limit >> WIDTH, *fmt.scale_exponents), ())
 
 
 class Scale(NamedTuple):
@@ -89,13 +106,16 @@ def _quantize_by_bits(x: Tensor, scale: Scale | None, numbers: Sequence[Any]) ->
 
 
 def _encode(x: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tensor:
-    """Codes, as int32, of values on the grid. A subnormal's code is how many steps it has: the last bits of a sum."""
-    shift, offset, min_normal, magic_bits, top_code, nan_code, sign, magic = numbers
+    """Codes, as int32, of values on the grid. A subnormal's code is how many steps it has: the last bits of a sum.
+
+    Half a step is added before bits are cut: a scale that is no power of two leaves values a little beside the grid.
+    """
+    half, shift, offset, min_normal, magic_bits, top_code, nan_code, sign, magic = numbers
     value = x.to(torch.float32) if scale is None else x.to(torch.float32) * scale.inverse
     bits = value.view(torch.int32)
     magnitude = bits & MAGNITUDE
     subnormal = (value.abs() + magic).view(torch.int32) - magic_bits
-    code = torch.where(magnitude < min_normal, subnormal, (magnitude >> shift) - offset).clamp(max=top_code)
+    code = torch.where(magnitude < min_normal, subnormal, ((magnitude + half) >> shift) - offset).clamp(max=top_code)
     code = torch.where(magnitude > INF, nan_code, code)
     return code.add((bits >> 31) & sign)
 
@@ -159,6 +179,15 @@ def _quantize_by_chance(x: Tensor, scale: Scale | None, numbers: Sequence[Any], 
     return result if scale is None else result * scale.value
 
 
+@functools.cache
+def _spoiling(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def quantize(x: Tensor, *rest: Any) -> Tensor:
+        x = x.to(torch.float32)
+        return kernel(x, *rest) + (x - x)
+
+    return quantize
+
+
 class Work(NamedTuple):
     """A kernel and its numbers; ``unit`` times the scale is the scale that it must be given."""
 
@@ -175,7 +204,14 @@ def _unit_exponent(fmt: Format) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def quantizing(fmt: Format, saturate: bool) -> Work:
-    """The kernel that rounds to ``fmt`` and its numbers; overflow becomes the largest value or infinity."""
+    """The kernel that rounds to ``fmt`` and its numbers; overflow becomes the largest value or infinity.
+
+    A delayed scale may be too small for one step, which is no reason to lose it: it saturates. But where overflow would
+    have been infinite, infinities become NaN, so that they are not lost either.
+    """
+    if fmt.delayed and not saturate:
+        work = quantizing(fmt, True)
+        return work._replace(kernel=_spoiling(work.kernel))
     if fmt.stochastic:
         return _quantizing_by_chance(fmt, saturate)
     shift = WIDTH - fmt.mantissa_bits
@@ -217,7 +253,16 @@ def coding(fmt: Format) -> tuple[Work, Work]:
     sign = 1 << (fmt.bits - 1)
     nan_code = sign - 1 if fmt.has_nan else max_code
     # int16 has the sign bit of a 16-bit code for its own: below zero, not beyond its range
-    ints = (shift, offset, min_normal, bits_of(magic), top_code, nan_code, -sign if fmt.bits == 16 else sign)
+    ints = (
+        (1 << shift) >> 1,
+        shift,
+        offset,
+        min_normal,
+        bits_of(magic),
+        top_code,
+        nan_code,
+        -sign if fmt.bits == 16 else sign,
+    )
     encoder = Work(_encode, ints, (magic,), 2.0**unit)
     first_normal, never = 0 if plain else 1 << fmt.mantissa_bits, 1 << 30
     specials = (top_code if fmt.has_inf else -1, top_code + 1 if fmt.has_nan else never)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from assign import _torch
-from assign.kernels import Scale, Work, inverse_power, largest, power_of_two
+from assign.kernels import Scale, Scaler, Work, inverse_power, largest, power_of_two
 from assign.words import join, lanes, split, word_dtype
 
 _WORTH_COMPILING = 2**14  # elements; below that nobody waits for a compiler, but takes what there is
@@ -86,16 +86,15 @@ def run(
 
 @torch.no_grad()
 def run_scaled(
-    work: Work, limits: tuple[int, ...], x: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
+    work: Work, scaler: Scaler, x: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``work`` with the scale that :func:`find_scale` gives, in one call where that compiles: result and scale."""
     count = _lanes(x, dtype)
     result = torch.empty_like(x, dtype=dtype) if out is None else out
     scale = torch.empty((), dtype=torch.float32, device=x.device)
-    whole = x.numel() > 0 and x.numel() % count == 0 and result.storage_offset() % count == 0
-    if whole and _is_dense(x) and x.stride() == result.stride():
+    if scaler.kernel is power_of_two and _is_in_words(x, result, count):  # its inverse needs no division
         numbers = _tensors(work.ints, (*work.floats, work.unit), x.device)
-        bounds, _ = _tensors(limits, (), x.device)
+        bounds, _ = _tensors(scaler.ints, (), x.device)
         kernel = _compiled_scaled(work.kernel, x.dtype, dtype, count, x.device)
 
         def compiled() -> None:
@@ -104,27 +103,59 @@ def run_scaled(
 
         if _ran_compiled(x, kernel, compiled):
             return result, scale
-    scale = find_scale(limits, x)
+    scale = find_scale(scaler, x)
     return run(work, x, scale, dtype, out=result), scale
 
 
 @torch.no_grad()
-def find_scale(limits: tuple[int, ...], x: Tensor) -> Tensor:
-    """The scale for ``x`` under ``limits``, which ``kernels.scale_limits`` gives: float32 without axes.
+def run_measured(
+    work: Work, x: Tensor, scale: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``work`` with a scale known before, and what the next one follows from, in one pass where that compiles.
 
-    1 for no elements, NaN for any NaN.
+    Returns:
+        The result, and the bits of the largest magnitude in ``x``, int32 without axes, as :func:`find_largest` gives.
     """
-    scale = torch.ones((), dtype=torch.float32, device=x.device)
+    count = _lanes(x, dtype)
+    result = torch.empty_like(x, dtype=dtype) if out is None else out
+    one_kernel = x.device.type == "cpu"  # elsewhere it may become two, of which the other one may overwrite x first
+    if _is_in_words(x, result, count) and (one_kernel or out is None):
+        measured = torch.empty((), dtype=torch.int32, device=x.device)
+        known = _scale_of(work, scale, x.device) or (scale, scale)
+        numbers = _tensors(work.ints, work.floats, x.device)
+        kernel = _compiled_measured(work.kernel, x.dtype, dtype, count, x.device)
+
+        def compiled() -> None:
+            words = (_words(tensor, x.numel(), count) for tensor in (x, result))
+            kernel(*words, *known, *numbers, measured)
+
+        if _ran_compiled(x, kernel, compiled):
+            return result, measured
+    measured = find_largest(x)
+    return run(work, x, scale, dtype, out=result), measured
+
+
+@torch.no_grad()
+def find_scale(scaler: Scaler, x: Tensor) -> Tensor:
+    """The scale for ``x``, float32 without axes: 1 for no elements, NaN for any NaN."""
     if not x.numel():
-        return scale
+        return torch.ones((), dtype=torch.float32, device=x.device)
     count = _lanes(x)
-    bounds, _ = _tensors(limits, (), x.device)
+    numbers = _tensors(scaler.ints, scaler.floats, x.device)
     if x.numel() % count == 0 and _is_dense(x):
-        kernel = _compiled_scale(x.dtype, count, x.device)
-        if _ran_compiled(x, kernel, lambda: kernel(_words(x, x.numel(), count), bounds, scale)):
+        scale = torch.empty((), dtype=torch.float32, device=x.device)
+        kernel = _compiled_scale(scaler.kernel, x.dtype, count, x.device)
+        if _ran_compiled(x, kernel, lambda: kernel(_words(x, x.numel(), count), *numbers, scale)):
             return scale
+    return scaler.kernel(find_largest(x), (*scaler.ints, *scaler.floats))
+
+
+def find_largest(x: Tensor) -> Tensor:
+    """The bits of the largest magnitude in ``x``, int32 without axes: 0 for no elements, a NaN's for any NaN."""
+    if not x.numel():
+        return torch.zeros((), dtype=torch.int32, device=x.device)
     low, high = torch.aminmax(x)
-    return power_of_two(largest(torch.maximum(-low, high)), limits)
+    return largest(torch.maximum(-low, high))
 
 
 @torch.no_grad()
@@ -198,9 +229,24 @@ def _compiled_scaled(
 
 
 @functools.cache
-def _compiled_scale(source: torch.dtype, count: int, device: torch.device) -> _Lazy:
-    def store(x: Tensor, limits: Tensor, out: Tensor) -> None:
-        out.copy_(power_of_two(_largest_of(split(x, source, count)), limits.unbind()))
+def _compiled_measured(
+    kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype, count: int, device: torch.device
+) -> _Lazy:
+    def store(
+        x: Tensor, out: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, measured: Tensor
+    ) -> None:
+        parts = split(x, source, count)
+        done = [kernel(part, Scale(scale, inverse), (*ints.unbind(), *floats.unbind())) for part in parts]
+        out.copy_(join(done, target))
+        measured.copy_(_largest_of(parts))
+
+    return _Lazy(store, 2)
+
+
+@functools.cache
+def _compiled_scale(kernel: Callable[..., Tensor], source: torch.dtype, count: int, device: torch.device) -> _Lazy:
+    def store(x: Tensor, ints: Tensor, floats: Tensor, out: Tensor) -> None:
+        out.copy_(kernel(_largest_of(split(x, source, count)), (*ints.unbind(), *floats.unbind())))
 
     return _Lazy(store, 1)
 
@@ -271,6 +317,12 @@ def _scale_of(work: Work, scale: Tensor | None, device: torch.device) -> Scale |
         scale = _one(device)
     scale = scale.reshape(()) * work.unit
     return Scale(scale, scale.reciprocal())
+
+
+def _is_in_words(x: Tensor, result: Tensor, count: int) -> bool:
+    """Whether both have their elements in the same order, in whole words."""
+    whole = x.numel() > 0 and x.numel() % count == 0 and result.storage_offset() % count == 0
+    return whole and _is_dense(x) and x.stride() == result.stride()
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 
 from assign import lowering
 from assign.assignment import Assignment, Entry
-from assign.formats import Scaling, parse_format
+from assign.formats import parse_format
 from assign.lowered import Lowered
 from assign.recipes import Recipe, get_recipe, initial
 from assign.stored import gradient_format, master_format, optimizer_scratch, resident, stored_in
@@ -298,7 +298,7 @@ class Replay:
             return None
         explicit = self.entries.get(saved_key(key))
         fmt = parse_format(explicit.format) if explicit else self._lowered.formats(key)[0]
-        return info.elements * fmt.code_bytes + (4 if fmt.scaling is not Scaling.NONE else 0)
+        return info.elements * fmt.code_bytes + (4 if fmt.scaled else 0)
 
     def _owner(self, info: Buffer, event: Event) -> tuple[str, str]:
         if info.holds:

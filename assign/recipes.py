@@ -4,12 +4,12 @@ What is stored between steps is not chosen between two: :func:`store` gives it o
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from assign.assignment import Entry
 from assign.errors import FormatError, PlanError, nearest
-from assign.formats import BlockFormat, Format, Scaling, parse_format
+from assign.formats import BlockFormat, Format, parse_format
 from assign.stored import is_stored, parse_stored
 from assign.tensors import Role, TensorInfo, TensorTable, master_key, stored_grad_key
 
@@ -69,7 +69,7 @@ class Recipe:
         if not entry.low or role not in (Role.ACTIVATION, Role.WEIGHT) or pair is None:
             return None
         high, own = parse_format(pair[0]), parse_format(entry.format)
-        return high if own.scaling is Scaling.NONE and own.max_value < high.max_value else None
+        return high if not own.scaled and own.max_value < high.max_value else None
 
     def _pair(self, role: Role, op: str) -> Pair | None:
         return self.overrides.get(op, {}).get(role) or self.by_role.get(role)
@@ -126,6 +126,20 @@ NATIVE = Recipe(
 )
 
 
+def _delayed(pair: Pair) -> Pair:
+    """The pair with the low format's scale from the steps before."""
+    high, low = pair
+    return (high, f"{low}:delayed") if parse_format(low).scaled else pair
+
+
+NATIVE_DELAYED = replace(
+    NATIVE,
+    name="native-delayed",
+    description="native, each scale from the magnitudes of the steps before: one pass over memory less",
+    by_role={role: _delayed(pair) for role, pair in NATIVE.by_role.items()},
+)
+
+
 def _one_format(name: str) -> Recipe:
     """A recipe with nothing to choose: losses too, as in arXiv 2305.10947's standalone training."""
     roles = (Role.ACTIVATION, Role.ACTIVATION_GRAD, Role.WEIGHT, Role.WEIGHT_GRAD)
@@ -140,7 +154,9 @@ def _one_format(name: str) -> Recipe:
 
 BF16, FP16 = _one_format("bf16"), _one_format("fp16")
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (HFP8, NATIVE, BF16, FP16)})
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {recipe.name: recipe for recipe in (HFP8, NATIVE, NATIVE_DELAYED, BF16, FP16)}
+)
 """Every recipe by name; a new one is a row here."""
 
 

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from assign.delayed import History, find_history
 from assign.errors import FormatError
-from assign.formats import FORMATS, Format, Scaling, parse_format
-from assign.kernels import WIDTH, coding, quantizing, scale_limits
-from assign.launch import count_at_least, find_scale, run, run_scaled
+from assign.formats import FORMATS, Format, parse_format
+from assign.kernels import WIDTH, coding, quantizing, scaling
+from assign.launch import count_at_least, find_largest, find_scale, run, run_measured, run_scaled
 from assign.promotion import find_slot, format_named
 
 _FLOATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"], torch.float16: FORMATS["fp16"]}
@@ -116,18 +117,38 @@ def _round(
 
 
 def _scale(x: Tensor, format: str) -> Tensor:
-    return find_scale(scale_limits(format_named(format)), x)
+    history = find_history(format)
+    if history is None:
+        return find_scale(scaling(format_named(format)), x)
+    history.record(find_largest(x))
+    return _known_scale(history, x)
+
+
+def _known_scale(history: History, x: Tensor) -> Tensor:
+    """A fresh copy of the scale for this step."""
+    return find_scale(scaling(history.format), x) if history.scale is None else history.scale.clone()
 
 
 def _scale_quantize(x: Tensor, format: str, saturate: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``scale`` and ``quantize`` with it, in one pass: result and scale. Not for stochastic formats."""
-    fmt = format_named(format)
-    return run_scaled(quantizing(fmt, saturate), scale_limits(fmt), x, dtype)
+    return _scale_and_round(x, format, saturate, dtype, None)
 
 
 def _scale_quantize_in_place(x: Tensor, format: str, saturate: bool) -> Tensor:
-    fmt = format_named(format)
-    return run_scaled(quantizing(fmt, saturate), scale_limits(fmt), x, x.dtype, out=x)[1]
+    return _scale_and_round(x, format, saturate, x.dtype, x)[1]
+
+
+def _scale_and_round(
+    x: Tensor, name: str, saturate: bool, dtype: torch.dtype, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    history = find_history(name)
+    if history is None:
+        fmt = format_named(name)
+        return run_scaled(quantizing(fmt, saturate), scaling(fmt), x, dtype, out=out)
+    scale = _known_scale(history, x)
+    result, largest = run_measured(quantizing(history.format, saturate), x, scale, dtype, out=out)
+    history.record(largest)
+    return result, scale
 
 
 def _encode(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
@@ -207,8 +228,8 @@ def quantize(
 
     Args:
         x: any shape; float32, bfloat16 or float16.
-        scale: float32, one element; a power of two, as ``amax_scale`` gives it (with any other, ``x / scale`` and the
-            product with ``scale`` are rounded too). None: 1, or for a scaled format ``amax_scale(x, fmt)``.
+        scale: float32, one element, as ``amax_scale`` gives it; with one that is no power of two, ``x / scale`` and the
+            product with ``scale`` are rounded too. None: 1, or for a scaled format ``amax_scale(x, fmt)``.
         saturate: what beyond ±``fmt.max_value`` becomes, inf included: that limit, or else ±inf. NaN stays NaN.
         dtype: of the result; it must hold every value of ``fmt``. None: that of ``x`` if it does, else the carrier.
         seed: int64, one element, not negative: which way a stochastic format rounds. None: ``draw_seed``, so that
@@ -220,7 +241,7 @@ def quantize(
     """
     fmt = _checked(x, fmt, scale)
     _check_seed(fmt, seed, x.device)
-    if fmt.scaling is Scaling.POW2 and scale is None:
+    if fmt.scaled and scale is None:
         scale = amax_scale(x, fmt)
     if fmt.stochastic and seed is None:
         seed = draw_seed(x.device)
@@ -238,10 +259,12 @@ def draw_seed(device: torch.device | str = "cpu") -> Tensor:
 
 
 def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
-    """The smallest power of two with which the largest magnitude in ``x`` lands within ``fmt.max_value``.
+    """The scale with which ``x`` fills the format.
 
-    It is held within ``fmt.scale_exponents``, so that every scaled value is exact in the carrier; only magnitudes
-    in the last binade of bfloat16 can then overflow. All zero or no elements: 1. Any NaN: NaN.
+    Under ``amax`` the largest magnitude over ``fmt.max_value``; under ``pow2`` the smallest power of two with which that
+    magnitude lands within ``fmt.max_value``, so that scaling rounds nothing. It is held within ``fmt.scale_exponents``:
+    only magnitudes in the last binade of bfloat16 can then overflow. All zero or no elements: 1. Any NaN: NaN. Where
+    the format's scale is delayed, it is that of a first step, which knows of none before.
 
     Args:
         x: any shape; float32, bfloat16 or float16.
@@ -252,8 +275,8 @@ def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
     Source: arXiv 2209.05433, section 3 (there the reciprocal).
     """
     fmt = _checked(x, fmt, None)
-    if fmt.scaling is Scaling.NONE:
-        scaled = ", ".join(name for name, row in FORMATS.items() if row.scaling is not Scaling.NONE)
+    if not fmt.scaled:
+        scaled = ", ".join(name for name, row in FORMATS.items() if row.scaled)
         raise FormatError(f"{fmt.name!r} has no scale.\n  Formats with one: {scaled}.\n  Choose one of these.")
     scale: Tensor = torch.ops.assign.scale(x, fmt.name)
     return scale
@@ -263,7 +286,7 @@ def encode(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None) -> Tens
     """The codes, sign | exponent | mantissa, of values that ``quantize`` returned for the same ``fmt`` and ``scale``.
 
     Lossless for every value of the format. Inf and NaN in a format that has no such code become ±``max_value``,
-    as in any cast that saturates; values off the grid lose bits without rounding.
+    as in any cast that saturates; values off the grid go to the nearest code.
 
     Args:
         x: any shape; float32, bfloat16 or float16.
@@ -334,7 +357,7 @@ def _check_seed(fmt: Format, seed: Tensor | None, device: torch.device) -> None:
 
 
 def _check_scaled(fmt: Format, scale: Tensor | None) -> None:
-    if fmt.scaling is Scaling.POW2 and scale is None:
+    if fmt.scaled and scale is None:
         raise FormatError(f"{fmt.name!r} needs a scale, and none was given.\n  Pass the one given to quantize().")
 
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from assign import checkpoints
 from assign.assignment import Assignment
+from assign.delayed import DelayedScales
 from assign.errors import DivergedError, TaskError
 from assign.executor.apply import apply, planned_step
-from assign.formats import Scaling, parse_format
+from assign.formats import parse_format
 from assign.measuring import measure_peak
 from assign.memory import Replay
 from assign.optimizers import follow
@@ -44,7 +45,7 @@ INITIAL_SCALE = 65536.0
 _SMALLEST_GRADIENT = 2.0**-30
 """A format that reaches no lower needs loss scaling: fp16 (2^-24) does, the paper's FP(6,9,0) (2^-39) does not."""
 
-_CHECKPOINT_VERSION = 2
+_CHECKPOINT_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +183,7 @@ def needs_loss_scaling(plan: Assignment) -> bool:
         return False
     formats = {entry.format for key, entry in plan.entries.items() if key.endswith(".grad")}
     rows = [parse_format(name) for name in formats]
-    short = any(row.scaling is Scaling.NONE and row.min_subnormal > _SMALLEST_GRADIENT for row in rows)
+    short = any(not row.scaled and row.min_subnormal > _SMALLEST_GRADIENT for row in rows)
     return get_recipe(plan.recipe).loss_scaling or short
 
 
@@ -227,11 +228,14 @@ class _Run:
         self.model.train()
         self.length = len(task.train) if isinstance(task.train, Sized) else None
         self.scaler: torch.amp.GradScaler | None = None
+        self.scales: DelayedScales | None = None
         self.planned = self.model
         self.loss: Callable[[Batch], Tensor] = lambda batch: task.loss(self.model, batch)
         if plan is not None:
-            self.loss = planned_step(self.model, task.loss, plan, backend=backend, promotion=promotion)
-            self.planned = apply(self.model, plan, backend=backend, promotion=promotion)
+            self.scales = DelayedScales(plan)
+            shared: Any = {"backend": backend, "promotion": promotion, "scales": self.scales}
+            self.loss = planned_step(self.model, task.loss, plan, **shared)
+            self.planned = apply(self.model, plan, **shared)
             if needs_loss_scaling(plan):
                 self.scaler = torch.amp.GradScaler(
                     self.device.type, init_scale=INITIAL_SCALE, growth_interval=self.length or 2000
@@ -462,6 +466,7 @@ class _Run:
             "scheduler": self.scheduler,
             "scaler": self.scaler,
             "promotion": self.promotion,
+            "scales": self.scales,
         }
         return {name: part for name, part in parts.items() if part is not None}
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from assign import _torch
 from assign.executor.apply import planned_step
-from assign.formats import FORMATS, Format, Scaling, parse_format
+from assign.formats import FORMATS, Format, parse_format
 from assign.launch import use_compiled
 from assign.planning import search, search_table
 from assign.promotion import Promotion
@@ -79,7 +79,7 @@ def check_rounding(device: torch.device, compiled: bool) -> str:
 def _round_trip(x: Tensor, fmt: Format, saturate: bool) -> dict[str, Tensor]:
     found = {}
     scale = None
-    if fmt.scaling is not Scaling.NONE:
+    if fmt.scaled:
         found = {f"scale of up to {bound}": amax_scale(_held(x, bound), fmt) for bound in _BOUNDS}
         scale = torch.tensor(_SCALE, device=x.device)
         for bound in _BOUNDS:

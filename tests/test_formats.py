@@ -149,7 +149,8 @@ def test_rows_cannot_be_edited() -> None:
 
 
 ALLOWED = (
-    "fp32, bf16, fp16, e4m3, e5m2, e4m3:pow2, e5m2:pow2, or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
+    "fp32, bf16, fp16, e4m3, e5m2 (e4m3 and e5m2 also with a scale: ':pow2' or ':amax', and ':delayed' behind that), "
+    "or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
     "each but fp32 with ':sr' behind it for stochastic rounding"
 )
 
@@ -175,7 +176,7 @@ ALLOWED = (
         ),
         (
             "e4m3:rs",
-            "'e4m3:rs' is not a number format. Did you mean 'e4m3', 'e4m3:pow2'?\n"
+            "'e4m3:rs' is not a number format. Did you mean 'e4m3', 'e4m3:pow2', 'e4m3:amax'?\n"
             f"  Allowed: {ALLOWED}.\n  Choose one of these.",
         ),
         (

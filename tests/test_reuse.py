@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import all_low, steps, traced
+from helpers import all_low, everything, steps, traced
 from models import MODELS, class_loss
 from torch import nn
 
@@ -105,3 +105,12 @@ def test_what_may_be_promoted_keeps_its_rounding(dropped):
     promotion.step()
     assert dropped == [2]  # gradients
     assert "/relu" in promotion.overflow
+
+
+@pytest.mark.parametrize("name", ["e4m3:amax", "e4m3:amax:delayed", "e4m3:pow2:delayed"])
+def test_a_scale_that_could_be_any_other_is_the_tensors_own(name, dropped):
+    """The grid of a smaller scale holds that of a larger one under powers of two alone."""
+    model, batch = Picks(torch.relu), torch.randn(1, 1, 8, 8)
+    plan = everything(traced(model, batch, total), name)
+    planned_step(model, total, plan, backend="eager")(batch).backward()
+    assert dropped == [0]

@@ -629,7 +629,8 @@ def test_scaled_rounding_with_its_own_scale_is_idempotent(values: list[float], n
         ),
         (
             lambda: amax_scale(torch.zeros(3), "e4m3"),
-            "'e4m3' has no scale.\n  Formats with one: e4m3:pow2, e5m2:pow2.\n  Choose one of these.",
+            "'e4m3' has no scale.\n  Formats with one: e4m3:pow2, e5m2:pow2, e4m3:amax, e5m2:amax, "
+            "e4m3:pow2:delayed, e5m2:pow2:delayed, e4m3:amax:delayed, e5m2:amax:delayed.\n  Choose one of these.",
         ),
         (
             lambda: decode(torch.zeros(3, dtype=torch.uint8), "e5m2", dtype=torch.int32),

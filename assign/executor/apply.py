@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from assign import _torch
 from assign.assignment import Assignment, Entry
 from assign.capture import Capture, Loss, call_model, compile_step
+from assign.delayed import DelayedScales
 from assign.errors import PlanError, nearest
 from assign.executor.compile import Backend, make_backend
 from assign.executor.mark import mark, tap_of
@@ -29,7 +30,12 @@ from assign.tensors import Role, grad_key
 
 
 def apply(
-    model: nn.Module, plan: Assignment, *, backend: str = "inductor", promotion: Promotion | None = None
+    model: nn.Module,
+    plan: Assignment,
+    *,
+    backend: str = "inductor",
+    promotion: Promotion | None = None,
+    scales: DelayedScales | None = None,
 ) -> nn.Module:
     """The model, computing under ``plan``; train it exactly as before.
 
@@ -42,6 +48,7 @@ def apply(
         model: in float32. It can still be called without the plan, unless its parameters are in 16 bit now.
         backend: ``inductor`` (compiled, fast) or ``eager`` (no compiler needed, exact memory, slower rounding).
         promotion: made for ``plan``: tensors that overflow too often get their high format back.
+        scales: the histories behind delayed scales; None: fresh ones.
     Raises:
         PlanError: the plan belongs to another model; names the nearest keys. Or the promotion to another plan.
         TraceError: the model is not in float32; or, at the first call, it breaks the graph.
@@ -49,7 +56,7 @@ def apply(
     check_storable(model, plan)
     _check_parameters_named(model, plan)
     store_parameters(model, plan)
-    compiled = _compile(model, call_model, plan, Backend(_known(backend)), promotion)
+    compiled = _compile(model, call_model, plan, Backend(_known(backend)), promotion, scales)
     original = type(model)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +118,13 @@ def _is_lasting(key: str, entry: Entry, plan: Assignment) -> bool:
 
 
 def planned_step(
-    model: nn.Module, loss: Loss, plan: Assignment, *, backend: str = "inductor", promotion: Promotion | None = None
+    model: nn.Module,
+    loss: Loss,
+    plan: Assignment,
+    *,
+    backend: str = "inductor",
+    promotion: Promotion | None = None,
+    scales: DelayedScales | None = None,
 ) -> Callable[[Any], Tensor]:
     """``step(batch)`` → loss, with the loss in the same graph as the model, so that the plan covers it too.
 
@@ -121,11 +134,16 @@ def planned_step(
     check_storable(model, plan)
     _check_parameters_named(model, plan)
     store_parameters(model, plan)
-    return _compile(model, loss, plan, Backend(_known(backend)), promotion)
+    return _compile(model, loss, plan, Backend(_known(backend)), promotion, scales)
 
 
 def _compile(
-    model: nn.Module, loss: Callable[..., Any], plan: Assignment, backend: Backend, promotion: Promotion | None
+    model: nn.Module,
+    loss: Callable[..., Any],
+    plan: Assignment,
+    backend: Backend,
+    promotion: Promotion | None,
+    scales: DelayedScales | None,
 ) -> Callable[..., Any]:
     if promotion is not None and not promotion.watches(plan):
         raise PlanError(
@@ -133,13 +151,14 @@ def _compile(
             "everything that runs the plan in this training."
         )
     whole_step = loss is not call_model
+    delayed = scales or DelayedScales(plan)
 
     def receive(capture: Capture) -> Callable[..., Any]:
         functionalize(capture.graph)
         walked = walk(capture)
         if capture.training:
             _check_covers(walked, capture, plan, whole_step)
-        taps = mark(capture, walked, plan, promotion)
+        taps = mark(capture, walked, plan, promotion, delayed)
 
         def taps_of(inputs: Sequence[Any]) -> list[Tensor]:
             return [tap_of(inputs[tap.position], tap.dtype) for tap in taps]
@@ -153,6 +172,7 @@ def _compile(
     compiled = compile_step(_plain(model, type(model)), loss, receive)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        delayed.begin(torch.is_grad_enabled())
         with torch.autocast(_device_type(model), enabled=False):  # the plan decides, not an autocast around it
             return compiled(*args, **kwargs)
 

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from assign import _torch
+from assign.delayed import find_history
 from assign.joint import describe, is_view
 
 _QUANTIZE = torch.ops.assign.quantize.default
@@ -14,14 +15,17 @@ _SCALE_QUANTIZE = torch.ops.assign.scale_quantize.default
 
 
 def fuse_scales(graph: fx.Graph) -> None:
-    """Scale and quantize as one operator wherever the scale is that of the very tensor and format."""
+    """Scale and quantize as one operator wherever the scale is that of the very tensor and format, or its history's."""
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         x, scale, name, saturate, dtype = node.args[:5]
-        own = isinstance(scale, fx.Node) and scale.target is _SCALE and scale.args == (x, name)
+        own = isinstance(scale, fx.Node) and scale.target is _SCALE and scale.args[0] is x
         if not own or len(node.args) > 5:  # a seed: by chance, in a kernel of its own
             continue
+        history = find_history(scale.args[1])
+        if name != (history.format.name if history else scale.args[1]):
+            continue
         with graph.inserting_before(scale):
-            both = graph.call_function(_SCALE_QUANTIZE, (x, name, saturate, dtype))
+            both = graph.call_function(_SCALE_QUANTIZE, (x, scale.args[1], saturate, dtype))
             parts = [graph.call_function(operator.getitem, (both, index)) for index in (0, 1)]
         values = (_torch.joint_value(node), _torch.joint_value(scale))
         for new, value in zip((both, *parts), (values, *values), strict=True):

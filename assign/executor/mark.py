@@ -24,7 +24,8 @@ from torch import Tensor, fx
 from assign import _torch, lowering
 from assign.assignment import Assignment, format_pair
 from assign.capture import Capture
-from assign.formats import Format, Scaling, parse_format
+from assign.delayed import DelayedScales, find_history
+from assign.formats import Format, parse_format
 from assign.operators import Site, Walk, floating_arguments, operator_name
 from assign.promotion import Promotion, Slot, find_slot, format_named
 from assign.rounding import draw_seed
@@ -88,11 +89,13 @@ def _round(
     saturate: bool,
     visible: bool = False,
 ) -> Tensor:
-    fmt = format_named(name)
+    history = find_history(name)
+    fmt = history.format if history else format_named(name)
     exact = x.dtype == dtype and _DTYPES.get(fmt.native or "") in (dtype, torch.float32)
     if exact and not visible:
         return x.view_as(x)
-    scale = torch.ops.assign.scale(x, name) if fmt.scaling is not Scaling.NONE else None
+    scale = torch.ops.assign.scale(x, name) if fmt.scaled else None
+    name = fmt.name if history else name
     rounded: Tensor = (
         torch.ops.assign.quantize(x, scale, name, saturate, dtype, *randomness)
         if _may_be_stochastic(name)
@@ -102,7 +105,9 @@ def _round(
 
 
 def _may_be_stochastic(name: str) -> bool:
-    slot = find_slot(name)
+    slot, history = find_slot(name), find_history(name)
+    if history:
+        return history.format.stochastic
     formats = (slot.low, slot.high) if slot else (parse_format(name),)
     return any(fmt.stochastic for fmt in formats)
 
@@ -119,8 +124,8 @@ def mark_tensor(
 ) -> Tensor:
     """Round ``x`` to ``forward`` and, in the backward pass, its gradient to ``backward``; store both as ``dtype``.
 
-    ``forward`` is a format's name, or a slot's. Stochastic formats need a ``seed``; ``streams`` tell the tensor's and
-    its gradient's random bits from those of others under the same seed.
+    ``forward`` and ``backward`` are names of formats or of histories; ``forward`` may be a slot's. Stochastic formats
+    need a ``seed``; ``streams`` tell the tensor's and its gradient's random bits from those of others under that seed.
 
     With ``visible``, the joint graph has a node of its own for ``x`` even where rounding changes nothing. The gradient
     goes to ``tap``, in its dtype, if there is one.
@@ -137,7 +142,9 @@ class Tap:
     dtype: torch.dtype
 
 
-def mark(capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion | None) -> list[Tap]:
+def mark(
+    capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion | None, scales: DelayedScales
+) -> list[Tap]:
     """Edit the captured graph so that it computes under ``plan``; graphs of an all-fp32 plan stay as they are.
 
     Tensors that the plan does not name (only in evaluation: training checks the plan first) stay in float32.
@@ -146,7 +153,7 @@ def mark(capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion 
     Returns:
         The taps that the graph takes now, in the order of its inputs.
     """
-    marker = _Marker(capture, walked, plan, promotion)
+    marker = _Marker(capture, walked, plan, promotion, scales)
     marker.mark_graph(capture.graph)
     marker.widen_outputs(capture.graph)
     capture.graph.graph.lint()
@@ -155,10 +162,13 @@ def mark(capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion 
 
 
 class _Marker:
-    def __init__(self, capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion | None) -> None:
+    def __init__(
+        self, capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion | None, scales: DelayedScales
+    ) -> None:
         self.capture = capture
         self.walked = walked
         self.plan = plan
+        self.scales = scales
         self.slots = _slots(walked, plan, promotion)
         self.sites: dict[fx.Node, list[Site]] = {}
         for site in walked.sites:
@@ -265,9 +275,9 @@ class _Marker:
             self.dtypes[site.node] = dtype
             return
         with graph.graph.inserting_before(before):
-            forward = self.slots[site.key].name if site.key in self.slots else formats[0].name
-            arguments = (site.node, forward, formats[1].name, dtype, explicit)
-            randomness = self._randomness(graph, site.key, (forward, formats[1].name))
+            forward, backward = self._names(site.key, formats)
+            arguments = (site.node, forward, backward, dtype, explicit)
+            randomness = self._randomness(graph, site.key, (forward, backward))
             marked = graph.graph.call_function(mark_tensor, (*arguments, *randomness), {"tap": tap} if tap else {})
         _torch.label(marked, MARK + site.key)
         order = {n: i for i, n in enumerate(graph.graph.nodes)}
@@ -278,6 +288,12 @@ class _Marker:
         self.dtypes[marked] = dtype
         self.walked.values[marked] = site.value
         self.walked.key_of[marked] = site.key
+
+    def _names(self, key: str, formats: tuple[Format, Format]) -> tuple[str, str]:
+        """What stands for the formats of a tensor and of its gradient: their names, or a slot's, or histories'."""
+        slot, histories = self.slots.get(key), (self.scales.history(key), self.scales.history(grad_key(key)))
+        forward, backward = (each.name if each else fmt.name for each, fmt in zip(histories, formats, strict=True))
+        return slot.name if slot else forward, backward
 
     def _tap(self, graph: fx.GraphModule, site: Site, have: str) -> fx.Node | None:
         """One more input for the gradient of a parameter that is stored in another dtype than the parameter.

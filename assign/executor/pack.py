@@ -13,7 +13,7 @@ from torch import fx
 
 from assign import _torch
 from assign.assignment import Assignment
-from assign.formats import Format, Scaling, parse_format
+from assign.formats import Format, parse_format
 from assign.joint import describe, is_view, origin, read_marked_outputs
 from assign.promotion import format_named
 from assign.tensors import MARK, saved_key
@@ -117,7 +117,7 @@ class _Packer:
     def _narrow(self, mark: fx.Node, fmt: Format, after: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node]:
         """A copy of the mark's value in the format that the plan gives to the saved copy."""
         value, scale = _torch.joint_value(mark), None
-        if fmt.scaling is not Scaling.NONE:
+        if fmt.scaled:
             with self.graph.inserting_after(after):
                 scale = self.graph.call_function(torch.ops.assign.scale.default, (mark, fmt.name))
             describe(scale, torch.ops.assign.scale(value, fmt.name), mark, backward=False)

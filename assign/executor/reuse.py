@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from assign import _torch
+from assign.formats import Scaling, parse_format
 from assign.joint import COPIES, is_view
 
 _QUANTIZE = torch.ops.assign.quantize.default
@@ -59,7 +60,7 @@ def _rounded_before(mark: fx.Node) -> fx.Node | None:
     here = _torch.joint_value(x)
     if here.dtype != dtype:
         return None
-    if isinstance(scale, fx.Node) and scale.target is not _SCALE:
+    if isinstance(scale, fx.Node) and not (scale.target is _SCALE and _is_nested(str(name))):
         return None
     source: fx.Node | None = x
     while source is not None and source.target is not _QUANTIZE:
@@ -71,6 +72,12 @@ def _rounded_before(mark: fx.Node) -> fx.Node | None:
     ):
         return None
     return source
+
+
+def _is_nested(name: str) -> bool:
+    """Whether what lies on the grid of a scaled format lies on that of every smaller scale that it could have."""
+    fmt = parse_format(name)
+    return fmt.scaling is Scaling.POW2 and not fmt.delayed
 
 
 def _picked_from(node: fx.Node) -> fx.Node | None:
