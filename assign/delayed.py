@@ -20,6 +20,7 @@ from assign.assignment import Assignment
 from assign.errors import PlanError
 from assign.formats import Format, parse_format
 from assign.kernels import INF, scaling
+from assign.stored import owner_of
 
 LENGTH = 1024
 """Steps that a history remembers. Source: Transformer Engine's default."""
@@ -87,7 +88,8 @@ class DelayedScales:
         self.scales: dict[str, Tensor] = {}
         self._length = length
         self._number = next(_NUMBERS)
-        formats = {key: parse_format(entry.format) for key, entry in plan.entries.items()}
+        computed = [key for key in plan.entries if owner_of(key, plan.entries) is None]
+        formats = {key: parse_format(plan.entries[key].format) for key in computed}
         self._formats = {key: fmt for key, fmt in formats.items() if fmt.delayed}
         self._histories: dict[str, History] = {}
         self._keys: list[str] = []

@@ -261,8 +261,8 @@ def draw_seed(device: torch.device | str = "cpu") -> Tensor:
 def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
     """The scale with which ``x`` fills the format.
 
-    Under ``amax`` the largest magnitude over ``fmt.max_value``; under ``pow2`` the smallest power of two with which that
-    magnitude lands within ``fmt.max_value``, so that scaling rounds nothing. It is held within ``fmt.scale_exponents``:
+    Under ``amax`` the largest magnitude over ``fmt.max_value``; under ``pow2`` the smallest power of two with which it
+    lands within ``fmt.max_value``, so that scaling rounds nothing. It is held within ``fmt.scale_exponents``:
     only magnitudes in the last binade of bfloat16 can then overflow. All zero or no elements: 1. Any NaN: NaN. Where
     the format's scale is delayed, it is that of a first step, which knows of none before.
 
