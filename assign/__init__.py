@@ -17,6 +17,7 @@ them is pure Python and never imports torch.
 ``stored``            what stays between steps: masters, stored gradients, optimizer states; who can keep them
 ``rounding``          quantize, encode, decode as registered torch operators; ``kernels``: their arithmetic;
                       ``launch``: how it is run, compiled or not; ``words``: narrow elements, several to an integer
+``products``          of narrow matrices, computed in a narrow dtype; ``registry``: a function made an operator
 ``promotion``         formats that change while training: low tensors that overflow go back to high;
                       ``delayed``: scales that the steps before gave
 ``executor``          mark → pack → compile → apply: a plan made to run

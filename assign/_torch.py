@@ -271,6 +271,37 @@ def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
     return run
 
 
+def multiply_in_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` of float32 matrices, or batches of such, whose elements bf16 holds, summed in float32."""
+    if a.device.type == "cuda":
+        multiply = torch.mm if a.dim() == 2 else torch.bmm
+        return multiply(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+    onednn: Any = torch.backends.mkldnn
+    before, onednn.matmul.fp32_precision = onednn.matmul.fp32_precision, "bf16"
+    try:
+        return torch.matmul(a, b)
+    finally:
+        onednn.matmul.fp32_precision = before
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether ``torch._scaled_mm`` is fast on a device: on CUDA from compute capability 8.9 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def multiply_in_fp8(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``a @ b + bias`` of float8 matrices with a scale each; sums in float32, the result rounded once."""
+    columns = b.t().contiguous().t()  # cuBLAS reads the second matrix by columns
+    return torch._scaled_mm(a.contiguous(), columns, a_scale, b_scale, bias=bias, out_dtype=dtype)
+
+
 def memory_changes(profiler: torch.profiler.profile) -> list[int]:
     """Bytes that a finished profiler saw allocated (positive) and freed, in order of time.
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from assign import _torch
 from assign.assignment import Assignment
 from assign.audit import audit_task, load_weights
 from assign.certificate import certify_task
@@ -305,6 +306,7 @@ def show(
         typer.Option(metavar="TASK", help="Which operators of this task's step run in 16 bit, which in 32, and why."),
     ] = None,
     batch_size: BatchSize = None,
+    device: Device = "cpu",
     data: Data = None,
     json_file: Json = None,
 ) -> None:
@@ -314,9 +316,9 @@ def show(
         console.print(tables.plan_table(chosen, limit=len(chosen.entries) if everything else 20))
         _write(json_file, json.loads(chosen.to_json()))
         return
-    table = _traced(_task(lowered, 0, batch_size, "cpu", data, None), "cpu")
+    table = _traced(_task(lowered, 0, batch_size, device, data, None), device)
     chosen.check_covers([info.key for info in table.paper_tensors], where=str(plan))
-    operators = Lowered(table, chosen.entries).operators()
+    operators = Lowered(table, chosen.entries).operators(fp8=_torch.multiplies_fp8(check_device(device)))
     console.print(tables.lowered_table(operators))
     _write(json_file, [dataclasses.asdict(each) for each in operators])
 

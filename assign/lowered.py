@@ -16,7 +16,7 @@ class Operator:
     Attributes:
         key: of the tensor that it makes.
         dtype: torch dtype of its operands and of what it computes; ``format``: what its result is rounded to.
-        product: it multiplies matrices.
+        product: it multiplies matrices; ``multiplies``: the dtype of their elements when it does.
         why: the rule that decided.
     """
 
@@ -25,6 +25,7 @@ class Operator:
     format: str
     dtype: str
     product: bool
+    multiplies: str
     why: str
 
 
@@ -72,8 +73,12 @@ class Lowered:
         explicit = not backward and saved_key(key) in self._entries
         return carrier == self.compute(key) and fmt.native in (carrier, lowering.FLOAT32) and not explicit
 
-    def operators(self) -> tuple[Operator, ...]:
-        """Every operator of the forward pass, in order; its backward pass runs in the same dtype."""
+    def operators(self, *, fp8: bool = False) -> tuple[Operator, ...]:
+        """Every operator of the forward pass, in order; its backward pass runs in the same dtype.
+
+        Args:
+            fp8: the device multiplies 8-bit matrices.
+        """
         made = [
             info for info in self._table.tensors if info.role is Role.ACTIVATION and info.op not in ("input", SLICE)
         ]
@@ -84,10 +89,16 @@ class Lowered:
                 format=self.formats(info.key)[0].name,
                 dtype=self.compute(info.key),
                 product=info.op in lowering.MATRIX_PRODUCTS,
+                multiplies=lowering.multiply_dtype(info.op, self.compute(info.key), self._matrices(info), fp8=fp8),
                 why=self._why(info),
             )
             for info in made
         )
+
+    def _matrices(self, info: TensorInfo) -> list[Format]:
+        """Formats of what a product multiplies."""
+        keys = info.inputs[-2:] if info.op == "addmm" else info.inputs[:2]
+        return [self.formats(key)[0] for key in keys]
 
     def _operands(self, info: TensorInfo) -> dict[str, str]:
         """Carriers of what an operator reads and that has a say in where it runs."""

@@ -9,6 +9,8 @@ The executor and the memory model both ask here, so that the bytes predicted are
 * Rounding to bf16 or fp16 stochastically needs more bits than they have: the operator that makes such a tensor runs
   in float32, and where it is the gradient that is rounded so, the tensor lives there.
 * A custom ``fp(e,m,b)`` tensor lives in float32 and is computed there: rounded once, as in the paper's simulation.
+* But matrices are multiplied in the narrowest dtype that holds their elements exactly, sums and result as above:
+  float32 tensors on grids that bf16 holds, in bf16; two tensors in scaled 8-bit formats, where the device can, in 8.
 """
 
 from collections.abc import Iterable
@@ -25,6 +27,9 @@ MATRIX_PRODUCTS = frozenset(
     }
 )  # fmt: skip
 """Operators that multiply matrices, operands and result in one dtype, products summed in float32."""
+
+PLAIN_PRODUCTS = frozenset({"linear", "matmul", "bmm", "mm", "addmm", "einsum"})
+"""Those that become ``mm``, ``addmm`` or ``bmm``, forward and backward, whose operands can be narrowed on their own."""
 
 SIXTEEN_BIT = MATRIX_PRODUCTS | frozenset(
     {
@@ -89,3 +94,24 @@ def compute_dtype(op: str, operands: Iterable[str], result: str) -> str:
     if len(dtypes) > 1 or FLOAT32 in dtypes or op not in SIXTEEN_BIT:
         return FLOAT32
     return dtypes.pop()
+
+
+def multiply_dtype(op: str, compute: str, operands: Iterable[Format], *, fp8: bool = False) -> str:
+    """Dtype in which ``op`` multiplies matrices.
+
+    Args:
+        compute: what :func:`compute_dtype` says.
+        operands: formats of the matrices.
+        fp8: the device multiplies 8-bit matrices.
+    """
+    formats = list(operands)
+    if op not in PLAIN_PRODUCTS or not formats:
+        return compute
+    if compute == FLOAT32:
+        return "bfloat16" if all(map(FORMATS["bf16"].contains, formats)) else compute
+    return "float8" if fp8 and op != "bmm" and all(map(is_float8, formats)) else compute
+
+
+def is_float8(fmt: Format) -> bool:
+    """Whether a tensor's codes and its scale can be multiplied as they are."""
+    return fmt.scaled and fmt.native is not None and fmt.native.startswith("float8")

@@ -19,12 +19,10 @@ Each kernel is written once, in plain torch, over a few numbers taken from the f
 by :mod:`assign.launch`.
 """
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from assign.delayed import History, find_history
 from assign.errors import FormatError
@@ -32,6 +30,7 @@ from assign.formats import FORMATS, Format, parse_format
 from assign.kernels import WIDTH, coding, quantizing, scaling
 from assign.launch import count_at_least, find_largest, find_scale, run, run_measured, run_scaled
 from assign.promotion import find_slot, format_named
+from assign.registry import register
 
 _FLOATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"], torch.float16: FORMATS["fp16"]}
 
@@ -169,17 +168,6 @@ def _seed(device: torch.device) -> Tensor:
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
 
 
-def _register(
-    name: str, function: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag, mutates: str = ""
-) -> None:
-    """Make ``function`` the operator ``assign::name``, on every device; ``fake`` says what comes out, without data."""
-    schema = library.infer_schema(function, mutates_args=(mutates,) if mutates else ())
-    library.define(f"assign::{name}", schema, tags=[torch.Tag.flexible_layout, *tags])
-    library.impl(f"assign::{name}", "CompositeExplicitAutograd", function)
-    names = inspect.signature(function)
-    library.register_fake(f"assign::{name}", lambda *args, **kwargs: fake(**names.bind(*args, **kwargs).arguments))
-
-
 def _scalar(x: Tensor, **_rest: Any) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
@@ -192,19 +180,14 @@ def _codes_like(x: Tensor, format: str, **_rest: Any) -> Tensor:
     return torch.empty_like(x, dtype=torch_dtype(format_named(format).code_dtype))
 
 
-_register("quantize", _quantize, _like)
-_register("quantize_", _quantize_in_place, lambda **_: None, mutates="x")
-_register("scale", _scale, _scalar)
-_register("scale_quantize", _scale_quantize, lambda x, **rest: (_like(x, **rest), _scalar(x)))
-_register("scale_quantize_", _scale_quantize_in_place, _scalar, mutates="x")
-_register("encode", _encode, _codes_like)
-_register("decode", _decode, lambda codes, dtype, **_: _like(codes, dtype))
-_register(
-    "seed",
-    _seed,
-    lambda device: torch.empty((), dtype=torch.int64, device=device),
-    torch.Tag.nondeterministic_seeded,
-)
+register("quantize", _quantize, _like)
+register("quantize_", _quantize_in_place, lambda **_: None, mutates="x")
+register("scale", _scale, _scalar)
+register("scale_quantize", _scale_quantize, lambda x, **rest: (_like(x, **rest), _scalar(x)))
+register("scale_quantize_", _scale_quantize_in_place, _scalar, mutates="x")
+register("encode", _encode, _codes_like)
+register("decode", _decode, lambda codes, dtype, **_: _like(codes, dtype))
+register("seed", _seed, lambda device: torch.empty((), dtype=torch.int64, device=device), draws=True)
 
 
 # ---- the same for people, with their arguments checked

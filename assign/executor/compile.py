@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from assign import _torch, rounding
 from assign.assignment import Assignment
 from assign.executor.fuse import fuse_scales, overwrite
+from assign.executor.narrow import narrow_products
 from assign.executor.pack import pack
 from assign.executor.reuse import reuse_grids
 from assign.formats import Storage, parse_format
@@ -33,6 +34,7 @@ def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
 
     def partition(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
         pack(joint, plan)
+        narrow_products(joint.graph)
         if compiled:
             reuse_grids(joint.graph)
             _keep_in_backward(joint.graph)
@@ -46,7 +48,10 @@ def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
         return _torch.eager_backend(partition)
     entries = "\n".join(f"{key} {entry.format}" for key, entry in sorted(plan.entries.items()))
     here = Path(__file__).parent
-    passes = [*sorted(here.glob("*.py")), *(here.parent / f"{name}.py" for name in ("joint", "rounding", "kernels"))]
+    passes = [
+        *sorted(here.glob("*.py")),
+        *(here.parent / f"{name}.py" for name in ("joint", "rounding", "kernels", "products")),
+    ]
     return _torch.inductor_backend(partition, inline, identity=entries, passes=passes)
 
 

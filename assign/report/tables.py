@@ -19,7 +19,7 @@ from assign.tensors import Role, TensorTable
 from assign.training import TrainResult
 
 _BAR = 30
-_LOWERED = ("makes", "operator", "rounded to", "runs in", "because")
+_LOWERED = ("makes", "operator", "rounded to", "runs in", "multiplies in", "because")
 
 
 def human_bytes(size: float) -> str:
@@ -152,10 +152,11 @@ def _entry(entry: Any) -> str:
 
 def lowered_table(operators: Sequence[Operator]) -> RenderableType:
     """In which dtype each operator runs and why; behind it, how many of the products in which."""
-    table = new_table("Operators of the forward pass; each runs backward as it does forward", _LOWERED, right=5)
+    table = new_table("Operators of the forward pass; each runs backward as it does forward", _LOWERED, right=6)
     for each in operators:
-        table.add_row(each.key, each.op, each.format, each.dtype, each.why)
-    products = Counter(each.dtype for each in operators if each.product)
+        multiplies = each.multiplies if each.product else ""
+        table.add_row(each.key, each.op, each.format, each.dtype, multiplies, each.why)
+    products = Counter(each.multiplies for each in operators if each.product)
     counts = ", ".join(f"{count} in {dtype}" for dtype, count in products.most_common())
     return Rows(table, f"matrix products: {counts or 'none'}")
 

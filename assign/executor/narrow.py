@@ -1,0 +1,163 @@
+"""A pass over the packed joint graph: products of matrices that narrow dtypes hold exactly are computed there.
+
+Each operand is followed back through views to the rounding or the decoding that made it, whose format says what holds
+it. Both passes are treated alike: the forward product, and the two of the backward pass.
+
+* Two operands in torch's own 8 bits, not both e5m2, with a scale each, where the device multiplies such: their codes go
+  through ``assign::scaled_product``. What is decoded for a product alone is not decoded any more.
+* Float32 operands that bf16 holds, as those of emulated formats are: ``assign::product``.
+
+Everything else stays as it is: products in the dtype in which their operands live.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from assign import _torch
+from assign.formats import FORMATS
+from assign.joint import COPIES, describe, is_view
+from assign.lowering import is_float8
+from assign.products import MULTIPLE
+from assign.promotion import find_slot, format_named
+
+_aten = torch.ops.aten
+_QUANTIZE = torch.ops.assign.quantize.default
+_ENCODE = torch.ops.assign.encode.default
+_DECODE = torch.ops.assign.decode.default
+_PRODUCT = torch.ops.assign.product.default
+_SCALED_PRODUCT = torch.ops.assign.scaled_product.default
+
+
+class _Operand(NamedTuple):
+    """A matrix: what made its values, the views and copies from there to it, and the format on whose grid it lies."""
+
+    source: fx.Node
+    views: Sequence[fx.Node]
+    format: str
+
+    @property
+    def scale(self) -> Any:
+        return self.source.args[1]
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether its elements are codes behind nothing but views."""
+        return self.source.target in (_QUANTIZE, _DECODE) and all(map(is_view, self.views))
+
+
+def narrow_products(graph: fx.Graph) -> int:
+    """Edit a joint graph in place; how many products were narrowed."""
+    done = 0
+    for node in [n for n in graph.nodes if n.target in (_aten.mm.default, _aten.addmm.default, _aten.bmm.default)]:
+        matrices = [argument for argument in node.args if isinstance(argument, fx.Node)][-2:]
+        operands = [_operand(matrix) for matrix in matrices]
+        if node.kwargs or None in operands:  # a sum with factors is not what a model's product becomes
+            continue
+        found: list[_Operand] = [each for each in operands if each is not None]
+        done += _multiply_codes(graph, node, found) or _multiply_in_bf16(graph, node, matrices, found)
+    if done:
+        graph.eliminate_dead_code()
+    return done
+
+
+def _operand(matrix: fx.Node) -> _Operand | None:
+    """What is known of a matrix; None if no format of 16 bits or less is known to hold its elements."""
+    path = [matrix]
+    while path[0].target not in (_QUANTIZE, _DECODE) and (is_view(path[0]) or _widens(path[0])):
+        path.insert(0, _torch.source_of(path[0]))
+    source, *views = path
+    if source.target in (_QUANTIZE, _DECODE):
+        return _Operand(source, views, str(source.args[2]))
+    values = [value for node in path if isinstance(value := _torch.joint_value(node), Tensor)]
+    return _Operand(source, views, "bf16") if any(value.dtype == torch.bfloat16 for value in values) else None
+
+
+def _widens(node: fx.Node) -> bool:
+    """Whether a node copies its operand into a dtype that is as wide or wider."""
+    if node.target not in COPIES:
+        return False
+    before, after = (_torch.joint_value(each).dtype for each in (_torch.source_of(node), node))
+    return before.is_floating_point and bool(before.itemsize <= after.itemsize)
+
+
+def _multiply_in_bf16(graph: fx.Graph, node: fx.Node, matrices: list[fx.Node], operands: list[_Operand]) -> bool:
+    """Whether the product became one of bf16 matrices with a float32 result."""
+    value = _torch.joint_value(node)
+    if value.dtype != torch.float32 or not all(_bf16_may_hold(each.format) for each in operands):
+        return False
+    with graph.inserting_before(node):
+        product = graph.call_function(_PRODUCT, (*matrices, *(each.format for each in operands)))
+    describe(product, value, node, backward=_torch.is_backward(node))
+    result = product
+    if node.target is _aten.addmm.default:
+        with graph.inserting_before(node):
+            result = graph.call_function(_aten.add.Tensor, (product, node.args[0]))
+        describe(result, value, node, backward=_torch.is_backward(node))
+    _replace(graph, node, result)
+    return True
+
+
+def _bf16_may_hold(name: str) -> bool:
+    """Whether bf16 holds what lies on the grid of a format, or of what a slot stands for at first."""
+    slot = find_slot(name)
+    return FORMATS["bf16"].contains(slot.low if slot else format_named(name))
+
+
+def _multiply_codes(graph: fx.Graph, node: fx.Node, operands: list[_Operand]) -> bool:
+    """Whether the product became one of 8-bit codes."""
+    value: Tensor = _torch.joint_value(node)
+    formats = [None if find_slot(each.format) else format_named(each.format) for each in operands]
+    eight_bits = all(fmt is not None and is_float8(fmt) for fmt in formats) and all(each.has_codes for each in operands)
+    kinds = {fmt.native for fmt in formats if fmt is not None}
+    if not eight_bits or kinds == {"float8_e5m2"} or node.target is _aten.bmm.default:
+        return False
+    sizes = _torch.joint_value(_torch.source_of(node, -1)).shape
+    misfit = any(isinstance(size, int) and size % MULTIPLE for size in sizes)
+    if misfit or value.dtype == torch.float32 or not _torch.multiplies_fp8(value.device):
+        return False
+    parts: list[Any] = []
+    for each in operands:
+        codes = _views_of(graph, _codes(graph, each.source), each.views, node)
+        parts += [codes, each.scale, each.format]
+    bias = node.args[0] if node.target is _aten.addmm.default else None
+    with graph.inserting_before(node):
+        product = graph.call_function(_SCALED_PRODUCT, (*parts, bias, value.dtype))
+    describe(product, value, node, backward=_torch.is_backward(node))
+    _replace(graph, node, product)
+    return True
+
+
+def _codes(graph: fx.Graph, source: fx.Node) -> fx.Node:
+    """The codes of a rounded value: those that wait for the backward pass anyway, or new ones right behind it."""
+    if source.target is _DECODE:
+        return _torch.source_of(source)
+    key = (source, *source.args[1:3])
+    found = [user for user in source.users if user.target is _ENCODE and user.args == key]
+    if found and found[0] is source.next:
+        return found[0]
+    with graph.inserting_after(source):
+        codes = graph.call_function(_ENCODE, key)
+    value = _torch.joint_value(source)
+    describe(codes, torch.empty_like(value, dtype=torch.uint8), source, backward=_torch.is_backward(source))
+    for other in found:
+        _replace(graph, other, codes)
+    return codes
+
+
+def _views_of(graph: fx.Graph, codes: fx.Node, views: Sequence[fx.Node], before: fx.Node) -> fx.Node:
+    """The codes under the views through which the product reads the values."""
+    for view in views:
+        target: Callable[..., Any] = view.target  # type: ignore[assignment]  # a node that calls a function has one
+        value = _torch.joint_value(codes)
+        with graph.inserting_before(before):
+            codes = graph.call_function(target, (codes, *view.args[1:]), view.kwargs)
+        describe(codes, target(value, *view.args[1:], **view.kwargs), before, backward=_torch.is_backward(before))
+    return codes
+
+
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
