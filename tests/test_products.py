@@ -80,6 +80,22 @@ def test_8_bit_products_give_what_bf16_gives(backend, on_fp8_hardware, monkeypat
     assert_near(narrow, wide, rel=0.02)
 
 
+def test_two_e5m2_matrices_are_not_multiplied_in_8_bits(counted, on_fp8_hardware, monkeypatch):
+    """No device has that product."""
+    trained(lambda table: everything(table, "e5m2:pow2"), True, monkeypatch)
+    assert {target for target, _ in counted if "attention" not in target} == {"aten.addmm", "aten.mm"}
+
+
+def test_codes_that_wait_for_the_backward_pass_are_multiplied_as_they_are(on_fp8_hardware, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(compiling, "narrow_products", lambda graph: narrow_products(graph) and graphs.append(graph))
+    trained(all_low, True, monkeypatch)
+    coded = [n for n in graphs[0].nodes if n.target is ops.encode.default]
+    assert len(coded) > 10
+    assert not [n for n in coded if n.args[0].target is ops.decode.default]
+    assert len({n.args[0] for n in coded}) == len(coded)  # nothing is coded twice
+
+
 def test_nothing_is_multiplied_in_8_bits_where_the_device_cannot(counted, monkeypatch):
     trained(all_low, True, monkeypatch)
     assert {target for target, _ in counted if "attention" not in target} == {"aten.addmm", "aten.mm"}
@@ -88,10 +104,11 @@ def test_nothing_is_multiplied_in_8_bits_where_the_device_cannot(counted, monkey
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shapes", [((32, 48), (48, 64)), ((3, 16), (16, 16)), ((5, 7), (7, 9)), ((16, 16), (16, 5))])
 @pytest.mark.parametrize("names", [("e4m3:pow2", "e4m3:amax"), ("e5m2:pow2", "e4m3:pow2"), ("e4m3:amax", "e5m2:amax")])
-def test_scaled_product(names, shapes, bias):
+def test_scaled_product(names, shapes, bias, monkeypatch):
     """Codes and scales in, the product of the values out; sizes that the device refuses are multiplied in float32."""
     torch.manual_seed(0)
-    codes, values = [], []
+    codes, values, used, multiply = [], [], [], _torch.multiply_in_fp8
+    monkeypatch.setattr(_torch, "multiply_in_fp8", lambda *args: used.append(1) or multiply(*args))
     for name, shape in zip(names, shapes, strict=True):
         x = torch.randn(shape) * 1000
         scale = amax_scale(x, name)
@@ -102,10 +119,20 @@ def test_scaled_product(names, shapes, bias):
     result = ops.scaled_product(*codes, added, torch.bfloat16)
     expected = values[0] @ values[1] + (added.double() if added is not None else 0)
     assert result.dtype == torch.bfloat16
+    assert len(used) == (shapes[1][0] % 16 == shapes[1][1] % 16 == 0)
     assert float((result.double() - expected).norm()) <= 0.005 * float(expected.norm())
 
 
 # ---- bf16
+
+
+@pytest.fixture
+def setting():
+    """oneDNN's setting of what float32 products may multiply in, at ``ieee``."""
+    found = torch.backends.mkldnn.matmul
+    before, found.fp32_precision = found.fp32_precision, "ieee"
+    yield found
+    found.fp32_precision = before
 
 
 def test_products_of_emulated_formats_that_bf16_holds_are_multiplied_in_bf16(counted, monkeypatch):
@@ -127,13 +154,14 @@ def test_formats_that_bf16_does_not_hold_stay_in_float32(counted, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(33, 65), (4, 33, 65)])
-def test_the_bf16_product_is_exact_up_to_the_order_of_sums_and_leaves_no_setting_behind(shape):
+def test_the_bf16_product_is_exact_up_to_the_order_of_sums_and_leaves_no_setting_behind(shape, setting, monkeypatch):
     torch.manual_seed(0)
+    multiply, during = torch.matmul, []
+    monkeypatch.setattr(torch, "matmul", lambda a, b: during.append(setting.fp32_precision) or multiply(a, b))
     a = quantize(torch.randn(shape), "fp(4,3,4)")
     b = quantize(torch.randn(*shape[:-2], 65, 17), "fp(5,2,0)")
-    before = torch.backends.mkldnn.matmul.fp32_precision
     result = ops.product(a, b, "fp(4,3,4)", "fp(5,2,0)")
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert (during, setting.fp32_precision) == (["bf16"], "ieee")
     assert result.dtype == torch.float32
     expected = a.double() @ b.double()
     assert float((result - expected).abs().max()) < 1e-5 * float(expected.abs().max())
