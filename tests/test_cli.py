@@ -61,7 +61,11 @@ def test_trace_search_estimate_train_show_diff(here):
     found = json.loads((here / "search.json").read_text())
     assert fields <= found.keys()
     assert found["low_ratio"] == 1.0
-    assert "low ratio, by bits" in run("estimate", "mine.py", "--plan", "low.json", "--json", "estimate.json")
+    printed = run("estimate", "mine.py", "--plan", "low.json", "--json", "estimate.json")
+    assert "low ratio, by bits" in printed
+    timeline = printed[printed.index("Over the step") : printed.index("Largest at the peak")]
+    assert timeline.count("← peak") == 1
+    assert timeline.index("forward") < timeline.index("backward") < timeline.index("optimizer")
     predicted = json.loads((here / "estimate.json").read_text())
     assert fields <= predicted.keys()
     assert predicted["peak_bytes"] == found["peak_bytes"]

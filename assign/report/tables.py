@@ -1,5 +1,6 @@
 """Tables and sentences for the shell; every number has its unit."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -101,7 +102,31 @@ def estimate_table(costs: Estimate, limit: int = 12) -> RenderableType:
     alive = new_table("Largest at the peak", ["tensor", "role", "bytes"], right=2)
     for key, role, size in costs.alive[:limit]:
         alive.add_row(key, role, human_bytes(size))
-    return Rows(head, roles, alive)
+    return Rows(head, roles, timeline_table(costs), alive)
+
+
+def timeline_table(costs: Estimate, limit: int = 24) -> Table:
+    """Bytes alive over the step, in about ``limit`` stretches of it: of each the operator with the most."""
+    table = new_table("Over the step", ["pass", "most in", "bytes", ""], right=2)
+    stretches = _stretches(costs.timeline, max(1, -(-len(costs.timeline) // limit)))
+    most = max((row[2] for row in stretches), default=0)
+    for operator, phase, size in stretches:
+        peak = " ← peak" if size == most else ""
+        table.add_row(
+            phase, operator or "sum of gradients", human_bytes(size), "█" * round(_BAR * size / max(most, 1)) + peak
+        )
+    table.columns[-1].justify = "left"
+    return table
+
+
+def _stretches(timeline: Sequence[tuple[str, str, int]], length: int) -> list[tuple[str, str, int]]:
+    """The largest of each ``length`` consecutive rows of one pass."""
+    found = []
+    for _, rows in itertools.groupby(timeline, key=lambda row: row[1]):
+        phase = list(rows)
+        parts = (phase[start : start + length] for start in range(0, len(phase), length))
+        found += [max(part, key=lambda row: row[2]) for part in parts]
+    return found
 
 
 def plan_table(plan: Assignment, limit: int = 20) -> RenderableType:
