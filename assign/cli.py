@@ -33,6 +33,7 @@ from assign.tensors import TensorTable
 from assign.tracer import trace as trace_step
 from assign.training import Progress, TrainResult
 from assign.training import train as train_task
+from assign.updates import UpdateRounding
 
 app = typer.Typer(
     help="Find the cheapest number format for every tensor of a PyTorch training step, and train with it.",
@@ -81,6 +82,9 @@ PromoteEvery = Annotated[
     typer.Option(help="Steps between two looks at what overflows; the recipe's own if left out, 0: promote nothing."),
 ]
 PromoteThreshold = Annotated[float, typer.Option(help="Share of overflowing elements at which a tensor is promoted.")]
+Rounding = Annotated[
+    UpdateRounding, typer.Option("--update-rounding", help="How updates of 16-bit masters are rounded.")
+]
 Weights = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="fp32 weights: what 'train --checkpoint' wrote, or a saved state_dict."),
@@ -215,6 +219,7 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint.")] = False,
     promote_every: PromoteEvery = None,
     promote_threshold: PromoteThreshold = THRESHOLD,
+    update_rounding: Rounding = UpdateRounding.NEAREST,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -239,6 +244,7 @@ def train(
         promote_every=promote_every,
         promote_threshold=promote_threshold,
         promoted=_promoted(plan) if plan else None,
+        update_rounding=update_rounding,
     )
     console.print(tables.result_table({name: result}))
     _write(json_file, result.to_json())
@@ -262,6 +268,7 @@ def run(
     backend: BackendName = Backend.EAGER,
     promote_every: PromoteEvery = None,
     promote_threshold: PromoteThreshold = THRESHOLD,
+    update_rounding: Rounding = UpdateRounding.NEAREST,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -288,7 +295,7 @@ def run(
     options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
     baseline = _trained("fp32", loaded, None, table, **options)
     options |= {"promote_every": promote_every, "promote_threshold": promote_threshold, "promoted": _promoted(output)}
-    planned = _trained("plan", loaded, plan, table, backend=backend, **options)
+    planned = _trained("plan", loaded, plan, table, backend=backend, update_rounding=update_rounding, **options)
     console.print(tables.result_table({"fp32": baseline, "plan": planned}))
     _write(
         json_file, {"baseline": baseline.to_json(), "plan": planned.to_json(), "search": dict(plan.provenance.estimate)}

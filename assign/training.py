@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from assign import checkpoints
 from assign.assignment import Assignment
 from assign.delayed import DelayedScales
-from assign.errors import DivergedError, TaskError
+from assign.errors import DivergedError, PlanError, TaskError
 from assign.executor.apply import apply, planned_step
 from assign.formats import parse_format
 from assign.measuring import measure_peak
@@ -35,6 +35,7 @@ from assign.stored import is_narrowed, master_format
 from assign.tasks.batch import Batch, count_bytes, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
 from assign.tensors import TensorTable
+from assign.updates import UpdateRounding
 
 WARM_UP = 2
 """Steps before a step counts as steady: they make the optimizer's states and compile what is compiled."""
@@ -143,6 +144,7 @@ def train(
     raise_on_divergence: bool = False,
     promote_every: int | None = None,
     promote_threshold: float = THRESHOLD,
+    update_rounding: str = UpdateRounding.NEAREST,
 ) -> TrainResult:
     """Train ``task`` from the start, under ``plan`` or, without one, in plain PyTorch.
 
@@ -155,6 +157,7 @@ def train(
         max_steps: stop after so many steps.
         on_step: told after every step.
         promote_every, promote_threshold: as in ``assign.Promotion``.
+        update_rounding: of 16-bit masters, as in ``assign.optimizer``.
     Raises:
         TaskError: the task does not keep to its interface, or the checkpoint cannot be used.
         DivergedError: the loss is not finite, and ``raise_on_divergence``.
@@ -163,7 +166,16 @@ def train(
     if resume and checkpoint is None:
         raise TaskError("train: resume=True needs checkpoint=, the file to go on from.")
     promotion = Promotion(plan, every=promote_every, threshold=promote_threshold) if plan else None
-    run = _Run(task, plan, promotion, backend=backend, seed=seed, device=device, epochs=epochs or task.epochs)
+    run = _Run(
+        task,
+        plan,
+        promotion,
+        backend=backend,
+        seed=seed,
+        device=device,
+        epochs=epochs or task.epochs,
+        update_rounding=update_rounding,
+    )
     run.on_step = on_step
     if resume and checkpoint is not None:
         run.load(checkpoint)
@@ -218,7 +230,9 @@ class _Run:
         seed: int,
         device: str,
         epochs: int,
+        update_rounding: str,
     ) -> None:
+        self.update_rounding = _checked(update_rounding, plan)
         self.task, self.plan, self.promotion, self.seed, self.epochs = task, plan, promotion, seed, epochs
         self.device = check_device(device)
         self.on_step: Callable[[Progress], None] | None = None
@@ -242,7 +256,7 @@ class _Run:
                 )
         self.optimizer = task.make_optimizer(self.model)  # of parameters that have the plan's dtypes by now
         if plan is not None and is_narrowed(plan.entries):
-            self.optimizer = follow(self.optimizer, self.model, plan)
+            self.optimizer = follow(self.optimizer, self.model, plan, update_rounding=self.update_rounding)
         self.scheduler = task.scheduler(self.optimizer) if task.scheduler else None
         self.warm_up = WARM_UP  # counts down, in every process anew
         self.last_step = math.inf
@@ -429,7 +443,13 @@ class _Run:
         """What a checkpoint must share with the run that goes on from it."""
         entries = sorted((key, entry.format) for key, entry in self.plan.entries.items()) if self.plan else []
         plan = hashlib.sha256(repr(entries).encode()).hexdigest()[:16] if self.plan else "none"
-        return {"version": _CHECKPOINT_VERSION, "task": self.task.name, "seed": self.seed, "plan": plan}
+        return {
+            "version": _CHECKPOINT_VERSION,
+            "task": self.task.name,
+            "seed": self.seed,
+            "plan": plan,
+            "update_rounding": self.update_rounding,
+        }
 
     def save(self, path: Path) -> None:
         """Write everything that going on needs."""
@@ -476,6 +496,26 @@ class _Run:
             torch.set_rng_state(cpu.cpu())
         if cuda is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(cuda.cpu(), self.device)
+
+
+def _checked(update_rounding: str, plan: Assignment | None) -> str:
+    """How updates are rounded.
+
+    Raises:
+        PlanError: there is no such way, or no 16-bit master whose updates would be rounded so.
+    """
+    if update_rounding not in list(UpdateRounding):
+        raise PlanError(
+            f"train: update_rounding {update_rounding!r} is not known. Choose one of: {', '.join(UpdateRounding)}."
+        )
+    entries = plan.entries if plan else {}
+    masters = any(key.endswith(".master") and entry.format != "fp32" for key, entry in entries.items())
+    if update_rounding != UpdateRounding.NEAREST and not masters:
+        raise PlanError(
+            f"train: update_rounding={update_rounding!r} is for masters in 16 bit, and this training has none.\n"
+            "  Give a plan that stores them so (--master bf16, or --strategy standalone), or leave it out."
+        )
+    return str(update_rounding)
 
 
 def _seed(seed: int, epoch: int | None = None) -> None:

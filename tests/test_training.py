@@ -578,6 +578,32 @@ class TestStored:
             plain = train(task, table=table)
             assert result.loss == pytest.approx(plain.loss, rel=0.1)
 
+    @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+    def test_updates_are_rounded_as_asked_and_resume_bit_for_bit(self, tmp_path: Path, rounding: str) -> None:
+        optimizer = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)  # most updates are below half a step of bf16
+        task, file = self.task(optimizer=optimizer, epochs=4), tmp_path / "run.pt"
+        table, plan = self.search(task, strategy="standalone", recipe="bf16")
+        straight = train(task, plan, table=table, update_rounding=rounding)
+        train(task, plan, max_steps=5, checkpoint=file, update_rounding=rounding)
+        assert same(train(task, plan, checkpoint=file, resume=True, update_rounding=rounding), straight)
+        with pytest.raises(TaskError, match=f"its update_rounding is '{rounding}'"):
+            train(task, plan, checkpoint=file, resume=True)
+        start = task.make_model().state_dict()
+
+        def moved(result: TrainResult) -> float:
+            state = result.model.state_dict()
+            return sum(float((state[key].float() - start[key].bfloat16().float()).norm()) for key in start)
+
+        assert moved(straight) > 1.5 * moved(train(task, plan))  # to nearest they are lost
+
+    def test_a_rounding_of_updates_without_16_bit_masters_is_refused(self) -> None:
+        task = self.task()
+        for plan in (None, self.search(task)[1]):
+            with pytest.raises(PlanError, match="for masters in 16 bit, and this training has none"):
+                train(task, plan, update_rounding="kahan")
+        with pytest.raises(PlanError, match=r"'up' is not known. Choose one of: nearest, stochastic, kahan"):
+            train(task, update_rounding="up")
+
     def test_a_plan_that_stores_float32_is_plain_training(self) -> None:
         task = self.task()
         table, plan = self.search(task, strategy="uniform", format_name="fp32", optimizer_states="fp32", master="fp32")
