@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from assign import checkpoints
+from assign import checkpoints, several
 from assign.assignment import Assignment
 from assign.errors import DivergedError, TaskError
 from assign.executor.apply import apply, planned_step
@@ -155,10 +155,16 @@ def train(
         on_step: told after every step.
         promote_every, promote_threshold: as in ``assign.Promotion``.
     Raises:
-        TaskError: the task does not keep to its interface, or the checkpoint cannot be used.
+        TaskError: the task does not keep to its interface, the checkpoint cannot be used, or several processes train.
         DivergedError: the loss is not finite, and ``raise_on_divergence``.
         PlanError, TraceError: as ``assign.apply``.
     """
+    if several.world_size() > 1:
+        raise TaskError(
+            f"train: this is one of {several.world_size()} processes, and each would train a model of its own on all of "
+            "the data.\n  Allowed: one process.\n  Start it without torchrun, or write the loop yourself, with "
+            "DistributedDataParallel(assign.apply(model, plan))."
+        )
     if resume and checkpoint is None:
         raise TaskError("train: resume=True needs checkpoint=, the file to go on from.")
     promotion = Promotion(plan, every=promote_every, threshold=promote_threshold) if plan else None

@@ -7,6 +7,7 @@ flag. Only calling it differs: the call is captured, marked, packed and compiled
 
 import contextlib
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assign import _torch
+from assign import _torch, several
 from assign.assignment import Assignment, Entry
 from assign.capture import Capture, Loss, call_model, compile_step
 from assign.errors import PlanError, nearest
@@ -46,14 +47,12 @@ def apply(
         PlanError: the plan belongs to another model; names the nearest keys. Or the promotion to another plan.
         TraceError: the model is not in float32; or, at the first call, it breaks the graph.
     """
-    check_storable(model, plan)
-    _check_parameters_named(model, plan)
-    store_parameters(model, plan)
+    _store(model, plan)
     compiled = _compile(model, call_model, plan, Backend(_known(backend)), promotion)
     original = type(model)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return compiled(*args, **kwargs)
+        return compiled(self, *args, **kwargs)
 
     def current(_self: nn.Module) -> Assignment:
         return promotion.plan if promotion else plan
@@ -68,6 +67,8 @@ def apply(
     planned: nn.Module = _share(
         model, type(original.__name__, (original,), {**body, "__module__": original.__module__})
     )
+    if several.is_several():
+        _torch.share_fsdp_state(model, planned)
     return planned
 
 
@@ -118,15 +119,23 @@ def planned_step(
     Raises:
         PlanError, TraceError: as for :func:`apply`.
     """
+    _store(model, plan)
+    return functools.partial(_compile(model, loss, plan, Backend(_known(backend)), promotion), model)
+
+
+def _store(model: nn.Module, plan: Assignment) -> None:
+    """Make sure that the plan is the model's, and give parameters and gradients their dtypes."""
+    several.check_one_module(model)
     check_storable(model, plan)
     _check_parameters_named(model, plan)
+    several.check_sharded(model, plan)
     store_parameters(model, plan)
-    return _compile(model, loss, plan, Backend(_known(backend)), promotion)
 
 
 def _compile(
     model: nn.Module, loss: Callable[..., Any], plan: Assignment, backend: Backend, promotion: Promotion | None
 ) -> Callable[..., Any]:
+    """``call(module, …)`` → ``loss(model, …)`` under the plan; ``module`` is what the user calls."""
     if promotion is not None and not promotion.watches(plan):
         raise PlanError(
             "apply: the promotion was made for another plan. Make one for this plan: Promotion(plan), and give it to "
@@ -150,11 +159,11 @@ def _compile(
             _torch.drop_input(capture.graph, tap.node)
         return (lambda *inputs: run(*inputs, *taps_of(inputs))) if taps else run
 
-    compiled = compile_step(_plain(model, type(model)), loss, receive)
+    compiled = several.around(compile_step(_plain(model, type(model)), loss, receive), plan)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(_device_type(model), enabled=False):  # the plan decides, not an autocast around it
-            return compiled(*args, **kwargs)
+            return compiled(module, *args, **kwargs)
 
     return call
 
