@@ -257,8 +257,8 @@ def compile_kernel(
 def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
     """``torch.compile`` of a module as one graph, with a backend of ours; logging calls do not break it.
 
-    One graph within ``DistributedDataParallel`` too, where Dynamo would cut it at the buckets. A hook that a module gets
-    or loses later makes a new graph; by default Dynamo would not look.
+    One graph within ``DistributedDataParallel`` too, where Dynamo would cut it at the buckets. A hook that a module
+    gets or loses later makes a new graph; by default Dynamo would not look.
     """
     compiled = torch.compile(step, backend=backend, fullgraph=True)
     names = ("debug", "info", "warning", "error", "warning_once", "info_once", "warning_advice")
@@ -356,18 +356,18 @@ def is_reduced_in_buckets() -> bool:
 
     It leaves nothing to find where it reduces each gradient by itself.
     """
-    return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
+    return nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
 def fsdp_state(module: nn.Module) -> Any:
     """What FSDP2 keeps of a module that ``fully_shard`` was called on; None of another."""
     from torch.distributed.fsdp._fully_shard._fsdp_state import _get_module_fsdp_state
 
-    return _get_module_fsdp_state(module)  # type: ignore[no-untyped-call]
+    return _get_module_fsdp_state(module)
 
 
 def share_fsdp_state(model: nn.Module, twin: nn.Module) -> None:
-    """Let FSDP2 know ``twin``, which shares its ``__dict__`` with ``model``, too; nothing if it does not know ``model``."""
+    """Let FSDP2 know ``twin``, which shares its ``__dict__`` with ``model``, if it knows ``model``."""
     from torch.distributed._composable_state import _insert_module_state
 
     state = fsdp_state(model)

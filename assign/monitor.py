@@ -31,8 +31,8 @@ class LostUpdates:
 
     An update counts as tried where the first moment, or without one the gradient, is not zero, or weight decay pulls at
     a weight. With Kahan's sum, what the compensation has taken is not lost. Stochastic rounding leaves most weights
-    where they are, too, and loses nothing in the mean: there the share says how coarse the steps are. Of parameters that
-    are sharded, each process looks at its own parts.
+    where they are, too, and loses nothing in the mean: there the share says how coarse the steps are. Of sharded
+    parameters each process looks at its own parts.
 
     Args:
         model: names the parameters.

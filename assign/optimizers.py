@@ -62,7 +62,7 @@ def optimizer(
 
     Args:
         kind: a class of ``torch.optim``.
-        model: after ``assign.apply(model, plan)``; within ``DistributedDataParallel`` or sharded by ``fully_shard``, too.
+        model: after ``assign.apply(model, plan)``; may be within ``DistributedDataParallel``, or sharded.
         params: parameters or groups of them, as torch takes them; all that require a gradient if left out.
         library: ``torch``, ``torchao`` or ``bitsandbytes``; the first installed one that can keep the states if left
             out.

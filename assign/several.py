@@ -1,8 +1,8 @@
 """Several processes that train one model: DDP and FSDP2, torch's own, around a planned model.
 
 A planned model is one graph, and what waits for the whole of a graph waits here: gradients are there, and reduced, when
-the whole backward pass is over; what ``fully_shard`` sharded, in whatever parts, is gathered before the forward pass and
-stays so up to then. Between two steps parameters, gradients and optimizer states are sharded as usual.
+the whole backward pass is over; what ``fully_shard`` sharded, in whatever parts, is gathered before the forward pass
+and stays so up to then. Between two steps parameters, gradients and optimizer states are sharded as usual.
 """
 
 import contextlib
@@ -60,7 +60,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a ``DTensor`` that is in this process, in the same memory; a plain tensor as it is."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    sharded: Any = tensor
+    part: Tensor = sharded.to_local() if is_sharded(tensor) else tensor
     return part
 
 
@@ -70,7 +71,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def like_sharded(part: Tensor, tensor: Tensor) -> Tensor:
-    """``part`` as this process's part of a ``DTensor`` that is sharded as ``tensor`` is; as it is beside a plain one."""
+    """A ``DTensor``, sharded as ``tensor`` is, of which ``part`` is here; ``part`` itself beside a plain tensor."""
     if not is_sharded(tensor):
         return part
     from torch.distributed.tensor import DTensor
@@ -95,10 +96,30 @@ def sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """
     if not is_several():
         return counts
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    total = counts.to(device, copy=True)
+    total = counts.to(_device(group), copy=True)
     dist.all_reduce(total, group=group)
     return total
+
+
+@contextlib.contextmanager
+def alike_by_chance(device: torch.device) -> Iterator[None]:
+    """Within the context, all processes draw the same random numbers; behind it each goes on with its own.
+
+    All processes enter it together.
+    """
+    if not is_several():
+        yield
+        return
+    seed = torch.randint(2**62, ()).to(_device(None))
+    dist.broadcast(seed, src=0)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(seed))
+        yield
+
+
+def _device(group: dist.ProcessGroup | None) -> str:
+    """Where the group's collectives find their tensors."""
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
 
 
 def check_one_module(model: nn.Module) -> None:
@@ -124,8 +145,8 @@ def check_sharded(model: nn.Module, plan: Assignment) -> None:
     narrow = _narrow_gradient(plan)
     if shards and narrow is not None:
         raise PlanError(
-            f"apply: the plan stores the gradient of {narrow!r} as {gradient_format(plan.entries, narrow).name} and its "
-            f"master as {master_format(plan.entries, narrow).name}, but fully_shard makes a gradient in its "
+            f"apply: the plan stores the gradient of {narrow!r} as {gradient_format(plan.entries, narrow).name} and "
+            f"its master as {master_format(plan.entries, narrow).name}, but fully_shard makes a gradient in its "
             "parameter's dtype.\n  Allowed: gradients stored as their masters are; or DistributedDataParallel.\n"
             f"  Leave {narrow + '.grad.stored'!r} and the like out of the plan."
         )

@@ -161,8 +161,8 @@ def train(
     """
     if several.world_size() > 1:
         raise TaskError(
-            f"train: this is one of {several.world_size()} processes, and each would train a model of its own on all of "
-            "the data.\n  Allowed: one process.\n  Start it without torchrun, or write the loop yourself, with "
+            f"train: this is one of {several.world_size()} processes, and each would train a model of its own on all "
+            "of the data.\n  Allowed: one process.\n  Start it without torchrun, or write the loop yourself, with "
             "DistributedDataParallel(assign.apply(model, plan))."
         )
     if resume and checkpoint is None:

@@ -4,8 +4,8 @@ Such a weight takes no update below half of its last bit: with bf16, any below 2
 update, and it alone, is rounded in one of three ways:
 
 * ``nearest``: as ``torch.optim`` does, what is lost is lost;
-* ``stochastic``: to either neighbour, so that the mean is kept; the random bits come from torch's generator, which must
-  be in the same state in all processes that are to hold the same weights;
+* ``stochastic``: to either neighbour, so that the mean is kept; the random bits come from torch's generator, where
+  several processes train one model from that of the first, so that all hold the same weights;
 * ``kahan``: to nearest, and what got lost is kept in a second 16-bit tensor and added to the next update.
 
 Everything else is arithmetic of the parameter's dtype: each operation, and each state, is rounded to nearest. A
@@ -16,6 +16,7 @@ bit. On CPU, Inductor does not vectorise them: there an eager step is the faster
 Source: arXiv 2010.06192 (the three updates); torch.optim (what is updated).
 """
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -28,7 +29,7 @@ from torch.optim import Optimizer
 from assign.errors import FormatError, nearest
 from assign.formats import parse_format
 from assign.rounding import quantize
-from assign.several import local_part
+from assign.several import alike_by_chance, local_part
 
 COMPENSATION = "compensation"
 """The state in which Kahan's sum keeps what the weight itself could not take; negative, as in the paper."""
@@ -131,11 +132,17 @@ class _Optimizer16(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        with self._chance():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._update(parameter, group)
         return loss
+
+    def _chance(self) -> contextlib.AbstractContextManager[None]:
+        by_chance = any(group["rounding"] == UpdateRounding.STOCHASTIC for group in self.param_groups)
+        device = self.param_groups[0]["params"][0].device
+        return alike_by_chance(device) if by_chance else contextlib.nullcontext()
 
     def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
         if parameter.grad is not None and parameter.grad.is_sparse:

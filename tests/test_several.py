@@ -93,10 +93,7 @@ def plan_of(name, kind, **stored):
     make, batch = MODELS[name]
     torch.manual_seed(0)
     table = traced(make(), batch())
-    if kind in ("native", "hfp8"):
-        plan = all_low(table, kind)
-    else:
-        plan = everything(table, kind)
+    plan = all_low(table, kind) if kind in ("native", "hfp8") else everything(table, kind)
     return plan.replace(store(table, **stored)) if stored else plan
 
 
@@ -270,12 +267,19 @@ def fsdp_model(plan, by_block, apply_first):
     return assign.apply(sharded(model, by_block), plan, backend="eager")
 
 
+@contextlib.contextmanager
+def unsynchronised(model):
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
+
+
 def fsdp_plain(rank, by_block, apply_first):
     found = []
     for plan in (plan_of("gpt", "fp32"), None):
         model = fsdp_model(plan, by_block, apply_first)
         optimizer = momentum(model)
-        first = trained(model, optimizer, batches("gpt", rank))
+        first = trained(model, optimizer, batches("gpt", rank), accumulate=functools.partial(unsynchronised, model))
         with torch.no_grad():
             model(batches("gpt", rank)[0][0])
         assert all(isinstance(p, DTensor) for block in model.blocks for p in block.parameters()) or not by_block
@@ -460,6 +464,21 @@ def monitored(rank):
             trained(model, optimizer, batches("gpt", rank))
         shares.append(lost.shares)
     return shares
+
+
+def replicated(rank):
+    plan = plan_of("mlp", "bf16", master="bf16")
+    ddp = DDP(assign.apply(made("mlp"), plan, backend="eager"))
+    optimizer = assign.optimizer(torch.optim.SGD, ddp, plan, lr=1e-2, update_rounding="stochastic")
+    data = batches("mlp", rank)
+    torch.manual_seed(rank)
+    return trained(ddp, optimizer, data), torch.rand(())
+
+
+def test_updates_by_chance_are_the_same_in_every_process(both):
+    (first, own), (second, other) = both(replicated)
+    assert same(first, second)
+    assert own != other  # what else is drawn stays each one's own
 
 
 def sharded_root(model):

@@ -116,6 +116,8 @@ def planned_step(
 ) -> Callable[[Any], Tensor]:
     """``step(batch)`` → loss, with the loss in the same graph as the model, so that the plan covers it too.
 
+    ``DistributedDataParallel`` reduces gradients only of what is called through it: there, use :func:`apply`.
+
     Raises:
         PlanError, TraceError: as for :func:`apply`.
     """
