@@ -344,9 +344,11 @@ def reducer_by_parameter() -> Iterator[None]:
         yield
 
 
-def sync_buffers(ddp: Any) -> None:
-    """Do what ``DistributedDataParallel`` does with buffers before a forward pass, and does not under
-    :func:`reducer_by_parameter`: give every process those of the first."""
+def sync_buffers(ddp: Any, _inputs: Any) -> None:
+    """Give every process the first one's buffers; a forward pre-hook for ``DistributedDataParallel``.
+
+    It does so by itself, if it is to, but not under :func:`reducer_by_parameter`.
+    """
     if ddp._check_sync_bufs_pre_fwd():
         ddp._sync_buffers()
 

@@ -48,7 +48,7 @@ def data_parallel(planned: nn.Module, **options: Any) -> DistributedDataParallel
     """
     with _torch.reducer_by_parameter():
         wrapped = DistributedDataParallel(planned, **options)
-    wrapped.register_forward_pre_hook(lambda *_: _torch.sync_buffers(wrapped))
+    wrapped.register_forward_pre_hook(_torch.sync_buffers)
     return wrapped
 
 
@@ -238,7 +238,7 @@ def _narrow_gradient(plan: Assignment) -> str | None:
 def _check_dtypes(model: nn.Module, plan: Assignment) -> None:
     for key, parameter in model.named_parameters():
         master = master_format(plan.entries, key)
-        if str(parameter.dtype) != f"torch.{master.carrier}":
+        if parameter.is_floating_point() and str(parameter.dtype) != f"torch.{master.carrier}":
             raise PlanError(
                 f"apply: the plan stores the master of {key!r} as {master.name}, but fully_shard has sharded it as "
                 f"{parameter.dtype} already.\n  Allowed: masters that are in their dtype when they are sharded.\n"

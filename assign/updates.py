@@ -141,7 +141,7 @@ class _Optimizer16(Optimizer):
 
     def _chance(self) -> contextlib.AbstractContextManager[None]:
         by_chance = any(group["rounding"] == UpdateRounding.STOCHASTIC for group in self.param_groups)
-        device = self.param_groups[0]["params"][0].device
+        device = next(parameter.device for group in self.param_groups for parameter in group["params"])
         return alike_by_chance(device) if by_chance else contextlib.nullcontext()
 
     def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:

@@ -251,6 +251,9 @@ def test_ddp_without_buckets_still_gives_buffers_to_all(both):
 
 
 def sharded(model, by_block, **options):
+    """A model that is sharded as a whole; block by block, too; or so, and not kept whole behind the forward pass."""
+    if by_block == "resharding":
+        options["reshard_after_forward"] = True
     if by_block:
         for block in model.blocks:
             fully_shard(block, **options)
@@ -287,8 +290,9 @@ def fsdp_plain(rank, by_block, apply_first):
     return found
 
 
-@pytest.mark.parametrize("by_block", [False, True])
-@pytest.mark.parametrize("apply_first", [False, True])
+@pytest.mark.parametrize(
+    ("by_block", "apply_first"), [(False, True), (False, False), (True, True), (True, False), ("resharding", True)]
+)
 def test_an_fp32_plan_is_plain_fsdp(both, by_block, apply_first):
     (first, plain), (second, _) = both(fsdp_plain, by_block, apply_first)
     assert same(first, plain)

@@ -39,6 +39,10 @@ def apply(
     float32. What is called outside the module (a loss on its output) runs as usual: entries under ``loss/`` need
     :func:`planned_step`. The optimizer's states follow the plan by :func:`assign.optimizer`.
 
+    The planned module goes into ``DistributedDataParallel`` or, for gradients stored in another dtype than their
+    masters, :func:`assign.data_parallel`; or ``fully_shard`` shards it, or has sharded the model before, if masters are
+    in float32. See :mod:`assign.several`.
+
     Args:
         model: in float32. It can still be called without the plan, unless its parameters are in 16 bit now.
         backend: ``inductor`` (compiled, fast) or ``eager`` (no compiler needed, exact memory, slower rounding).
