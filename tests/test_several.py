@@ -493,6 +493,7 @@ def test_lost_updates_are_counted_in_each_part(both):
     (part, whole), (other, _) = both(monitored)
     assert part.keys() == whole.keys() == other.keys()
     assert "tokens.weight" in whole
+    assert part != other
     for name, share in whole.items():
         assert min(part[name], other[name]) <= share <= max(part[name], other[name])
 
