@@ -23,6 +23,7 @@ them is pure Python and never imports torch.
 ``executor``          mark → pack → compile → apply: a plan made to run
 ``optimizers``        optimizers whose states follow a plan, from three libraries; ``states``: each one's form of them
 ``updates``           SGD and AdamW for weights stored in 16 bits: to nearest, stochastically, with Kahan's sum
+``several``           several processes: DDP and FSDP2 around a planned model
 ``monitor``           updates that rounding lost, while training
 ``audit``             what 16 bits would lose, said before; ``certificate``: predictions that a plan cannot change
 ``planning``          trace, strategy, provenance in one call
@@ -48,6 +49,7 @@ from assign.planning import search
 from assign.promotion import Promotion
 from assign.recipes import RECIPES
 from assign.rounding import quantize
+from assign.several import data_parallel
 from assign.strategies import STRATEGIES
 from assign.tasks import Task
 from assign.tensors import TensorTable
@@ -73,6 +75,7 @@ __all__ = [
     "audit_range",
     "autocast",
     "certify",
+    "data_parallel",
     "estimate",
     "optimizer",
     "parse_format",

@@ -6,7 +6,8 @@ Written against torch 2.11 to 2.13.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -259,13 +260,18 @@ def compile_kernel(
 
 
 def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
-    """``torch.compile`` of a module as one graph, with a backend of ours; logging calls do not break it."""
+    """``torch.compile`` of a module as one graph, with a backend of ours; logging calls do not break it.
+
+    One graph within ``DistributedDataParallel`` too, where Dynamo would cut it at the buckets. A hook that a module
+    gets or loses later makes a new graph; by default Dynamo would not look.
+    """
     compiled = torch.compile(step, backend=backend, fullgraph=True)
     names = ("debug", "info", "warning", "error", "warning_once", "info_once", "warning_advice")
     loggers = {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
+    options = {"ignore_logging_functions": loggers, "optimize_ddp": False, "skip_nnmodule_hook_guards": False}
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with dynamo_config.patch(ignore_logging_functions=loggers):
+        with dynamo_config.patch(options):
             return compiled(*args, **kwargs)
 
     return run
@@ -357,3 +363,89 @@ def drop_input(graph: fx.GraphModule, added: fx.Node) -> None:
     for user in list(added.users):
         user.kwargs = {name: value for name, value in user.kwargs.items() if value is not added}
     graph.graph.erase_node(added)
+
+
+# ---- several processes
+
+
+@contextlib.contextmanager
+def reducer_by_parameter() -> Iterator[None]:
+    """Within the context, a new ``DistributedDataParallel`` reduces each gradient by itself, in its own dtype.
+
+    It is meant for compiled autograd; its other effects on the compiler are taken back.
+    """
+    from torch._inductor import config as inductor_config
+
+    with dynamo_config.patch(optimize_ddp="python_reducer"), inductor_config.patch(_fuse_ddp_communication=False):
+        yield
+
+
+def sync_buffers(ddp: Any, _inputs: Any) -> None:
+    """Give every process the first one's buffers; a forward pre-hook for ``DistributedDataParallel``.
+
+    It does so by itself, if it is to, but not under :func:`reducer_by_parameter`.
+    """
+    if ddp._check_sync_bufs_pre_fwd():
+        ddp._sync_buffers()
+
+
+def is_reduced_in_buckets() -> bool:
+    """Whether this runs in the forward pass of a ``DistributedDataParallel`` whose buckets have the parameters' dtypes.
+
+    It leaves nothing to find where it reduces each gradient by itself.
+    """
+    return nn.parallel.DistributedDataParallel._active_ddp_module is not None
+
+
+def fsdp_state(module: nn.Module) -> Any:
+    """What FSDP2 keeps of a module that ``fully_shard`` was called on; None of another."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import _get_module_fsdp_state
+
+    return _get_module_fsdp_state(module)
+
+
+def share_fsdp_state(model: nn.Module, twin: nn.Module) -> None:
+    """Let FSDP2 know ``twin``, which shares its ``__dict__`` with ``model``, if it knows ``model``."""
+    from torch.distributed._composable_state import _insert_module_state
+
+    state = fsdp_state(model)
+    if state is not None:
+        _insert_module_state(twin, state)
+
+
+def fsdp_has_root(module: nn.Module) -> bool:
+    """Whether another module than this one will reduce its gradients; known once that has begun its forward pass."""
+    return fsdp_state(module)._is_root is False
+
+
+def fsdp_policy(module: nn.Module) -> Any:
+    """The ``MixedPrecisionPolicy`` of a module that ``fully_shard`` was called on."""
+    return fsdp_state(module)._mp_policy
+
+
+@contextlib.contextmanager
+def hidden_fsdp_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context, the modules are without the hooks of FSDP2, which Dynamo cannot capture."""
+    names = ("_forward_pre_hooks", "_forward_hooks")
+    found = [(module.__dict__, name, module.__dict__[name]) for module in modules for name in names]
+    for attributes, name, hooks in found:
+        kept = [(key, hook) for key, hook in hooks.items() if not _is_of_fsdp(hook)]
+        attributes[name] = OrderedDict(kept)
+    try:
+        yield
+    finally:
+        for attributes, name, hooks in found:
+            attributes[name] = hooks
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
+
+
+def fsdp_forward(module: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call ``function`` between the hooks of FSDP2 around a module's forward pass; just call it if there are none."""
+    state = fsdp_state(module)
+    if state is None:
+        return function(*args, **kwargs)
+    args, kwargs = state._pre_forward(module, args, kwargs)
+    return state._post_forward(module, args, function(*args, **kwargs))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assign.errors import TaskError
+from assign.several import local_part, unwrapped
 from assign.updates import COMPENSATION
 
 _DIRECTIONS = ("exp_avg", "momentum_buffer")
@@ -30,7 +31,8 @@ class LostUpdates:
 
     An update counts as tried where the first moment, or without one the gradient, is not zero, or weight decay pulls at
     a weight. With Kahan's sum, what the compensation has taken is not lost. Stochastic rounding leaves most weights
-    where they are, too, and loses nothing in the mean: there the share says how coarse the steps are.
+    where they are, too, and loses nothing in the mean: there the share says how coarse the steps are. Of sharded
+    parameters each process looks at its own parts.
 
     Args:
         model: names the parameters.
@@ -45,7 +47,7 @@ class LostUpdates:
                 "  Allowed: whole numbers of at least 1; None as sample.\n  Choose such."
             )
         self._optimizer, self._every, self._sample = optimizer, every, sample
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in unwrapped(model).named_parameters()}
         self._steps = 0
         self._before: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
         self._counts: dict[str, Tensor] = {}
@@ -129,5 +131,5 @@ class LostUpdates:
         self._counts[name] = self._counts[name] + count if name in self._counts else count
 
     def _part(self, tensor: Tensor) -> Tensor:
-        flat = tensor.detach().reshape(-1)
+        flat = local_part(tensor.detach()).reshape(-1)
         return flat if self._sample is None else flat[:: max(1, math.ceil(len(flat) / self._sample))]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from assign import updates
+from assign import several, updates
 from assign.assignment import Assignment
 from assign.errors import PlanError, nearest
 from assign.rounding import torch_dtype
@@ -62,7 +62,7 @@ def optimizer(
 
     Args:
         kind: a class of ``torch.optim``.
-        model: after ``assign.apply(model, plan)``.
+        model: after ``assign.apply(model, plan)``; may be within ``DistributedDataParallel``, or sharded.
         params: parameters or groups of them, as torch takes them; all that require a gradient if left out.
         library: ``torch``, ``torchao`` or ``bitsandbytes``; the first installed one that can keep the states if left
             out.
@@ -93,7 +93,12 @@ def follow(
         PlanError: as :func:`optimizer`.
     """
     stored = _stored(made, model, plan)
-    chosen = _choose(optimizer_name(made), stored.values(), library)
+    try:
+        chosen = _choose(optimizer_name(made), stored.values(), library)
+    except PlanError as error:
+        if any(map(several.is_sharded, stored)):
+            error.add_note("  The parameters are sharded: elements are those in this process.")
+        raise
     if update_rounding == UpdateRounding.NEAREST:
         planned = _planned(_MAKERS[chosen](made))
     else:
@@ -121,7 +126,7 @@ def widened_state_dict(planned: Optimizer) -> dict[str, Any]:
 
 def _stored(made: Optimizer, model: nn.Module, plan: Assignment) -> dict[Tensor, Stored]:
     """What the plan stores of every parameter of the optimizer."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in several.unwrapped(model).named_parameters()}
     explicit: dict[str, dict[str, StateFormat]] = {}
     for key in plan.entries:
         owner = owner_of(key, plan.entries)
@@ -137,7 +142,7 @@ def _stored(made: Optimizer, model: nn.Module, plan: Assignment) -> dict[Tensor,
             _check_states(made, key, given, has)
             found[parameter] = Stored(
                 key=key,
-                elements=parameter.numel(),
+                elements=several.local_part(parameter).numel(),
                 master=master_format(plan.entries, key),
                 gradient=gradient_format(plan.entries, key),
                 states={state: state_format(plan.entries, key, state) for state in has or given},
@@ -239,6 +244,12 @@ def _from_torchao(made: Optimizer) -> Optimizer:
 
 def _from_bitsandbytes(made: Optimizer) -> Optimizer:
     optim: Any = importlib.import_module("bitsandbytes.optim")  # it has no types
+    if any(several.is_sharded(parameter) for group in made.param_groups for parameter in group["params"]):
+        raise PlanError(
+            f"optimizer: the plan's states need bitsandbytes, whose {type(made).__name__} takes no parameters that "
+            "fully_shard has sharded.\n  Allowed: torch's optimizers, torchao's Adam and AdamW; or "
+            "DistributedDataParallel.\n  Store states in fp32 or bf16, or use torch.optim.AdamW."
+        )
     plain = {"maximize": False, "amsgrad": False, "nesterov": False, "dampening": 0, "capturable": False}
     _refuse(made, "bitsandbytes", plain | {"differentiable": False})
     groups = [_part(group, "params", "lr", "betas", "eps", "weight_decay") for group in made.param_groups]

@@ -4,6 +4,8 @@ A graph holds, in place of the format of a tensor that may be promoted, the name
 look the format up when they run, and count overflow where they round. So a promotion takes effect at the next step and
 compiles nothing.
 
+Where several processes train one model, what overflowed is counted over all of them: all promote the same.
+
 Source: arXiv 2301.13464, section 4 (precision promotion).
 """
 
@@ -14,8 +16,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from assign import several
 from assign.assignment import Assignment, Entry
 from assign.errors import PlanError
 from assign.formats import Format, parse_format
@@ -92,21 +96,30 @@ def format_named(name: str) -> Format:
 class Promotion:
     """Watches the low forward tensors of a plan while it trains; call :meth:`step` after each optimizer step.
 
-    Give it to everything that runs one plan in one training: ``apply(model, plan, promotion=promotion)``.
+    Give it to everything that runs one plan in one training: ``apply(model, plan, promotion=promotion)``. Where
+    ``torch.distributed`` is initialised, :meth:`step` is for all processes of the group to call.
 
     Attributes:
         plan: as promoted so far.
         promoted: every promotion, in order.
-        overflow: of each watched tensor, the share that overflowed when last measured.
+        overflow: of each watched tensor, the share that overflowed when last measured, over all processes.
 
     Args:
         every: steps between two measurements, the first step being one; None: the recipe's own; 0: never.
         threshold: share of overflowing elements at which a tensor is promoted.
+        group: the processes that train the model together; None: all of them.
     Raises:
         PlanError: ``every`` is negative, or ``threshold`` no share above 0 and up to 1.
     """
 
-    def __init__(self, plan: Assignment, *, every: int | None = None, threshold: float = THRESHOLD) -> None:
+    def __init__(
+        self,
+        plan: Assignment,
+        *,
+        every: int | None = None,
+        threshold: float = THRESHOLD,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         recipe = get_recipe(plan.recipe)
         every = recipe.promote_every if every is None else every
         if every < 0:
@@ -117,7 +130,7 @@ class Promotion:
         self.promoted: tuple[Promoted, ...] = ()
         self.overflow: dict[str, float] = {}
         self._recipe, self._every, self._threshold = recipe, every, threshold
-        self._start = plan
+        self._start, self._group = plan, group
         self._number = next(_NUMBERS)
         self._slots: dict[str, Slot] = {}
         self._steps = 0
@@ -142,8 +155,9 @@ class Promotion:
 
     def step(self) -> tuple[Promoted, ...]:
         """Promote what overflowed too often in the last forward pass; returns that."""
+        measured = self._measures()
         self._steps += 1
-        found = self._found()
+        found = self._found() if measured else ()
         for promoted in found:
             self._slots[promoted.key].promoted = True
         self._take(found)
@@ -170,25 +184,43 @@ class Promotion:
         return self._every > 0 and self._steps % self._every == 0
 
     def _found(self) -> tuple[Promoted, ...]:
-        seen = [slot for slot in self._slots.values() if slot.overflowed is not None]
-        counts = [slot.overflowed for slot in seen if slot.overflowed is not None]
-        if not counts:
-            return ()
-        ratios = [count / slot.elements for count, slot in zip(torch.stack(counts).tolist(), seen, strict=True)]
-        self.overflow.update({slot.key: ratio for slot, ratio in zip(seen, ratios, strict=True)})
-        for slot in seen:
-            slot.overflowed = None
+        ratios = self._ratios()
+        self.overflow.update(ratios)
         return tuple(
             Promoted(
                 step=self._steps,
-                key=slot.key,
+                key=key,
                 overflow_ratio=ratio,
-                from_format=slot.low.name,
-                to_format=slot.high.name,
+                from_format=self._slots[key].low.name,
+                to_format=self._slots[key].high.name,
             )
-            for slot, ratio in zip(seen, ratios, strict=True)
-            if ratio >= self._threshold and not slot.promoted
+            for key, ratio in ratios.items()
+            if ratio >= self._threshold and not self._slots[key].promoted
         )
+
+    def _ratios(self) -> dict[str, float]:
+        """Of each tensor rounded since the last look, in any process, the share that overflowed.
+
+        All processes send as many numbers, whatever each of them has run.
+        """
+        places = {key: place for place, key in enumerate(sorted(self._start.entries))}
+        counts = torch.zeros(2, len(places), dtype=torch.int64)
+        seen = [(slot, slot.overflowed) for slot in self._slots.values() if slot.overflowed is not None]
+        if seen:
+            at = [places[slot.key] for slot, _ in seen]
+            counts[0, at] = torch.stack([count for _, count in seen]).to("cpu", torch.int64)
+            counts[1, at] = torch.tensor([slot.elements for slot, _ in seen])
+        for slot, _ in seen:
+            slot.overflowed = None
+        overflowed, elements = several.sum_over_ranks(counts, self._group).tolist()
+        unknown = next((key for key, place in places.items() if elements[place] and key not in self._slots), None)
+        if unknown is not None:
+            raise PlanError(
+                f"Promotion: other processes have run {unknown!r}, this one has not, so that it cannot promote what "
+                "they do.\n  Allowed: step() after the same forward passes in every process of the group.\n"
+                "  Run the planned model in each of them, or give those that do a group of their own: group=."
+            )
+        return {key: overflowed[places[key]] / elements[places[key]] for key in self._slots if elements[places[key]]}
 
     def _take(self, found: tuple[Promoted, ...]) -> None:
         self.promoted += found

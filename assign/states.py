@@ -15,6 +15,7 @@ from torch import Tensor
 
 from assign.formats import BlockFormat, Format
 from assign.rounding import torch_dtype
+from assign.several import like_sharded, local_part
 from assign.stored import Library, Stored
 
 States = dict[str, Any]
@@ -32,7 +33,8 @@ def make_states(library: Library, parameter: Tensor, stored: Stored) -> States:
     states: States = {"step": torch.tensor(0.0)} if library is Library.TORCHAO else {}
     for name, fmt in stored.states.items():
         if isinstance(fmt, BlockFormat):
-            states[name] = _BLOCKED[fmt.name](parameter, fmt.block, not name.endswith("_sq"))
+            part = _BLOCKED[fmt.name](local_part(parameter), fmt.block, not name.endswith("_sq"))
+            states[name] = like_sharded(part, parameter)
         else:
             states[name] = torch.zeros_like(parameter, dtype=torch_dtype(fmt.carrier), requires_grad=False)
     return states
@@ -68,7 +70,8 @@ def restore(own: States, saved: Mapping[str, Any], parameter: Tensor) -> States:
 
 
 def count_changed(after: Tensor, before: Tensor) -> int:
-    """How many elements are not what they were; NaN stays NaN."""
+    """How many elements are not what they were, of sharded ones in this process; NaN stays NaN."""
+    after, before = local_part(after), local_part(before)
     wide = before.to(device=after.device, dtype=torch.float32)
     return int(((after.float() != wide) & ~wide.isnan()).sum())
 
@@ -76,7 +79,8 @@ def count_changed(after: Tensor, before: Tensor) -> int:
 def _widen(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    plain: Tensor = value.dequantize() if type(value).__module__.startswith("torchao.") else value
+    part: Any = local_part(value)
+    plain = like_sharded(part.dequantize(), value) if type(part).__module__.startswith("torchao.") else value
     return plain.float() if plain.is_floating_point() else plain
 
 

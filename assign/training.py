@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from assign import checkpoints
+from assign import checkpoints, several
 from assign.assignment import Assignment
 from assign.delayed import DelayedScales
 from assign.errors import DivergedError, PlanError, TaskError
@@ -159,10 +159,16 @@ def train(
         promote_every, promote_threshold: as in ``assign.Promotion``.
         update_rounding: of 16-bit masters, as in ``assign.optimizer``.
     Raises:
-        TaskError: the task does not keep to its interface, or the checkpoint cannot be used.
+        TaskError: the task does not keep to its interface, the checkpoint cannot be used, or several processes train.
         DivergedError: the loss is not finite, and ``raise_on_divergence``.
         PlanError, TraceError: as ``assign.apply``.
     """
+    if several.world_size() > 1:
+        raise TaskError(
+            f"train: this is one of {several.world_size()} processes, and each would train a model of its own on all "
+            "of the data.\n  Allowed: one process.\n  Start it without torchrun, or write the loop yourself, with "
+            "DistributedDataParallel(assign.apply(model, plan))."
+        )
     if resume and checkpoint is None:
         raise TaskError("train: resume=True needs checkpoint=, the file to go on from.")
     promotion = Promotion(plan, every=promote_every, threshold=promote_threshold) if plan else None

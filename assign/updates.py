@@ -4,8 +4,8 @@ Such a weight takes no update below half of its last bit: with bf16, any below 2
 update, and it alone, is rounded in one of three ways:
 
 * ``nearest``: as ``torch.optim`` does, what is lost is lost;
-* ``stochastic``: to either neighbour, so that the mean is kept; the random bits come from torch's generator, which must
-  be in the same state in all processes that are to hold the same weights;
+* ``stochastic``: to either neighbour, so that the mean is kept; the random bits come from torch's generator, where
+  several processes train one model from that of the first, so that all hold the same weights;
 * ``kahan``: to nearest, and what got lost is kept in a second 16-bit tensor and added to the next update.
 
 Everything else is arithmetic of the parameter's dtype: each operation, and each state, is rounded to nearest. A
@@ -16,6 +16,7 @@ bit. On CPU, Inductor does not vectorise them: there an eager step is the faster
 Source: arXiv 2010.06192 (the three updates); torch.optim (what is updated).
 """
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -28,6 +29,7 @@ from torch.optim import Optimizer
 from assign.errors import FormatError, nearest
 from assign.formats import parse_format
 from assign.rounding import quantize
+from assign.several import alike_by_chance, local_part
 
 COMPENSATION = "compensation"
 """The state in which Kahan's sum keeps what the weight itself could not take; negative, as in the paper."""
@@ -130,11 +132,17 @@ class _Optimizer16(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        with self._chance():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._update(parameter, group)
         return loss
+
+    def _chance(self) -> contextlib.AbstractContextManager[None]:
+        by_chance = any(group["rounding"] == UpdateRounding.STOCHASTIC for group in self.param_groups)
+        device = next(parameter.device for group in self.param_groups for parameter in group["params"])
+        return alike_by_chance(device) if by_chance else contextlib.nullcontext()
 
     def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
         if parameter.grad is not None and parameter.grad.is_sparse:
@@ -142,30 +150,30 @@ class _Optimizer16(Optimizer):
                 f"{type(self).__name__}: the gradient of a parameter of shape {list(parameter.shape)} is sparse.\n"
                 "  Allowed: dense gradients.\n  Make the layer with sparse=False."
             )
-        w = parameter.float()
+        stored = local_part(parameter)
+        w = stored.float()
         changes = self._changes(w, parameter, group)
         rounding = group["rounding"] if parameter.dtype in _NAMES else UpdateRounding.NEAREST
         if rounding == UpdateRounding.NEAREST:
             for change in changes:
                 w = _rounded(w + change, parameter.dtype)
-            parameter.copy_(w)
+            stored.copy_(w)
             return
         change = changes[0] if len(changes) == 1 else changes[0] + changes[1]
         if rounding == UpdateRounding.STOCHASTIC:
-            parameter.copy_(quantize(w + change, _BY_CHANCE[parameter.dtype], saturate=False, dtype=parameter.dtype))
+            stored.copy_(quantize(w + change, _BY_CHANCE[parameter.dtype], saturate=False, dtype=parameter.dtype))
             return
         compensation = self._state(parameter, COMPENSATION)
         w, rest = kahan_add(w, change, compensation.float(), parameter.dtype)
-        parameter.copy_(w)
+        stored.copy_(w)
         compensation.copy_(rest)
 
     def _state(self, parameter: Tensor, name: str) -> Tensor:
-        """The parameter's state of that name, in its dtype; made of zeros."""
+        """The parameter's state of that name, in its dtype; made of zeros. Of a sharded one, what is here."""
         state = self.state[parameter]
         if name not in state:
             state[name] = torch.zeros_like(parameter)
-        found: Tensor = state[name]
-        return found
+        return local_part(state[name])
 
 
 class SGD(_Optimizer16):
@@ -201,7 +209,7 @@ class SGD(_Optimizer16):
 
     def _changes(self, w: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, ...]:
         assert parameter.grad is not None
-        grad, dtype, momentum = parameter.grad.float(), parameter.dtype, group["momentum"]
+        grad, dtype, momentum = local_part(parameter.grad).float(), parameter.dtype, group["momentum"]
         if group["weight_decay"] != 0:
             grad = _rounded(grad + w * group["weight_decay"], dtype)
         if momentum != 0:
@@ -253,7 +261,7 @@ class AdamW(_Optimizer16):
     def _changes(self, w: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, ...]:
         assert parameter.grad is not None
         (beta1, beta2), dtype, lr = group["betas"], parameter.dtype, group["lr"]
-        grad, step = parameter.grad.float(), self._count(parameter)
+        grad, step = local_part(parameter.grad).float(), self._count(parameter)
         mean, square = self._state(parameter, "exp_avg"), self._state(parameter, "exp_avg_sq")
         first = _rounded(mean.float() + (grad - mean.float()) * (1 - beta1), dtype)
         second = _rounded(_rounded(square.float() * beta2, dtype) + grad * grad * (1 - beta2), dtype)

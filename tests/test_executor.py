@@ -465,3 +465,22 @@ def test_gradients_of_another_dtype_add_up_over_batches():
     for parameter, gradient in zip(model.parameters(), once, strict=True):
         assert parameter.grad.dtype == torch.bfloat16
         assert torch.equal(parameter.grad, gradient * 2)
+
+
+def test_hooks_run_once_in_each_forward_pass_whenever_they_are_registered():
+    model, batch = MLP(), vectors()
+    planned = apply(model, everything(traced(model, batch), "bf16"), backend="eager")
+    seen = []
+    planned(batch[0])
+    handles = [
+        model.register_forward_pre_hook(lambda *_: seen.append("before")),
+        model.first.register_forward_hook(lambda *_: seen.append("inside")),
+        planned.register_forward_hook(lambda *_: seen.append("behind")),
+    ]
+    for _ in range(2):
+        planned(batch[0])
+    assert seen == ["before", "inside", "behind"] * 2
+    for handle in handles:
+        handle.remove()
+    planned(batch[0])
+    assert len(seen) == 6

@@ -7,6 +7,7 @@ flag. Only calling it differs: the call is captured, marked, packed and compiled
 
 import contextlib
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assign import _torch
+from assign import _torch, several
 from assign.assignment import Assignment, Entry
 from assign.capture import Capture, Loss, call_model, compile_step
 from assign.delayed import DelayedScales
@@ -44,6 +45,10 @@ def apply(
     float32. What is called outside the module (a loss on its output) runs as usual: entries under ``loss/`` need
     :func:`planned_step`. The optimizer's states follow the plan by :func:`assign.optimizer`.
 
+    The planned module goes into ``DistributedDataParallel`` or, for gradients stored in another dtype than their
+    masters, :func:`assign.data_parallel`; or ``fully_shard`` shards it, or has sharded the model before, if masters are
+    in float32. See :mod:`assign.several`.
+
     Args:
         model: in float32. It can still be called without the plan, unless its parameters are in 16 bit now.
         backend: ``inductor`` (compiled, fast) or ``eager`` (no compiler needed, exact memory, slower rounding).
@@ -53,14 +58,12 @@ def apply(
         PlanError: the plan belongs to another model; names the nearest keys. Or the promotion to another plan.
         TraceError: the model is not in float32; or, at the first call, it breaks the graph.
     """
-    check_storable(model, plan)
-    _check_parameters_named(model, plan)
-    store_parameters(model, plan)
+    _store(model, plan)
     compiled = _compile(model, call_model, plan, Backend(_known(backend)), promotion, scales)
     original = type(model)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return compiled(*args, **kwargs)
+        return compiled(self, *args, **kwargs)
 
     def current(_self: nn.Module) -> Assignment:
         return promotion.plan if promotion else plan
@@ -75,6 +78,8 @@ def apply(
     planned: nn.Module = _share(
         model, type(original.__name__, (original,), {**body, "__module__": original.__module__})
     )
+    if several.is_several():
+        _torch.share_fsdp_state(model, planned)
     return planned
 
 
@@ -128,13 +133,22 @@ def planned_step(
 ) -> Callable[[Any], Tensor]:
     """``step(batch)`` → loss, with the loss in the same graph as the model, so that the plan covers it too.
 
+    ``DistributedDataParallel`` reduces gradients only of what is called through it: there, use :func:`apply`.
+
     Raises:
         PlanError, TraceError: as for :func:`apply`.
     """
+    _store(model, plan)
+    return functools.partial(_compile(model, loss, plan, Backend(_known(backend)), promotion, scales), model)
+
+
+def _store(model: nn.Module, plan: Assignment) -> None:
+    """Make sure that the plan is the model's, and give parameters and gradients their dtypes."""
+    several.check_one_module(model)
     check_storable(model, plan)
     _check_parameters_named(model, plan)
+    several.check_sharded(model, plan)
     store_parameters(model, plan)
-    return _compile(model, loss, plan, Backend(_known(backend)), promotion, scales)
 
 
 def _compile(
@@ -145,6 +159,7 @@ def _compile(
     promotion: Promotion | None,
     scales: DelayedScales | None,
 ) -> Callable[..., Any]:
+    """``call(module, …)`` → ``loss(model, …)`` under the plan; ``module`` is what the user calls."""
     if promotion is not None and not promotion.watches(plan):
         raise PlanError(
             "apply: the promotion was made for another plan. Make one for this plan: Promotion(plan), and give it to "
@@ -169,12 +184,12 @@ def _compile(
             _torch.drop_input(capture.graph, tap.node)
         return (lambda *inputs: run(*inputs, *taps_of(inputs))) if taps else run
 
-    compiled = compile_step(_plain(model, type(model)), loss, receive)
+    compiled = several.around(compile_step(_plain(model, type(model)), loss, receive), plan)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         delayed.begin(torch.is_grad_enabled())
         with torch.autocast(_device_type(model), enabled=False):  # the plan decides, not an autocast around it
-            return compiled(*args, **kwargs)
+            return compiled(module, *args, **kwargs)
 
     return call
 
