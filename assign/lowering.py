@@ -48,6 +48,9 @@ SIXTEEN_BIT = MATRIX_PRODUCTS | frozenset(
 )  # fmt: skip
 """Operators that torch computes on 16-bit tensors with float32 inside, on CPU and CUDA alike."""
 
+FLOAT32_INSIDE = frozenset({"scaled_dot_product_attention"})
+"""Operators that torch takes apart where no fused kernel fits, as attention with dropout; float32 between the parts."""
+
 FLOAT32_PARAMETERS = frozenset({"batch_norm", "instance_norm"})
 """Operators whose kernels take 16-bit values beside float32 scales and running statistics."""
 

@@ -8,7 +8,7 @@ Time has four slots per operator: decoding what it reads, widening what it reads
 narrowing of what it made and the encoding of what it was the last to read.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,10 +168,18 @@ class Replay:
         self._lowered = Lowered(table, entries)
         self._narrowed = self._lowered.narrowed
         self._resident = resident(table, entries)
+        self._apart = self._find_apart()
         self._reads = self._index_reads()
         self._alias = self._find_aliases()
         for number, event in enumerate(self.schedule.events):
             self._replay_event(number, event)
+
+    def _find_apart(self) -> frozenset[str]:
+        """Operators that compute in several steps, in float32 between them whatever they are asked for."""
+        rows = self.table.by_key
+        inside = [e.op for e in self.schedule.events if e.op in rows and rows[e.op].op in lowering.FLOAT32_INSIDE]
+        forward = Counter(e.op for e in self.schedule.events if not e.backward)
+        return frozenset(op for op in inside if forward[op] > 1)
 
     def _index_reads(self) -> dict[int, list[int]]:
         reads: dict[int, list[int]] = defaultdict(list)
@@ -259,7 +267,7 @@ class Replay:
             self._add(start, max(self._last_slot(info, end), start), size, key, role)
             return
         last = max((n for n in readers if not self.schedule.events[n].backward), default=number)
-        held = self._held_by(buffer)
+        held = "" if event.op in self._apart else self._held_by(buffer)
         moved = self._narrowed and held != "" and not self._marks(buffer, event)
         if moved or (is_mark and self._is_source_resident(held)):
             self._add(start, self._last_slot(info, last), size, key, role)
@@ -313,6 +321,8 @@ class Replay:
         if info.holds.endswith(".grad"):
             forward = base_key(info.holds)
             dtype = self._kept(forward) if is_mark else self._lowered.carrier(forward)
+        elif event.op in self._apart:
+            dtype = lowering.FLOAT32
         elif info.holds:
             dtype = self._lowered.carrier(info.holds)
         else:

@@ -5,7 +5,7 @@ in the dtype that was asked for: rounded once, as by float32 arithmetic, but for
 
 * *bf16*: float32 matrices whose elements bf16 holds. On CUDA a bf16 product with a float32 result; on a CPU oneDNN's
   float32 product, told that it may multiply in bf16.
-* *fp8*: the codes of two 8-bit matrices and their scales, through ``torch._scaled_mm``.
+* *fp8*: the codes of two 8-bit matrices and their scales, through torch's scaled product of float8 matrices.
 """
 
 import torch
