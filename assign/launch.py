@@ -7,7 +7,7 @@ One compilation per kernel and pair of dtypes serves every format. On a CPU narr
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -142,6 +142,23 @@ def count_at_least(x: Tensor, threshold: float) -> Tensor:
     return count
 
 
+@torch.no_grad()
+def run_rows(kernel: Callable[..., None], tensors: Sequence[Tensor], rest: Callable[[int], Sequence[Tensor]]) -> None:
+    """``kernel(*tensors, *rest(0))``, which works row by row and writes into some of ``tensors``.
+
+    Args:
+        kernel: one function each for those dtypes and lengths of a row; it stays in memory.
+        tensors: with one length of the first axis, the rows.
+        rest: the other arguments for rows from a number on; their shapes are always the same.
+    """
+    first = tensors[0]
+    compiled = _compiled_rows(kernel, len(tensors), first.dtype, first.device)
+    if not _ran_compiled(first, compiled, lambda: compiled(*tensors, *rest(0))):
+        count = max((_PIECE if first.device.type == "cpu" else _DEVICE_PIECE) // first.shape[1], 1)
+        for start in range(0, first.shape[0], count):
+            kernel(*(each[start : start + count] for each in tensors), *rest(start))
+
+
 # ---- what is compiled: functions that write into their second argument, for any length of the first two
 
 
@@ -161,7 +178,7 @@ class _Lazy:
 
     def __call__(self, *args: Tensor) -> None:
         if self._compiled is None:
-            lengths = [torch.zeros(_LENGTH, dtype=each.dtype, device=each.device) for each in args[: self._varying]]
+            lengths = [each.new_zeros((_LENGTH, *each.shape[1:])) for each in args[: self._varying]]
             examples = [*lengths, *args[self._varying :]]
             self._compiled = _torch.compile_kernel(self._function, examples, self._varying)
         self._compiled(*args)
@@ -203,6 +220,11 @@ def _compiled_scale(source: torch.dtype, count: int, device: torch.device) -> _L
         out.copy_(power_of_two(_largest_of(split(x, source, count)), limits.unbind()))
 
     return _Lazy(store, 1)
+
+
+@functools.cache
+def _compiled_rows(kernel: Callable[..., None], varying: int, _dtype: torch.dtype, _device: torch.device) -> _Lazy:
+    return _Lazy(kernel, varying)
 
 
 @functools.cache

@@ -19,18 +19,18 @@ Each kernel is written once, in plain torch, over a few numbers taken from the f
 by :mod:`assign.launch`.
 """
 
-import inspect
-from collections.abc import Callable
+import zlib
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from assign.errors import FormatError
 from assign.formats import FORMATS, Format, Scaling, parse_format
 from assign.kernels import WIDTH, coding, quantizing, scale_limits
 from assign.launch import count_at_least, find_scale, run, run_scaled
 from assign.promotion import find_slot, format_named
+from assign.registry import register
 
 _FLOATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"], torch.float16: FORMATS["fp16"]}
 
@@ -42,10 +42,15 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _key(seed: Tensor, stream: int) -> Tensor:
+def key_of(seed: Tensor, stream: int) -> Tensor:
     """The two words that random bits are made from: int64 [2]."""
     seed = seed.reshape(())
     return torch.stack((seed & 0xFFFFFFFF, (seed >> 32) + stream))
+
+
+def stream_of(key: str) -> int:
+    """A number for the tensor ``key``: which random bits it has under a seed that others share."""
+    return zlib.crc32(key.encode())
 
 
 def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
@@ -108,7 +113,7 @@ def _round(
     if fmt.stochastic:
         if seed is None:
             raise FormatError(f"{fmt.name!r} needs a seed, and none was given.\n  Take it from draw_seed().")
-        return run(quantizing(fmt, saturate), x, scale, dtype, _key(seed, stream), out=out)
+        return run(quantizing(fmt, saturate), x, scale, dtype, key_of(seed, stream), out=out)
     if scale is None and fmt.native == fmt.code_dtype:
         cast = _cast(x, fmt, saturate, dtype)
         return cast if out is None else out.copy_(cast)
@@ -148,16 +153,6 @@ def _seed(device: torch.device) -> Tensor:
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
 
 
-def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any], mutates: str = "") -> None:
-    """Make ``function`` the operator ``assign::name``, on every device; ``fake`` says what comes out, without data."""
-    schema = library.infer_schema(function, mutates_args=(mutates,) if mutates else ())
-    tags = [torch.Tag.flexible_layout, *([torch.Tag.nondeterministic_seeded] if function is _seed else [])]
-    library.define(f"assign::{name}", schema, tags=tags)
-    library.impl(f"assign::{name}", "CompositeExplicitAutograd", function)
-    names = inspect.signature(function)
-    library.register_fake(f"assign::{name}", lambda *args, **kwargs: fake(**names.bind(*args, **kwargs).arguments))
-
-
 def _scalar(x: Tensor, **_rest: Any) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
@@ -170,14 +165,14 @@ def _codes_like(x: Tensor, format: str, **_rest: Any) -> Tensor:
     return torch.empty_like(x, dtype=torch_dtype(format_named(format).code_dtype))
 
 
-_register("quantize", _quantize, _like)
-_register("quantize_", _quantize_in_place, lambda **_: None, "x")
-_register("scale", _scale, _scalar)
-_register("scale_quantize", _scale_quantize, lambda x, **rest: (_like(x, **rest), _scalar(x)))
-_register("scale_quantize_", _scale_quantize_in_place, _scalar, "x")
-_register("encode", _encode, _codes_like)
-_register("decode", _decode, lambda codes, dtype, **_: _like(codes, dtype))
-_register("seed", _seed, lambda device: torch.empty((), dtype=torch.int64, device=device))
+register("quantize", _quantize, _like)
+register("quantize_", _quantize_in_place, lambda **_: None, "x")
+register("scale", _scale, _scalar)
+register("scale_quantize", _scale_quantize, lambda x, **rest: (_like(x, **rest), _scalar(x)))
+register("scale_quantize_", _scale_quantize_in_place, _scalar, "x")
+register("encode", _encode, _codes_like)
+register("decode", _decode, lambda codes, dtype, **_: _like(codes, dtype))
+register("seed", _seed, lambda device: torch.empty((), dtype=torch.int64, device=device), draws=True)
 
 
 # ---- the same for people, with their arguments checked

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from assign.errors import FormatError, PlanError
-from assign.formats import FORMATS, ITEM_BYTES, STATE_FORMATS, BlockFormat, Format, parse_format
+from assign.formats import FORMATS, ITEM_BYTES, STATE_FORMATS, BlockFormat, Format, Scaling, parse_format
 from assign.tensors import Role, Schedule, TensorInfo, TensorTable, grad_key, master_key, state_key, stored_grad_key
 
 StateFormat = Format | BlockFormat
@@ -122,6 +122,13 @@ def is_stored(row: TensorInfo) -> bool:
 def bytes_of(fmt: StateFormat, elements: int) -> int:
     """Bytes of a stored tensor, scales included."""
     return fmt.bytes_of(elements) if isinstance(fmt, BlockFormat) else elements * item_bytes(fmt)
+
+
+def waiting_bytes(fmt: StateFormat, elements: int) -> int:
+    """Bytes of a copy that waits for the backward pass, scales included."""
+    if isinstance(fmt, BlockFormat):
+        return fmt.bytes_of(elements)
+    return elements * fmt.code_bytes + (0 if fmt.scaling is Scaling.NONE else ITEM_BYTES["float32"])
 
 
 def item_bytes(fmt: Format) -> int:

@@ -21,6 +21,7 @@ from assign.promotion import find_slot
 
 _QUANTIZE = torch.ops.assign.quantize.default
 _SCALE = torch.ops.assign.scale.default
+_DECODE_BLOCKS = torch.ops.assign.decode_blocks.default
 _SCALE_QUANTIZE = torch.ops.assign.scale_quantize.default
 
 
@@ -45,7 +46,7 @@ def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
         pack(joint, plan)
         reuse_grids(joint.graph)
         for node in joint.graph.nodes:
-            if node.target in (*_CASTS, _SCALE) and _torch.is_backward(node):
+            if node.target in (*_CASTS, _SCALE, _DECODE_BLOCKS) and _torch.is_backward(node):
                 _torch.pin_backward(node)
         return _fused(split(joint))
 

@@ -1,0 +1,26 @@
+"""Our own operators: what makes a function one that graphs hold and compilers leave alone."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import library
+
+
+def register(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], mutates: str = "", draws: bool = False
+) -> None:
+    """Make ``function`` the operator ``assign::name``, on every device.
+
+    Args:
+        fake: what comes out, without data: called with the same arguments, by name.
+        mutates: the argument that it writes into.
+        draws: it draws from torch's generator.
+    """
+    schema = library.infer_schema(function, mutates_args=(mutates,) if mutates else ())
+    tags = [torch.Tag.flexible_layout, *([torch.Tag.nondeterministic_seeded] if draws else [])]
+    library.define(f"assign::{name}", schema, tags=tags)
+    library.impl(f"assign::{name}", "CompositeExplicitAutograd", function)
+    names = inspect.signature(function)
+    library.register_fake(f"assign::{name}", lambda *args, **kwargs: fake(**names.bind(*args, **kwargs).arguments))
