@@ -17,6 +17,8 @@ them is pure Python and never imports torch.
 ``stored``            what stays between steps: masters, stored gradients, optimizer states; who can keep them
 ``rounding``          quantize, encode, decode as registered torch operators; ``kernels``: their arithmetic;
                       ``launch``: how it is run, compiled or not; ``words``: narrow elements, several to an integer
+``blocks``            what waits for the backward pass in a few bits, with a scale per block; ``finiteness``: which
+                      tensors must not; ``registry``: a function made an operator
 ``promotion``         formats that change while training: low tensors that overflow go back to high
 ``executor``          mark → pack → compile → apply: a plan made to run
 ``optimizers``        optimizers whose states follow a plan, from three libraries; ``states``: each one's form of them

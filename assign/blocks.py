@@ -1,23 +1,22 @@
 """Block formats: how a copy waits for the backward pass in a few bits per element, and the operators that do it.
 
-The elements of a tensor, in an order of its axes that the caller gives (for memory's sake, that of its memory), are cut
-into blocks. What stands for a tensor is one flat uint8 tensor: the codes of all blocks, then what each block shares; the
-last block is filled up with copies of the last element. With fewer than 8 bits, byte ``j`` of a block holds the codes
-of elements ``j``, ``j + w``, ``j + 2w``, … for a block of ``w`` bytes, lowest bits first.
+The elements of a tensor, in an order of its axes that the caller gives (that of its memory, for speed), are cut into
+blocks. What stands for a tensor is one flat uint8 tensor: the codes of all blocks, then what each block shares. The
+last block is filled up with copies of the last element. With fewer than 8 bits, byte ``j`` of a block of ``w`` bytes
+holds the codes of the elements ``j``, ``j + w``, ``j + 2w``, …, lowest bits first.
 
-* Integers: ``x ≈ minimum + code · scale``. The minimum is rounded down to bf16 and then the scale up, so that nothing is
-  clipped and every error is at most half a step (a whole one by chance) of the block's range so rounded.
+* Integers: ``x ≈ minimum + code · scale``. The minimum is rounded down to bf16, and then the scale up: nothing is
+  clipped, and every error is at most half a step of the block's range so widened (by chance: less than a whole one).
 * ``e4m3:block64``: ``x ≈ element · scale``, the scale rounded up to bf16, so that nothing is clipped.
 * ``mxfp8``, ``mxfp4``: the power of two is the largest one in the block over the largest one that an element has, and
-  elements beyond the largest value saturate (OCP MX 1.0, section 6.3). By chance it is the smallest with which none does.
-* Scales below 2^-126 are 2^-126 (2^-127 for the mx formats). Zeros are exact, but where a block of integers has values
-  below zero too.
-* A block with a value that is not finite, or of integers whose range no bf16 holds, comes back all NaN.
+  elements beyond the largest value saturate (OCP MX 1.0, section 6.3); by chance it is the smallest with which none is.
+* No scale is below 2^-126 (mx: 2^-127). Zeros are exact, but in a block of integers with values below zero.
+* A block with a value that is not finite, or of integers whose range float32 does not hold, comes back all NaN.
 * With ``:sr`` the mean of what comes back is the value itself, to 2^-22 of it. As in :mod:`assign.rounding` chance is a
-  function of a seed, a number for the tensor and the element's place, here in the order given.
+  function of a seed, of a number for the tensor, and of the element's place, here in the order given.
 
 Kernels are plain torch in float32; :mod:`assign.launch` runs them. On a CPU tensors in 16 bit are widened piece by
-piece: from 16-bit elements a compiler makes loops of several times the time.
+piece: of 16-bit elements a compiler makes loops that take several times as long.
 """
 
 import functools
@@ -228,7 +227,7 @@ def _keyed(key: Tensor | None, block: int, first: int, row: int) -> tuple[Tensor
 
 
 @torch.no_grad()
-def _encode_blocks(x: Tensor, format: str, order: Sequence[int], seed: Tensor | None = None, stream: int = 0) -> Tensor:
+def _encode_blocks(x: Tensor, format: str, order: list[int], seed: Tensor | None = None, stream: int = 0) -> Tensor:
     fmt = block_format(format)
     key = None
     if fmt.stochastic:
@@ -244,9 +243,7 @@ def _encode_blocks(x: Tensor, format: str, order: Sequence[int], seed: Tensor | 
 
 
 @torch.no_grad()
-def _decode_blocks(
-    codes: Tensor, format: str, size: Sequence[int], order: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def _decode_blocks(codes: Tensor, format: str, size: list[int], order: list[int], dtype: torch.dtype) -> Tensor:
     fmt = block_format(format)
     x = torch.empty_permuted(size, order, dtype=dtype, device=codes.device)
     whole = codes.contiguous() if codes.storage_offset() % 2 == 0 else codes.clone()  # bf16 begins at even bytes
@@ -260,7 +257,7 @@ def _codes_of(x: Tensor, format: str, **_rest: Any) -> Tensor:
     return x.new_empty((block_format(format).bytes_of(x.numel()),), dtype=torch.uint8)
 
 
-def _values_of(codes: Tensor, size: Sequence[int], order: Sequence[int], dtype: torch.dtype, **_rest: Any) -> Tensor:
+def _values_of(codes: Tensor, size: list[int], order: list[int], dtype: torch.dtype, **_rest: Any) -> Tensor:
     return torch.empty_permuted(size, order, dtype=dtype, device=codes.device)
 
 
@@ -318,7 +315,7 @@ def encode_blocks(x: Tensor, format: str, *, seed: Tensor | None = None) -> Tens
 
 
 def decode_blocks(codes: Tensor, format: str, like: Tensor) -> Tensor:
-    """What :func:`encode_blocks` made of a tensor with the shape and the strides of ``like``: a fresh one, in its dtype.
+    """What :func:`encode_blocks` made codes of: a fresh tensor with shape, dtype and order of memory of ``like``.
 
     Raises:
         FormatError: an unknown format, a dtype that does not fit, or codes of another format or shape.
@@ -338,4 +335,6 @@ def decode_blocks(codes: Tensor, format: str, like: Tensor) -> Tensor:
 def _check_dtype(dtype: torch.dtype, fmt: BlockFormat) -> None:
     if dtype not in _DTYPES:
         allowed = ", ".join(map(str, _DTYPES))
-        raise FormatError(f"{fmt.name!r} does not stand for {dtype}.\n  Allowed: {allowed}.\n  Convert the tensor first.")
+        raise FormatError(
+            f"{fmt.name!r} does not stand for {dtype}.\n  Allowed: {allowed}.\n  Convert the tensor first."
+        )

@@ -299,10 +299,10 @@ STATE_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
 
 
 def _integers(bits: int) -> BlockFormat:
-    """``2^bits`` equal steps from the block's minimum to its maximum. Source: arXiv 2104.14129 (there blocks of 256)."""
+    """``2^bits`` values from the block's minimum to its maximum. Source: arXiv 2104.14129, there with blocks of 256."""
     return BlockFormat(
         name=f"int{bits}:block64",
-        code=f"{2**bits} equal steps from minimum to maximum",
+        code=f"{2**bits} values from minimum to maximum",
         bits=bits,
         block=64,
         shared=Shared.MINIMUM,

@@ -152,9 +152,9 @@ class _Packer:
 
     def _seed(self, device: torch.device) -> fx.Node:
         """The node that draws the graph's seed; made where the graph begins if no mark needed one."""
-        drawn = self.graph.find_nodes(op="call_function", target=_SEED)
-        if drawn:
-            return next(iter(drawn))
+        drawn: fx.Node | None = next((node for node in self.graph.nodes if node.target is _SEED), None)
+        if drawn is not None:
+            return drawn
         begin = next(node for node in self.graph.nodes if node.op != "placeholder")
         return self._call(_SEED, (device,), begin, before=begin, backward=False)
 
