@@ -11,12 +11,13 @@ holds the codes of the elements ``j``, ``j + w``, ``j + 2w``, …, lowest bits f
 * ``mxfp8``, ``mxfp4``: the power of two is the largest one in the block over the largest one that an element has, and
   elements beyond the largest value saturate (OCP MX 1.0, section 6.3); by chance it is the smallest with which none is.
 * No scale is below 2^-126 (mx: 2^-127). Zeros are exact, but in a block of integers with values below zero.
-* A block with a value that is not finite, or of integers whose range float32 does not hold, comes back all NaN.
+* A block with a value that is not finite, or of integers whose range float32 does not hold, comes back all NaN. What
+  16 bits do not hold any more comes back as their largest number; beyond 2^127, float32 may come back infinite.
 * With ``:sr`` the mean of what comes back is the value itself, to 2^-22 of it. As in :mod:`assign.rounding` chance is a
   function of a seed, of a number for the tensor, and of the element's place, here in the order given.
 
-Kernels are plain torch in float32; :mod:`assign.launch` runs them. On a CPU tensors in 16 bit are widened piece by
-piece: of 16-bit elements a compiler makes loops that take several times as long.
+Kernels are plain torch in float32; :mod:`assign.launch` runs them. Tensors in 16 bit are widened piece by piece: of
+16-bit elements a compiler for CPUs makes loops that take several times as long.
 """
 
 import functools
@@ -35,7 +36,7 @@ from assign.rounding import draw_seed, key_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_SCALE = 2.0**-126  # its inverse is a float32
-_PIECE = 2**16  # elements that are widened at a time: float32 copies stay in the processor's cache
+_PIECE, _DEVICE_PIECE = 2**16, 2**22  # elements widened at a time: float32 copies stay in the processor's cache
 
 Kernel = Callable[..., None]
 
@@ -135,7 +136,7 @@ def _elements(steps: Tensor, element: Format, random: Tensor | None) -> Tensor:
 
 @functools.cache
 def _encoder(fmt: BlockFormat) -> Kernel:
-    """``(x [n, block], codes [n, bytes], shared int32 [n] each, key)``: writes codes and what is shared."""
+    """``(x float32 [n, block], codes [n, bytes], shared int32 [n] each, key)``: writes codes and what is shared."""
     levels, count = (1 << fmt.bits) - 1, 8 // fmt.bits
     element = fmt.element
     carry = scale_limits(element)[0] if element and fmt.stochastic else 0
@@ -150,7 +151,7 @@ def _encoder(fmt: BlockFormat) -> Kernel:
         return [random_bits_at(part, key) for part in numbers.view(shape).unbind(1)]
 
     def encode(x: Tensor, codes: Tensor, *rest: Tensor) -> None:
-        steps, *shared = share(x.to(torch.float32))
+        steps, *shared = share(x)
         steps = steps.view(x.shape[0], count, -1)
         random = chance(rest[-1], steps.shape) if fmt.stochastic else [None] * count
         found = [
@@ -166,7 +167,7 @@ def _encoder(fmt: BlockFormat) -> Kernel:
 
 @functools.cache
 def _decoder(fmt: BlockFormat) -> Kernel:
-    """``(x [n, block], codes [n, bytes], shared float32 [n] each)``: writes ``x``."""
+    """``(x float32 [n, block], codes [n, bytes], shared float32 [n] each)``: writes ``x``."""
     mask = (1 << fmt.bits) - 1
 
     def decode(x: Tensor, codes: Tensor, scale: Tensor, *low: Tensor) -> None:
@@ -210,15 +211,17 @@ def _run_blocks(
     kernel: Kernel, values: Tensor, parts: Sequence[Tensor], key: Tensor | None, *, first: int, writes: bool
 ) -> None:
     """The same on values [n, block], of which the first is block number ``first`` of the tensor."""
-    widened = values.device.type == "cpu" and values.dtype != torch.float32
-    count = max(_PIECE // values.shape[1] if widened else values.shape[0], 1)
+    is_wide = values.dtype == torch.float32
+    most = values.numel() if is_wide else _PIECE if values.device.type == "cpu" else _DEVICE_PIECE
+    count = max(most // values.shape[1], 1)
     for start in range(0, values.shape[0], count):
         piece = values[start : start + count]
-        wide = piece.to(torch.float32) if widened else piece
+        wide = piece.to(torch.float32)
         own = [part[start : start + len(piece)] for part in parts]
         run_rows(kernel, (wide, *own), functools.partial(_keyed, key, values.shape[1], first + start))
-        if widened and writes:
-            piece.copy_(wide)
+        if writes and not is_wide:
+            limit = torch.finfo(values.dtype).max
+            piece.copy_(wide.clamp_(-limit, limit))
 
 
 def _keyed(key: Tensor | None, block: int, first: int, row: int) -> tuple[Tensor, ...]:
@@ -237,7 +240,7 @@ def _encode_blocks(x: Tensor, format: str, order: list[int], seed: Tensor | None
     codes = torch.empty(fmt.bytes_of(x.numel()), dtype=torch.uint8, device=x.device)
     packed, stored = _parts(codes, fmt)
     shared = torch.empty_like(stored, dtype=torch.int32)
-    _run(_encoder(fmt), fmt.block, x.permute(*order).reshape(-1), (packed, *shared), key, writes=False)
+    _run(_encoder(fmt), fmt.block, x.permute(order).reshape(-1), (packed, *shared), key, writes=False)
     stored.copy_(shared)
     return codes
 
@@ -249,7 +252,7 @@ def _decode_blocks(codes: Tensor, format: str, size: list[int], order: list[int]
     whole = codes.contiguous() if codes.storage_offset() % 2 == 0 else codes.clone()  # bf16 begins at even bytes
     packed, stored = _parts(whole, fmt)
     shared = _from_power(stored) if fmt.shared is Shared.E8M0 else _from_bf16(stored)
-    _run(_decoder(fmt), fmt.block, x.permute(*order).view(-1), (packed, *shared), None, writes=True)
+    _run(_decoder(fmt), fmt.block, x.permute(order).view(-1), (packed, *shared), None, writes=True)
     return x
 
 
