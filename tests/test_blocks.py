@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import operator
 import re
 
 import pytest
@@ -383,9 +384,10 @@ def test_only_codes_cross_into_the_backward_pass(graphs):
     others = [node for node in outputs if node not in codes and node.op == "call_function"]
     assert all(node.meta["val"].numel() < largest / 8 for node in others)  # statistics of the norms, the loss
     order = {node: i for i, node in enumerate(forward.graph.nodes)}
-    for node in codes:  # right behind the last reader: nothing between them but other copies' codes
-        last = max(order[reader] for reader in readers(node.args[0]) if reader is not node)
-        assert all(other.target is node.target for other in [*forward.graph.nodes][last + 1 : order[node]])
+    for node in codes:  # right behind the last reader: between them only that one's parts, and other copies' codes
+        last = max(order[reader] for reader in readers(node.args[0]))
+        between = [*forward.graph.nodes][last + 1 : order[node]]
+        assert all(other.target in (node.target, operator.getitem) for other in between)
     place = {node: i for i, node in enumerate(backward.graph.nodes)}
     decoded = backward.graph.find_nodes(op="call_function", target=DECODE)
     assert len([*decoded]) == len(codes)
