@@ -16,7 +16,7 @@ holds the codes of the elements ``j``, ``j + w``, ``j + 2w``, …, lowest bits f
 * With ``:sr`` the mean of what comes back is the value itself, to 2^-22 of it. As in :mod:`assign.rounding` chance is a
   function of a seed, of a number for the tensor, and of the element's place, here in the order given.
 
-Kernels are plain torch in float32; :mod:`assign.launch` runs them. Tensors in 16 bit are widened piece by piece: of
+Kernels are plain torch in float32; :mod:`assign.launch` runs them, piece by piece. So are tensors in 16 bit widened: of
 16-bit elements a compiler for CPUs makes loops that take several times as long.
 """
 
@@ -36,7 +36,7 @@ from assign.rounding import draw_seed, key_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_SCALE = 2.0**-126  # its inverse is a float32
-_PIECE, _DEVICE_PIECE = 2**16, 2**22  # elements widened at a time: float32 copies stay in the processor's cache
+_PIECE, _DEVICE_PIECE = 2**16, 2**22  # elements at a time: temporaries are small, and stay in a processor's cache
 
 Kernel = Callable[..., None]
 
@@ -69,8 +69,9 @@ def _steps(x: Tensor, inverse: Tensor, finite: Tensor) -> Tensor:
 
 def _share_range(x: Tensor, levels: int) -> tuple[Tensor, ...]:
     low, high = x.amin(1), x.amax(1)
-    known = high - low < torch.inf  # bits of a NaN may be any: they are not to be rounded
-    low, high = _round_down(torch.where(known, low, 0.0)), torch.where(known, high, torch.inf)
+    known = high - low < torch.inf
+    # what compiled code may do otherwise: the sign of a zero among zeros of both, and the bits of a NaN
+    low, high = _round_down(torch.where(known & (low != 0), low, 0.0)), torch.where(known, high, torch.inf)
     scale = _round_up(((high - low) * (1 / levels)).clamp(min=_SMALLEST_SCALE))
     finite = scale < torch.inf
     return _steps(x - low.unsqueeze(1), scale.reciprocal(), finite), _as_bf16(scale, finite), _as_bf16(low, finite)
@@ -211,16 +212,15 @@ def _run_blocks(
     kernel: Kernel, values: Tensor, parts: Sequence[Tensor], key: Tensor | None, *, first: int, writes: bool
 ) -> None:
     """The same on values [n, block], of which the first is block number ``first`` of the tensor."""
-    is_wide = values.dtype == torch.float32
-    most = values.numel() if is_wide else _PIECE if values.device.type == "cpu" else _DEVICE_PIECE
-    count = max(most // values.shape[1], 1)
+    most = _PIECE if values.device.type == "cpu" else _DEVICE_PIECE
+    count = most // values.shape[1]
     for start in range(0, values.shape[0], count):
         piece = values[start : start + count]
         wide = piece.to(torch.float32)
         own = [part[start : start + len(piece)] for part in parts]
         run_rows(kernel, (wide, *own), functools.partial(_keyed, key, values.shape[1], first + start))
-        if writes and not is_wide:
-            limit = torch.finfo(values.dtype).max
+        if writes and wide.dtype != piece.dtype:
+            limit = torch.finfo(piece.dtype).max
             piece.copy_(wide.clamp_(-limit, limit))
 
 
