@@ -14,10 +14,11 @@ holds the codes of the elements ``j``, ``j + w``, ``j + 2w``, …, lowest bits f
 * A block with a value that is not finite, or of integers whose range float32 does not hold, comes back all NaN. What
   16 bits do not hold any more comes back as their largest number; beyond 2^127, float32 may come back infinite.
 * With ``:sr`` the mean of what comes back is the value itself, to 2^-22 of it. As in :mod:`assign.rounding` chance is a
-  function of a seed, of a number for the tensor, and of the element's place, here in the order given.
+  function of a seed, of a number for the tensor, and of the element's place, here in the order given. A graph that had
+  no seed draws one where it begins: what it draws later, for dropout, is then something else.
 
-Kernels are plain torch in float32; :mod:`assign.launch` runs them, piece by piece. So are tensors in 16 bit widened: of
-16-bit elements a compiler for CPUs makes loops that take several times as long.
+Kernels are plain torch in float32, run piece by piece. So are tensors in 16 bit widened: of 16-bit elements a compiler
+for CPUs makes loops that take several times as long.
 """
 
 import functools
@@ -137,7 +138,10 @@ def _elements(steps: Tensor, element: Format, random: Tensor | None) -> Tensor:
 
 @functools.cache
 def _encoder(fmt: BlockFormat) -> Kernel:
-    """``(x float32 [n, block], codes [n, bytes], shared int32 [n] each, key)``: writes codes and what is shared."""
+    """``(x float32 [n, block], codes [n, bytes], shared int32 [n] each, key)``: writes codes and what is shared.
+
+    The key, for chance, is int64 [3]: two words as in :mod:`assign.rounding`, and the place of the first element.
+    """
     levels, count = (1 << fmt.bits) - 1, 8 // fmt.bits
     element = fmt.element
     carry = scale_limits(element)[0] if element and fmt.stochastic else 0
@@ -218,15 +222,11 @@ def _run_blocks(
         piece = values[start : start + count]
         wide = piece.to(torch.float32)
         own = [part[start : start + len(piece)] for part in parts]
-        run_rows(kernel, (wide, *own), functools.partial(_keyed, key, values.shape[1], first + start))
+        place = (first + start) * values.shape[1]
+        run_rows(kernel, (wide, *own), *(() if key is None else (torch.cat((key, key.new_tensor([place]))),)))
         if writes and wide.dtype != piece.dtype:
             limit = torch.finfo(piece.dtype).max
             piece.copy_(wide.clamp_(-limit, limit))
-
-
-def _keyed(key: Tensor | None, block: int, first: int, row: int) -> tuple[Tensor, ...]:
-    """The key with the number of the first element of a row behind it: int64 [3]."""
-    return () if key is None else (torch.cat((key, key.new_tensor([(first + row) * block]))),)
 
 
 @torch.no_grad()

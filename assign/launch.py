@@ -143,20 +143,17 @@ def count_at_least(x: Tensor, threshold: float) -> Tensor:
 
 
 @torch.no_grad()
-def run_rows(kernel: Callable[..., None], tensors: Sequence[Tensor], rest: Callable[[int], Sequence[Tensor]]) -> None:
-    """``kernel(*tensors, *rest(0))``, which works row by row and writes into some of ``tensors``.
+def run_rows(kernel: Callable[..., None], tensors: Sequence[Tensor], *rest: Tensor) -> None:
+    """``kernel(*tensors, *rest)``, which writes into some of ``tensors``: compiled once for any number of their rows.
 
     Args:
-        kernel: one function each for those dtypes and lengths of a row; it stays in memory.
-        tensors: with one length of the first axis, the rows.
-        rest: the other arguments for rows from a number on; their shapes are always the same.
+        kernel: one function for each set of dtypes, lengths of rows and shapes of the rest; it stays in memory.
+        tensors: with one length of the first axis, few enough rows for temporaries of their size not to matter.
     """
     first = tensors[0]
-    compiled = _compiled_rows(kernel, len(tensors), first.dtype, first.device)
-    if not _ran_compiled(first, compiled, lambda: compiled(*tensors, *rest(0))):
-        count = max((_PIECE if first.device.type == "cpu" else _DEVICE_PIECE) // first.shape[1], 1)
-        for start in range(0, first.shape[0], count):
-            kernel(*(each[start : start + count] for each in tensors), *rest(start))
+    compiled = _compiled_rows(kernel, len(tensors), first.device)
+    if not _ran_compiled(first, compiled, lambda: compiled(*tensors, *rest)):
+        kernel(*tensors, *rest)
 
 
 # ---- what is compiled: functions that write into their second argument, for any length of the first two
@@ -223,7 +220,7 @@ def _compiled_scale(source: torch.dtype, count: int, device: torch.device) -> _L
 
 
 @functools.cache
-def _compiled_rows(kernel: Callable[..., None], varying: int, _dtype: torch.dtype, _device: torch.device) -> _Lazy:
+def _compiled_rows(kernel: Callable[..., None], varying: int, _device: torch.device) -> _Lazy:
     return _Lazy(kernel, varying)
 
 
