@@ -297,7 +297,7 @@ def encode_blocks(x: Tensor, format: str, *, seed: Tensor | None = None) -> Tens
 
     >>> codes = encode_blocks(torch.arange(64.0), "int4:block64")
     >>> codes.shape, decode_blocks(codes, "int4:block64", torch.empty(64)).view(8, 8)[0].tolist()
-    (torch.Size([36]), [0.0, 0.0, 4.21875, 4.21875, 4.21875, 4.21875, 4.21875, 8.4375])
+    (torch.Size([36]), [0.0, 0.0, 0.0, 4.21875, 4.21875, 4.21875, 4.21875, 8.4375])
 
     Args:
         x: any shape; float32, bfloat16 or float16.

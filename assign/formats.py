@@ -389,8 +389,8 @@ def parse_saved(name: str) -> Format | BlockFormat:
     try:
         return parse_format(name)
     except FormatError as error:
-        error.add_note(f"For saved copies also: {', '.join(SAVED_FORMATS)}, each with ':sr' behind it or not.")
-        raise
+        also = f"For saved copies also: {', '.join(SAVED_FORMATS)}; each with ':sr' behind it or not."
+        raise FormatError(f"{error}\n  {also}") from None
 
 
 def _find_plain(name: str, wanted: str) -> Format:
