@@ -18,6 +18,8 @@ them is pure Python and never imports torch.
 ``rounding``          quantize, encode, decode as registered torch operators; ``kernels``: their arithmetic;
                       ``launch``: how it is run, compiled or not; ``words``: narrow elements, several to an integer
 ``products``          of narrow matrices, computed in a narrow dtype; ``registry``: a function made an operator
+``blocks``            what waits for the backward pass in a few bits, with a scale per block; ``finiteness``: which
+                      tensors must not
 ``promotion``         formats that change while training: low tensors that overflow go back to high;
                       ``delayed``: scales that the steps before gave
 ``executor``          mark → pack → compile → apply: a plan made to run

@@ -53,6 +53,13 @@ def joint_value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def without_data(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:
+    """Within the context, what is made has no data, as the values of the graph's nodes have none."""
+    values = (joint_value(node) for node in graph.nodes)
+    found = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    return contextlib.nullcontext() if found is None else found
+
+
 def is_backward(node: fx.Node) -> bool:
     """Whether a node of a joint graph runs in the backward pass."""
     return node.meta.get("partitioner_tag") == "is_backward"
@@ -228,7 +235,7 @@ def compile_kernel(
     to what guards see to: dtypes and device of the examples, and below 2^31 elements. Arguments may be the same tensor.
 
     Args:
-        examples: arguments; the first ``varying`` have one axis, of the same length, and any length will do later.
+        examples: arguments; the first axis of the first ``varying`` has the same length, and any length will do later.
     """
     from torch._inductor.compile_fx import compile_fx_inner  # here: it takes a second to import
     from torch._inductor.decomposition import select_decomp_table
@@ -241,7 +248,7 @@ def compile_kernel(
             mode.from_tensor(
                 example,
                 symbolic_context=StatelessSymbolicContext(
-                    dynamic_sizes=[dynamic if index < varying else static] * example.dim()
+                    dynamic_sizes=[dynamic if index < varying and not axis else static for axis in range(example.dim())]
                 ),
             )
             for index, example in enumerate(examples)

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from assign.errors import FormatError, PlanError, nearest
 from assign.files import write_whole
-from assign.formats import Format, parse_format
+from assign.formats import BlockFormat, Format, parse_format, parse_saved
 from assign.stored import check_stored, owner_of, parse_stored
-from assign.tensors import base_key, grad_key, saved_key
+from assign.tensors import base_key, grad_key, is_saved_key, saved_key
 
 VERSION = 1
 """Version of the file that this package writes, under the key ``assign_plan``."""
@@ -117,27 +117,28 @@ class Assignment:
     def __post_init__(self) -> None:
         entries = {key: Entry(self._canonical(key, entry.format), entry.low) for key, entry in self.entries.items()}
         object.__setattr__(self, "entries", entries)
-        self._refuse_stochastic_copies()
+        self._refuse_delayed_copies()
         check_stored(entries)
 
-    def _refuse_stochastic_copies(self) -> None:
-        """A saved copy in its activation's own format is not rounded again; in any other, no seed is at hand."""
+    def _refuse_delayed_copies(self) -> None:
+        """A copy in a format of its own is made of what this step computed: there is no step before to ask."""
         for key, entry in self.entries.items():
             own = self.entries.get(base_key(key))
-            if own is None or key != saved_key(base_key(key)) or entry.format == own.format:
+            if own is None or not is_saved_key(key) or entry.format == own.format:
                 continue
-            if parse_format(entry.format).stochastic:
+            fmt = parse_saved(entry.format)
+            if isinstance(fmt, Format) and fmt.delayed:
                 raise PlanError(
                     f"{key!r} is assigned {entry.format!r}, its activation {own.format!r}: a saved copy in a format of "
-                    "its own is rounded to nearest.\n"
-                    f"  Choose {entry.format.removesuffix(':sr')!r}, or drop the entry: the copy then has the "
-                    "activation's own format."
+                    f"its own takes its scale from its own values.\n  Choose {entry.format.replace(':delayed', '')!r}."
                 )
 
     def _canonical(self, key: str, name: str) -> str:
         owner = owner_of(key, self.entries)
         try:
-            return parse_stored(name, owner[1]).name if owner else parse_format(name).name
+            if owner:
+                return parse_stored(name, owner[1]).name
+            return (parse_saved(name) if is_saved_key(key) else parse_format(name)).name
         except FormatError as error:
             raise PlanError(f"{key!r} is assigned the format {name!r}: {error}") from error
 
@@ -154,13 +155,13 @@ class Assignment:
             raise PlanError(f"the plan has no entry for {key!r} among its {len(self.entries)}.{hint}")
         return parse_format(entry.format)
 
-    def saved_format(self, key: str) -> Format:
+    def saved_format(self, key: str) -> Format | BlockFormat:
         """Format of the copy of activation ``key`` that waits for the backward pass.
 
         It is the activation's own, unless the assignment has an entry ``<key>.saved``.
         """
-        explicit = saved_key(key)
-        return self.format_of(explicit if explicit in self.entries else key)
+        explicit = self.entries.get(saved_key(key))
+        return parse_saved(explicit.format) if explicit else self.format_of(key)
 
     def replace(self, entries: Mapping[str, Entry]) -> "Assignment":
         """The same assignment with these entries changed or added."""

@@ -21,7 +21,8 @@ from assign.comparing import compare, load_variants, seed_range
 from assign.comparison import Run
 from assign.errors import AssignError
 from assign.executor.compile import Backend
-from assign.formats import FORMATS, parse_format
+from assign.finiteness import non_finite
+from assign.formats import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
 from assign.lowered import Lowered
 from assign.memory import estimate as estimate_plan
 from assign.planning import search_table, summary
@@ -70,6 +71,13 @@ OptimizerStates = Annotated[
 ]
 Gradients = Annotated[str | None, typer.Option(help="Store gradients as bf16 or fp16; as their masters if left out.")]
 Master = Annotated[str | None, typer.Option(help="Store the parameters themselves as bf16 or fp16; fp32 if left out.")]
+Saved = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep what waits for the backward pass as int4:block64, mxfp8, … (see 'assign formats') where that takes "
+        "fewer bytes; as it is computed with if left out."
+    ),
+]
 Format = Annotated[str | None, typer.Option("--format", help="With --strategy uniform: every tensor in this format.")]
 LowRatio = Annotated[float | None, typer.Option(help="Share of the elements to hold low, 0 to 1.")]
 Budget = Annotated[str | None, typer.Option(help="Peak bytes of a step: 512MiB, 6GB, or 50% of the all-fp32 peak.")]
@@ -114,8 +122,17 @@ def formats(
     json_file: Json = None,
 ) -> None:
     """List the number formats: range, precision, and how each is stored."""
-    rows = [parse_format(name) for name in names] if names else [*FORMATS.values()]
-    console.print(tables.format_table(rows))
+    rows = map(parse_saved, names or (*FORMATS, *SAVED_FORMATS))
+    elements, blocks = [], []
+    for row in rows:
+        if isinstance(row, BlockFormat):
+            blocks.append(row)
+        else:
+            elements.append(row)
+    if elements:
+        console.print(tables.format_table(elements))
+    if blocks:
+        console.print(tables.block_table(blocks))
     facts = (
         "bits",
         "exponent_bits",
@@ -126,10 +143,10 @@ def formats(
         "code_bytes",
         "carrier",
     )
-    _write(
-        json_file,
-        {row.name: {fact: getattr(row, fact) for fact in facts} | {"storage": str(row.storage)} for row in rows},
-    )
+    found = {row.name: {fact: getattr(row, fact) for fact in facts} | {"storage": str(row.storage)} for row in elements}
+    shared = ("bits", "block", "bits_per_element", "code")
+    found |= {row.name: {fact: getattr(row, fact) for fact in shared} | {"shared": str(row.shared)} for row in blocks}
+    _write(json_file, found)
 
 
 @app.command()
@@ -184,6 +201,7 @@ def search(
     optimizer_states: OptimizerStates = None,
     gradients: Gradients = None,
     master: Master = None,
+    saved: Saved = None,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -191,7 +209,8 @@ def search(
     json_file: Json = None,
 ) -> None:
     """Choose a format for every tensor and write the plan."""
-    table = _traced(_task(task, seed, batch_size, device, data, None), device)
+    loaded = _task(task, seed, batch_size, device, data, None)
+    table = _traced(loaded, device)
     plan = _searched(
         table,
         output,
@@ -203,6 +222,8 @@ def search(
         optimizer_states=optimizer_states,
         gradients=gradients,
         master=master,
+        saved=saved,
+        non_finite=_non_finite(loaded, device) if saved else (),
         seed=seed,
     )
     console.print(tables.estimate_table(estimate_plan(table, plan)))
@@ -264,6 +285,7 @@ def run(
     optimizer_states: OptimizerStates = None,
     gradients: Gradients = None,
     master: Master = None,
+    saved: Saved = None,
     epochs: Epochs = None,
     backend: BackendName = Backend.EAGER,
     promote_every: PromoteEvery = None,
@@ -289,6 +311,8 @@ def run(
         optimizer_states=optimizer_states,
         gradients=gradients,
         master=master,
+        saved=saved,
+        non_finite=_non_finite(loaded, device) if saved else (),
         seed=seed,
     )
     console.print(tables.estimate_table(estimate_plan(table, plan)))
@@ -460,6 +484,12 @@ def _traced(task: Task, device: str) -> TensorTable:
     where = check_device(device)
     with console.status("tracing one training step"):
         return trace_step(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer)
+
+
+def _non_finite(task: Task, device: str) -> frozenset[str]:
+    where = check_device(device)
+    with console.status("looking for values that are not finite"):
+        return non_finite(task.make_model().to(where), move(task.first_batch(), where), task.loss)
 
 
 def _searched(table: TensorTable, output: Path, **options: Any) -> Assignment:

@@ -21,6 +21,7 @@ from assign.errors import PlanError
 from assign.formats import Format, parse_format
 from assign.kernels import INF, scaling
 from assign.stored import owner_of
+from assign.tensors import is_saved_key
 
 LENGTH = 1024
 """Steps that a history remembers. Source: Transformer Engine's default."""
@@ -88,7 +89,7 @@ class DelayedScales:
         self.scales: dict[str, Tensor] = {}
         self._length = length
         self._number = next(_NUMBERS)
-        computed = [key for key in plan.entries if owner_of(key, plan.entries) is None]
+        computed = [key for key in plan.entries if owner_of(key, plan.entries) is None and not is_saved_key(key)]
         formats = {key: parse_format(plan.entries[key].format) for key in computed}
         self._formats = {key: fmt for key, fmt in formats.items() if fmt.delayed}
         self._histories: dict[str, History] = {}

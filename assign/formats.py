@@ -1,7 +1,8 @@
 """Number formats: frozen rows of data, their table, and the reading of their names.
 
 A *format* is the set of values that a tensor may hold; a *dtype* is what torch stores. No torch in here: dtypes
-are names. A new format is one more row of ``FORMATS``; one that only optimizer states may have, of ``STATE_FORMATS``.
+are names. A new format is one more row of ``FORMATS``; one that only optimizer states may have, of ``STATE_FORMATS``;
+one that only copies waiting for the backward pass may have, of ``SAVED_FORMATS``.
 """
 
 import math
@@ -231,30 +232,64 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 )
 
 
+class Shared(StrEnum):
+    """What the elements of a block share, beside their codes.
+
+    ``FLOAT32``: a float32 scale. ``BF16``: a bf16 scale. ``MINIMUM``: a bf16 scale and the bf16 value of code 0.
+    ``E8M0``: a power of two, one byte; code 255 is NaN. Source: OCP Microscaling Formats (MX) 1.0, section 5.4.1.
+    """
+
+    FLOAT32 = "float32 scale"
+    BF16 = "bf16 scale"
+    MINIMUM = "bf16 scale and minimum"
+    E8M0 = "power of two (e8m0)"
+
+    @property
+    def bits(self) -> int:
+        """Per block."""
+        return {Shared.FLOAT32: 32, Shared.BF16: 16, Shared.MINIMUM: 32, Shared.E8M0: 8}[self]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFormat:
-    """Codes of which a block shares one float32 scale: how libraries keep optimizer states. Nothing computes in it.
+    """Codes of which a block shares a scale: how optimizer states and saved copies wait. Nothing computes in it.
 
     Attributes:
-        name: as written in plans, e.g. ``dynamic8``.
+        name: as written in plans, e.g. ``dynamic8``, ``int4:block64``, ``mxfp8:sr``.
         code: what one code stands for, in words.
         bits: of one code.
         block: consecutive elements that share a scale.
+        shared: what they share.
+        element: the format of a code times the scale; None where a code is an integer, or a library's affair.
+        rounding: what happens between two codes.
     """
 
     name: str
     code: str
     bits: int
     block: int
+    shared: Shared = Shared.FLOAT32
+    element: Format | None = None
+    rounding: Rounding = Rounding.EVEN
 
     @property
     def bits_per_element(self) -> float:
         """Of a code and its share of the scale."""
-        return self.bits + 32 / self.block
+        return self.bits + self.shared.bits / self.block
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, what it shares included."""
+        return (self.block * self.bits + self.shared.bits) // 8
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether rounding to it needs random bits."""
+        return self.rounding is Rounding.STOCHASTIC
 
     def bytes_of(self, elements: int) -> int:
-        """Bytes of a tensor, scales included; tables of codes, one for all tensors, are not."""
-        return -(-elements * self.bits // 8) + 4 * -(-elements // self.block)
+        """Bytes of a tensor, scales included, the last block as long as any; tables of codes, one for all, are not."""
+        return (elements + self.block - 1) // self.block * self.block_bytes
 
     @property
     def rule(self) -> str:
@@ -262,7 +297,7 @@ class BlockFormat:
         return f"it takes at least {SMALLEST_BLOCKED} elements, and a whole number of blocks of {self.block}"
 
     def fits(self, elements: int) -> bool:
-        """Whether a tensor may have it: large enough, and a whole number of blocks.
+        """Whether an optimizer state may have it: large enough, and a whole number of blocks.
 
         Source: both conditions are torchao's; bitsandbytes has the first.
         """
@@ -285,6 +320,42 @@ STATE_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
     }
 )
 """Formats of optimizer states alone. The values of each are the library's that keeps the states."""
+
+
+def _integers(bits: int) -> BlockFormat:
+    """``2^bits`` values from the block's minimum to its maximum. Source: arXiv 2104.14129, there with blocks of 256."""
+    return BlockFormat(
+        name=f"int{bits}:block64",
+        code=f"{2**bits} values from minimum to maximum",
+        bits=bits,
+        block=64,
+        shared=Shared.MINIMUM,
+    )
+
+
+# Source: OCP Microscaling Formats (MX) 1.0, section 5.3.3.
+_E2M1 = Format(name="e2m1", exponent_bits=2, mantissa_bits=1, min_exponent=0, max_value=6.0)
+
+
+def _floats(name: str, block: int, shared: Shared, element: Format) -> BlockFormat:
+    return BlockFormat(name=name, code=element.name, bits=element.bits, block=block, shared=shared, element=element)
+
+
+SAVED_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            _floats("e4m3:block64", 64, Shared.BF16, FORMATS["e4m3"]),
+            _integers(8),
+            _integers(4),
+            _integers(2),
+            # Source: OCP Microscaling Formats (MX) 1.0, table 1.
+            _floats("mxfp8", 32, Shared.E8M0, FORMATS["e4m3"]),
+            _floats("mxfp4", 32, Shared.E8M0, _E2M1),
+        )
+    }
+)
+"""Formats of saved copies alone; :mod:`assign.blocks` says what they mean."""
 
 _PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
 _ALLOWED = (
@@ -325,16 +396,38 @@ def parse_format(name: str) -> Format:
     return replace(fmt, name=fmt.name + _STOCHASTIC, rounding=Rounding.STOCHASTIC)
 
 
+@lru_cache(maxsize=1024)
+def parse_saved(name: str) -> Format | BlockFormat:
+    """The format called ``name``, for a copy that waits for the backward pass: of ``SAVED_FORMATS``, or any other.
+
+    >>> parse_saved("int4:block64").bits_per_element, parse_saved("mxfp4:sr").stochastic
+    (4.5, True)
+
+    Raises:
+        FormatError: as :func:`parse_format`.
+    """
+    wanted = "".join(name.split()).lower()
+    plain = wanted.removesuffix(_STOCHASTIC)
+    if plain in SAVED_FORMATS:
+        fmt = SAVED_FORMATS[plain]
+        return fmt if plain == wanted else replace(fmt, name=wanted, rounding=Rounding.STOCHASTIC)
+    try:
+        return parse_format(name)
+    except FormatError as error:
+        also = f"For saved copies also: {', '.join(SAVED_FORMATS)}; each with ':sr' behind it or not."
+        raise FormatError(f"{error}\n  {also}") from None
+
+
 def _find_plain(name: str, wanted: str) -> Format:
     """The format ``wanted``, for which the user wrote ``name``."""
     if wanted in FORMATS:
         return FORMATS[wanted]
     match = _PAPER_NAME.fullmatch(wanted)
-    if wanted in STATE_FORMATS:
-        raise FormatError(
-            f"{name!r} is a format of optimizer states alone; this is no state.\n  Allowed: {_ALLOWED}.\n"
-            "  Choose one of these."
-        )
+    for table, what in ((STATE_FORMATS, "optimizer states"), (SAVED_FORMATS, "copies that wait for the backward pass")):
+        if wanted in table:
+            raise FormatError(
+                f"{name!r} is a format of {what} alone; this is none.\n  Allowed: {_ALLOWED}.\n  Choose one of these."
+            )
     if match is None:
         close = nearest(wanted, [*FORMATS, "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)"])
         meant = f" Did you mean {close}?" if close else ""

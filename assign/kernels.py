@@ -152,7 +152,11 @@ def random_bits(count: int, key: Tensor, first: int) -> Tensor:
     A function of key and index alone, whoever runs it and in whatever pieces. Both words of the key go in behind a
     mixing of their own: two streams that share a seed are no shifts of one another.
     """
-    index = torch.arange(count, dtype=torch.int64, device=key.device) + first
+    return random_bits_at(torch.arange(count, dtype=torch.int64, device=key.device) + first, key)
+
+
+def random_bits_at(index: Tensor, key: Tensor) -> Tensor:
+    """The same of the elements of these numbers, int64 of any shape."""
     word = _mix((index ^ key[0]) & _WORD)
     return (_mix((word + (index >> 32) + key[1]) & _WORD) >> 1).to(torch.int32)
 

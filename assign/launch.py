@@ -7,7 +7,7 @@ One compilation per kernel and pair of dtypes serves every format. On a CPU narr
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -173,6 +173,20 @@ def count_at_least(x: Tensor, threshold: float) -> Tensor:
     return count
 
 
+@torch.no_grad()
+def run_rows(kernel: Callable[..., None], tensors: Sequence[Tensor], *rest: Tensor) -> None:
+    """``kernel(*tensors, *rest)``, which writes into some of ``tensors``: compiled once for any number of their rows.
+
+    Args:
+        kernel: one function for each set of dtypes, lengths of rows and shapes of the rest; it stays in memory.
+        tensors: with one length of the first axis, few enough rows for temporaries of their size not to matter.
+    """
+    first = tensors[0]
+    compiled = _compiled_rows(kernel, len(tensors), first.device)
+    if not _ran_compiled(first, compiled, lambda: compiled(*tensors, *rest)):
+        kernel(*tensors, *rest)
+
+
 # ---- what is compiled: functions that write into their second argument, for any length of the first two
 
 
@@ -192,7 +206,7 @@ class _Lazy:
 
     def __call__(self, *args: Tensor) -> None:
         if self._compiled is None:
-            lengths = [torch.zeros(_LENGTH, dtype=each.dtype, device=each.device) for each in args[: self._varying]]
+            lengths = [each.new_zeros((_LENGTH, *each.shape[1:])) for each in args[: self._varying]]
             examples = [*lengths, *args[self._varying :]]
             self._compiled = _torch.compile_kernel(self._function, examples, self._varying)
         self._compiled(*args)
@@ -249,6 +263,11 @@ def _compiled_scale(kernel: Callable[..., Tensor], source: torch.dtype, count: i
         out.copy_(kernel(_largest_of(split(x, source, count)), (*ints.unbind(), *floats.unbind())))
 
     return _Lazy(store, 1)
+
+
+@functools.cache
+def _compiled_rows(kernel: Callable[..., None], varying: int, _device: torch.device) -> _Lazy:
+    return _Lazy(kernel, varying)
 
 
 @functools.cache

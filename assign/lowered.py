@@ -40,8 +40,10 @@ class Lowered:
 
     @property
     def narrowed(self) -> bool:
-        """Whether any forward tensor or gradient is not fp32."""
+        """Whether any forward tensor or gradient is not fp32, or a saved copy has a format of its own."""
         keys = [info.key for info in self._table.tensors if info.role in (Role.WEIGHT, Role.ACTIVATION)]
+        if any(saved_key(key) in self._entries for key in keys):
+            return True
         return any(fmt != self._fp32 for key in keys for fmt in self.formats(key))
 
     def formats(self, key: str) -> tuple[Format, Format]:

@@ -18,10 +18,10 @@ import numpy as np
 
 from assign import lowering
 from assign.assignment import Assignment, Entry
-from assign.formats import parse_format
+from assign.formats import parse_format, parse_saved
 from assign.lowered import Lowered
 from assign.recipes import Recipe, get_recipe, initial
-from assign.stored import gradient_format, master_format, optimizer_scratch, resident, stored_in
+from assign.stored import gradient_format, master_format, optimizer_scratch, resident, stored_in, waiting_bytes
 from assign.tensors import MARK, Buffer, Event, Role, TensorTable, base_key, saved_key
 
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
@@ -305,8 +305,8 @@ class Replay:
         if self._is_identity(key, backward=False):
             return None
         explicit = self.entries.get(saved_key(key))
-        fmt = parse_format(explicit.format) if explicit else self._lowered.formats(key)[0]
-        return info.elements * fmt.code_bytes + (4 if fmt.scaled else 0)
+        fmt = parse_saved(explicit.format) if explicit else self._lowered.formats(key)[0]
+        return waiting_bytes(fmt, info.elements)
 
     def _owner(self, info: Buffer, event: Event) -> tuple[str, str]:
         if info.holds:

@@ -4,19 +4,21 @@ import datetime
 import platform
 import re
 import time
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from assign.assignment import Assignment, Provenance
+from assign.assignment import Assignment, Entry, Provenance
 from assign.capture import Loss
-from assign.errors import BudgetError
+from assign.errors import BudgetError, PlanError
+from assign.finiteness import non_finite as find_non_finite
 from assign.memory import Estimate, estimate, peak_bytes
-from assign.recipes import get_recipe, store
+from assign.recipes import get_recipe, save, store
 from assign.strategies import BASELINES, get_strategy
 from assign.strategies.baselines import uniform_in
-from assign.tensors import TensorTable
+from assign.tensors import TensorTable, is_saved_key
 from assign.tracer import OptimizerFactory, trace
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -35,6 +37,7 @@ def search(
     master: str | None = None,
     gradients: str | None = None,
     optimizer_states: str | None = None,
+    saved: str | None = None,
     seed: int = 0,
 ) -> Assignment:
     """A plan for one training step of ``loss(model, batch)``.
@@ -43,7 +46,7 @@ def search(
     still needs.
 
     Args:
-        model: in float32; nothing of it is changed and nothing is computed.
+        model: in float32; nothing of it is changed, and nothing is computed but one forward pass if ``saved`` is given.
         batch: what ``loss`` takes.
         loss: ``loss(model, batch)`` → scalar tensor.
         budget: peak bytes of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the all-fp32 peak.
@@ -53,6 +56,8 @@ def search(
             says.
         gradients: format in which gradients wait for the optimizer; None: that of their masters.
         optimizer_states: e.g. ``bf16`` or ``dynamic8``; None: that of their masters.
+        saved: format of the copies that wait for the backward pass, e.g. ``int4:block64``, where it takes fewer bytes
+            than the activation's own, and where the activation is all finite on this batch; None: all have their own.
         seed: for strategies that draw.
     Raises:
         BudgetError: no goal, one that makes no sense, or a budget below the floor (says the floor).
@@ -68,6 +73,8 @@ def search(
         master=master,
         gradients=gradients,
         optimizer_states=optimizer_states,
+        saved=saved,
+        non_finite=find_non_finite(model, batch, loss) if saved is not None else frozenset(),
         seed=seed,
         command="assign.search",
     )
@@ -84,17 +91,25 @@ def search_table(
     master: str | None = None,
     gradients: str | None = None,
     optimizer_states: str | None = None,
+    saved: str | None = None,
+    non_finite: Collection[str] = frozenset(),
     seed: int = 0,
     command: str = "",
 ) -> Assignment:
     """As :func:`search`, from a table.
 
     ``format_name`` puts every tensor in one format; it takes no goal, nor do the strategies that follow from the model
-    alone (``operator``, ``operator-prime``, ``standalone``).
+    alone (``operator``, ``operator-prime``, ``standalone``). ``non_finite`` are the activations whose copies ``saved``
+    does not narrow.
     """
     start = time.perf_counter()
     rules = get_recipe(recipe)
     stored = store(table, master=master, gradients=gradients, states=optimizer_states)
+
+    def whole(chosen: Mapping[str, Entry]) -> dict[str, Entry]:
+        waiting = {} if saved is None else save(table, chosen, saved, keep=non_finite)
+        return {**chosen, **stored, **waiting}
+
     if format_name is not None:
         if strategy != "uniform" or budget is not None or low_ratio is not None:
             raise BudgetError(
@@ -113,12 +128,19 @@ def search_table(
         entries = get_strategy(strategy)(
             table,
             recipe=rules,
-            peak_bytes=lambda candidate: peak_bytes(table, {**candidate, **stored}),
+            peak_bytes=lambda candidate: peak_bytes(table, whole(candidate)),
             low_ratio=low_ratio,
             budget_bytes=None if budget is None else parse_budget(budget, peak_bytes(table, {})),
             seed=seed,
         )
-    plan = Assignment(entries={**entries, **stored}, recipe=rules.name, fingerprint=table.fingerprint)
+    plan = Assignment(entries=whole(entries), recipe=rules.name, fingerprint=table.fingerprint)
+    if saved is not None and not any(map(is_saved_key, plan.entries)):
+        raise PlanError(
+            f"search: what waits for the backward pass is asked for in {saved!r}, but nothing that waits takes fewer "
+            "bytes in it than in its activation's own format.\n"
+            "  Allowed: a format narrower than those that tensors are computed in.\n"
+            "  Choose int4:block64, or leave it out."
+        )
     costs = summary(estimate(table, plan), time.perf_counter() - start)
     return plan.with_provenance(
         Provenance(

@@ -1,17 +1,19 @@
 """Recipes: which two formats each tensor may choose between, by its role and its operator. Rows of data.
 
-What is stored between steps is not chosen between two: :func:`store` gives it one format for all.
+What is stored between steps, and what waits for the backward pass in a format of its own, is not chosen between two:
+:func:`store` and :func:`save` give it one format for all.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from assign.assignment import Entry
 from assign.errors import FormatError, PlanError, nearest
-from assign.formats import BlockFormat, Format, parse_format
-from assign.stored import is_stored, parse_stored
-from assign.tensors import Role, TensorInfo, TensorTable, master_key, stored_grad_key
+from assign.formats import BlockFormat, Format, parse_format, parse_saved
+from assign.stored import is_stored, parse_stored, waiting_bytes
+from assign.tensors import Role, TensorInfo, TensorTable, base_key, master_key, stored_grad_key
 
 Pair = tuple[str, str]
 """Names of the high and of the low format."""
@@ -90,6 +92,9 @@ LOSS_OPS = frozenset(
     }
 )  # fmt: skip
 """The losses of ``torch.nn.functional``: few elements, and every gradient passes through them."""
+
+EXPONENTIATED = LOSS_OPS | {"log_softmax", "log_sigmoid", "logsigmoid", "logsumexp"}
+"""Operators whose backward pass takes the exponential of what waits: half a step of 4 bits would be a factor there."""
 
 _HI = "fp(6,9,0)"
 
@@ -226,3 +231,29 @@ def store(
             )
         entries |= {row.key: Entry(fmt.name, False) for row in fits}
     return entries
+
+
+def save(
+    table: TensorTable, entries: Mapping[str, Entry], saved: str, *, keep: Collection[str] = frozenset()
+) -> dict[str, Entry]:
+    """Entries for the copies that wait for the backward pass, wherever ``saved`` takes fewer bytes than ``entries`` do.
+
+    Not for those of ``EXPONENTIATED`` operators.
+
+    Args:
+        entries: of all paper's tensors: what a copy has without an entry of its own.
+        saved: name of its format.
+        keep: activations whose copies stay as they are, e.g. because they hold infinities.
+    Raises:
+        FormatError: no such format.
+    """
+    fmt = parse_saved(saved)
+    waiting = ((row, base_key(row.key)) for row in table.tensors if row.role is Role.SAVED)
+    return {
+        row.key: Entry(fmt.name, False)
+        for row, key in waiting
+        if key not in keep
+        and row.op not in EXPONENTIATED
+        and waiting_bytes(fmt, math.prod(row.shape))
+        < waiting_bytes(parse_format(entries[key].format), math.prod(row.shape))
+    }

@@ -19,6 +19,7 @@ Each kernel is written once, in plain torch, over a few numbers taken from the f
 by :mod:`assign.launch`.
 """
 
+import zlib
 from typing import Any
 
 import torch
@@ -42,10 +43,15 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _key(seed: Tensor, stream: int) -> Tensor:
+def key_of(seed: Tensor, stream: int) -> Tensor:
     """The two words that random bits are made from: int64 [2]."""
     seed = seed.reshape(())
     return torch.stack((seed & 0xFFFFFFFF, (seed >> 32) + stream))
+
+
+def stream_of(key: str) -> int:
+    """A number for the tensor ``key``: which random bits it has under a seed that others share."""
+    return zlib.crc32(key.encode())
 
 
 def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
@@ -108,7 +114,7 @@ def _round(
     if fmt.stochastic:
         if seed is None:
             raise FormatError(f"{fmt.name!r} needs a seed, and none was given.\n  Take it from draw_seed().")
-        return run(quantizing(fmt, saturate), x, scale, dtype, _key(seed, stream), out=out)
+        return run(quantizing(fmt, saturate), x, scale, dtype, key_of(seed, stream), out=out)
     if scale is None and fmt.native == fmt.code_dtype:
         cast = _cast(x, fmt, saturate, dtype)
         return cast if out is None else out.copy_(cast)

@@ -124,6 +124,13 @@ def bytes_of(fmt: StateFormat, elements: int) -> int:
     return fmt.bytes_of(elements) if isinstance(fmt, BlockFormat) else elements * item_bytes(fmt)
 
 
+def waiting_bytes(fmt: StateFormat, elements: int) -> int:
+    """Bytes of a copy that waits for the backward pass, scales included."""
+    if isinstance(fmt, BlockFormat):
+        return fmt.bytes_of(elements)
+    return elements * fmt.code_bytes + (ITEM_BYTES["float32"] if fmt.scaled else 0)
+
+
 def item_bytes(fmt: Format) -> int:
     """Bytes of one stored element of a native format."""
     return ITEM_BYTES[fmt.carrier]

@@ -73,6 +73,11 @@ def saved_key(key: str) -> str:
     return f"{key}.saved"
 
 
+def is_saved_key(key: str) -> bool:
+    """Whether ``key`` is that of a copy kept for the backward pass."""
+    return key != base_key(key) and key == saved_key(base_key(key))
+
+
 def base_key(key: str) -> str:
     """The forward tensor's key behind a ``.grad`` or ``.saved`` key."""
     return key.removesuffix(".grad").removesuffix(".saved")

@@ -118,16 +118,27 @@ def test_unknown_format_is_refused_at_once() -> None:
         plan(a=Entry("e4m33", True))
 
 
-def test_saved_copies_of_their_own_round_to_nearest() -> None:
+def test_saved_copies_have_formats_of_their_own() -> None:
     same = plan(**{"a": Entry("e4m3:sr", True), "a.saved": Entry("e4m3:sr", True)})
     assert same.saved_format("a").stochastic
-    assert plan(**{"a": Entry("e4m3:sr", True), "a.saved": Entry("e5m2", True)}).saved_format("a").name == "e5m2"
-    with pytest.raises(PlanError) as caught:
-        plan(**{"a": Entry("bf16:sr", False), "a.saved": Entry("E4M3 :SR", True)})
-    assert str(caught.value) == (
-        "'a.saved' is assigned 'e4m3:sr', its activation 'bf16:sr': a saved copy in a format of its own is rounded to "
-        "nearest.\n  Choose 'e4m3', or drop the entry: the copy then has the activation's own format."
-    )
+    other = plan(**{"a": Entry("bf16", True), "a.saved": Entry("E5M2 :SR", True)})
+    assert other.saved_format("a").name == "e5m2:sr"
+    blocks = plan(**{"a": Entry("bf16", True), "a.saved": Entry(" Int4 : Block64", False)})
+    assert blocks.entries["a.saved"].format == "int4:block64"
+    assert blocks.saved_format("a").bits_per_element == 4.5
+    assert Assignment.from_json(blocks.to_json()) == blocks
+    with pytest.raises(
+        PlanError, match=r"'a\.saved' is assigned the format 'int5:block64'(.|\n)*For saved copies also"
+    ):
+        plan(**{"a": Entry("bf16", True), "a.saved": Entry("int5:block64", False)})
+
+
+@pytest.mark.parametrize("key", ["a", "a.grad", "w.master", "w.grad.stored", "w.optim.exp_avg"])
+@pytest.mark.parametrize("name", ["mxfp4", "int4:block64:sr"])
+def test_blocks_of_saved_copies_are_for_nothing_else(key: str, name: str) -> None:
+    match = rf"'{key}' is assigned the format '{name}': .*is a format of copies that wait for the backward pass alone"
+    with pytest.raises(PlanError, match=match):
+        plan(**{"a": BF16, "w": BF16, key: Entry(name, False)})
 
 
 def test_replace_leaves_the_original() -> None:

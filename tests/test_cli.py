@@ -1,6 +1,7 @@
 """The shell as a user meets it: exit status, tables, JSON fields, and what bad input says."""
 
 import json
+import math
 
 import pytest
 from shell import fails, run
@@ -46,7 +47,10 @@ def test_formats_and_schema(here):
     assert "FP(4,3,4)".lower() in run("formats", "fp(4,3,4)", "--json", "formats.json")
     assert json.loads((here / "formats.json").read_text())["fp(4,3,4)"]["max_value"] == 30.0
     assert "stochastic" in run("formats", "e4m3:sr")
-    assert ":sr" in run("formats")
+    assert ":sr" in run("formats", "--json", "all.json")
+    blocks = json.loads((here / "all.json").read_text())["int4:block64"]
+    assert (blocks["bits_per_element"], blocks["block"]) == (4.5, 64)
+    assert "8.25" in run("formats", "mxfp8:sr")
     schema = json.loads(run("schema"))
     assert "tensors" in schema["properties"]
 
@@ -227,3 +231,20 @@ def test_what_is_stored_can_be_chosen_and_is_shown(here, capsys, monkeypatch):
     assert "none fits" in error("--low-ratio", "0", "--optimizer-states", "dynamic8")
     assert "Choose the recipe bf16 or fp16" in error("--strategy", "standalone")
     assert "follows from the model alone" in error("--strategy", "standalone", "--recipe", "bf16", "--budget", "50%")
+
+
+def test_what_waits_may_be_saved_in_blocks(here, capsys, monkeypatch):
+    run("search", "mine.py", "--low-ratio", "0", "--saved", "int4:block64", "-o", "saved.json")
+    tensors = json.loads((here / "saved.json").read_text())["tensors"]
+    saved = {key: entry["format"] for key, entry in tensors.items() if key.endswith(".saved")}
+    assert saved == dict.fromkeys(("0/linear.saved", "1/gelu.saved", "2/linear.saved"), "int4:block64")
+    run("run", "mine.py", "--low-ratio", "0", "--saved", "mxfp4:sr", "--epochs", "1", "--json", "run.json")
+    result = json.loads((here / "run.json").read_text())
+    assert not result["plan"]["diverged"]
+    assert math.isfinite(result["plan"]["loss"])
+    assert "nothing that waits takes fewer bytes" in fails(
+        capsys, monkeypatch, "search", "mine.py", "--low-ratio", "0", "--saved", "fp32"
+    )
+    assert "For saved copies also: e4m3:block64" in fails(
+        capsys, monkeypatch, "search", "mine.py", "--low-ratio", "0", "--saved", "int3"
+    )

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MLP, ResNet, class_loss, images, vectors
 
+from assign.assignment import Entry
 from assign.delayed import DelayedScales, find_history
 from assign.errors import PlanError
 from assign.executor.apply import apply, planned_step
@@ -17,6 +18,7 @@ from assign.formats import FORMATS
 from assign.launch import use_compiled
 from assign.memory import peak_bytes
 from assign.rounding import amax_scale, decode, encode, quantize
+from assign.tensors import saved_key
 
 AMAX = ["e4m3:amax", "e5m2:amax"]
 each_way = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "op-by-op"])
@@ -218,3 +220,13 @@ def test_a_resnet_under_the_recipe_trains_and_its_peak_is_known():
     losses = train(model, step, batch, 6, optimizer)
     assert losses[-1] < losses[0]
     assert peak_bytes(table, plan.entries) == pytest.approx(measured_peak(model, batch, step, optimizer), rel=0.05)
+
+
+def test_a_saved_copy_of_its_own_format_has_a_scale_of_its_own():
+    model, batch = MLP(), vectors()
+    plan = everything(traced(model, batch), "e4m3:pow2:delayed")
+    key = next(key for key in plan.entries if key.endswith("/tanh"))
+    DelayedScales(plan.replace({saved_key(key): Entry("int4:block64", True)}))
+    plan.replace({saved_key(key): Entry("e4m3:pow2:delayed", True)})  # its activation's: not rounded again
+    with pytest.raises(PlanError, match=r"takes its scale from its own values\.\n  Choose 'e5m2:pow2'"):
+        plan.replace({saved_key(key): Entry("e5m2:pow2:delayed", True)})

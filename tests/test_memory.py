@@ -90,10 +90,31 @@ def test_saved_entry_overrides_the_activation():
     assert narrow.saved_bytes == plain.saved_bytes // 2
 
 
+def test_saved_blocks_are_counted_whole_with_what_they_share():
+    table = chain()  # relu's 100 elements
+    for name, size in (("int4:block64", 2 * (32 + 4)), ("mxfp8:sr", 4 * (32 + 1)), ("e4m3:block64", 2 * (64 + 2))):
+        for chosen in (entries("bf16", "bf16"), entries("fp32", "fp32"), entries("e4m3:pow2", "e5m2:pow2")):
+            assert Replay(table, chosen | {saved_key("/relu"): Entry(name, False)}).saved_bytes == size
+    alone = Replay(table, {saved_key("/relu"): Entry("int4:block64", False)})
+    assert alone.saved_bytes == 72
+    assert [s.bytes for s in alone.segments if s.role == Role.SAVED] == [72]
+
+
+def test_what_takes_no_fewer_bytes_in_blocks_waits_as_it_is():
+    buffers = tuple(Buffer(elements=9, dtype="float32", holds=b.holds) for b in chain().schedule.buffers)
+    schedule = Schedule(buffers=buffers, events=chain().schedule.events)
+    table = TensorTable(tensors=chain().tensors, schedule=schedule)
+    assert Replay(table, {saved_key("/relu"): Entry("int4:block64", False)}).saved_bytes == 36
+    assert Replay(table, {saved_key("/relu"): Entry("int8:block64", False)}).saved_bytes == 36
+
+
 def test_fewer_bits_never_raise_what_waits():
     table, sizes = chain(), []
     for name in ("fp32", "fp(6,9,0)", "bf16", "fp(4,3,4)"):
         sizes.append(Replay(table, entries(name, name)).saved_bytes)
+    for name in ("int4:block64", "int2:block64"):
+        chosen = entries("bf16", "bf16") | {saved_key("/relu"): Entry(name, False)}
+        sizes.append(Replay(table, chosen).saved_bytes)
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -186,7 +207,9 @@ BIG = {  # large enough that operators on whole tensors dominate, small enough f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BIG)
-@pytest.mark.parametrize("plan_name", ["fp32", "bf16", "native high", "native low", "hfp8 low"])
+@pytest.mark.parametrize(
+    "plan_name", ["fp32", "bf16", "native high", "native low", "hfp8 low", "fp32, saved int2", "bf16, saved int4"]
+)
 def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
     make, data = BIG[name]
     model, batch = make(), data()
@@ -197,6 +220,10 @@ def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
         "native high": lambda: all_high(table),
         "native low": lambda: all_low(table),
         "hfp8 low": lambda: all_low(table, "hfp8"),
+        "fp32, saved int2": lambda: search_table(
+            table, strategy="uniform", format_name="fp32", saved="int2:block64:sr"
+        ),
+        "bf16, saved int4": lambda: search_table(table, strategy="uniform", format_name="bf16", saved="int4:block64"),
     }[plan_name]()
     optimizer, promotion = sgd(model.parameters()), Promotion(plan)
     step = planned_step(model, class_loss, plan, backend="eager", promotion=promotion)

@@ -6,8 +6,8 @@ from contracts import Rows, chain
 
 from assign.assignment import Entry
 from assign.errors import FormatError
-from assign.recipes import LOSS_OPS, RECIPES, Recipe, get_recipe, initial
-from assign.tensors import PAPER_ROLES, Role, TensorInfo
+from assign.recipes import LOSS_OPS, RECIPES, Recipe, get_recipe, initial, save
+from assign.tensors import PAPER_ROLES, Role, TensorInfo, TensorTable
 
 
 def names(recipe: str, role: Role, op: str = "relu") -> tuple[str, str]:
@@ -92,3 +92,30 @@ def test_initial_knows_the_operators_of_the_loss() -> None:
     x = rows.same("log_softmax", rows.input(4))
     entries = initial(rows.table(), get_recipe("native"), {0})
     assert entries[x] == entries[f"{x}.grad"] == Entry("bf16", True)
+
+
+def test_copies_are_saved_narrower_where_that_takes_fewer_bytes() -> None:
+    shapes = {
+        "a": ((64, 8), "relu"),
+        "small": ((2, 4), "relu"),
+        "mask": ((64, 8), "add"),
+        "loss": ((64, 8), "log_softmax"),
+    }
+    rows = []
+    for key, (shape, op) in shapes.items():
+        for name, role in ((key, Role.ACTIVATION), (f"{key}.saved", Role.SAVED)):
+            rows.append(TensorInfo(key=name, role=role, shape=shape, elements=1, dtype="float32", op=op))
+    table = TensorTable(tensors=tuple(rows))
+
+    def saved(own: str, name: str, keep: frozenset[str] = frozenset()) -> dict[str, str]:
+        entries = {key: Entry(own, False) for key in shapes}
+        return {key: entry.format for key, entry in save(table, entries, name, keep=keep).items()}
+
+    both = {"a.saved": "int4:block64", "mask.saved": "int4:block64"}
+    assert saved("fp32", "Int4:Block64") == both  # 8 elements are 32 bytes, a block 36
+    assert saved("fp32", "int4:block64", frozenset({"mask"})) == {"a.saved": "int4:block64"}
+    assert saved("e4m3:pow2", "int4:block64") == both
+    assert saved("e4m3:pow2", "mxfp8") == saved("e4m3", "e4m3:block64") == saved("bf16", "fp32") == {}
+    assert saved("bf16", "e4m3:pow2").keys() == {"a.saved", "mask.saved", "small.saved"}
+    with pytest.raises(FormatError, match="is not a number format"):
+        saved("fp32", "int5")

@@ -21,7 +21,7 @@ from assign.formats import parse_format
 from assign.kernels import random_bits
 from assign.launch import use_compiled
 from assign.promotion import Promotion
-from assign.rounding import _key, amax_scale, decode, draw_seed, encode, quantize
+from assign.rounding import amax_scale, decode, draw_seed, encode, key_of, quantize
 
 # Inductor's own imports warn, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
@@ -156,7 +156,7 @@ def test_bits_of_neighbours_streams_and_seeds_are_unrelated():
     count = 2**16
 
     def signs(number, stream=0, first=0):
-        bits = random_bits(count, _key(seed(number), stream), first)
+        bits = random_bits(count, key_of(seed(number), stream), first)
         return ((bits[:, None] >> torch.arange(31)) & 1).float() * 2 - 1
 
     one = signs(12345)

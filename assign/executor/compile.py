@@ -19,6 +19,7 @@ from assign.promotion import find_slot
 
 _QUANTIZE = torch.ops.assign.quantize.default
 _SCALE = torch.ops.assign.scale.default
+_DECODE_BLOCKS = torch.ops.assign.decode_blocks.default
 
 
 class Backend(StrEnum):
@@ -58,7 +59,7 @@ def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
 def _keep_in_backward(graph: fx.Graph) -> None:
     """What the packing restores in the backward pass stays there, however cheap it would be to keep it instead."""
     for node in graph.nodes:
-        if node.target in (*_CASTS, _SCALE) and _torch.is_backward(node):
+        if node.target in (*_CASTS, _SCALE, _DECODE_BLOCKS) and _torch.is_backward(node):
             _torch.pin_backward(node)
 
 

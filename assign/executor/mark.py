@@ -14,7 +14,6 @@ Autograd gives a parameter's gradient the parameter's dtype. Where the plan stor
 """
 
 import operator
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from assign.delayed import DelayedScales, find_history
 from assign.formats import Format, parse_format
 from assign.operators import Site, Walk, floating_arguments, operator_name
 from assign.promotion import Promotion, Slot, find_slot, format_named
-from assign.rounding import draw_seed
+from assign.rounding import draw_seed, stream_of
 from assign.stored import gradient_format
 from assign.tensors import MARK, Role, grad_key, saved_key
 
@@ -94,6 +93,7 @@ def _round(
     exact = x.dtype == dtype and _DTYPES.get(fmt.native or "") in (dtype, torch.float32)
     if exact and not visible:
         return x.view_as(x)
+    saturate = saturate and not exact  # what changes nothing leaves an infinity too
     scale = torch.ops.assign.scale(x, name) if fmt.scaled else None
     name = fmt.name if history else name
     rounded: Tensor = (
@@ -314,7 +314,7 @@ class _Marker:
         """Seed and streams of a mark; none if it rounds to nearest."""
         if not any(map(_may_be_stochastic, formats)):
             return ()
-        return self._seed(graph), tuple(zlib.crc32(name.encode()) for name in (key, grad_key(key)))
+        return self._seed(graph), (stream_of(key), stream_of(grad_key(key)))
 
     def _seed(self, graph: fx.GraphModule) -> fx.Node:
         """The node that holds the seed: made once, where the graph begins; in a body, one more placeholder."""

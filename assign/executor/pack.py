@@ -10,15 +10,19 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from assign import _torch
 from assign.assignment import Assignment
-from assign.formats import Format, parse_format
+from assign.blocks import memory_order
+from assign.formats import BlockFormat, Format
 from assign.joint import describe, is_view, origin, read_marked_outputs
 from assign.promotion import format_named
+from assign.rounding import stream_of
 from assign.tensors import MARK, saved_key
 
 _QUANTIZE = torch.ops.assign.quantize.default
+_SEED = torch.ops.assign.seed.default
 
 
 def pack(joint: fx.GraphModule, plan: Assignment) -> None:
@@ -101,31 +105,77 @@ class _Packer:
         name = str(mark.args[2])  # of a format, or of a slot
         source, scale, after = mark, mark.args[1], self._last_forward_reader(mark)
         if saved_key(key) in self.plan.entries and self.plan.saved_format(key).name != name:
-            name = self.plan.saved_format(key).name
-            source, scale, after = self._narrow(mark, parse_format(name), after)
+            chosen = self.plan.saved_format(key)
+            if isinstance(chosen, BlockFormat):
+                return self._encode_blocks(mark, chosen, after, first)
+            name = chosen.name
+            source, scale, after = self._narrow(mark, chosen, after)
         fmt = format_named(name)
         if fmt.code_bytes >= value.dtype.itemsize:
             return source
-        with self.graph.inserting_after(after):
-            code = self.graph.call_function(torch.ops.assign.encode.default, (source, scale, name))
-        describe(code, torch.ops.assign.encode(value, _value_of(scale), name), mark, backward=False)
-        with self.graph.inserting_before(first):
-            decoded = self.graph.call_function(torch.ops.assign.decode.default, (code, scale, name, value.dtype))
-        describe(decoded, value, mark, backward=True)
-        return decoded
+        code = self._call(torch.ops.assign.encode.default, (source, scale, name), mark, after=after)
+        return self._call(torch.ops.assign.decode.default, (code, scale, name, value.dtype), mark, before=first)
+
+    def _encode_blocks(self, mark: fx.Node, fmt: BlockFormat, after: fx.Node, first: fx.Node) -> fx.Node:
+        """The mark's value as it comes out of blocks; itself where these take no fewer bytes."""
+        value = _torch.joint_value(mark)
+        if fmt.bytes_of(value.numel()) >= value.numel() * value.dtype.itemsize:
+            return mark
+        order, size = memory_order(value), self._size(mark)
+        chance = (self._seed(value.device), self._stream(mark)) if fmt.stochastic else ()
+        encode, decode = torch.ops.assign.encode_blocks.default, torch.ops.assign.decode_blocks.default
+        code = self._call(encode, (mark, fmt.name, order, *chance), mark, after=after)
+        return self._call(decode, (code, fmt.name, size, order, value.dtype), mark, before=first)
+
+    def _size(self, mark: fx.Node) -> list[Any]:
+        """The sizes of a value: numbers, and nodes for those that are symbols."""
+        sizes: list[Any] = []
+        for axis, size in enumerate(_torch.joint_value(mark).shape):
+            known = isinstance(size, int)
+            sizes.append(size if known else self._call(torch.ops.aten.sym_size.int, (mark, axis), mark, after=mark))
+        return sizes
 
     def _narrow(self, mark: fx.Node, fmt: Format, after: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node]:
         """A copy of the mark's value in the format that the plan gives to the saved copy."""
-        value, scale = _torch.joint_value(mark), None
+        scale = None
         if fmt.scaled:
-            with self.graph.inserting_after(after):
-                scale = self.graph.call_function(torch.ops.assign.scale.default, (mark, fmt.name))
-            describe(scale, torch.ops.assign.scale(value, fmt.name), mark, backward=False)
-            after = scale
-        with self.graph.inserting_after(after):
-            rounded = self.graph.call_function(_QUANTIZE, (mark, scale, fmt.name, True, value.dtype))
-        describe(rounded, value, mark, backward=False)
+            after = scale = self._call(torch.ops.assign.scale.default, (mark, fmt.name), mark, after=after)
+        chance: tuple[Any, ...] = ()
+        if fmt.stochastic:
+            chance = (self._seed(_torch.joint_value(mark).device), self._stream(mark))
+        dtype = _torch.joint_value(mark).dtype
+        rounded = self._call(_QUANTIZE, (mark, scale, fmt.name, True, dtype, *chance), mark, after=after)
         return rounded, scale, rounded
+
+    def _stream(self, mark: fx.Node) -> int:
+        return stream_of(saved_key(_torch.label_of(mark).removeprefix(MARK)))
+
+    def _seed(self, device: torch.device) -> fx.Node:
+        """The node that draws the graph's seed; made where the graph begins if no mark needed one."""
+        drawn: fx.Node | None = next((node for node in self.graph.nodes if node.target is _SEED), None)
+        if drawn is not None:
+            return drawn
+        begin = next(node for node in self.graph.nodes if node.op != "placeholder")
+        return self._call(_SEED, (device,), begin, before=begin, backward=False)
+
+    def _call(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        like: fx.Node,
+        *,
+        after: fx.Node | None = None,
+        before: fx.Node | None = None,
+        backward: bool | None = None,
+    ) -> fx.Node:
+        """A new node, in the forward pass right ``after`` one there, or in the backward pass right ``before`` one."""
+        place = self.graph.inserting_after(after) if after else self.graph.inserting_before(before)
+        with place:
+            node = self.graph.call_function(target, args)
+        with _torch.without_data(self.graph):
+            value = target(*map_arg(args, _torch.joint_value))
+        describe(node, value, like, backward=after is None if backward is None else backward)
+        return node
 
     def _last_forward_reader(self, mark: fx.Node) -> fx.Node:
         """The last forward node that reads the mark's storage."""
@@ -142,7 +192,3 @@ class _Packer:
 
 def _reads_input(mark: fx.Node) -> bool:
     return isinstance(mark.args[0], fx.Node) and mark.args[0].op == "placeholder"
-
-
-def _value_of(scale: Any) -> Any:
-    return _torch.joint_value(scale) if isinstance(scale, fx.Node) else None

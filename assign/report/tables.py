@@ -12,7 +12,7 @@ from rich.table import Table
 
 from assign.assignment import Assignment, Diff
 from assign.comparison import Comparison, Spread, Summary
-from assign.formats import FORMATS, Format
+from assign.formats import FORMATS, BlockFormat, Format
 from assign.lowered import Operator
 from assign.memory import Estimate
 from assign.promotion import Promoted
@@ -61,6 +61,24 @@ def format_table(formats: Sequence[Format] | None = None) -> Table:
         cells = [fmt.bits, fmt.exponent_bits, fmt.mantissa_bits, f"{fmt.max_value:.6g}", f"{fmt.min_normal:.4g}"]
         cells += [f"{fmt.min_subnormal:.4g}", fmt.rounding, f"{fmt.code_bytes} B, {fmt.storage}", fmt.carrier]
         table.add_row(fmt.name, *map(str, cells))
+    return table
+
+
+def block_table(formats: Sequence[BlockFormat]) -> Table:
+    """Formats in blocks."""
+    columns = ["format", "bits per element", "block", "code", "shared by a block", "rounding"]
+    table = new_table(
+        "Only for what waits for the backward pass (--saved); each with :sr for stochastic rounding", columns
+    )
+    for fmt in formats:
+        table.add_row(
+            fmt.name,
+            f"{fmt.bits_per_element:g}",
+            str(fmt.block),
+            f"{fmt.bits} bits, {fmt.code}",
+            fmt.shared,
+            fmt.rounding,
+        )
     return table
 
 
