@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from assign.assignment import Assignment
 from assign.executor.apply import planned_step
-from assign.planning import search_table
-from assign.tracer import trace
+from assign.planning import search
 from benchmarks.steps.workloads import Workload
 
 BASELINE = "autocast + compile"
@@ -40,6 +39,7 @@ class Configuration:
         fp8_pass: Inductor's ``activation_quantization_aten_pass``.
         float8_linear: torchao's ``convert_to_float8_training``.
         recipe, low_ratio, backend: a plan, and how it runs; recipe ``''`` means no plan.
+        saved, gradients: formats of the plan's saved copies and stored gradients.
     """
 
     name: str
@@ -52,6 +52,8 @@ class Configuration:
     recipe: str = ""
     low_ratio: float = 0.0
     backend: str = ""
+    saved: str | None = None
+    gradients: str | None = None
 
     @property
     def uses_inductor(self) -> bool:
@@ -85,6 +87,25 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "low-inductor": _ours("plan: native, all low", "native", 1.0, "inductor"),
     "low-eager": _ours("plan: native, all low", "native", 1.0, "eager"),
     "low-adam8": _ours("plan: native, all low + 8-bit AdamW (torchao)", "native", 1.0, "inductor", adam="torchao"),
+    "delayed-inductor": _ours("plan: native-delayed, all low", "native-delayed", 1.0, "inductor"),
+    "saved8-adam8": _ours(
+        "plan: bf16, saved e4m3:block64, bf16 gradients + 8-bit AdamW",
+        "native",
+        0.0,
+        "inductor",
+        saved="e4m3:block64",
+        gradients="bf16",
+        adam="torchao",
+    ),
+    "saved4-adam8": _ours(
+        "plan: bf16, saved int4:block64, bf16 gradients + 8-bit AdamW",
+        "native",
+        0.0,
+        "inductor",
+        saved="int4:block64",
+        gradients="bf16",
+        adam="torchao",
+    ),
     "hfp8-inductor": _ours("plan: hfp8 (emulated), all low", "hfp8", 1.0, "inductor"),
     "hfp8-eager": _ours("plan: hfp8 (emulated), all low", "hfp8", 1.0, "eager"),
 }
@@ -130,8 +151,16 @@ def make_plan(configuration: Configuration, model: nn.Module, batch: Any, worklo
     """Our plan for this model; None where the configuration has none."""
     if not configuration.recipe:
         return None
-    table = trace(model, batch, workload.loss)
-    return search_table(table, recipe=configuration.recipe, low_ratio=configuration.low_ratio)
+    return search(
+        model,
+        batch,
+        workload.loss,
+        recipe=configuration.recipe,
+        low_ratio=configuration.low_ratio,
+        saved=configuration.saved,
+        gradients=configuration.gradients,
+        optimizer=torch.optim.SGD,  # one without states: those of AdamW are the configuration's, not the plan's
+    )
 
 
 def make_loss(

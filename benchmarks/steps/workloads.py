@@ -32,14 +32,17 @@ def make_workload(name: str, *, small: bool, batch: int | None = None) -> Worklo
     return WORKLOADS[name](small, batch)
 
 
-def _resnet18(small: bool, batch: int | None) -> Workload:
-    widths, n, size = ((8, 16), batch or 4, 8) if small else ((64, 128, 256, 512), batch or 128, 32)
-    return Workload(
-        model=lambda: ResNet(channels_in=3, widths=widths, blocks=1 if small else 2, classes=10),
-        batch=lambda: _images(n, size, 10),
-        loss=_class_loss,
-        description=f"CIFAR ResNet-18, widths {widths}, batch {n}, {size}×{size} images",
-    )
+def _cifar_resnet(widths: tuple[int, ...], batch_size: int) -> Callable[[bool, int | None], Workload]:
+    def make(small: bool, batch: int | None) -> Workload:
+        chosen, n, size = ((8, 16), batch or 4, 8) if small else (widths, batch or batch_size, 32)
+        return Workload(
+            model=lambda: ResNet(channels_in=3, widths=chosen, blocks=1 if small else 2, classes=10),
+            batch=lambda: _images(n, size, 10),
+            loss=_class_loss,
+            description=f"CIFAR ResNet, widths {chosen}, batch {n}, {size}×{size} images",
+        )
+
+    return make
 
 
 def _vit_tiny(small: bool, batch: int | None) -> Workload:
@@ -125,7 +128,8 @@ def _llama_1b(small: bool, batch: int | None) -> Workload:
 
 
 WORKLOADS: dict[str, Callable[[bool, int | None], Workload]] = {
-    "resnet18": _resnet18,
+    "resnet18": _cifar_resnet((64, 128, 256, 512), 128),
+    "resnet-2.8m": _cifar_resnet((64, 128, 256), 64),
     "gpt2": _gpt2,
     "vit-tiny": _vit_tiny,
     "resnet50": _resnet50,
