@@ -77,6 +77,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "adam8-torchao": _peer("8-bit AdamW (torchao)", adam="torchao"),
     "adam8-bitsandbytes": _peer("8-bit AdamW (bitsandbytes)", adam="bitsandbytes"),
     "budget": _peer("recompute budget 0.5", memory_budget=0.5),
+    "adam8-budget": _peer("8-bit AdamW (torchao) + recompute budget 0.5", adam="torchao", memory_budget=0.5),
     "fp8-pass": _peer("fp8 activation pass", fp8_pass=True),
     "best-peer": _peer("all three (torchao)", adam="torchao", memory_budget=0.5, fp8_pass=True),
     "float8-torchao": _peer("float8 training (torchao)", float8_linear=True),
