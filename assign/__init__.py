@@ -30,7 +30,8 @@ them is pure Python and never imports torch.
 ``audit``             what 16 bits would lose, said before; ``certificate``: predictions that a plan cannot change
 ``planning``          trace, strategy, provenance in one call
 ``tasks``             what is trained: built-in, from a user's file
-``training``          the loop: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file
+``training``          the loop: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file;
+                      ``weights``: those of another training, to go on from
 ``comparing``         several plans trained on one task, run by run; ``comparison``: what they came to, and its file
 ``report``            tables and pictures for people; ``cli``: the shell
 ``errors``            AssignError, what a user can mend; ``files``: written whole; ``_torch``: all private torch names

@@ -8,7 +8,6 @@ Source: arXiv 2305.10947 (constants), 2311.18587 (range).
 
 import copy
 import math
-import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -20,25 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from assign.errors import FormatError, TaskError, nearest
+from assign.errors import FormatError, TaskError
 from assign.formats import Format, parse_format
 from assign.rounding import quantize
 from assign.tasks.batch import move
 from assign.tasks.task import Task, check_device
+from assign.weights import load_weights
 
 _NARROW = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _EPSILONS = ("eps", "epsilon", "variance_epsilon")
 _DECAYS = ("betas", "alpha", "rho")
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ValueError,
-    OSError,
-)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -381,7 +371,7 @@ def audit_task(
     """Both audits of a task's model, optimizer and first batch, before it trains (on) in ``format``.
 
     Args:
-        checkpoint: as for :func:`load_weights`; without one, the model as it is made.
+        checkpoint: as for ``weights.load_weights``; without one, the model as it is made.
     Raises:
         TaskError: the task or the checkpoint cannot be used.
         FormatError: no such format.
@@ -395,31 +385,3 @@ def audit_task(
     torch.autograd.backward(loss)
     constants = audit_constants(model, optimizer, format=format, action=Action.RETURN)
     return constants, audit_range(model, optimizer, format=format)
-
-
-def load_weights(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Fill a model from a file: what ``assign train --checkpoint`` wrote, or a ``state_dict`` saved by ``torch.save``.
-
-    Args:
-        optimizer: is filled too, where the file holds its state.
-    Raises:
-        TaskError: it cannot be read, or is of another model.
-    """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        weights = state["model"] if isinstance(state.get("model"), Mapping) else state
-        model.load_state_dict(weights)
-        if optimizer is not None and weights is not state and "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-    except FileNotFoundError as error:
-        close = nearest(path.name, (file.name for file in path.parent.glob("*"))) if path.parent.is_dir() else ""
-        raise TaskError(
-            f"there is no checkpoint {path}{f'; nearest: {close}' if close else ''}. "
-            "Give a file that 'assign train --checkpoint' or torch.save(model.state_dict(), …) wrote."
-        ) from error
-    except _UNREADABLE as error:
-        raise TaskError(
-            f"the checkpoint {path} does not fit this model: {str(error).strip()}\n"
-            "  Give a file that 'assign train --checkpoint' or torch.save(model.state_dict(), …) wrote for this task."
-        ) from error

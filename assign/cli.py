@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 
 from assign import _torch
 from assign.assignment import Assignment
-from assign.audit import audit_task, load_weights
+from assign.audit import audit_task
 from assign.certificate import certify_task
 from assign.comparing import compare, load_variants, seed_range
 from assign.comparison import Run
@@ -35,6 +35,7 @@ from assign.tracer import trace as trace_step
 from assign.training import Progress, TrainResult
 from assign.training import train as train_task
 from assign.updates import UpdateRounding
+from assign.weights import load_weights
 
 app = typer.Typer(
     help="Find the cheapest number format for every tensor of a PyTorch training step, and train with it.",
@@ -96,6 +97,10 @@ Rounding = Annotated[
 Weights = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="fp32 weights: what 'train --checkpoint' wrote, or a saved state_dict."),
+]
+From = Annotated[
+    Path | None,
+    typer.Option("--from", help="Go on from these fp32 weights: what 'train --checkpoint' wrote, or a state_dict."),
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")]
 
@@ -238,6 +243,7 @@ def train(
     backend: BackendName = Backend.EAGER,
     checkpoint: Annotated[Path | None, typer.Option(help="Written after every epoch.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint.")] = False,
+    weights: From = None,
     promote_every: PromoteEvery = None,
     promote_threshold: PromoteThreshold = THRESHOLD,
     update_rounding: Rounding = UpdateRounding.NEAREST,
@@ -266,6 +272,7 @@ def train(
         promote_threshold=promote_threshold,
         promoted=_promoted(plan) if plan else None,
         update_rounding=update_rounding,
+        weights=weights,
     )
     console.print(tables.result_table({name: result}))
     _write(json_file, result.to_json())

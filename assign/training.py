@@ -36,6 +36,7 @@ from assign.tasks.batch import Batch, count_bytes, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
 from assign.tensors import TensorTable
 from assign.updates import UpdateRounding
+from assign.weights import continue_from, load_states
 
 WARM_UP = 2
 """Steps before a step counts as steady: they make the optimizer's states and compile what is compiled."""
@@ -145,6 +146,7 @@ def train(
     promote_every: int | None = None,
     promote_threshold: float = THRESHOLD,
     update_rounding: str = UpdateRounding.NEAREST,
+    weights: Path | None = None,
 ) -> TrainResult:
     """Train ``task`` from the start, under ``plan`` or, without one, in plain PyTorch.
 
@@ -158,8 +160,11 @@ def train(
         on_step: told after every step.
         promote_every, promote_threshold: as in ``assign.Promotion``.
         update_rounding: of 16-bit masters, as in ``assign.optimizer``.
+        weights: of an fp32 training, to go on from: what its ``checkpoint`` is, or a saved ``state_dict``. Weights and
+            optimizer states are rounded to the formats of the plan; options of the optimizer are the task's.
     Raises:
-        TaskError: the task does not keep to its interface, the checkpoint cannot be used, or several processes train.
+        TaskError: the task does not keep to its interface, several processes train, or checkpoint or weights cannot be
+            used: weights also where the plan's masters cannot hold them (see ``assign.audit_range``).
         DivergedError: the loss is not finite, and ``raise_on_divergence``.
         PlanError, TraceError: as ``assign.apply``.
     """
@@ -181,6 +186,7 @@ def train(
         device=device,
         epochs=epochs or task.epochs,
         update_rounding=update_rounding,
+        weights=weights,
     )
     run.on_step = on_step
     if resume and checkpoint is not None:
@@ -237,6 +243,7 @@ class _Run:
         device: str,
         epochs: int,
         update_rounding: str,
+        weights: Path | None,
     ) -> None:
         self.update_rounding = _checked(update_rounding, plan)
         self.task, self.plan, self.promotion, self.seed, self.epochs = task, plan, promotion, seed, epochs
@@ -246,6 +253,7 @@ class _Run:
         _seed(seed)
         self.model = task.make_model().to(self.device)
         self.model.train()
+        states = continue_from(task, self.model, plan, weights) if weights else None
         self.length = len(task.train) if isinstance(task.train, Sized) else None
         self.scaler: torch.amp.GradScaler | None = None
         self.scales: DelayedScales | None = None
@@ -263,6 +271,8 @@ class _Run:
         self.optimizer = task.make_optimizer(self.model)  # of parameters that have the plan's dtypes by now
         if plan is not None and is_narrowed(plan.entries):
             self.optimizer = follow(self.optimizer, self.model, plan, update_rounding=self.update_rounding)
+        if states:
+            load_states(self.optimizer, states)
         self.scheduler = task.scheduler(self.optimizer) if task.scheduler else None
         self.warm_up = WARM_UP  # counts down, in every process anew
         self.last_step = math.inf

@@ -29,7 +29,9 @@ def test_every_command_of_the_readme_exists():
 @pytest.mark.parametrize("block", re.findall(r"^```python\n(.*?)^```", README, re.S | re.M))
 def test_every_python_block_of_the_readme_runs(block, tmp_path):
     (tmp_path / "block.py").write_text(block + "\nif 'task' in globals():\n    task()\n")
-    subprocess.run([sys.executable, "block.py"], cwd=tmp_path, check=True, timeout=120)
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *(two if "init_process_group" in block else []), "block.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

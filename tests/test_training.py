@@ -590,6 +590,45 @@ class TestStored:
             train(task, plan, checkpoint=file, resume=True)
         assert not same(straight, train(task, plan))  # to nearest most updates are lost
 
+    @pytest.mark.parametrize("name", ["fp16", "bf16"])
+    def test_goes_on_in_16_bit_from_weights_trained_in_32(self, tmp_path: Path, name: str) -> None:
+        """Source: arXiv 2311.18587. The first loss is the one that fp32 would go on with; bytes of masters are half."""
+        optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+        file = tmp_path / "fp32.pt"
+        train(self.task(optimizer=optimizer, epochs=3), checkpoint=file)
+        task = self.task(optimizer=optimizer, epochs=1)
+        table, plan = self.search(task, strategy="standalone", recipe=name)
+        narrow, wide = (train(task, each, table=table, weights=file) for each in (plan, None))
+        assert narrow.losses == pytest.approx(wide.losses, rel=0.05)
+        assert narrow.losses[0] < 0.95 * train(task).losses[0]
+        sizes = [sum(p.nbytes for p in result.model.parameters()) for result in (narrow, wide)]
+        assert 2 * sizes[0] == sizes[1]
+
+    def test_the_optimizers_states_go_on_too(self, tmp_path: Path) -> None:
+        """One step behind the momentum of fp32 is another than one from rest."""
+        optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+        task, file = self.task(optimizer=optimizer, epochs=1), tmp_path / "fp32.pt"
+        trained = train(task, checkpoint=file)
+        torch.save(trained.model.state_dict(), tmp_path / "weights.pt")
+        _, plan = self.search(task, strategy="standalone", recipe="bf16")
+        for steps, same_loss in ((1, True), (2, False)):
+            losses = [
+                train(task, plan, weights=weights, max_steps=steps).losses[0]
+                for weights in (file, tmp_path / "weights.pt")
+            ]
+            assert (losses[0] == losses[1]) is same_loss
+
+    def test_weights_that_a_master_cannot_hold_are_refused(self, tmp_path: Path) -> None:
+        task, file = self.task(), tmp_path / "fp32.pt"
+        state = task.make_model().state_dict()
+        key = next(iter(state))
+        state[key] *= 1e6
+        torch.save(state, file)
+        _, plan = self.search(task, strategy="standalone", recipe="fp16")
+        with pytest.raises(TaskError, match=rf"'{key}' holds .* its master is fp16, which ends at 65504"):
+            train(task, plan, weights=file)
+        assert train(task, weights=file, max_steps=1).losses
+
     def test_a_rounding_of_updates_without_16_bit_masters_is_refused(self) -> None:
         task = self.task()
         for plan in (None, self.search(task)[1]):
