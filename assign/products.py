@@ -51,7 +51,7 @@ def _scaled_product(
 
 
 def _float8(name: str) -> torch.dtype:
-    native = FORMATS[name].native
+    native = format_named(name).native
     assert native is not None
     return torch_dtype(native)
 

@@ -73,6 +73,11 @@ def test_low_products_are_of_8_bit_codes_forward_and_backward(recipe, counted, o
     assert others == ["aten.mm", "aten.mm"]
 
 
+def test_values_rounded_by_chance_are_multiplied_as_codes_too(counted, on_fp8_hardware, monkeypatch):
+    trained(lambda table: everything(table, "e4m3:pow2:sr"), True, monkeypatch)
+    assert [target for target, _ in counted].count("assign.scaled_product") == 13
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_8_bit_products_give_what_bf16_gives(backend, on_fp8_hardware, monkeypatch):
     """Products of 8-bit values are exact in both; sums are in another order, and the result is rounded to bf16."""
