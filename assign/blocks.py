@@ -37,7 +37,7 @@ from assign.rounding import draw_seed, key_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_SCALE = 2.0**-126  # its inverse is a float32
-_PIECE, _DEVICE_PIECE = 2**18, 2**22  # elements at a time: a float32 copy of them is all that is made beside
+_PIECE, _DEVICE_PIECE = 2**16, 2**22  # elements at a time: temporaries are small, and stay in a processor's cache
 
 Kernel = Callable[..., None]
 

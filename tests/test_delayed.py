@@ -82,7 +82,9 @@ def test_both_backends_compute_the_same(name):
     for backend in ("eager", "inductor"):
         torch.manual_seed(0)
         model, batch = MLP(), vectors()
-        step = planned_step(model, class_loss, everything(traced(model, batch), name), backend=backend)
+        plan = everything(traced(model, batch), name)
+        plan = plan.replace({key: Entry("fp32", False) for key in plan.entries if key.startswith("loss/")})
+        step = planned_step(model, class_loss, plan, backend=backend)
         losses[backend] = train(model, step, batch, 3)
     assert losses["eager"] == pytest.approx(losses["inductor"], rel=2e-2)
     assert losses["eager"][2] < losses["eager"][0]
