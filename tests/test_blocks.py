@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import all_low, everything, sgd, steps, traced
 from models import GPT, MLP, InPlace, ResNet, class_loss, images, tokens, vectors
-from torch import nn
+from torch import library, nn
 
 from assign import _torch, blocks
 from assign.assignment import Entry
@@ -278,9 +278,9 @@ def test_the_operators_say_what_comes_out(name):
     x = torch.randn(3, 8, 5, 5).to(memory_format=torch.channels_last)
     order = memory_order(x)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ENCODE, (x, name, order, SEED, 7), test_utils=checks)
+    library.opcheck(ENCODE, (x, name, order, SEED, 7), test_utils=checks)
     codes = ENCODE(x, name, order, SEED, 7)
-    torch.library.opcheck(DECODE, (codes, name, list(x.shape), order, torch.bfloat16), test_utils=checks)
+    library.opcheck(DECODE, (codes, name, list(x.shape), order, torch.bfloat16), test_utils=checks)
     odd = torch.cat((codes[:1], codes))[1:]  # 16-bit numbers at odd bytes
     assert torch.equal(DECODE(odd, name, x.shape, order, x.dtype), DECODE(codes, name, x.shape, order, x.dtype))
 

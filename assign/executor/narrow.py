@@ -10,7 +10,7 @@ it. Both passes are treated alike: the forward product, and the two of the backw
 Everything else stays as it is: products in the dtype in which their operands live.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -150,11 +150,11 @@ def _codes(graph: fx.Graph, source: fx.Node) -> fx.Node:
 def _views_of(graph: fx.Graph, codes: fx.Node, views: Sequence[fx.Node], before: fx.Node) -> fx.Node:
     """The codes under the views through which the product reads the values."""
     for view in views:
-        target: Callable[..., Any] = view.target  # type: ignore[assignment]  # a node that calls a function has one
-        value = _torch.joint_value(codes)
+        assert callable(view.target)
+        value = view.target(_torch.joint_value(codes), *view.args[1:], **view.kwargs)
         with graph.inserting_before(before):
-            codes = graph.call_function(target, (codes, *view.args[1:]), view.kwargs)
-        describe(codes, target(value, *view.args[1:], **view.kwargs), before, backward=_torch.is_backward(before))
+            codes = graph.call_function(view.target, (codes, *view.args[1:]), view.kwargs)
+        describe(codes, value, before, backward=_torch.is_backward(before))
     return codes
 
 
