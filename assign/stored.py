@@ -108,6 +108,12 @@ def is_narrowed(entries: Mapping[str, Named]) -> bool:
     return any(entry.format != "fp32" for key, entry in entries.items() if owner_of(key, entries))
 
 
+def has_narrow_masters(entries: Mapping[str, Named]) -> bool:
+    """Whether any parameter itself is stored in another format than float32."""
+    owners = ((owner_of(key, entries), entry.format) for key, entry in entries.items())
+    return any(owner is not None and owner[1] is Role.MASTER and name != "fp32" for owner, name in owners)
+
+
 def is_stored(row: TensorInfo) -> bool:
     """Whether a row is a parameter, its gradient or a state of the optimizer.
 

@@ -31,7 +31,7 @@ from assign.memory import Replay
 from assign.optimizers import follow
 from assign.promotion import THRESHOLD, Promoted, Promotion
 from assign.recipes import get_recipe
-from assign.stored import is_narrowed, master_format
+from assign.stored import has_narrow_masters, is_narrowed, master_format
 from assign.tasks.batch import Batch, count_bytes, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
 from assign.tensors import TensorTable
@@ -524,8 +524,7 @@ def _checked(update_rounding: str, plan: Assignment | None) -> str:
         raise PlanError(
             f"train: update_rounding {update_rounding!r} is not known. Choose one of: {', '.join(UpdateRounding)}."
         )
-    entries = plan.entries if plan else {}
-    masters = any(key.endswith(".master") and entry.format != "fp32" for key, entry in entries.items())
+    masters = plan is not None and has_narrow_masters(plan.entries)
     if update_rounding != UpdateRounding.NEAREST and not masters:
         raise PlanError(
             f"train: update_rounding={update_rounding!r} is for masters in 16 bit, and this training has none.\n"

@@ -16,6 +16,7 @@ from assign.stored import (
     Stored,
     bytes_of,
     choose_library,
+    has_narrow_masters,
     optimizer_scratch,
     owner_of,
     parse_stored,
@@ -58,6 +59,13 @@ def test_only_what_follows_a_weight_is_stored():
     assert owner_of("w.optim.exp_avg", keys) == ("w", Role.OPTIM_STATE)
     for key in ("w", "w.grad", "w.saved", "master", "v.master", "a/relu.master", ".optim.x", "a.optim.w"):
         assert owner_of(key, keys) is None, key
+
+
+def test_a_module_called_master_is_no_master():
+    bf16, fp32 = Entry("bf16", False), Entry("fp32", False)
+    assert not has_narrow_masters({"heads.master": bf16, "heads.master.grad": bf16})
+    assert not has_narrow_masters({"a": bf16, "a.master": fp32, "a.grad.stored": bf16})
+    assert has_narrow_masters({"a": bf16, "a.master": bf16})
 
 
 @pytest.mark.parametrize(
