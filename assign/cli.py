@@ -14,28 +14,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 
 from assign import _torch
-from assign.assignment import Assignment
-from assign.audit import audit_task
-from assign.certificate import certify_task
-from assign.comparing import compare, load_variants, seed_range
-from assign.comparison import Run
 from assign.errors import AssignError
 from assign.executor.compile import Backend
-from assign.finiteness import non_finite
-from assign.formats import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
-from assign.lowered import Lowered
-from assign.memory import estimate as estimate_plan
+from assign.numerics.promotion import THRESHOLD
+from assign.optim.updates import UpdateRounding
+from assign.plan.assignment import Assignment
+from assign.plan.formats import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
+from assign.plan.lowered import Lowered
+from assign.plan.memory import estimate as estimate_plan
+from assign.plan.tensors import TensorTable
 from assign.planning import search_table, summary
-from assign.promotion import THRESHOLD
 from assign.report import audits, pictures, tables
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
-from assign.tensors import TensorTable
-from assign.tracer import trace as trace_step
-from assign.training import Progress, TrainResult
-from assign.training import train as train_task
-from assign.updates import UpdateRounding
-from assign.weights import load_weights
+from assign.tracing.finiteness import non_finite
+from assign.tracing.tracer import trace as trace_step
+from assign.training.audit import audit_task
+from assign.training.certificate import certify_task
+from assign.training.comparing import compare, load_variants, seed_range
+from assign.training.comparison import Run
+from assign.training.loop import Progress, TrainResult
+from assign.training.loop import train as train_task
+from assign.training.weights import load_weights
 
 app = typer.Typer(
     help="Find the cheapest number format for every tensor of a PyTorch training step, and train with it.",

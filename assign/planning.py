@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from assign.assignment import Assignment, Entry, Provenance
-from assign.capture import Loss
 from assign.errors import BudgetError, PlanError
-from assign.finiteness import non_finite as find_non_finite
-from assign.memory import Estimate, estimate, peak_bytes
-from assign.recipes import get_recipe, save, store
+from assign.plan.assignment import Assignment, Entry, Provenance
+from assign.plan.memory import Estimate, estimate, peak_bytes
+from assign.plan.recipes import get_recipe, save, store
+from assign.plan.tensors import TensorTable, is_saved_key
 from assign.strategies import BASELINES, get_strategy
 from assign.strategies.baselines import uniform_in
-from assign.tensors import TensorTable, is_saved_key
-from assign.tracer import OptimizerFactory, trace
+from assign.tracing.capture import Loss
+from assign.tracing.finiteness import non_finite as find_non_finite
+from assign.tracing.tracer import OptimizerFactory, trace
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

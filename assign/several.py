@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from assign import _torch
-from assign.assignment import Assignment
 from assign.errors import PlanError
-from assign.stored import gradient_format, master_format, owner_of
-from assign.tensors import Role
+from assign.plan.assignment import Assignment
+from assign.plan.stored import gradient_format, master_format, owner_of
+from assign.plan.tensors import Role
 
 _WRAPPED = "DistributedDataParallel(assign.apply(model, plan))"
 

@@ -18,8 +18,8 @@ import torch
 
 from assign.planning import search_table
 from assign.tasks import TaskOptions, load_task
-from assign.tracer import trace
-from assign.training import train
+from assign.tracing.tracer import trace
+from assign.training.loop import train
 
 BUDGETS = ("60%", "40%")
 SEEDS = (0, 1, 2)

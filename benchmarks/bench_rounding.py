@@ -32,8 +32,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from assign.formats import parse_format
-from assign.rounding import quantize
+from assign.numerics.rounding import quantize
+from assign.plan.formats import parse_format
 from benchmarks import facts
 
 ELEMENTS = 10_000_000

@@ -11,11 +11,9 @@ from torch.nn import functional as F
 
 from assign import _torch
 from assign.executor.apply import planned_step
-from assign.formats import FORMATS, Format, parse_format
-from assign.launch import use_compiled
-from assign.planning import search, search_table
-from assign.promotion import Promotion
-from assign.rounding import (
+from assign.numerics.launch import use_compiled
+from assign.numerics.promotion import Promotion
+from assign.numerics.rounding import (
     amax_scale,
     decode,
     encode,
@@ -23,8 +21,10 @@ from assign.rounding import (
     quantize,
     torch_dtype,
 )
+from assign.plan.formats import FORMATS, Format, parse_format
+from assign.planning import search, search_table
 from assign.tasks.models import ResNet
-from assign.tracer import trace
+from assign.tracing.tracer import trace
 
 PAPER = ("fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)")
 ODD = ("fp(2,1,0)", "fp(8,7,0)", "fp(7,3,-63)", "fp(8,22,0)")

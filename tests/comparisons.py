@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from assign.comparison import Comparison, Run, VariantRow
+from assign.training.comparison import Comparison, Run, VariantRow
 
 
 def by_hand(variant: str, seed: int, accuracy: float, *, diverged: bool = False, promoted: int = 0) -> Run:

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from assign.assignment import Entry
 from assign.errors import BudgetError
-from assign.formats import parse_format
-from assign.groups import assign_groups
-from assign.recipes import RECIPES, Recipe, initial
+from assign.plan.assignment import Entry
+from assign.plan.formats import parse_format
+from assign.plan.groups import assign_groups
+from assign.plan.recipes import RECIPES, Recipe, initial
+from assign.plan.tensors import Role, TensorInfo, TensorTable, grad_key
 from assign.strategies import STRATEGIES, Strategy
-from assign.tensors import Role, TensorInfo, TensorTable, grad_key
 
 BATCH = 128
 

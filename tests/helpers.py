@@ -3,10 +3,10 @@
 import torch
 from models import class_loss
 
-from assign.assignment import Assignment, Entry
-from assign.measuring import measure_peak
-from assign.recipes import get_recipe, initial
-from assign.tracer import trace
+from assign.plan.assignment import Assignment, Entry
+from assign.plan.recipes import get_recipe, initial
+from assign.tracing.tracer import trace
+from assign.training.measuring import measure_peak
 
 
 def sgd(parameters):

@@ -1,4 +1,4 @@
-"""Slow references for ``assign.rounding``, from the definitions of the formats: no bits, no tricks.
+"""Slow references for ``assign.numerics.rounding``, from the definitions of the formats: no bits, no tricks.
 
 A format of up to 16 bits is the list of its values, in the order of their codes; rounding is a search in that list.
 Wider ones, whose list is too long, are exact arithmetic on fractions.

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assign.assignment import Assignment, Entry, Provenance
 from assign.errors import PlanError
+from assign.plan.assignment import Assignment, Entry, Provenance
 
 E4M3, E5M2, BF16, FP32 = Entry("e4m3", True), Entry("e5m2", True), Entry("bf16", False), Entry("fp32", False)
 

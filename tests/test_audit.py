@@ -12,13 +12,13 @@ from shell import fails, run
 from torch import nn
 from torch.nn import functional as F
 
-from assign import updates
-from assign.audit import PrecisionWarning, audit_constants, audit_range
 from assign.errors import FormatError, TaskError
+from assign.optim import updates
 from assign.tasks import TaskOptions, load_task
 from assign.tasks.data import read_digits
-from assign.training import train
-from assign.weights import load_weights
+from assign.training.audit import PrecisionWarning, audit_constants, audit_range
+from assign.training.loop import train
+from assign.training.weights import load_weights
 
 BETAS = (0.9, 0.99)  # survive in bf16 too
 

@@ -14,18 +14,19 @@ from helpers import all_low, everything, sgd, steps, traced
 from models import GPT, MLP, InPlace, ResNet, class_loss, images, tokens, vectors
 from torch import library, nn
 
-from assign import _torch, blocks
-from assign.assignment import Entry
-from assign.blocks import block_format, decode_blocks, encode_blocks, memory_order
+from assign import _torch
 from assign.errors import FormatError
 from assign.executor.apply import apply, planned_step
-from assign.finiteness import non_finite
-from assign.formats import SAVED_FORMATS, parse_saved
-from assign.joint import is_view
-from assign.launch import use_compiled
-from assign.memory import Replay
+from assign.numerics import blocks
+from assign.numerics.blocks import block_format, decode_blocks, encode_blocks, memory_order
+from assign.numerics.launch import use_compiled
+from assign.plan.assignment import Entry
+from assign.plan.formats import SAVED_FORMATS, parse_saved
+from assign.plan.memory import Replay
+from assign.plan.tensors import Role
 from assign.planning import search
-from assign.tensors import Role
+from assign.tracing.finiteness import non_finite
+from assign.tracing.joint import is_view
 
 INTEGERS = {"int8:block64": 255, "int4:block64": 15, "int2:block64": 3}
 FLOATS = ("e4m3:block64", "mxfp8", "mxfp4")

@@ -17,17 +17,17 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from assign.assignment import Assignment, Entry
-from assign.comparing import Variant, compare, load_variants, seed_range
-from assign.comparison import Comparison, Spread
 from assign.errors import AssignError, ComparisonError, PlanError
-from assign.memory import low_ratio, low_ratio_bits
-from assign.recipes import get_recipe, initial
+from assign.plan.assignment import Assignment, Entry
+from assign.plan.memory import low_ratio, low_ratio_bits
+from assign.plan.recipes import get_recipe, initial
+from assign.plan.tensors import TensorTable
 from assign.report.tables import comparison_table
 from assign.tasks import Task
-from assign.tensors import TensorTable
-from assign.tracer import trace
-from assign.training import Progress
+from assign.tracing.tracer import trace
+from assign.training.comparing import Variant, compare, load_variants, seed_range
+from assign.training.comparison import Comparison, Spread
+from assign.training.loop import Progress
 
 STEPS = 3
 TIMES = {"step_seconds"}  # what no second run repeats

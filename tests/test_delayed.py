@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MLP, ResNet, class_loss, images, vectors
 
-from assign.assignment import Entry
-from assign.delayed import DelayedScales, find_history
 from assign.errors import PlanError
 from assign.executor.apply import apply, planned_step
-from assign.formats import FORMATS
-from assign.launch import use_compiled
-from assign.memory import peak_bytes
-from assign.rounding import amax_scale, decode, encode, quantize
-from assign.tensors import saved_key
+from assign.numerics.delayed import DelayedScales, find_history
+from assign.numerics.launch import use_compiled
+from assign.numerics.rounding import amax_scale, decode, encode, quantize
+from assign.plan.assignment import Entry
+from assign.plan.formats import FORMATS
+from assign.plan.memory import peak_bytes
+from assign.plan.tensors import saved_key
 
 AMAX = ["e4m3:amax", "e5m2:amax"]
 each_way = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "op-by-op"])

@@ -11,12 +11,12 @@ from models import GPT, MLP, MODELS, Gated, InPlace, ResNet, class_loss, images,
 from torch import nn
 
 from assign import _torch
-from assign.assignment import Entry
 from assign.errors import PlanError, TraceError
 from assign.executor.apply import apply, autocast, planned_step
-from assign.recipes import store
-from assign.rounding import quantize
-from assign.tensors import saved_key
+from assign.numerics.rounding import quantize
+from assign.plan.assignment import Entry
+from assign.plan.recipes import store
+from assign.plan.tensors import saved_key
 
 
 def nodes(graphs, target):

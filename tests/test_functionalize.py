@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from assign.capture import compile_step
-from assign.functionalize import _mutated, functionalize
+from assign.tracing.capture import compile_step
+from assign.tracing.functionalize import _mutated, functionalize
 
 
 def view_of_view(x):

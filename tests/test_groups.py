@@ -4,8 +4,8 @@ import dataclasses
 
 from contracts import Rows, chain, resnet18, squeezenet
 
-from assign.groups import GEMM_OPS, assign_groups, owner_key
-from assign.tensors import Role, TensorInfo, grad_key
+from assign.plan.groups import GEMM_OPS, assign_groups, owner_key
+from assign.plan.tensors import Role, TensorInfo, grad_key
 
 
 def row(key: str, role: Role = Role.ACTIVATION, op: str = "relu", **more: object) -> TensorInfo:

@@ -6,15 +6,15 @@ from helpers import adamw, all_high, all_low, everything, measured_peak, sgd, tr
 from models import GPT, MLP, Gated, ResNet, class_loss, images, tokens, vectors
 
 from assign import _torch
-from assign.assignment import Entry
 from assign.errors import BudgetError, PlanError
 from assign.executor.apply import planned_step
-from assign.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
-from assign.optimizers import follow
+from assign.numerics.promotion import Promotion
+from assign.optim.optimizers import follow
+from assign.plan.assignment import Entry
+from assign.plan.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
+from assign.plan.recipes import get_recipe
+from assign.plan.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable, saved_key
 from assign.planning import parse_budget, search, search_table
-from assign.promotion import Promotion
-from assign.recipes import get_recipe
-from assign.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable, saved_key
 
 
 def chain():

@@ -8,9 +8,9 @@ from rich.console import Console
 from torch import nn
 
 from assign.errors import TaskError
-from assign.monitor import LostUpdates
+from assign.optim.monitor import LostUpdates
+from assign.optim.updates import SGD, AdamW
 from assign.report.audits import lost_table
-from assign.updates import SGD, AdamW
 
 
 class Two(nn.Module):

@@ -8,12 +8,13 @@ from helpers import everything, traced
 from torch import nn
 
 import assign
-from assign import _torch, optimizers, updates
-from assign.assignment import Entry
+from assign import _torch
 from assign.errors import PlanError
 from assign.executor.apply import apply
-from assign.recipes import store
-from assign.stored import resident
+from assign.optim import optimizers, updates
+from assign.plan.assignment import Entry
+from assign.plan.recipes import store
+from assign.plan.stored import resident
 
 
 class Wide(nn.Module):

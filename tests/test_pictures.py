@@ -10,7 +10,6 @@ import pytest
 from comparisons import by_hand, compared
 from matplotlib.figure import Figure
 
-from assign.comparison import Comparison
 from assign.errors import ComparisonError
 from assign.report.pictures import (
     accuracy_picture,
@@ -20,6 +19,7 @@ from assign.report.pictures import (
     picture_paths,
     save_picture,
 )
+from assign.training.comparison import Comparison
 
 BOTH = (accuracy_picture, curves_picture)
 

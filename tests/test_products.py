@@ -6,14 +6,15 @@ from helpers import all_high, all_low, everything, steps, traced
 from models import GPT, MLP, class_loss, tokens, vectors
 from torch import nn
 
-from assign import _torch, lowering
+from assign import _torch
 from assign.executor import compile as compiling
 from assign.executor.apply import planned_step
 from assign.executor.narrow import narrow_products
-from assign.formats import parse_format
-from assign.lowered import Lowered
-from assign.promotion import Promotion
-from assign.rounding import amax_scale, decode, encode, quantize
+from assign.numerics.promotion import Promotion
+from assign.numerics.rounding import amax_scale, decode, encode, quantize
+from assign.plan import lowering
+from assign.plan.formats import parse_format
+from assign.plan.lowered import Lowered
 
 ops = torch.ops.assign
 

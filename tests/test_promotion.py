@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import assign
-from assign import Promotion, rounding
+from assign import Promotion
 from assign.errors import PlanError
+from assign.numerics import rounding
 
 BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 LOW, BACK, HIGH = "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)"
@@ -182,7 +183,7 @@ def test_what_cannot_be():
     promotion = Promotion(plan)
     step = assign.planned_step(model, total, plan, backend="eager", promotion=promotion)
     step(x)
-    name = promotion.slot("/input", assign.tensors.Role.ACTIVATION, "input").name
+    name = promotion.slot("/input", assign.plan.tensors.Role.ACTIVATION, "input").name
     del promotion, step
     torch._dynamo.reset()
     with pytest.raises(PlanError, match=r"is gone. Keep the Promotion"):
@@ -213,7 +214,7 @@ def test_goldens_through_the_executors(backend):
     planned(torch.tensor([1.0009765625, 1, 1, 1, 1, 1])).backward(torch.ones(len(BACKWARD)))
     assert model.weight.grad[0].item() == 1.0  # the input was rounded to 8 bits first
     high = plan_of(model, torch.ones(len(BACKWARD))).replace(
-        {key: assign.assignment.Entry(HIGH, False) for key in plan.entries}
+        {key: assign.plan.assignment.Entry(HIGH, False) for key in plan.entries}
     )
     planned = assign.apply(model, high, backend=backend)
     with torch.no_grad():

@@ -8,12 +8,12 @@ from helpers import all_low, everything, steps, traced
 from models import MODELS, class_loss
 from torch import nn
 
-from assign.assignment import Assignment, Entry
 from assign.executor import compile as compiling
 from assign.executor.apply import planned_step
 from assign.executor.pack import pack
 from assign.executor.reuse import reuse_grids
-from assign.promotion import Promotion
+from assign.numerics.promotion import Promotion
+from assign.plan.assignment import Assignment, Entry
 
 
 @pytest.fixture

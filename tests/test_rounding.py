@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from assign import _torch, launch, rounding
+from assign import _torch
 from assign.errors import FormatError
-from assign.formats import FORMATS, parse_format
-from assign.launch import use_compiled
-from assign.rounding import amax_scale, decode, encode, inline_cast, quantize
+from assign.numerics import launch, rounding
+from assign.numerics.launch import use_compiled
+from assign.numerics.rounding import amax_scale, decode, encode, inline_cast, quantize
+from assign.plan.formats import FORMATS, parse_format
 
 # Inductor's own imports warn, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")

@@ -21,9 +21,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import assign
-from assign import several, training, updates
+from assign import several
 from assign.errors import PlanError, TaskError
-from assign.recipes import store
+from assign.optim import updates
+from assign.plan.recipes import store
+from assign.training.loop import train
 
 SECONDS = 100
 
@@ -588,4 +590,4 @@ def test_training_refuses_torchrun(monkeypatch):
         model=MLP, loss=class_loss, train=[vectors()], evaluate=None, optimizer=torch.optim.SGD, epochs=1
     )
     with pytest.raises(TaskError, match=r"one of 2 processes[\s\S]*without torchrun"):
-        training.train(task)
+        train(task)

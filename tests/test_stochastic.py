@@ -14,14 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from assign import _torch
-from assign.assignment import Assignment, Entry
 from assign.errors import FormatError
 from assign.executor.apply import apply, planned_step
-from assign.formats import parse_format
-from assign.kernels import random_bits
-from assign.launch import use_compiled
-from assign.promotion import Promotion
-from assign.rounding import amax_scale, decode, draw_seed, encode, key_of, quantize
+from assign.numerics.kernels import random_bits
+from assign.numerics.launch import use_compiled
+from assign.numerics.promotion import Promotion
+from assign.numerics.rounding import amax_scale, decode, draw_seed, encode, key_of, quantize
+from assign.plan.assignment import Assignment, Entry
+from assign.plan.formats import parse_format
 
 # Inductor's own imports warn, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")

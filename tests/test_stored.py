@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assign.assignment import Assignment, Entry
 from assign.errors import FormatError, PlanError
-from assign.formats import FORMATS, STATE_FORMATS, parse_format
-from assign.recipes import store
-from assign.stored import (
+from assign.plan.assignment import Assignment, Entry
+from assign.plan.formats import FORMATS, STATE_FORMATS, parse_format
+from assign.plan.recipes import store
+from assign.plan.stored import (
     NATIVE,
     Library,
     Stored,
@@ -23,7 +23,7 @@ from assign.stored import (
     resident,
     stored_in,
 )
-from assign.tensors import Role, Schedule, TensorInfo, TensorTable
+from assign.plan.tensors import Role, Schedule, TensorInfo, TensorTable
 
 
 def table(elements=8192, optimizer="AdamW", states=("exp_avg", "exp_avg_sq")):

@@ -8,13 +8,13 @@ from contracts import StrategyContract, chain, low_ratio, resnet18, squeezenet, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assign.assignment import Entry
 from assign.errors import AssignError, BudgetError, FormatError
-from assign.recipes import get_recipe, initial
+from assign.plan.assignment import Entry
+from assign.plan.recipes import get_recipe, initial
+from assign.plan.tensors import Group, Role, TensorTable, grad_key
 from assign.strategies import STRATEGIES, get_strategy
 from assign.strategies.baselines import operator_based, uniform, uniform_in
 from assign.strategies.greedy import Order, demotion_order, greedy
-from assign.tensors import Group, Role, TensorTable, grad_key
 
 HFP8 = get_recipe("hfp8")
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=6)

@@ -11,8 +11,8 @@ from models import GPT, MLP, InPlace, ResNet, class_loss, images, tokens, vector
 from torch import nn
 
 from assign.errors import PlanError, TraceError
-from assign.tensors import Role, TensorTable
-from assign.tracer import trace
+from assign.plan.tensors import Role, TensorTable
+from assign.tracing.tracer import trace
 
 
 def keys(table, role=Role.ACTIVATION):

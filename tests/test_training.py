@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from assign.assignment import Assignment, Entry
 from assign.errors import DivergedError, PlanError, TaskError
-from assign.measuring import measure_peak
+from assign.plan.assignment import Assignment, Entry
+from assign.plan.recipes import get_recipe, initial
+from assign.plan.tensors import TensorTable
 from assign.planning import search_table
-from assign.recipes import get_recipe, initial
 from assign.tasks import Task, load_task
-from assign.tensors import TensorTable
-from assign.tracer import trace
-from assign.training import INITIAL_SCALE, Progress, TrainResult, needs_loss_scaling, train
+from assign.tracing.tracer import trace
+from assign.training.loop import INITIAL_SCALE, Progress, TrainResult, needs_loss_scaling, train
+from assign.training.measuring import measure_peak
 
 FIXED = {"metrics", "loss", "measured_peak_bytes", "predicted_peak_bytes", "step_seconds", "diverged"}
 

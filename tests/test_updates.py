@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from assign.errors import FormatError
-from assign.launch import use_compiled
-from assign.updates import COMPENSATION, SGD, AdamW, kahan_add
+from assign.numerics.launch import use_compiled
+from assign.optim.updates import COMPENSATION, SGD, AdamW, kahan_add
 
 # Inductor's own imports warn, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from assign import _torch, several
-from assign.assignment import Assignment, Entry
-from assign.capture import Capture, Loss, call_model, compile_step
-from assign.delayed import DelayedScales
 from assign.errors import PlanError, nearest
 from assign.executor.compile import Backend, make_backend
 from assign.executor.mark import mark, tap_of
 from assign.executor.parameters import check_storable, store_parameters
-from assign.functionalize import functionalize
-from assign.operators import Walk, walk
-from assign.promotion import Promotion
-from assign.stored import owner_of
-from assign.tensors import Role, grad_key
+from assign.numerics.delayed import DelayedScales
+from assign.numerics.promotion import Promotion
+from assign.plan.assignment import Assignment, Entry
+from assign.plan.stored import owner_of
+from assign.plan.tensors import Role, grad_key
+from assign.tracing.capture import Capture, Loss, call_model, compile_step
+from assign.tracing.functionalize import functionalize
+from assign.tracing.operators import Walk, walk
 
 
 def apply(

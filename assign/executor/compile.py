@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from assign import _torch, rounding
-from assign.assignment import Assignment
+from assign import _torch
 from assign.executor.fuse import fuse_scales, overwrite
 from assign.executor.narrow import narrow_products
 from assign.executor.pack import pack
 from assign.executor.reuse import reuse_grids
-from assign.formats import Storage, parse_format
-from assign.promotion import find_slot
+from assign.numerics import rounding
+from assign.numerics.promotion import find_slot
+from assign.plan.assignment import Assignment
+from assign.plan.formats import Storage, parse_format
 
 _QUANTIZE = torch.ops.assign.quantize.default
 _SCALE = torch.ops.assign.scale.default

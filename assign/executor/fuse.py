@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from assign import _torch
-from assign.delayed import find_history
-from assign.joint import describe, is_view
+from assign.numerics.delayed import find_history
+from assign.tracing.joint import describe, is_view
 
 _QUANTIZE = torch.ops.assign.quantize.default
 _SCALE = torch.ops.assign.scale.default

@@ -1,8 +1,8 @@
 """Marks: after every operator that makes a tensor, one node that rounds it forward and its gradient backward.
 
 A mark is an autograd function, so the joint graph holds a rounding node exactly at v, at dv (after the sum over v's
-readers), at θ and at dθ. Between operators a tensor lives in its carrier dtype (see :mod:`assign.lowering`); operands
-are widened where an operator must run in float32.
+readers), at θ and at dθ. Between operators a tensor lives in its carrier dtype (see :mod:`assign.plan.lowering`);
+operands are widened where an operator must run in float32.
 
 Where a plan rounds stochastically, the graph begins with one node that draws a seed. Every mark reads it and has a
 number of its own, made from the tensor's key; checkpointed bodies take it as one more operand. What is rounded again in
@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from assign import _torch, lowering
-from assign.assignment import Assignment, format_pair
-from assign.capture import Capture
-from assign.delayed import DelayedScales, find_history
-from assign.formats import Format, parse_format
-from assign.operators import Site, Walk, floating_arguments, operator_name
-from assign.promotion import Promotion, Slot, find_slot, format_named
-from assign.rounding import draw_seed, stream_of
-from assign.stored import gradient_format
-from assign.tensors import MARK, Role, grad_key, saved_key
+from assign import _torch
+from assign.numerics.delayed import DelayedScales, find_history
+from assign.numerics.promotion import Promotion, Slot, find_slot, format_named
+from assign.numerics.rounding import draw_seed, stream_of
+from assign.plan import lowering
+from assign.plan.assignment import Assignment, format_pair
+from assign.plan.formats import Format, parse_format
+from assign.plan.stored import gradient_format
+from assign.plan.tensors import MARK, Role, grad_key, saved_key
+from assign.tracing.capture import Capture
+from assign.tracing.operators import Site, Walk, floating_arguments, operator_name
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WIDENINGS = frozenset({"float", "to", "type", "type_as"})

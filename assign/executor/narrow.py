@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from assign import _torch
-from assign.formats import FORMATS
-from assign.joint import COPIES, describe, is_view
-from assign.lowering import is_float8
-from assign.products import MULTIPLE
-from assign.promotion import find_slot, format_named
+from assign.numerics.products import MULTIPLE
+from assign.numerics.promotion import find_slot, format_named
+from assign.plan.formats import FORMATS
+from assign.plan.lowering import is_float8
+from assign.tracing.joint import COPIES, describe, is_view
 
 _aten = torch.ops.aten
 _QUANTIZE = torch.ops.assign.quantize.default

@@ -13,13 +13,13 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from assign import _torch
-from assign.assignment import Assignment
-from assign.blocks import memory_order
-from assign.formats import BlockFormat, Format
-from assign.joint import describe, is_view, origin, read_marked_outputs
-from assign.promotion import format_named
-from assign.rounding import stream_of
-from assign.tensors import MARK, saved_key
+from assign.numerics.blocks import memory_order
+from assign.numerics.promotion import format_named
+from assign.numerics.rounding import stream_of
+from assign.plan.assignment import Assignment
+from assign.plan.formats import BlockFormat, Format
+from assign.plan.tensors import MARK, saved_key
+from assign.tracing.joint import describe, is_view, origin, read_marked_outputs
 
 _QUANTIZE = torch.ops.assign.quantize.default
 _SEED = torch.ops.assign.seed.default

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from assign.assignment import Assignment
-from assign.capture import check_parameters
 from assign.errors import PlanError
-from assign.rounding import torch_dtype
-from assign.states import count_changed
-from assign.stored import gradient_format, master_format
+from assign.numerics.rounding import torch_dtype
+from assign.optim.states import count_changed
+from assign.plan.assignment import Assignment
+from assign.plan.stored import gradient_format, master_format
+from assign.tracing.capture import check_parameters
 
 
 def check_storable(model: nn.Module, plan: Assignment) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from assign import _torch
-from assign.formats import Scaling, parse_format
-from assign.joint import COPIES, is_view
+from assign.plan.formats import Scaling, parse_format
+from assign.tracing.joint import COPIES, is_view
 
 _QUANTIZE = torch.ops.assign.quantize.default
 _SCALE = torch.ops.assign.scale.default

@@ -6,10 +6,10 @@ from rich.console import Group as Rows
 from rich.console import RenderableType
 from rich.markup import escape
 
-from assign.audit import Finding, RangeReport
-from assign.certificate import Certificate, quantiles
-from assign.monitor import LostUpdates
+from assign.optim.monitor import LostUpdates
 from assign.report.tables import new_table
+from assign.training.audit import Finding, RangeReport
+from assign.training.certificate import Certificate, quantiles
 
 
 def constants_table(found: Sequence[Finding]) -> RenderableType:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assign.comparison import Comparison, RunFacts, Spread, Summary, VariantRow
 from assign.errors import ComparisonError
+from assign.training.comparison import Comparison, RunFacts, Spread, Summary, VariantRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,14 +10,14 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from assign.assignment import Assignment, Diff
-from assign.comparison import Comparison, Spread, Summary
-from assign.formats import FORMATS, BlockFormat, Format
-from assign.lowered import Operator
-from assign.memory import Estimate
-from assign.promotion import Promoted
-from assign.tensors import Role, TensorTable
-from assign.training import TrainResult
+from assign.numerics.promotion import Promoted
+from assign.plan.assignment import Assignment, Diff
+from assign.plan.formats import FORMATS, BlockFormat, Format
+from assign.plan.lowered import Operator
+from assign.plan.memory import Estimate
+from assign.plan.tensors import Role, TensorTable
+from assign.training.comparison import Comparison, Spread, Summary
+from assign.training.loop import TrainResult
 
 _BAR = 30
 _LOWERED = ("makes", "operator", "rounded to", "runs in", "multiplies in", "because")

@@ -9,13 +9,13 @@ from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
-from assign.assignment import Entry
 from assign.errors import AssignError, nearest
-from assign.recipes import Recipe
+from assign.plan.assignment import Entry
+from assign.plan.recipes import Recipe
+from assign.plan.tensors import TensorTable
 from assign.strategies.baselines import operator_based, standalone, uniform
 from assign.strategies.goal import PeakBytes
 from assign.strategies.greedy import Order, greedy
-from assign.tensors import TensorTable
 
 
 class Strategy(Protocol):

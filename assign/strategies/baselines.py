@@ -2,13 +2,13 @@
 
 from collections.abc import Collection
 
-from assign.assignment import Entry
 from assign.errors import FormatError
-from assign.formats import parse_format
-from assign.groups import GEMM_OPS, INPUT_OP
-from assign.recipes import Recipe, initial, store
+from assign.plan.assignment import Entry
+from assign.plan.formats import parse_format
+from assign.plan.groups import GEMM_OPS, INPUT_OP
+from assign.plan.recipes import Recipe, initial, store
+from assign.plan.tensors import Role, TensorInfo, TensorTable, grad_key
 from assign.strategies.goal import Goal, PeakBytes, over_budget
-from assign.tensors import Role, TensorInfo, TensorTable, grad_key
 
 
 def uniform(

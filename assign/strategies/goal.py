@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from assign.assignment import Entry
 from assign.errors import BudgetError
+from assign.plan.assignment import Entry
 
 PeakBytes = Callable[[Mapping[str, Entry]], int]
 """Peak bytes of one training step under these entries."""

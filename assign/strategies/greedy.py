@@ -7,10 +7,10 @@ import random
 from collections.abc import Sequence
 from enum import StrEnum
 
-from assign.assignment import Entry
-from assign.recipes import Recipe, initial
+from assign.plan.assignment import Entry
+from assign.plan.recipes import Recipe, initial
+from assign.plan.tensors import Group, TensorTable
 from assign.strategies.goal import Goal, PeakBytes, over_budget
-from assign.tensors import Group, TensorTable
 
 
 class Order(StrEnum):

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from assign import Promotion, planned_step
 from assign.planning import search_table
 from assign.tasks.builtin import classification_loss
-from assign.tracer import trace
+from assign.tracing.tracer import trace
 from benchmarks.paper.models import MODELS
 
 LOW_EVERYWHERE, HIGH_EVERYWHERE = 1.0, 0.0

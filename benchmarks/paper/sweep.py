@@ -26,15 +26,15 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from assign.assignment import Assignment
-from assign.comparing import FP32, Variant, compare
+from assign.plan.assignment import Assignment
+from assign.plan.tensors import TensorTable
 from assign.planning import search_table
 from assign.report.pictures import draw, picture_paths
 from assign.tasks.builtin import CIFAR_MOMENTS, photographs
 from assign.tasks.data import Images, read_cifar, read_fashion_mnist
 from assign.tasks.task import Task, TaskOptions
-from assign.tensors import TensorTable
-from assign.tracer import trace
+from assign.tracing.tracer import trace
+from assign.training.comparing import FP32, Variant, compare
 from benchmarks.paper.models import MODELS
 
 RATIOS = (0.3, 0.5, 0.7, 0.9, 1.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from assign.comparison import Comparison, Spread, Summary
+from assign.training.comparison import Comparison, Spread, Summary
 
 
 def main() -> None:

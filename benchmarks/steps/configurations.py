@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assign.assignment import Assignment
 from assign.executor.apply import planned_step
+from assign.plan.assignment import Assignment
 from assign.planning import search
 from benchmarks.steps.workloads import Workload
 

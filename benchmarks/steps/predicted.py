@@ -19,12 +19,12 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from assign.executor.apply import planned_step
-from assign.measuring import measure_peak
-from assign.memory import estimate
-from assign.optimizers import follow
+from assign.optim.optimizers import follow
+from assign.plan.memory import estimate
 from assign.planning import search_table
 from assign.tasks.models import GPT, ResNet
-from assign.tracer import trace
+from assign.tracing.tracer import trace
+from assign.training.measuring import measure_peak
 from benchmarks import facts
 
 Made = tuple[nn.Module, Any]

@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from assign import _torch
-from assign.measuring import measure_peak
 from assign.tasks.batch import count_bytes, move
-from assign.training import INITIAL_SCALE, needs_loss_scaling
+from assign.training.loop import INITIAL_SCALE, needs_loss_scaling
+from assign.training.measuring import measure_peak
 from benchmarks import facts
 from benchmarks.steps.configurations import (
     CONFIGURATIONS,

@@ -4,8 +4,8 @@ import pytest
 
 from assign.planning import search_table
 from assign.tasks import TaskOptions, load_task
-from assign.tracer import trace
-from assign.training import train
+from assign.tracing.tracer import trace
+from assign.training.loop import train
 
 pytest.importorskip("sklearn")
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from assign.errors import BudgetError
+from assign.plan.tensors import Role
 from assign.planning import search_table
-from assign.tensors import Role
-from assign.tracer import trace
+from assign.tracing.tracer import trace
 from benchmarks.paper.models import MODELS
 
 BATCH = torch.zeros(128, 3, 32, 32), torch.zeros(128, dtype=torch.long)

@@ -5,7 +5,7 @@ import torch
 
 from assign.executor.apply import planned_step
 from assign.planning import search_table
-from assign.tracer import trace
+from assign.tracing.tracer import trace
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,0 +1,344 @@
+"""Block formats: how a copy waits for the backward pass in a few bits per element, and the operators that do it.
+
+The elements of a tensor, in an order of its axes that the caller gives (that of its memory, for speed), are cut into
+blocks. What stands for a tensor is one flat uint8 tensor: the codes of all blocks, then what each block shares. The
+last block is filled up with copies of the last element. With fewer than 8 bits, byte ``j`` of a block of ``w`` bytes
+holds the codes of the elements ``j``, ``j + w``, ``j + 2w``, …, lowest bits first.
+
+* Integers: ``x ≈ minimum + code · scale``. The minimum is rounded down to bf16, and then the scale up: nothing is
+  clipped, and every error is at most half a step of the block's range so widened (by chance: less than a whole one).
+* ``e4m3:block64``: ``x ≈ element · scale``, the scale rounded up to bf16, so that nothing is clipped.
+* ``mxfp8``, ``mxfp4``: the power of two is the largest one in the block over the largest one that an element has, and
+  elements beyond the largest value saturate (OCP MX 1.0, section 6.3); by chance it is the smallest with which none is.
+* No scale is below 2^-126 (mx: 2^-127). Zeros are exact, but in a block of integers with values below zero.
+* A block with a value that is not finite, or of integers whose range float32 does not hold, comes back all NaN. What
+  16 bits do not hold any more comes back as their largest number; beyond 2^127, float32 may come back infinite.
+* With ``:sr`` the mean of what comes back is the value itself, to 2^-22 of it. As in
+  :mod:`assign.numerics.rounding` chance is a function of a seed, of a number for the tensor, and of the element's
+  place, here in the order given. A graph that had no seed draws one where it begins: what it draws later, for
+  dropout, is then something else.
+
+Kernels are plain torch in float32, run piece by piece. So are tensors in 16 bit widened: of 16-bit elements a compiler
+for CPUs makes loops that take several times as long.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assign.errors import FormatError
+from assign.numerics.kernels import BIAS, INF, MAGNITUDE, WIDTH, bits_of, coding, random_bits_at, scaling
+from assign.numerics.launch import run_rows
+from assign.numerics.registry import register
+from assign.numerics.rounding import draw_seed, key_of
+from assign.plan.formats import SAVED_FORMATS, BlockFormat, Format, Shared, parse_saved
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SMALLEST_SCALE = 2.0**-126  # its inverse is a float32
+_PIECE, _DEVICE_PIECE = 2**16, 2**22  # elements at a time: temporaries are small, and stay in a processor's cache
+
+Kernel = Callable[..., None]
+
+
+# ---- what a block shares, as integers [n] to be stored; and x in steps of it, zero where that is not finite
+
+
+def _round_up(x: Tensor) -> Tensor:
+    """To bf16, for positive ``x``."""
+    return ((x.view(torch.int32) + 0xFFFF) & -(1 << 16)).view(torch.float32)
+
+
+def _round_down(x: Tensor) -> Tensor:
+    bits = x.view(torch.int32)
+    return (torch.where(bits < 0, bits + 0xFFFF, bits) & -(1 << 16)).view(torch.float32)
+
+
+def _as_bf16(x: Tensor, finite: Tensor) -> Tensor:
+    """The bits of bf16 values that are in float32; NaN where not finite."""
+    return torch.where(finite, x.view(torch.int32), bits_of(torch.nan)) >> 16
+
+
+def _from_bf16(stored: Tensor) -> Tensor:
+    return (stored.to(torch.int32) << 16).view(torch.float32)
+
+
+def _steps(x: Tensor, inverse: Tensor, finite: Tensor) -> Tensor:
+    return torch.where(finite.unsqueeze(1), x * inverse.unsqueeze(1), 0.0)
+
+
+def _share_range(x: Tensor, levels: int) -> tuple[Tensor, ...]:
+    low, high = x.amin(1), x.amax(1)
+    known = high - low < torch.inf
+    # what compiled code may do otherwise: the sign of a zero among zeros of both, and the bits of a NaN
+    low, high = _round_down(torch.where(known & (low != 0), low, 0.0)), torch.where(known, high, torch.inf)
+    scale = _round_up(((high - low) * (1 / levels)).clamp(min=_SMALLEST_SCALE))
+    finite = scale < torch.inf
+    return _steps(x - low.unsqueeze(1), scale.reciprocal(), finite), _as_bf16(scale, finite), _as_bf16(low, finite)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The bits of the largest magnitude of each block."""
+    return x.abs().amax(1).view(torch.int32) & MAGNITUDE
+
+
+def _share_scale(x: Tensor, element: Format) -> tuple[Tensor, ...]:
+    magnitude = _largest(x)
+    scale = _round_up((magnitude.view(torch.float32) * (1 / element.max_value)).clamp(min=_SMALLEST_SCALE))
+    return _steps(x, scale.reciprocal(), magnitude < INF), _as_bf16(scale, magnitude < INF)
+
+
+_NAN_POWER, _LARGEST_POWER = 255, 254
+
+
+def _share_power(x: Tensor, element: Format, carry: int) -> tuple[Tensor, ...]:
+    magnitude = _largest(x)
+    code = (((magnitude + carry) >> WIDTH) - element.max_exponent).clamp(0, _LARGEST_POWER)
+    inverse = ((_LARGEST_POWER - code) << WIDTH).view(torch.float32)
+    return _steps(x, inverse, magnitude < INF), torch.where(magnitude < INF, code, _NAN_POWER)
+
+
+def _from_power(stored: Tensor) -> Tensor:
+    code = stored.to(torch.int32)
+    bits = torch.where(code == 0, bits_of(2.0**-127), code << WIDTH)
+    return torch.where(code == _NAN_POWER, bits_of(torch.nan), bits).view(torch.float32)
+
+
+# ---- codes of steps, as int32; ``random``: 31 random bits each, None to nearest
+
+
+def _whole(steps: Tensor, random: Tensor | None) -> Tensor:
+    if random is None:
+        return steps.round().to(torch.int32)
+    floor = steps.floor()
+    return floor.to(torch.int32) + torch.where(random < ((steps - floor) * 2.0**31).to(torch.int32), 1, 0)
+
+
+def _integers(steps: Tensor, levels: int, random: Tensor | None) -> Tensor:
+    return _whole(steps, random).clamp(0, levels)
+
+
+def _elements(steps: Tensor, element: Format, random: Tensor | None) -> Tensor:
+    """Sign | exponent | mantissa; beyond the largest value it is that. The codes of an exponent follow those below."""
+    shift = WIDTH - element.mantissa_bits
+    bits = steps.view(torch.int32)
+    magnitude = bits & MAGNITUDE
+    last = (1 << shift) - 1
+    added = (last >> 1) + ((magnitude >> shift) & 1) if random is None else random & last
+    normal = ((magnitude + added) >> shift) - ((element.min_exponent + BIAS - 1) << element.mantissa_bits)
+    subnormal = _whole(steps.abs().clamp(max=element.min_normal) * (1 / element.min_subnormal), random)
+    code = torch.where(magnitude < bits_of(element.min_normal), subnormal, normal)
+    largest = (bits_of(element.max_value) >> shift) - ((element.min_exponent + BIAS - 1) << element.mantissa_bits)
+    return code.clamp(max=largest) + ((bits >> 31) & (1 << (element.bits - 1)))
+
+
+# ---- kernels: rows are blocks
+
+
+@functools.cache
+def _encoder(fmt: BlockFormat) -> Kernel:
+    """``(x float32 [n, block], codes [n, bytes], shared int32 [n] each, key)``: writes codes and what is shared.
+
+    The key, for chance, is int64 [3]: two words as in :mod:`assign.numerics.rounding`, and the first element's place.
+    """
+    levels, count = (1 << fmt.bits) - 1, 8 // fmt.bits
+    element = fmt.element
+    carry = scaling(element).ints[0] if element and fmt.stochastic else 0
+
+    def share(x: Tensor) -> tuple[Tensor, ...]:
+        if element is None:
+            return _share_range(x, levels)
+        return _share_scale(x, element) if fmt.shared is Shared.BF16 else _share_power(x, element, carry)
+
+    def chance(key: Tensor, shape: Sequence[int]) -> Sequence[Tensor]:
+        numbers = torch.arange(shape[0] * fmt.block, dtype=torch.int64, device=key.device) + key[2]
+        return [random_bits_at(part, key) for part in numbers.view(shape).unbind(1)]
+
+    def encode(x: Tensor, codes: Tensor, *rest: Tensor) -> None:
+        steps, *shared = share(x)
+        steps = steps.view(x.shape[0], count, -1)
+        random = chance(rest[-1], steps.shape) if fmt.stochastic else [None] * count
+        found = [
+            _integers(part, levels, by) if element is None else _elements(part, element, by)
+            for part, by in zip(steps.unbind(1), random, strict=True)
+        ]
+        codes.copy_(functools.reduce(torch.bitwise_or, (part << (fmt.bits * i) for i, part in enumerate(found))))
+        for place, value in zip(rest, shared, strict=False):
+            place.copy_(value)
+
+    return encode
+
+
+@functools.cache
+def _decoder(fmt: BlockFormat) -> Kernel:
+    """``(x float32 [n, block], codes [n, bytes], shared float32 [n] each)``: writes ``x``."""
+    mask = (1 << fmt.bits) - 1
+
+    def decode(x: Tensor, codes: Tensor, scale: Tensor, *low: Tensor) -> None:
+        wide = codes.to(torch.int32)
+        found = torch.stack([(wide >> shift) & mask for shift in range(0, 8, fmt.bits)], 1).view(x.shape)
+        if fmt.element is None:
+            x.copy_(found.to(torch.float32) * scale.unsqueeze(1) + low[0].unsqueeze(1))
+        else:
+            work = coding(fmt.element)[1]
+            x.copy_(work.kernel(found, None, (*work.ints, *work.floats)) * scale.unsqueeze(1))
+
+    return decode
+
+
+# ---- running them
+
+
+_STORED = {Shared.BF16: (1, torch.int16), Shared.MINIMUM: (2, torch.int16), Shared.E8M0: (1, torch.uint8)}
+
+
+def _parts(codes: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
+    """Views of the codes [blocks, bytes], and of what the blocks share [1 or 2, blocks], as integers."""
+    blocks, width = codes.numel() // fmt.block_bytes, fmt.block * fmt.bits // 8
+    count, dtype = _STORED[fmt.shared]
+    return codes[: blocks * width].view(blocks, width), codes[blocks * width :].view(dtype).view(count, blocks)
+
+
+def _run(kernel: Kernel, block: int, flat: Tensor, parts: Sequence[Tensor], key: Tensor | None, writes: bool) -> None:
+    """``kernel`` on all blocks of ``flat``, which it ``writes`` or else reads, and of what belongs to them."""
+    whole = flat.numel() // block
+    _run_blocks(kernel, flat[: whole * block].view(whole, block), parts, key, first=0, writes=writes)
+    left = flat[whole * block :]
+    if left.numel():
+        last = torch.cat((left, left[-1:].expand(block - left.numel()))).view(1, block)
+        _run_blocks(kernel, last, [part[whole:] for part in parts], key, first=whole, writes=writes)
+        if writes:
+            left.copy_(last[0, : left.numel()])
+
+
+def _run_blocks(
+    kernel: Kernel, values: Tensor, parts: Sequence[Tensor], key: Tensor | None, *, first: int, writes: bool
+) -> None:
+    """The same on values [n, block], of which the first is block number ``first`` of the tensor."""
+    most = _PIECE if values.device.type == "cpu" else _DEVICE_PIECE
+    count = most // values.shape[1]
+    for start in range(0, values.shape[0], count):
+        piece = values[start : start + count]
+        wide = piece.to(torch.float32)
+        own = [part[start : start + len(piece)] for part in parts]
+        place = (first + start) * values.shape[1]
+        run_rows(kernel, (wide, *own), *(() if key is None else (torch.cat((key, key.new_tensor([place]))),)))
+        if writes and wide.dtype != piece.dtype:
+            limit = torch.finfo(piece.dtype).max
+            piece.copy_(wide.clamp_(-limit, limit))
+
+
+@torch.no_grad()
+def _encode_blocks(x: Tensor, format: str, order: list[int], seed: Tensor | None = None, stream: int = 0) -> Tensor:
+    fmt = block_format(format)
+    key = None
+    if fmt.stochastic:
+        if seed is None:
+            raise FormatError(f"{fmt.name!r} needs a seed, and none was given.\n  Take it from draw_seed().")
+        key = key_of(seed, stream)
+    codes = torch.empty(fmt.bytes_of(x.numel()), dtype=torch.uint8, device=x.device)
+    packed, stored = _parts(codes, fmt)
+    shared = torch.empty_like(stored, dtype=torch.int32)
+    _run(_encoder(fmt), fmt.block, x.permute(order).reshape(-1), (packed, *shared), key, writes=False)
+    stored.copy_(shared)
+    return codes
+
+
+@torch.no_grad()
+def _decode_blocks(codes: Tensor, format: str, size: list[int], order: list[int], dtype: torch.dtype) -> Tensor:
+    fmt = block_format(format)
+    x = torch.empty_permuted(size, order, dtype=dtype, device=codes.device)
+    whole = codes.contiguous() if codes.storage_offset() % 2 == 0 else codes.clone()  # bf16 begins at even bytes
+    packed, stored = _parts(whole, fmt)
+    shared = _from_power(stored) if fmt.shared is Shared.E8M0 else _from_bf16(stored)
+    _run(_decoder(fmt), fmt.block, x.permute(order).view(-1), (packed, *shared), None, writes=True)
+    return x
+
+
+def _codes_of(x: Tensor, format: str, **_rest: Any) -> Tensor:
+    return x.new_empty((block_format(format).bytes_of(x.numel()),), dtype=torch.uint8)
+
+
+def _values_of(codes: Tensor, size: list[int], order: list[int], dtype: torch.dtype, **_rest: Any) -> Tensor:
+    return torch.empty_permuted(size, order, dtype=dtype, device=codes.device)
+
+
+register("encode_blocks", _encode_blocks, _codes_of)
+register("decode_blocks", _decode_blocks, _values_of)
+
+
+# ---- for people, with their arguments checked
+
+
+def block_format(name: str) -> BlockFormat:
+    """The row of ``SAVED_FORMATS`` called ``name``, with ``:sr`` behind it or not.
+
+    Raises:
+        FormatError: there is none.
+    """
+    fmt = parse_saved(name)
+    if isinstance(fmt, BlockFormat):
+        return fmt
+    raise FormatError(
+        f"{name!r} has no blocks.\n  Allowed: {', '.join(SAVED_FORMATS)}, each with ':sr' behind it or not.\n"
+        "  Choose one of these."
+    )
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """The axes of ``x`` from that of the longest stride to that of the shortest."""
+    strides = x.stride()
+    return sorted(range(x.dim()), key=lambda axis: -strides[axis])
+
+
+def encode_blocks(x: Tensor, format: str, *, seed: Tensor | None = None) -> Tensor:
+    """The codes of ``x`` in blocks along its memory, with what the blocks share.
+
+    >>> codes = encode_blocks(torch.arange(64.0), "int4:block64")
+    >>> codes.shape, decode_blocks(codes, "int4:block64", torch.empty(64)).view(8, 8)[0].tolist()
+    (torch.Size([36]), [0.0, 0.0, 0.0, 4.21875, 4.21875, 4.21875, 4.21875, 8.4375])
+
+    Args:
+        x: any shape; float32, bfloat16 or float16.
+        format: of ``SAVED_FORMATS``.
+        seed: as for :func:`assign.numerics.rounding.quantize`.
+    Returns:
+        uint8 [``bytes_of(x.numel())``].
+    Raises:
+        FormatError: an unknown format, or a dtype that does not fit.
+    Source: arXiv 2104.14129 (integers), OCP MX 1.0 (mxfp8, mxfp4).
+    """
+    fmt = block_format(format)
+    _check_dtype(x.dtype, fmt)
+    if fmt.stochastic and seed is None:
+        seed = draw_seed(x.device)
+    codes: Tensor = torch.ops.assign.encode_blocks(x, fmt.name, memory_order(x), seed)
+    return codes
+
+
+def decode_blocks(codes: Tensor, format: str, like: Tensor) -> Tensor:
+    """What :func:`encode_blocks` made codes of: a fresh tensor with shape, dtype and order of memory of ``like``.
+
+    Raises:
+        FormatError: an unknown format, a dtype that does not fit, or codes of another format or shape.
+    """
+    fmt = block_format(format)
+    _check_dtype(like.dtype, fmt)
+    if codes.dtype != torch.uint8 or codes.shape != (fmt.bytes_of(like.numel()),):
+        raise FormatError(
+            f"The codes are {codes.dtype} of shape {list(codes.shape)}.\n  Allowed: torch.uint8 of shape "
+            f"[{fmt.bytes_of(like.numel())}], which {fmt.name!r} makes of {like.numel()} elements.\n"
+            "  Pass what encode_blocks() returned for the same format and shape."
+        )
+    x: Tensor = torch.ops.assign.decode_blocks(codes, fmt.name, like.shape, memory_order(like), like.dtype)
+    return x
+
+
+def _check_dtype(dtype: torch.dtype, fmt: BlockFormat) -> None:
+    if dtype not in _DTYPES:
+        allowed = ", ".join(map(str, _DTYPES))
+        raise FormatError(
+            f"{fmt.name!r} does not stand for {dtype}.\n  Allowed: {allowed}.\n  Convert the tensor first."
+        )

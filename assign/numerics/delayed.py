@@ -1,0 +1,156 @@
+"""Delayed scales: those of the magnitudes that a tensor had in the steps before.
+
+A current scale takes a pass over the tensor before the pass that rounds it. A delayed one is known when the step
+begins, and the same pass that rounds finds out what the next steps need. A graph holds, in place of the format's name,
+that of a *history*; the rounding operators look it up when they run, as they do for promotion.
+
+Source: NVIDIA Transformer Engine, delayed scaling: the largest magnitude of the last steps, 1024 by default.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from assign.errors import PlanError
+from assign.numerics.kernels import INF, scaling
+from assign.plan.assignment import Assignment
+from assign.plan.formats import Format, parse_format
+from assign.plan.stored import owner_of
+from assign.plan.tensors import is_saved_key
+
+LENGTH = 1024
+"""Steps that a history remembers. Source: Transformer Engine's default."""
+
+
+@dataclass(slots=True, weakref_slot=True, kw_only=True)
+class History:
+    """What is known of the magnitudes of one tensor; ``name`` stands for it in graphs.
+
+    Attributes:
+        largest: bits of the largest magnitude that this step has seen, int32 without axes.
+    """
+
+    name: str
+    key: str
+    format: Format
+    owner: "DelayedScales"
+    largest: Tensor | None = None
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Float32 without axes, for this step; None before the first one is over: it takes its own."""
+        return self.owner.scales.get(self.key)
+
+    def record(self, largest: Tensor) -> None:
+        """What the rounding of this step saw; a second look, as checkpointing takes it, sees the same."""
+        if self.owner.recording:
+            self.largest = largest
+
+
+_HISTORIES: WeakValueDictionary[str, History] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def find_history(name: str) -> History | None:
+    """The history called ``name``; None for the name of anything else.
+
+    Raises:
+        PlanError: the model that it belonged to is gone.
+    """
+    if not name.startswith("~"):
+        return None
+    history = _HISTORIES.get(name)
+    if history is None:
+        raise PlanError(f"the delayed scales of {name!r} are gone. Keep them as long as what runs under them.")
+    return history
+
+
+class DelayedScales:
+    """The histories of a plan's tensors with delayed scales, in one training.
+
+    ``assign.apply`` and ``assign.planned_step`` make their own where none is given. Give one to keep it: to go on from
+    a checkpoint with the scales that were, or to run a model in two ways with one history.
+
+    Args:
+        length: steps that count.
+    Raises:
+        PlanError: ``length`` is below 1.
+    """
+
+    def __init__(self, plan: Assignment, *, length: int = LENGTH) -> None:
+        if length < 1:
+            raise PlanError(f"DelayedScales: length is {length}; give a number of steps, 1 or more.")
+        self.recording = True
+        self.scales: dict[str, Tensor] = {}
+        self._length = length
+        self._number = next(_NUMBERS)
+        computed = [key for key in plan.entries if owner_of(key, plan.entries) is None and not is_saved_key(key)]
+        formats = {key: parse_format(plan.entries[key].format) for key in computed}
+        self._formats = {key: fmt for key, fmt in formats.items() if fmt.delayed}
+        self._histories: dict[str, History] = {}
+        self._keys: list[str] = []
+        self._past: Tensor | None = None  # bits of the largest magnitudes, [steps, keys], the last step first
+
+    def history(self, key: str) -> History | None:
+        """That of the tensor ``key``; None if its scale is not delayed."""
+        if key not in self._formats:
+            return None
+        if key not in self._histories:
+            name = f"~{self._number}:{key}"
+            self._histories[key] = _HISTORIES[name] = History(name=name, key=key, format=self._formats[key], owner=self)
+        return self._histories[key]
+
+    def begin(self, training: bool) -> None:
+        """A step begins: its scales follow from the steps before. Without ``training`` nothing is recorded in it."""
+        self.recording = training
+        self._remember()
+        if self._past is None:
+            return
+        largest = self._past.amax(0)
+        for fmt in {self._formats[key] for key in self._keys}:
+            scaler = scaling(fmt)
+            scales = scaler.kernel(largest, (*scaler.ints, *scaler.floats)).unbind()
+            self.scales |= {
+                key: scale for key, scale in zip(self._keys, scales, strict=True) if self._formats[key] == fmt
+            }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The keys of the tensors seen; the bits of their largest magnitudes, int32 [steps, keys], last step first."""
+        self._remember()
+        return {"keys": list(self._keys), "past": self._past}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, of a training under the same plan.
+
+        Raises:
+            PlanError: the state has a tensor whose scale is not delayed under this plan.
+        """
+        for key in state["keys"]:
+            if key not in self._formats:
+                raise PlanError(
+                    f"DelayedScales: the state to load has {key!r}, whose scale is not delayed under this plan. "
+                    "Load the state of a training under the same plan."
+                )
+        self._keys, self._past = list(state["keys"]), state["past"]
+
+    def _remember(self) -> None:
+        """Put what the last step saw before what is known; a tensor that it did not see says nothing."""
+        seen = {key: each.largest for key, each in self._histories.items() if each.largest is not None}
+        if not seen:
+            return
+        for key in seen:
+            self._histories[key].largest = None
+        new = [key for key in seen if key not in self._keys]
+        self._keys += new
+        nothing = torch.zeros_like(next(iter(seen.values())))
+        latest = torch.stack([seen.get(key, nothing) for key in self._keys])
+        latest = torch.where(latest < INF, latest, 0)[None]  # nor does what is not finite
+        if self._past is not None:
+            past = torch.nn.functional.pad(self._past, (0, len(new)))
+            latest = torch.cat([latest, past[: self._length - 1]])
+        self._past = latest

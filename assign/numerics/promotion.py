@@ -1,0 +1,228 @@
+"""Promotion: a low forward tensor that overflows too often gets its high format back, for the rest of training.
+
+A graph holds, in place of the format of a tensor that may be promoted, the name of its *slot*; the rounding operators
+look the format up when they run, and count overflow where they round. So a promotion takes effect at the next step and
+compiles nothing.
+
+Where several processes train one model, what overflowed is counted over all of them: all promote the same.
+
+Source: arXiv 2301.13464, section 4 (precision promotion).
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from assign import several
+from assign.errors import PlanError
+from assign.plan.assignment import Assignment, Entry
+from assign.plan.formats import Format, parse_format
+from assign.plan.recipes import get_recipe
+from assign.plan.tensors import Role
+
+THRESHOLD = 0.01
+"""Share of a tensor's elements that overflow at which it is promoted. Source: arXiv 2301.13464."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promoted:
+    """One promotion.
+
+    Attributes:
+        step: the training step, from 1, at which the overflow was seen; the new format holds from the next on.
+        overflow_ratio: share of the elements at or beyond ``Format.overflow_threshold``.
+    """
+
+    step: int
+    key: str
+    overflow_ratio: float
+    from_format: str
+    to_format: str
+
+
+@dataclass(slots=True, weakref_slot=True, kw_only=True)
+class Slot:
+    """The format of one tensor, which may change between steps; ``name`` stands for it in graphs."""
+
+    name: str
+    key: str
+    low: Format
+    high: Format
+    promoted: bool = False
+    measuring: bool = False
+    overflowed: Tensor | None = None
+    elements: int = 0
+
+    @property
+    def format(self) -> Format:
+        """The one in force."""
+        return self.high if self.promoted else self.low
+
+    def record(self, overflowed: Tensor, elements: int) -> None:
+        """What the last rounding saw."""
+        self.overflowed, self.elements = overflowed, elements
+
+
+_SLOTS: WeakValueDictionary[str, Slot] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def find_slot(name: str) -> Slot | None:
+    """The slot called ``name``; None for the name of a format.
+
+    Raises:
+        PlanError: the promotion that it belonged to is gone.
+    """
+    if not name.startswith("@"):
+        return None
+    slot = _SLOTS.get(name)
+    if slot is None:
+        raise PlanError(f"the promotion of {name!r} is gone. Keep the Promotion as long as what runs under it.")
+    return slot
+
+
+def format_named(name: str) -> Format:
+    """The format that the name of a format or of a slot stands for now."""
+    slot = find_slot(name)
+    return slot.format if slot else parse_format(name)
+
+
+class Promotion:
+    """Watches the low forward tensors of a plan while it trains; call :meth:`step` after each optimizer step.
+
+    Give it to everything that runs one plan in one training: ``apply(model, plan, promotion=promotion)``. Where
+    ``torch.distributed`` is initialised, :meth:`step` is for all processes of the group to call.
+
+    Attributes:
+        plan: as promoted so far.
+        promoted: every promotion, in order.
+        overflow: of each watched tensor, the share that overflowed when last measured, over all processes.
+
+    Args:
+        every: steps between two measurements, the first step being one; None: the recipe's own; 0: never.
+        threshold: share of overflowing elements at which a tensor is promoted.
+        group: the processes that train the model together; None: all of them.
+    Raises:
+        PlanError: ``every`` is negative, or ``threshold`` no share above 0 and up to 1.
+    """
+
+    def __init__(
+        self,
+        plan: Assignment,
+        *,
+        every: int | None = None,
+        threshold: float = THRESHOLD,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        recipe = get_recipe(plan.recipe)
+        every = recipe.promote_every if every is None else every
+        if every < 0:
+            raise PlanError(f"Promotion: every is {every}; give a number of steps, or 0 to promote nothing.")
+        if not 0 < threshold <= 1:
+            raise PlanError(f"Promotion: threshold is {threshold}; give a share of the elements, above 0 and up to 1.")
+        self.plan = plan
+        self.promoted: tuple[Promoted, ...] = ()
+        self.overflow: dict[str, float] = {}
+        self._recipe, self._every, self._threshold = recipe, every, threshold
+        self._start, self._group = plan, group
+        self._number = next(_NUMBERS)
+        self._slots: dict[str, Slot] = {}
+        self._steps = 0
+
+    def watches(self, plan: Assignment) -> bool:
+        """Whether ``plan`` is the one this promotion was made for, or what has become of it."""
+        return plan.entries in (self._start.entries, self.plan.entries)
+
+    def slot(self, key: str, role: Role, op: str) -> Slot | None:
+        """The slot of a forward tensor; None where it will not be promoted."""
+        if key not in self._slots:
+            entry = self._start.entries[key]
+            high = self._recipe.promotion(role, op, entry) if self._every else None
+            if high is None:
+                return None
+            name = f"@{self._number}:{key}"
+            promoted = any(past.key == key for past in self.promoted)
+            slot = Slot(name=name, key=key, low=parse_format(entry.format), high=high, promoted=promoted)
+            slot.measuring = self._measures() and not promoted
+            self._slots[key] = _SLOTS[name] = slot
+        return self._slots[key]
+
+    def step(self) -> tuple[Promoted, ...]:
+        """Promote what overflowed too often in the last forward pass; returns that."""
+        measured = self._measures()
+        self._steps += 1
+        found = self._found() if measured else ()
+        for promoted in found:
+            self._slots[promoted.key].promoted = True
+        self._take(found)
+        for slot in self._slots.values():
+            slot.measuring = self._measures() and not slot.promoted
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What going on needs, as plain data."""
+        return {"steps": self._steps, "promoted": [asdict(past) for past in self.promoted]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of a promotion of the same plan."""
+        past = tuple(Promoted(**saved) for saved in state["promoted"])
+        self._steps = state["steps"]
+        self.plan, self.promoted = self._start, ()
+        self._take(past)
+        names = {each.key for each in past}
+        for slot in self._slots.values():
+            slot.promoted = slot.key in names
+            slot.measuring = self._measures() and not slot.promoted
+
+    def _measures(self) -> bool:
+        return self._every > 0 and self._steps % self._every == 0
+
+    def _found(self) -> tuple[Promoted, ...]:
+        ratios = self._ratios()
+        self.overflow.update(ratios)
+        return tuple(
+            Promoted(
+                step=self._steps,
+                key=key,
+                overflow_ratio=ratio,
+                from_format=self._slots[key].low.name,
+                to_format=self._slots[key].high.name,
+            )
+            for key, ratio in ratios.items()
+            if ratio >= self._threshold and not self._slots[key].promoted
+        )
+
+    def _ratios(self) -> dict[str, float]:
+        """Of each tensor rounded since the last look, in any process, the share that overflowed.
+
+        All processes send as many numbers, whatever each of them has run.
+        """
+        places = {key: place for place, key in enumerate(sorted(self._start.entries))}
+        counts = torch.zeros(2, len(places), dtype=torch.int64)
+        seen = [(slot, slot.overflowed) for slot in self._slots.values() if slot.overflowed is not None]
+        if seen:
+            at = [places[slot.key] for slot, _ in seen]
+            counts[0, at] = torch.stack([count for _, count in seen]).to("cpu", torch.int64)
+            counts[1, at] = torch.tensor([slot.elements for slot, _ in seen])
+        for slot, _ in seen:
+            slot.overflowed = None
+        overflowed, elements = several.sum_over_ranks(counts, self._group).tolist()
+        unknown = next((key for key, place in places.items() if elements[place] and key not in self._slots), None)
+        if unknown is not None:
+            raise PlanError(
+                f"Promotion: other processes have run {unknown!r}, this one has not, so that it cannot promote what "
+                "they do.\n  Allowed: step() after the same forward passes in every process of the group.\n"
+                "  Run the planned model in each of them, or give those that do a group of their own: group=."
+            )
+        return {key: overflowed[places[key]] / elements[places[key]] for key in self._slots if elements[places[key]]}
+
+    def _take(self, found: tuple[Promoted, ...]) -> None:
+        self.promoted += found
+        if found:
+            self.plan = self.plan.replace({each.key: Entry(each.to_format, False) for each in found})

@@ -1,0 +1,363 @@
+"""Rounding to a format, the scale, packing to codes: what they mean, and the registered operators that do it.
+
+Meaning, the same on every device and torch release, whatever their own casts do:
+
+* NaN stays NaN and −0 stays −0; less than half of the smallest subnormal becomes a zero of its sign;
+* beyond the format, inf included: ``saturate`` gives ±``max_value`` (forward tensors), otherwise ±inf (backward
+  tensors, so that the loss scaler sees it); ``fp32`` changes nothing;
+* ``x ≈ q · scale``, with ``q`` on the format's grid;
+* to a stochastic format a value between two neighbours goes to either, so that its mean stays: exactly, and to 2^-31
+  of the smallest subnormal below ``min_normal``. A value on the grid stays where it is. Overflow is as if the format
+  went on: between ``max_value`` and the next value a share goes up, and what does overflows as above.
+
+Stochastic rounding is a function of a *seed*, drawn from torch's generator where the graph begins, of a number for the
+tensor, and of the element's place in the tensor's shape. So what draws is one small operator, in whose order a compiler
+has no say, and rounding itself stays pure: computed again in the backward pass, in other pieces, in another layout or
+by another compiler, a value goes the same way, and ``torch.manual_seed`` repeats a run.
+
+Each kernel is written once, in plain torch, over a few numbers taken from the format
+(:mod:`assign.numerics.kernels`), and run by :mod:`assign.numerics.launch`.
+"""
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assign.errors import FormatError
+from assign.numerics.delayed import History, find_history
+from assign.numerics.kernels import WIDTH, coding, quantizing, scaling
+from assign.numerics.launch import count_at_least, find_largest, find_scale, run, run_measured, run_scaled
+from assign.numerics.promotion import find_slot, format_named
+from assign.numerics.registry import register
+from assign.plan.formats import FORMATS, Format, parse_format
+
+_FLOATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"], torch.float16: FORMATS["fp16"]}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that ``formats`` calls ``name``."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def key_of(seed: Tensor, stream: int) -> Tensor:
+    """The two words that random bits are made from: int64 [2]."""
+    seed = seed.reshape(())
+    return torch.stack((seed & 0xFFFFFFFF, (seed >> 32) + stream))
+
+
+def stream_of(key: str) -> int:
+    """A number for the tensor ``key``: which random bits it has under a seed that others share."""
+    return zlib.crc32(key.encode())
+
+
+def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
+    """To a torch dtype by torch's own cast, which rounds these three right, and then to ``dtype``."""
+    result = torch.empty_like(x, dtype=torch_dtype(fmt.code_dtype)).copy_(x)
+    if saturate and fmt.mantissa_bits < WIDTH:
+        result.clamp_(-fmt.max_value, fmt.max_value)
+    return result if result.dtype == dtype else torch.empty_like(result, dtype=dtype).copy_(result)
+
+
+def inline_cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
+    """``assign::quantize`` to a dtype of torch's, as plain operators with constants: a compiler fuses these.
+
+    To a 16-bit ``dtype`` it is a cast. As under autocast, Inductor then hands operators that it fuses the value as it
+    was before. In float32 it is arithmetic on bits: a cast to 16 bits and back, Inductor would leave out everywhere.
+    """
+    if fmt.native == "float32":
+        return x.to(dtype)
+    if fmt.native is not None and torch_dtype(fmt.native) == dtype:
+        return (x.to(torch.float32).clamp(-fmt.max_value, fmt.max_value) if saturate else x).to(dtype)
+    work = quantizing(fmt, saturate)
+    return work.kernel(x, None, (*work.ints, *work.floats)).to(dtype)
+
+
+# ---- registered operators: strides as ``empty_like`` gives them; a format's name may be a slot's
+
+
+def _quantize(
+    x: Tensor,
+    scale: Tensor | None,
+    format: str,
+    saturate: bool,
+    dtype: torch.dtype,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    return _round(x, scale, format, saturate, dtype, seed, stream, None)
+
+
+def _quantize_in_place(
+    x: Tensor, scale: Tensor | None, format: str, saturate: bool, seed: Tensor | None = None, stream: int = 0
+) -> None:
+    _round(x, scale, format, saturate, x.dtype, seed, stream, x)
+
+
+def _round(
+    x: Tensor,
+    scale: Tensor | None,
+    name: str,
+    saturate: bool,
+    dtype: torch.dtype,
+    seed: Tensor | None,
+    stream: int,
+    out: Tensor | None,
+) -> Tensor:
+    slot = find_slot(name)
+    fmt = slot.format if slot else parse_format(name)
+    if slot and slot.measuring:
+        slot.record(count_at_least(x, fmt.overflow_threshold), x.numel())
+    if fmt.stochastic:
+        if seed is None:
+            raise FormatError(f"{fmt.name!r} needs a seed, and none was given.\n  Take it from draw_seed().")
+        return run(quantizing(fmt, saturate), x, scale, dtype, key_of(seed, stream), out=out)
+    if scale is None and fmt.native == fmt.code_dtype:
+        cast = _cast(x, fmt, saturate, dtype)
+        return cast if out is None else out.copy_(cast)
+    return run(quantizing(fmt, saturate), x, scale, dtype, out=out)
+
+
+def _scale(x: Tensor, format: str) -> Tensor:
+    history = find_history(format)
+    if history is None:
+        return find_scale(scaling(format_named(format)), x)
+    history.record(find_largest(x))
+    return _known_scale(history, x)
+
+
+def _known_scale(history: History, x: Tensor) -> Tensor:
+    """A fresh copy of the scale for this step."""
+    return find_scale(scaling(history.format), x) if history.scale is None else history.scale.clone()
+
+
+def _scale_quantize(x: Tensor, format: str, saturate: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``quantize`` with it, in one pass: result and scale. Not for stochastic formats."""
+    return _scale_and_round(x, format, saturate, dtype, None)
+
+
+def _scale_quantize_in_place(x: Tensor, format: str, saturate: bool) -> Tensor:
+    return _scale_and_round(x, format, saturate, x.dtype, x)[1]
+
+
+def _scale_and_round(
+    x: Tensor, name: str, saturate: bool, dtype: torch.dtype, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    history = find_history(name)
+    if history is None:
+        fmt = format_named(name)
+        return run_scaled(quantizing(fmt, saturate), scaling(fmt), x, dtype, out=out)
+    scale = _known_scale(history, x)
+    result, largest = run_measured(quantizing(history.format, saturate), x, scale, dtype, out=out)
+    history.record(largest)
+    return result, scale
+
+
+def _encode(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
+    fmt = format_named(format)
+    dtype = torch_dtype(fmt.code_dtype)
+    if dtype.is_floating_point:
+        return torch.empty_like(x, dtype=dtype).copy_(x)
+    return run(coding(fmt)[0], x, scale, dtype)
+
+
+def _decode(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
+    if codes.is_floating_point():
+        return torch.empty_like(codes, dtype=dtype).copy_(codes)
+    return run(coding(format_named(format))[1], codes, scale, dtype)
+
+
+def _seed(device: torch.device) -> Tensor:
+    return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
+
+
+def _scalar(x: Tensor, **_rest: Any) -> Tensor:
+    return x.new_empty((), dtype=torch.float32)
+
+
+def _like(x: Tensor, dtype: torch.dtype, **_rest: Any) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _codes_like(x: Tensor, format: str, **_rest: Any) -> Tensor:
+    return torch.empty_like(x, dtype=torch_dtype(format_named(format).code_dtype))
+
+
+register("quantize", _quantize, _like)
+register("quantize_", _quantize_in_place, lambda **_: None, mutates="x")
+register("scale", _scale, _scalar)
+register("scale_quantize", _scale_quantize, lambda x, **rest: (_like(x, **rest), _scalar(x)))
+register("scale_quantize_", _scale_quantize_in_place, _scalar, mutates="x")
+register("encode", _encode, _codes_like)
+register("decode", _decode, lambda codes, dtype, **_: _like(codes, dtype))
+register("seed", _seed, lambda device: torch.empty((), dtype=torch.int64, device=device), draws=True)
+
+
+# ---- the same for people, with their arguments checked
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format | str,
+    *,
+    scale: Tensor | None = None,
+    saturate: bool = True,
+    dtype: torch.dtype | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Round ``x / scale`` to a value of ``fmt``, as the format says, and multiply by ``scale``.
+
+    >>> quantize(torch.tensor([1.0625, 100.0, -0.0]), "fp(4,3,4)")
+    tensor([ 1.1250, 30.0000, -0.0000])
+    >>> quantize(torch.full((8,), 1.0625), "fp(4,3,4):sr", seed=torch.tensor(1)).unique()
+    tensor([1.0000, 1.1250])
+
+    Args:
+        x: any shape; float32, bfloat16 or float16.
+        scale: float32, one element, as ``amax_scale`` gives it; with one that is no power of two, ``x / scale`` and the
+            product with ``scale`` are rounded too. None: 1, or for a scaled format ``amax_scale(x, fmt)``.
+        saturate: what beyond ±``fmt.max_value`` becomes, inf included: that limit, or else ±inf. NaN stays NaN.
+        dtype: of the result; it must hold every value of ``fmt``. None: that of ``x`` if it does, else the carrier.
+        seed: int64, one element, not negative: which way a stochastic format rounds. None: ``draw_seed``, so that
+            ``torch.manual_seed`` says it. Formats that round to nearest take no notice of it.
+    Returns:
+        A fresh tensor, of the shape of ``x`` and, where ``x`` is dense, of its strides.
+    Raises:
+        FormatError: an unknown format, or a dtype, scale or seed that does not fit.
+    """
+    fmt = _checked(x, fmt, scale)
+    _check_seed(fmt, seed, x.device)
+    if fmt.scaled and scale is None:
+        scale = amax_scale(x, fmt)
+    if fmt.stochastic and seed is None:
+        seed = draw_seed(x.device)
+    if dtype is None:
+        dtype = x.dtype if _FLOATS[x.dtype].contains(fmt) else torch_dtype(fmt.carrier)
+    _check_holds(dtype, fmt)
+    result: Tensor = torch.ops.assign.quantize(x, scale, fmt.name, saturate, dtype, seed)
+    return result
+
+
+def draw_seed(device: torch.device | str = "cpu") -> Tensor:
+    """A seed for stochastic rounding, from torch's generator of ``device``: int64 without axes, there."""
+    seed: Tensor = torch.ops.assign.seed(torch.device(device))
+    return seed
+
+
+def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
+    """The scale with which ``x`` fills the format.
+
+    Under ``amax`` the largest magnitude over ``fmt.max_value``; under ``pow2`` the smallest power of two with which it
+    lands within ``fmt.max_value``, so that scaling rounds nothing. It is held within ``fmt.scale_exponents``:
+    only magnitudes in the last binade of bfloat16 can then overflow. All zero or no elements: 1. Any NaN: NaN. Where
+    the format's scale is delayed, it is that of a first step, which knows of none before.
+
+    Args:
+        x: any shape; float32, bfloat16 or float16.
+    Returns:
+        float32, no axes, on the device of ``x``; ``x ≈ q · scale``.
+    Raises:
+        FormatError: an unknown format, or one without scale.
+    Source: arXiv 2209.05433, section 3 (there the reciprocal).
+    """
+    fmt = _checked(x, fmt, None)
+    if not fmt.scaled:
+        scaled = ", ".join(name for name, row in FORMATS.items() if row.scaled)
+        raise FormatError(f"{fmt.name!r} has no scale.\n  Formats with one: {scaled}.\n  Choose one of these.")
+    scale: Tensor = torch.ops.assign.scale(x, fmt.name)
+    return scale
+
+
+def encode(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None) -> Tensor:
+    """The codes, sign | exponent | mantissa, of values that ``quantize`` returned for the same ``fmt`` and ``scale``.
+
+    Lossless for every value of the format. Inf and NaN in a format that has no such code become ±``max_value``,
+    as in any cast that saturates; values off the grid go to the nearest code.
+
+    Args:
+        x: any shape; float32, bfloat16 or float16.
+        scale: as given to ``quantize``; a scaled format needs it.
+    Returns:
+        Shape and strides as ``quantize`` has them; dtype ``fmt.code_dtype``.
+    Raises:
+        FormatError: an unknown format, a dtype or scale that does not fit, a scale that is missing.
+    Source: OCP OFP8 1.0 (e4m3, e5m2); arXiv 2301.13464 (fp(e,m,b)).
+    """
+    fmt = _checked(x, fmt, scale)
+    _check_scaled(fmt, scale)
+    codes: Tensor = torch.ops.assign.encode(x, scale, fmt.name)
+    return codes
+
+
+def decode(
+    codes: Tensor, fmt: Format | str, *, scale: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The values behind ``encode``'s codes.
+
+    Args:
+        codes: any shape; dtype ``fmt.code_dtype``.
+        scale: as given to ``encode``.
+        dtype: of the result; it must hold every value of ``fmt``. None: the format's carrier.
+    Raises:
+        FormatError: an unknown format, a dtype or scale that does not fit, a scale that is missing.
+    """
+    fmt = parse_format(fmt) if isinstance(fmt, str) else fmt
+    if codes.dtype != torch_dtype(fmt.code_dtype):
+        raise FormatError(
+            f"Codes of {fmt.name!r} are {fmt.code_dtype}, these are {_name(codes.dtype)}.\n"
+            "  Pass what encode() returned for the same format."
+        )
+    _check_scale(fmt, scale, codes.device)
+    _check_scaled(fmt, scale)
+    dtype = dtype or torch_dtype(fmt.carrier)
+    _check_holds(dtype, fmt)
+    result: Tensor = torch.ops.assign.decode(codes, scale, fmt.name, dtype)
+    return result
+
+
+def _checked(x: Tensor, fmt: Format | str, scale: Tensor | None) -> Format:
+    fmt = parse_format(fmt) if isinstance(fmt, str) else fmt
+    if x.dtype not in _FLOATS:
+        raise FormatError(
+            f"A {_name(x.dtype)} tensor cannot be rounded to {fmt.name!r}.\n"
+            f"  Allowed: {', '.join(map(_name, _FLOATS))}.\n  Convert it first."
+        )
+    _check_scale(fmt, scale, x.device)
+    return fmt
+
+
+def _check_scale(fmt: Format, scale: Tensor | None, device: torch.device) -> None:
+    if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != device):
+        raise FormatError(
+            f"The scale for {fmt.name!r} is {_name(scale.dtype)} of shape {list(scale.shape)} on {scale.device}.\n"
+            f"  Allowed: float32, one element, on {device}, where the tensor is.\n  Take it from amax_scale()."
+        )
+
+
+def _check_seed(fmt: Format, seed: Tensor | None, device: torch.device) -> None:
+    if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device):
+        raise FormatError(
+            f"The seed for {fmt.name!r} is {_name(seed.dtype)} of shape {list(seed.shape)} on {seed.device}.\n"
+            f"  Allowed: int64, one element, on {device}, where the tensor is.\n  Take it from draw_seed()."
+        )
+
+
+def _check_scaled(fmt: Format, scale: Tensor | None) -> None:
+    if fmt.scaled and scale is None:
+        raise FormatError(f"{fmt.name!r} needs a scale, and none was given.\n  Pass the one given to quantize().")
+
+
+def _check_holds(dtype: torch.dtype, fmt: Format) -> None:
+    holding = [_name(each) for each, row in _FLOATS.items() if row.contains(fmt)]
+    if _name(dtype) not in holding:
+        raise FormatError(
+            f"{_name(dtype)} does not hold every value of {fmt.name!r}.\n"
+            f"  Allowed: {', '.join(holding)}.\n  Pass one of these as dtype, or None."
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,5 @@
+"""Optimizers whose states follow a plan, and those for weights stored in 16 bits."""
+
+from assign.optim.updates import SGD, AdamW
+
+__all__ = ["SGD", "AdamW"]

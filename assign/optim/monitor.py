@@ -1,0 +1,135 @@
+"""Updates lost to rounding, while training: the share of weights that an update did not change.
+
+Source: arXiv 2010.06192.
+"""
+
+import math
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from assign.errors import TaskError
+from assign.optim.updates import COMPENSATION
+from assign.several import local_part, unwrapped
+
+_DIRECTIONS = ("exp_avg", "momentum_buffer")
+"""First moments, by the names that torch's optimizers and ours give them."""
+
+
+class LostUpdates:
+    """The share of weights that an update left where they were, though it was not zero; parameter by parameter.
+
+    It watches every step that the optimizer makes, of whatever class, in one's own loop::
+
+        with LostUpdates(model, optimizer, every=10) as lost:
+            train(...)
+        print(lost.share, lost.shares)
+
+    An update counts as tried where the first moment, or without one the gradient, is not zero, or weight decay pulls at
+    a weight. With Kahan's sum, what the compensation has taken is not lost. Stochastic rounding leaves most weights
+    where they are, too, and loses nothing in the mean: there the share says how coarse the steps are. Of sharded
+    parameters each process looks at its own parts.
+
+    Args:
+        model: names the parameters.
+        every: look at every so many steps; a look costs a copy of the sample and a few passes over it.
+        sample: elements per parameter to look at, evenly spread; None for all.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, *, every: int = 1, sample: int | None = 2**16) -> None:
+        if every < 1 or (sample is not None and sample < 1):
+            raise TaskError(
+                f"LostUpdates: every={every}, sample={sample}.\n"
+                "  Allowed: whole numbers of at least 1; None as sample.\n  Choose such."
+            )
+        self._optimizer, self._every, self._sample = optimizer, every, sample
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in unwrapped(model).named_parameters()}
+        self._steps = 0
+        self._before: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._look()),
+            optimizer.register_step_post_hook(lambda *_: self._compare()),
+        ]
+
+    def __enter__(self) -> "LostUpdates":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Watch no longer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def reset(self) -> None:
+        """Count anew."""
+        self._counts = {}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """By parameter: updates lost of those tried; parameters without any are left out. Waits for the device."""
+        counts = {name: count.tolist() for name, count in self._counts.items()}
+        return {name: lost / tried for name, (lost, tried) in counts.items() if tried}
+
+    @property
+    def share(self) -> float | None:
+        """Of all that were looked at; None if none was tried. A sampled parameter weighs as much as its sample."""
+        if not self._counts:
+            return None
+        lost, tried = torch.stack([count.cpu() for count in self._counts.values()]).sum(0).tolist()
+        return lost / tried if tried else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"steps": self._steps, "every": self._every, "share": self.share, "parameters": self.shares}
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        self._steps += 1
+        self._before = {}
+        if (self._steps - 1) % self._every:
+            return
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and group["lr"] != 0:
+                    rest = self._optimizer.state.get(parameter, {}).get(COMPENSATION)
+                    self._before[parameter] = (
+                        self._part(parameter).clone(),
+                        rest if rest is None else self._part(rest).clone(),
+                    )
+
+    @torch.no_grad()
+    def _compare(self) -> None:
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._before:
+                    self._count(parameter, group)
+        self._before = {}
+
+    def _count(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+        state = self._optimizer.state.get(parameter, {})
+        before, rest = self._before[parameter]
+        assert parameter.grad is not None
+        moment: Tensor = next((state[name] for name in _DIRECTIONS if state.get(name) is not None), parameter.grad)
+        tried = self._part(moment) != 0
+        if group.get("weight_decay", 0) != 0:
+            tried |= before != 0
+        kept = self._part(parameter) == before
+        if COMPENSATION in state:
+            kept &= self._part(state[COMPENSATION]) == (0 if rest is None else rest)
+        name = self._names.get(parameter, f"parameter of shape {list(parameter.shape)}")
+        count = torch.stack(((tried & kept).sum(), tried.sum()))
+        self._counts[name] = self._counts[name] + count if name in self._counts else count
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        flat = local_part(tensor.detach()).reshape(-1)
+        return flat if self._sample is None else flat[:: max(1, math.ceil(len(flat) / self._sample))]

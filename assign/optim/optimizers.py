@@ -1,0 +1,378 @@
+"""Optimizers whose states a plan stores: torch's own, torchao's or bitsandbytes', behind one function.
+
+``assign.optimizer(torch.optim.AdamW, model, plan, lr=1e-3)`` is torch's AdamW where the plan stores everything alike,
+and another library's AdamW where it does not. Which library can keep what, :mod:`assign.plan.stored` says; the states,
+in each library's form, :mod:`assign.optim.states` makes. The arithmetic is the library's; none of it is written here.
+
+==============  ====================================================================================================
+torch           any optimizer, all in the dtype of the parameters; SGD on any native dtypes
+torchao         Adam and AdamW, each state in a format of its own; computes in float32, and compiles a step for every
+                shape when first used
+bitsandbytes    Adam, AdamW and SGD with momentum; states of a parameter all fp32 or all ``dynamic8``
+==============  ====================================================================================================
+
+A second moment in bf16 does not decay where ``beta2`` is above 0.998: a step takes off less than half a unit in its
+last place. Blocks decay with their scale.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from assign import several
+from assign.errors import PlanError, nearest
+from assign.numerics.rounding import torch_dtype
+from assign.optim import updates
+from assign.optim.states import count_changed, make_states, restore, unwrapped, widened
+from assign.optim.updates import UpdateRounding
+from assign.plan.assignment import Assignment
+from assign.plan.stored import (
+    Library,
+    StateFormat,
+    Stored,
+    choose_library,
+    gradient_format,
+    master_format,
+    owner_of,
+    state_format,
+)
+from assign.plan.tensors import Role, state_key
+from assign.tracing.tracer import optimizer_name
+
+
+def optimizer(
+    kind: type[Optimizer],
+    model: nn.Module,
+    plan: Assignment,
+    *,
+    params: Iterable[Any] | None = None,
+    library: str | None = None,
+    update_rounding: str = UpdateRounding.NEAREST,
+    **options: Any,
+) -> Optimizer:
+    """An optimizer of the model's parameters whose states are kept as ``plan`` says.
+
+    Its ``load_state_dict`` takes what any of these libraries saved, in whatever formats, as long as nothing is lost by
+    it; ``load_state_dict(state, lossy=True)`` rounds. :func:`widened_state_dict` goes the other way.
+
+    Args:
+        kind: a class of ``torch.optim``.
+        model: after ``assign.apply(model, plan)``; may be within ``DistributedDataParallel``, or sharded.
+        params: parameters or groups of them, as torch takes them; all that require a gradient if left out.
+        library: ``torch``, ``torchao`` or ``bitsandbytes``; the first installed one that can keep the states if left
+            out.
+        update_rounding: how updates of 16-bit masters are rounded: ``nearest``, ``stochastic`` or ``kahan``; the last
+            two are for SGD and AdamW with states in the dtype of their masters (:mod:`assign.optim.updates`).
+        options: of ``kind``, e.g. ``lr``.
+    Raises:
+        PlanError: no library can keep such states with this optimizer, or it is not installed; or the optimizer has no
+            such state, or no such rounding.
+        FormatError: a rounding that does not exist, or no master in 16 bits to round.
+    """
+    chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
+    make: Callable[..., Optimizer] = kind
+    return follow(make(chosen, **options), model, plan, library=library, update_rounding=update_rounding)
+
+
+def follow(
+    made: Optimizer,
+    model: nn.Module,
+    plan: Assignment,
+    *,
+    library: str | None = None,
+    update_rounding: str = UpdateRounding.NEAREST,
+) -> Optimizer:
+    """An optimizer like ``made``, one before its first step, that keeps its states as ``plan`` says.
+
+    Raises:
+        PlanError: as :func:`optimizer`.
+    """
+    stored = _stored(made, model, plan)
+    try:
+        chosen = _choose(optimizer_name(made), stored.values(), library)
+    except PlanError as error:
+        if any(map(several.is_sharded, stored)):
+            error.add_note("  The parameters are sharded: elements are those in this process.")
+        raise
+    if update_rounding == UpdateRounding.NEAREST:
+        planned = _planned(_MAKERS[chosen](made))
+    else:
+        planned = _planned(_from_updates(made, chosen, update_rounding))
+    planned.assign_library, planned.assign_stored = chosen, stored
+    planned.assign_reset()
+    return planned
+
+
+def widened_state_dict(planned: Optimizer) -> dict[str, Any]:
+    """The optimizer's ``state_dict`` in float32 and by torch's names, for a plain optimizer of ``torch.optim``.
+
+    Nothing is lost: float32 holds every value of the narrower formats.
+    """
+    packed = planned.state_dict()
+    states = {number: widened(unwrapped(state)) for number, state in packed["state"].items()}
+    groups = [{**group, "lr": float(group["lr"])} for group in packed["param_groups"]]
+    if any("momentum_buffer" in state for state in states.values()):
+        groups = [_translated(group, {**group, "momentum": 0.0, "dampening": 0.0}) for group in groups]
+    return {"state": states, "param_groups": groups}
+
+
+# ---- what the plan says
+
+
+def _stored(made: Optimizer, model: nn.Module, plan: Assignment) -> dict[Tensor, Stored]:
+    """What the plan stores of every parameter of the optimizer."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in several.unwrapped(model).named_parameters()}
+    explicit: dict[str, dict[str, StateFormat]] = {}
+    for key in plan.entries:
+        owner = owner_of(key, plan.entries)
+        if owner is not None and owner[1] is Role.OPTIM_STATE:
+            state = key.removeprefix(state_key(owner[0], ""))
+            explicit.setdefault(owner[0], {})[state] = state_format(plan.entries, owner[0], state)
+    found: dict[Tensor, Stored] = {}
+    for group in made.param_groups:
+        has = _states_of(made, group)
+        for parameter in group["params"]:
+            key = names.get(parameter, "")
+            given = explicit.pop(key, {})
+            _check_states(made, key, given, has)
+            found[parameter] = Stored(
+                key=key,
+                elements=several.local_part(parameter).numel(),
+                master=master_format(plan.entries, key),
+                gradient=gradient_format(plan.entries, key),
+                states={state: state_format(plan.entries, key, state) for state in has or given},
+            )
+            _check_dtypes(found[parameter], parameter)
+    if explicit:
+        raise PlanError(
+            f"optimizer: the plan stores states of {next(iter(explicit))!r}, which the optimizer was not given. "
+            "Give it every parameter of the plan, or leave those entries out of the plan."
+        )
+    return found
+
+
+def _states_of(made: Optimizer, group: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names of the states that the optimizer keeps of a parameter; None where nobody here knows."""
+    match optimizer_name(made):
+        case "Adam" | "AdamW":
+            return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
+        case "SGD":
+            return ("momentum_buffer",) if group["momentum"] else ()
+    return None
+
+
+def _check_states(made: Optimizer, key: str, given: Collection[str], has: tuple[str, ...] | None) -> None:
+    wrong = [state for state in given if has is not None and state not in has]
+    if wrong and has is not None:
+        close = nearest(wrong[0], has)
+        raise PlanError(
+            f"optimizer: the plan stores {state_key(key, wrong[0])!r}, but {type(made).__name__} with these options "
+            f"keeps {', '.join(has) or 'no states'}{f' (nearest: {close})' if close else ''}. "
+            "Use the optimizer that the plan was made for, or make a plan with this one."
+        )
+
+
+def _check_dtypes(stored: Stored, parameter: Tensor) -> None:
+    found = parameter.dtype, parameter.grad_dtype
+    if found == (torch_dtype(stored.master.carrier), torch_dtype(stored.gradient.carrier)):
+        return
+    raise PlanError(
+        f"optimizer: the plan stores {stored}, but the parameter is {found[0]} and its gradient {found[1]}. "
+        "Call assign.apply(model, plan) first: it gives both their dtypes."
+    )
+
+
+def _choose(name: str, stored: Collection[Stored], library: str | None) -> Library:
+    if library is not None and library not in list(Library):
+        raise PlanError(f"optimizer: there is no library {library!r}; choose from {', '.join(Library)}.")
+    wanted = tuple(Library) if library is None else (Library(library),)
+    first = choose_library(name, stored, wanted)
+    installed = [each for each in wanted if importlib.util.find_spec(each)]
+    if first in installed:
+        return first
+    try:
+        return choose_library(name, stored, installed)
+    except PlanError:
+        raise PlanError(
+            f"optimizer: the plan's states need {first}, which is not installed. "
+            f"Run: pip install 'precision-assign[optimizers]'."
+        ) from None
+
+
+# ---- the libraries' optimizers, from torch's
+
+
+def _from_torch(made: Optimizer) -> Optimizer:
+    """``made`` itself: updates of 16-bit masters are rounded to nearest."""
+    return made
+
+
+def _from_updates(made: Optimizer, library: Library, rounding: str) -> Optimizer:
+    name = optimizer_name(made)
+    names: tuple[str, ...]
+    if library is not Library.TORCH or name not in ("SGD", "AdamW"):
+        raise PlanError(
+            f"optimizer: update_rounding={rounding!r} was asked of {type(made).__name__} with states that {library} "
+            "keeps. Allowed: SGD and AdamW, states in the dtype of their masters.\n"
+            "  Leave the states' formats out of the plan, or round updates to nearest."
+        )
+    if name == "SGD":
+        _refuse(made, "assign.optim.updates", {"maximize": False, "differentiable": False})
+        names = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov")
+    else:
+        _refuse(made, "assign.optim.updates", {"maximize": False, "differentiable": False, "amsgrad": False})
+        names = ("params", "lr", "betas", "eps", "weight_decay")
+    kind = updates.SGD if name == "SGD" else updates.AdamW
+    return kind([_part(group, *names) for group in made.param_groups], rounding=rounding)
+
+
+def _from_torchao(made: Optimizer) -> Optimizer:
+    optim: Any = importlib.import_module("torchao.optim")  # it has no types
+    _refuse(made, "torchao", {"maximize": False, "capturable": False, "differentiable": False})
+    groups = [_part(group, "params", "betas", "eps", "weight_decay", "amsgrad") for group in made.param_groups]
+    for group, source in zip(groups, made.param_groups, strict=True):
+        group["lr"] = _tensor_rate(source["lr"])
+    kind = optim.AdamW8bit if made.param_groups[0]["decoupled_weight_decay"] else optim.Adam8bit
+    planned: Optimizer = kind(groups)
+    return planned
+
+
+def _from_bitsandbytes(made: Optimizer) -> Optimizer:
+    optim: Any = importlib.import_module("bitsandbytes.optim")  # it has no types
+    if any(several.is_sharded(parameter) for group in made.param_groups for parameter in group["params"]):
+        raise PlanError(
+            f"optimizer: the plan's states need bitsandbytes, whose {type(made).__name__} takes no parameters that "
+            "fully_shard has sharded.\n  Allowed: torch's optimizers, torchao's Adam and AdamW; or "
+            "DistributedDataParallel.\n  Store states in fp32 or bf16, or use torch.optim.AdamW."
+        )
+    plain = {"maximize": False, "amsgrad": False, "nesterov": False, "dampening": 0, "capturable": False}
+    _refuse(made, "bitsandbytes", plain | {"differentiable": False})
+    groups = [_part(group, "params", "lr", "betas", "eps", "weight_decay") for group in made.param_groups]
+    planned: Optimizer
+    if optimizer_name(made) == "SGD":
+        for group, source in zip(groups, made.param_groups, strict=True):
+            group["betas"] = (source["momentum"], source["dampening"])
+        planned = optim.SGD8bit(groups, lr=groups[0]["lr"], momentum=groups[0]["betas"][0])
+    else:
+        kind = optim.AdamW8bit if made.param_groups[0]["decoupled_weight_decay"] else optim.Adam8bit
+        planned = kind(groups)
+    return planned
+
+
+_MAKERS: Mapping[Library, Callable[[Optimizer], Optimizer]] = MappingProxyType(
+    {Library.TORCH: _from_torch, Library.TORCHAO: _from_torchao, Library.BITSANDBYTES: _from_bitsandbytes}
+)
+
+
+def _part(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: group[name] for name in names if name in group}
+
+
+def _refuse(made: Optimizer, library: str, plain: Mapping[str, Any]) -> None:
+    for group in made.param_groups:
+        odd = next((name for name, value in plain.items() if group.get(name, value) != value), None)
+        if odd is not None:
+            raise PlanError(
+                f"optimizer: the plan's states need {library}, whose {type(made).__name__} has no {odd} "
+                f"(given: {odd}={group[odd]}). Leave the option out, or store fp32 states."
+            )
+
+
+def _tensor_rate(rate: float | Tensor) -> Tensor:
+    return torch.as_tensor(rate, dtype=torch.float32).clone()
+
+
+# ---- loading
+
+
+class _Planned(Optimizer):
+    """What an optimizer made here has beside its library's own: it starts, and loads, states as the plan says."""
+
+    assign_library: Library
+    assign_stored: dict[Tensor, Stored]
+
+    def assign_reset(self) -> None:
+        """States as before the first step."""
+        self.state.clear()
+        for parameter, stored in self.assign_stored.items():
+            states = make_states(self.assign_library, parameter, stored)
+            if states:
+                self.state[parameter] = states
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, lossy: bool = False) -> None:
+        """Load states and options; states are converted to the plan's formats.
+
+        Args:
+            lossy: whether that may round values.
+        Raises:
+            PlanError: what is loaded is of another model; it lacks states that the plan stores; or a value would be
+                rounded, and not ``lossy``. Nothing is changed then.
+        """
+        packed = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in packed], [len(group["params"]) for group in self.param_groups]
+        if sizes[0] != sizes[1]:
+            raise PlanError(
+                f"load_state_dict: groups of {sizes[0]} parameters are loaded, this optimizer has {sizes[1]}. "
+                "Load what an optimizer of this model, with the same groups, saved."
+            )
+        numbers = (number for group in packed for number in group["params"])
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        loaded = {
+            parameter: self._restored(parameter, unwrapped(state_dict["state"].get(number, {})), lossy=lossy)
+            for parameter, number in zip(parameters, numbers, strict=True)
+        }
+        rate = _tensor_rate if self.assign_library is Library.TORCHAO else float
+        groups = [
+            _translated(theirs, mine) | {"lr": rate(theirs["lr"])}
+            for mine, theirs in zip(self.param_groups, packed, strict=True)
+        ]
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.state.update({parameter: states for parameter, states in loaded.items() if states})
+
+    def _restored(self, parameter: Tensor, saved: Mapping[str, Any], *, lossy: bool) -> dict[str, Any]:
+        stored = self.assign_stored[parameter]
+        own = make_states(self.assign_library, parameter, stored)
+        wide = widened(saved)
+        missing = [name for name in stored.states if name not in wide] if own or saved else []
+        if missing:
+            raise PlanError(
+                f"load_state_dict: the plan stores {state_key(stored.key, missing[0])!r} as "
+                f"{stored.states[missing[0]].name}, but what is loaded has {', '.join(wide) or 'no states'} for it.\n"
+                "  Load what an optimizer with these states saved after a step, or go on with a new optimizer."
+            )
+        states = restore(own, saved, parameter)
+        kept = widened(states)
+        for name in [] if lossy else [name for name, value in wide.items() if isinstance(value, Tensor)]:
+            lost = count_changed(kept[name], wide[name])
+            if lost:
+                raise PlanError(
+                    f"load_state_dict: {state_key(stored.key, name)!r} would be rounded in {lost} of its "
+                    f"{wide[name].numel()} values: the plan stores {stored}.\n"
+                    "  Load into a plan that stores it as it was saved, or accept it: "
+                    "load_state_dict(state, lossy=True)."
+                )
+        return states
+
+
+def _translated(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group's options, as far as ``mine`` has them; bitsandbytes calls SGD's momentum ``betas``."""
+    known = {name: value for name, value in theirs.items() if name in mine or name == "initial_lr"}
+    if "momentum" in mine and "momentum" not in theirs:
+        known["momentum"], known["dampening"] = theirs["betas"]
+    elif "momentum" in theirs and "momentum" not in mine:
+        known["betas"] = theirs["momentum"], theirs["dampening"]
+    return {**mine, **known}
+
+
+def _planned(made: Optimizer) -> _Planned:
+    """``made``, of a class that is also :class:`_Planned`."""
+    kind = type(made)
+    made.__class__ = type(kind.__name__, (_Planned, kind), {"__module__": kind.__module__})
+    assert isinstance(made, _Planned)
+    return made

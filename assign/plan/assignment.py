@@ -1,0 +1,349 @@
+"""Assignment: the format of every tensor of a training step. Users call it a plan; the file is ``plan.json``.
+
+This is the second waist of the hourglass: the search writes it, the executor obeys it. Frozen, one entry per tensor,
+human-readable JSON in and out.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from assign.errors import FormatError, PlanError, nearest
+from assign.files import write_whole
+from assign.plan.formats import BlockFormat, Format, parse_format, parse_saved
+from assign.plan.stored import check_stored, owner_of, parse_stored
+from assign.plan.tensors import base_key, grad_key, is_saved_key, saved_key
+
+VERSION = 1
+"""Version of the file that this package writes, under the key ``assign_plan``."""
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+_NAMED = 3  # keys named in an error message before "and n more"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one tensor is given: the name of its format, and whether that is its recipe's low candidate."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    format: str
+    low: bool
+
+
+def format_pair(entries: Mapping[str, Entry], key: str) -> tuple[Format, Format] | None:
+    """Formats of tensor ``key`` and of its gradient; None where no entry names it.
+
+    A frozen weight has no gradient: its own format stands for both.
+    """
+    if key not in entries:
+        return None
+    gradient = entries.get(grad_key(key), entries[key])
+    return parse_format(entries[key].format), parse_format(gradient.format)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a plan comes from. Nothing reads it back to decide anything.
+
+    Attributes:
+        command: what the user ran.
+        versions: package → version, of those that matter to the numbers.
+        seed: seed of the search, None where it used none.
+        estimate: what the memory model says of the plan, by name with unit, e.g. ``peak_bytes``.
+        created: time in ISO 8601, '' where unknown.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    strategy: str = ""
+    estimate: dict[str, JsonValue] = field(default_factory=dict)
+    created: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diff:
+    """How two assignments differ: keys that only one has, and key → (entry here, entry there)."""
+
+    only_here: tuple[str, ...]
+    only_there: tuple[str, ...]
+    changed: dict[str, tuple[Entry, Entry]]
+
+    def __bool__(self) -> bool:
+        return bool(self.only_here or self.only_there or self.changed)
+
+
+class _PlanFile(BaseModel):
+    """A plan: the number format of every tensor of a training step."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, title="assign plan")
+
+    assign_plan: Literal[1] = Field(description="version of this file's layout")
+    recipe: str = Field(description="name of the recipe that the formats were chosen from")
+    fingerprint: str = Field(description="of the model that the plan was made for")
+    provenance: Provenance = Field(default_factory=Provenance)
+    tensors: dict[str, Entry] = Field(description="tensor's key → its format")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """The format of every tensor of one model's training step.
+
+    Attributes:
+        entries: key → entry, for every tensor in the paper's four roles. Keys of saved copies, masters, stored
+            gradients and optimizer states may stand here too; where they do not, a saved copy follows its activation,
+            and what is stored between steps is fp32 (see :mod:`assign.plan.stored`).
+        fingerprint: of the model that the assignment is for.
+
+    Raises:
+        PlanError: an entry names a format that does not exist, or that is not for what it names.
+    """
+
+    entries: Mapping[str, Entry]
+    recipe: str
+    fingerprint: str
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        entries = {key: Entry(self._canonical(key, entry.format), entry.low) for key, entry in self.entries.items()}
+        object.__setattr__(self, "entries", entries)
+        self._refuse_delayed_copies()
+        check_stored(entries)
+
+    def _refuse_delayed_copies(self) -> None:
+        """A copy in a format of its own is made of what this step computed: there is no step before to ask."""
+        for key, entry in self.entries.items():
+            own = self.entries.get(base_key(key))
+            if own is None or not is_saved_key(key) or entry.format == own.format:
+                continue
+            fmt = parse_saved(entry.format)
+            if isinstance(fmt, Format) and fmt.delayed:
+                raise PlanError(
+                    f"{key!r} is assigned {entry.format!r}, its activation {own.format!r}: a saved copy in a format of "
+                    f"its own takes its scale from its own values.\n  Choose {entry.format.replace(':delayed', '')!r}."
+                )
+
+    def _canonical(self, key: str, name: str) -> str:
+        owner = owner_of(key, self.entries)
+        try:
+            if owner:
+                return parse_stored(name, owner[1]).name
+            return (parse_saved(name) if is_saved_key(key) else parse_format(name)).name
+        except FormatError as error:
+            raise PlanError(f"{key!r} is assigned the format {name!r}: {error}") from error
+
+    def format_of(self, key: str) -> Format:
+        """Format of the tensor ``key`` of the step itself; :mod:`assign.plan.stored` knows those of what is stored.
+
+        Raises:
+            PlanError: the assignment has no such key.
+        """
+        entry = self.entries.get(key)
+        if entry is None:
+            close = nearest(key, self.entries)
+            hint = f" Nearest: {close}." if close else ""
+            raise PlanError(f"the plan has no entry for {key!r} among its {len(self.entries)}.{hint}")
+        return parse_format(entry.format)
+
+    def saved_format(self, key: str) -> Format | BlockFormat:
+        """Format of the copy of activation ``key`` that waits for the backward pass.
+
+        It is the activation's own, unless the assignment has an entry ``<key>.saved``.
+        """
+        explicit = self.entries.get(saved_key(key))
+        return parse_saved(explicit.format) if explicit else self.format_of(key)
+
+    def replace(self, entries: Mapping[str, Entry]) -> "Assignment":
+        """The same assignment with these entries changed or added."""
+        return dataclasses.replace(self, entries={**self.entries, **entries})
+
+    def with_provenance(self, provenance: Provenance) -> "Assignment":
+        """The same assignment, said to come from elsewhere."""
+        return dataclasses.replace(self, provenance=provenance)
+
+    def diff(self, other: "Assignment") -> Diff:
+        """What changes on the way from this assignment to ``other``."""
+        here, there = self.entries, other.entries
+        return Diff(
+            only_here=tuple(key for key in here if key not in there),
+            only_there=tuple(key for key in there if key not in here),
+            changed={key: (here[key], there[key]) for key in here if key in there and here[key] != there[key]},
+        )
+
+    def check_covers(self, keys: Collection[str], *, where: str) -> None:
+        """Make sure that this is a plan for the tensors ``keys``, the paper's tensors of a model.
+
+        An entry for a saved copy, or for what is stored, is in place if ``keys`` has the tensor it belongs to.
+
+        Args:
+            where: what to call this assignment, e.g. the path of its file.
+        Raises:
+            PlanError: a tensor has no entry, or an entry no tensor.
+        """
+        wanted = set(keys)
+        missing = [key for key in keys if key not in self.entries]
+        extra = [key for key in self.entries if not _belongs(key, wanted)]
+        if not missing and not extra:
+            return
+        lines = [f"{where} does not fit this model."]
+        if missing:
+            lines.append(f"It has no entry for {len(missing)} of the model's {len(wanted)} tensors:")
+            lines += _named(missing, extra or self.entries, "nearest in the plan")
+        if extra:
+            lines.append(f"It has entries for {len(extra)} tensors that the model does not have:")
+            lines += _named(extra, missing or wanted, "nearest in the model")
+        lines.append("Use the plan with the model it was made for, or search a plan for this model.")
+        raise PlanError("\n  ".join(lines))
+
+    def to_json(self) -> str:
+        """The file's text: one line per tensor, in the order of the entries."""
+        head = {
+            "assign_plan": VERSION,
+            "recipe": self.recipe,
+            "fingerprint": self.fingerprint,
+            "provenance": dataclasses.asdict(self.provenance),
+        }
+        rows = [
+            f"    {json.dumps(key)}: {json.dumps({'format': entry.format, 'low': entry.low})}"
+            for key, entry in self.entries.items()
+        ]
+        tensors = "{\n" + ",\n".join(rows) + "\n  }" if rows else "{}"
+        return json.dumps(head, indent=2, allow_nan=False).removesuffix("\n}") + f',\n  "tensors": {tensors}\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "the plan") -> Self:
+        """Read the text of a plan's file.
+
+        Args:
+            where: what to call it in an error, e.g. the path of the file.
+        Raises:
+            PlanError: it is not JSON, not a plan, from a newer version, or names an unknown format.
+        """
+        _check_version(_parse_json(text, where), where)
+        try:
+            file = _PlanFile.model_validate_json(text)
+        except ValidationError as error:
+            raise PlanError(
+                f"{where} is not a valid plan:\n  {_facts(error)}\nMend it by hand, or search again."
+            ) from None
+        try:
+            return cls(
+                entries=file.tensors, recipe=file.recipe, fingerprint=file.fingerprint, provenance=file.provenance
+            )
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from error
+
+    @staticmethod
+    def schema() -> dict[str, Any]:
+        """JSON schema of a plan's file."""
+        return _PlanFile.model_json_schema()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to ``path``; whoever reads meanwhile sees the old file or the new one, never a half.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
+        target = Path(path)
+        if target.is_dir():
+            raise PlanError(f"{target} is a directory; give the plan's file, e.g. {target / 'plan.json'}.")
+        try:
+            write_whole(target, self.to_json())
+        except OSError as error:
+            raise PlanError(
+                f"cannot write the plan {path}: {error.strerror or error}. "
+                "Give a file in a directory that exists and that you may write to."
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the plan at ``path``.
+
+        Raises:
+            PlanError: there is no such file, or :meth:`from_json` refuses it.
+        """
+        where = str(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise PlanError(
+                f"there is no plan {where}. Give the file that a search wrote with plan.save(...)."
+            ) from None
+        except IsADirectoryError:
+            raise PlanError(f"{where} is a directory; give the plan's file, e.g. {Path(path) / 'plan.json'}.") from None
+        except UnicodeDecodeError:
+            raise PlanError(
+                f"{where} is not a plan: it is not text in UTF-8. Give the file that a search wrote."
+            ) from None
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {where}: {error.strerror}.") from error
+        return cls.from_json(text, where=where)
+
+
+def _belongs(key: str, wanted: Collection[str]) -> bool:
+    return key in wanted or key.removesuffix(".saved") in wanted or owner_of(key, wanted) is not None
+
+
+def _named(keys: Sequence[str], others: Iterable[str], title: str) -> list[str]:
+    lines = []
+    for key in keys[:_NAMED]:
+        close = nearest(key, others)
+        lines.append(f"  {key!r}" + (f" ({title}: {close})" if close else ""))
+    if len(keys) > _NAMED:
+        lines.append(f"  and {len(keys) - _NAMED} more")
+    return lines
+
+
+def _parse_json(text: str, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise PlanError(f"{where} has the key {twice!r} twice. Keep one of the two.")
+        return result
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise PlanError(f"{where} holds the number {number}, which JSON does not know. Give a finite one.")
+        return value
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+    except json.JSONDecodeError as error:
+        raise PlanError(
+            f"{where} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}, "
+            f"of {len(text.splitlines())} lines. If it was cut off, search again: a whole plan ends in '}}'."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{where} is not a plan: {error}. Give the file that a search wrote.") from None
+
+
+def _check_version(data: Any, where: str) -> None:
+    if not isinstance(data, dict) or "assign_plan" not in data:
+        found = "no key 'assign_plan'" if isinstance(data, dict) else f"a {type(data).__name__} at the top"
+        raise PlanError(f"{where} is JSON but not a plan: it has {found}. Give the file that a search wrote.")
+    version = data["assign_plan"]
+    if version == VERSION and isinstance(version, int) and not isinstance(version, bool):
+        return
+    newer = isinstance(version, (int, float)) and version > VERSION
+    advice = "Upgrade this package to read it." if newer else "Search again to make a new one."
+    raise PlanError(f"{where} is a plan of version {version!r}; this package reads version {VERSION}. {advice}")
+
+
+def _facts(error: ValidationError) -> str:
+    found = error.errors(include_url=False)
+    lines = [f"{' → '.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in found[:_NAMED]]
+    if len(found) > _NAMED:
+        lines.append(f"and {len(found) - _NAMED} more")
+    return "\n  ".join(lines)

@@ -1,0 +1,75 @@
+"""Rows of a tensor table → groups of tensors that share one decision: the paper's grouping, on any graph.
+
+A group is one matrix product's output and all that follows it, up to and including the inputs and the parameters of the
+next matrix product. All of a group is high or all of it is low, so a product never meets one operand of each kind.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from assign.plan.tensors import Role, TensorInfo, base_key
+
+GEMM_OPS = frozenset(
+    {
+        "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+        "linear", "bilinear", "matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm",
+        "einsum", "tensordot", "inner", "multi_dot", "chain_matmul", "grouped_mm",
+        "scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward",
+        "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+    }
+)  # fmt: skip
+"""Operators that start a group: those that multiply matrices, alone or inside."""
+
+INPUT_OP = "input"
+"""Operator name of a row that holds a part of the batch; it starts a group too."""
+
+
+def assign_groups(tensors: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
+    """Set the group of every row; the order of the rows stays.
+
+    Activations are walked in the order of the rows, which is the order of execution. Inputs and matrix products start a
+    new group, every other activation falls into the running one. A weight falls into the group of the first activation
+    that its first reader reads (for a convolution: the group *before* the convolution's own), or into its
+    reader's own group where that reads no activation, as an embedding does. A weight that nobody reads goes
+    to group 0. Gradients, saved copies, masters and optimizer states follow the tensor that they belong to.
+
+    Source: arXiv 2301.13464, Algorithm 1, and the grouping in the authors' code.
+    """
+    activations = {row.key: row for row in tensors if row.role is Role.ACTIVATION}
+    group_of = _groups_of_activations(activations.values())
+    weights = {row.key: _group_of_weight(row, activations, group_of) for row in tensors if row.role is Role.WEIGHT}
+    group_of.update(weights)
+    return tuple(dataclasses.replace(row, group=group_of.get(owner_key(row), 0)) for row in tensors)
+
+
+def owner_key(row: TensorInfo) -> str:
+    """Key of the weight or activation that ``row`` belongs to; its own key for those two.
+
+    The role says which ending to drop, so a module may well be called ``optim`` or ``grad``.
+    """
+    match row.role:
+        case Role.WEIGHT_GRAD | Role.ACTIVATION_GRAD | Role.SAVED:
+            return base_key(row.key)
+        case Role.MASTER:
+            return row.key.removesuffix(".master")
+        case Role.OPTIM_STATE:
+            return row.key.rpartition(".optim.")[0]
+    return row.key
+
+
+def _groups_of_activations(activations: Iterable[TensorInfo]) -> dict[str, int]:
+    group_of: dict[str, int] = {}
+    running = -1
+    for row in activations:
+        if running < 0 or row.op == INPUT_OP or row.op in GEMM_OPS:
+            running += 1
+        group_of[row.key] = running
+    return group_of
+
+
+def _group_of_weight(row: TensorInfo, activations: Mapping[str, TensorInfo], group_of: Mapping[str, int]) -> int:
+    reader = next((activations[key] for key in row.consumers if key in activations), None)
+    if reader is None:
+        return 0
+    first_input = next((key for key in reader.inputs if key in activations), reader.key)
+    return group_of[first_input]

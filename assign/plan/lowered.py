@@ -1,0 +1,122 @@
+"""The rules of ``lowering`` on a whole table: where each tensor lives, in which dtype each operator runs, and why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from assign.plan import lowering
+from assign.plan.assignment import Entry, format_pair
+from assign.plan.formats import Format, parse_format
+from assign.plan.tensors import SLICE, Role, TensorInfo, TensorTable, saved_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """How one operator runs.
+
+    Attributes:
+        key: of the tensor that it makes.
+        dtype: torch dtype of its operands and of what it computes; ``format``: what its result is rounded to.
+        product: it multiplies matrices; ``multiplies``: the dtype of their elements when it does.
+        why: the rule that decided.
+    """
+
+    key: str
+    op: str
+    format: str
+    dtype: str
+    product: bool
+    multiplies: str
+    why: str
+
+
+class Lowered:
+    """A table under some entries; tensors without one are fp32."""
+
+    def __init__(self, table: TensorTable, entries: Mapping[str, Entry]) -> None:
+        self._table, self._entries = table, entries
+        self._fp32 = parse_format("fp32")
+        self._carriers: dict[str, str] = {}
+        self._computes: dict[str, str] = {}
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether any forward tensor or gradient is not fp32, or a saved copy has a format of its own."""
+        keys = [info.key for info in self._table.tensors if info.role in (Role.WEIGHT, Role.ACTIVATION)]
+        if any(saved_key(key) in self._entries for key in keys):
+            return True
+        return any(fmt != self._fp32 for key in keys for fmt in self.formats(key))
+
+    def formats(self, key: str) -> tuple[Format, Format]:
+        """Of a forward tensor and of its gradient."""
+        return format_pair(self._entries, key) or (self._fp32, self._fp32)
+
+    def carrier(self, key: str) -> str:
+        """Dtype in which a forward tensor lives between operators."""
+        if key not in self._carriers:
+            self._carriers[key] = lowering.carrier(*self.formats(key))
+        return self._carriers[key]
+
+    def compute(self, key: str) -> str:
+        """Dtype in which the operator that makes ``key`` runs."""
+        if key not in self._computes:
+            info = self._table.by_key.get(key)
+            if info is None or info.op in ("parameter", "input"):
+                found = lowering.FLOAT32
+            elif info.op == SLICE:
+                found = self.carrier(info.inputs[0])
+            else:
+                found = lowering.compute_dtype(info.op, self._operands(info).values(), self._made_in(key))
+            self._computes[key] = found
+        return self._computes[key]
+
+    def is_identity(self, key: str, *, backward: bool) -> bool:
+        """Whether rounding changes nothing: what the operator makes is on the format's grid and stays where it is."""
+        carrier, fmt = self.carrier(key), self.formats(key)[backward]
+        explicit = not backward and saved_key(key) in self._entries
+        return carrier == self.compute(key) and fmt.native in (carrier, lowering.FLOAT32) and not explicit
+
+    def operators(self, *, fp8: bool = False) -> tuple[Operator, ...]:
+        """Every operator of the forward pass, in order; its backward pass runs in the same dtype.
+
+        Args:
+            fp8: the device multiplies 8-bit matrices.
+        """
+        made = [
+            info for info in self._table.tensors if info.role is Role.ACTIVATION and info.op not in ("input", SLICE)
+        ]
+        return tuple(
+            Operator(
+                key=info.key,
+                op=info.op,
+                format=self.formats(info.key)[0].name,
+                dtype=self.compute(info.key),
+                product=info.op in lowering.MATRIX_PRODUCTS,
+                multiplies=lowering.multiply_dtype(info.op, self.compute(info.key), self._matrices(info), fp8=fp8),
+                why=self._why(info),
+            )
+            for info in made
+        )
+
+    def _matrices(self, info: TensorInfo) -> list[Format]:
+        """Formats of what a product multiplies."""
+        keys = info.inputs[-2:] if info.op == "addmm" else info.inputs[:2]
+        return [self.formats(key)[0] for key in keys]
+
+    def _operands(self, info: TensorInfo) -> dict[str, str]:
+        """Carriers of what an operator reads and that has a say in where it runs."""
+        read = info.inputs[:1] if info.op in lowering.FLOAT32_PARAMETERS else info.inputs
+        return {key: self.carrier(key) for key in read}
+
+    def _made_in(self, key: str) -> str:
+        return lowering.made_in(self.carrier(key), self.formats(key)[0])
+
+    def _why(self, info: TensorInfo) -> str:
+        dtype, result, operands = self.compute(info.key), self._made_in(info.key), self._operands(info)
+        if dtype != lowering.FLOAT32:
+            return f"all it reads and makes lives in {dtype}"
+        if info.op not in lowering.SIXTEEN_BIT:
+            return "not known to sum in float32 when its operands are 16-bit"
+        if result == lowering.FLOAT32:
+            return f"its result, {' and its gradient '.join(fmt.name for fmt in self.formats(info.key))}, needs float32"
+        wide = next((key for key, carrier in operands.items() if carrier == lowering.FLOAT32), None)
+        return f"it reads {wide}, which lives in float32" if wide else "it reads both bfloat16 and float16"

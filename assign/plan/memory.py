@@ -1,0 +1,445 @@
+"""Bytes of a training step under an assignment, from the table alone: nothing is run.
+
+*aggregate* is the paper's measure: elements × bits over its four roles. *peak* replays the schedule of the step: every
+buffer is a segment of time and a number of bytes; the peak is the largest sum of what is alive. The rules of
+:mod:`assign.plan.lowering` say which dtype each operator computes in, so the segments are those of the graph that runs.
+
+Time has four slots per operator: decoding what it reads, widening what it reads, the run itself, and behind it the
+narrowing of what it made and the encoding of what it was the last to read.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from assign.plan import lowering
+from assign.plan.assignment import Assignment, Entry
+from assign.plan.formats import parse_format, parse_saved
+from assign.plan.lowered import Lowered
+from assign.plan.recipes import Recipe, get_recipe, initial
+from assign.plan.stored import gradient_format, master_format, optimizer_scratch, resident, stored_in, waiting_bytes
+from assign.plan.tensors import MARK, Buffer, Event, Role, TensorTable, base_key, saved_key
+
+_ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
+
+
+_SLOTS = 4
+
+
+def _decoding(number: int) -> int:
+    return _SLOTS * number
+
+
+def _widening(number: int) -> int:
+    return _SLOTS * number + 1
+
+
+def _running(number: int) -> int:
+    return _SLOTS * number + 2
+
+
+def _behind(number: int) -> int:
+    return _SLOTS * number + 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Bytes alive from slot ``start`` to slot ``end``, both included."""
+
+    start: int
+    end: int
+    bytes: int
+    key: str
+    role: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a plan costs, before anything runs.
+
+    Attributes:
+        aggregate_bytes: Σ elements × bits / 8 over the paper's four roles.
+        low_ratio: share of those elements that are low.
+        low_ratio_bits: the same by bits, 2·(1 − bits / bits with all high); negative for a plan wider than that.
+        groups_low: groups in which everything is low.
+        peak_bytes: every byte alive at the worst moment of one whole step; baseline_peak_bytes: the same in fp32.
+        saved_bytes: what waits for the backward pass when the forward pass ends.
+        peak_at: operator at the peak, ``optimizer`` if the peak is in its step.
+        by_role: bytes alive at the peak, by what they are for.
+        timeline: (operator, pass, bytes alive) in order of execution.
+        alive: (key, role, bytes) at the peak, largest first.
+    """
+
+    aggregate_bytes: int
+    low_ratio: float
+    low_ratio_bits: float
+    groups_low: int
+    peak_bytes: int
+    baseline_peak_bytes: int
+    saved_bytes: int
+    peak_at: str
+    by_role: Mapping[str, int]
+    timeline: tuple[tuple[str, str, int], ...]
+    alive: tuple[tuple[str, str, int], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the timeline included."""
+        return {
+            "low_ratio": self.low_ratio,
+            "low_ratio_bits": self.low_ratio_bits,
+            "groups_low": self.groups_low,
+            "aggregate_bytes": self.aggregate_bytes,
+            "peak_bytes": self.peak_bytes,
+            "baseline_peak_bytes": self.baseline_peak_bytes,
+            "saved_bytes": self.saved_bytes,
+            "peak_at": self.peak_at,
+            "by_role": dict(self.by_role),
+            "timeline": [{"op": op, "pass": phase, "bytes": size} for op, phase, size in self.timeline],
+        }
+
+
+def estimate(table: TensorTable, plan: Assignment) -> Estimate:
+    """Bytes and low ratio of one step under ``plan``.
+
+    Raises:
+        PlanError: the plan does not name a tensor of the table.
+        FormatError: there is no recipe of the plan's name.
+    """
+    plan.check_covers([info.key for info in table.paper_tensors], where="estimate")
+    replay = Replay(table, plan.entries)
+    return Estimate(
+        aggregate_bytes=aggregate_bytes(table, plan.entries),
+        low_ratio=low_ratio(table, plan.entries),
+        low_ratio_bits=low_ratio_bits(table, plan.entries, get_recipe(plan.recipe)),
+        groups_low=sum(all(plan.entries[key].low for key in group.keys) for group in table.groups),
+        peak_bytes=replay.peak_bytes,
+        baseline_peak_bytes=Replay(table, {}).peak_bytes,
+        saved_bytes=replay.saved_bytes,
+        peak_at=replay.peak_at,
+        by_role=replay.by_role,
+        timeline=replay.timeline,
+        alive=replay.alive,
+    )
+
+
+def peak_bytes(table: TensorTable, entries: Mapping[str, Entry]) -> int:
+    """Peak of one step; tensors without an entry stay in fp32."""
+    return Replay(table, entries).peak_bytes
+
+
+def aggregate_bytes(table: TensorTable, entries: Mapping[str, Entry]) -> int:
+    """The paper's memory: Σ elements × bits / 8 (A2; no liveness, no optimizer, no masters)."""
+    return -(-_bits(table, entries) // 8)
+
+
+def low_ratio(table: TensorTable, entries: Mapping[str, Entry]) -> float:
+    """Share of the paper's elements that are held low (A2)."""
+    low = sum(info.elements for info in table.paper_tensors if entries[info.key].low)
+    return low / table.elements if table.elements else 0.0
+
+
+def low_ratio_bits(table: TensorTable, entries: Mapping[str, Entry], recipe: Recipe) -> float:
+    """The low ratio as the paper's code reports it: 2·(1 − bits / bits with all high).
+
+    Where low formats have half the bits of high ones it is the share of elements in a low format. All low is less
+    than 1 under both recipes, for the gradient of a weight is as wide low as high.
+    """
+    high = _bits(table, initial(table, recipe))
+    return 2 * (1 - _bits(table, entries) / high) if high else 0.0
+
+
+def _bits(table: TensorTable, entries: Mapping[str, Entry]) -> int:
+    return sum(info.elements * parse_format(entries[info.key].format).bits for info in table.paper_tensors)
+
+
+class Replay:
+    """The schedule of a table under some entries; tensors without one are fp32."""
+
+    def __init__(self, table: TensorTable, entries: Mapping[str, Entry]) -> None:
+        self.table = table
+        self.schedule = table.schedule
+        self.entries = entries
+        self.segments: list[Segment] = []
+        self.saved_bytes = 0
+        self._lowered = Lowered(table, entries)
+        self._narrowed = self._lowered.narrowed
+        self._resident = resident(table, entries)
+        self._apart = self._find_apart()
+        self._reads = self._index_reads()
+        self._alias = self._find_aliases()
+        for number, event in enumerate(self.schedule.events):
+            self._replay_event(number, event)
+
+    def _find_apart(self) -> frozenset[str]:
+        """Operators that compute in several steps, in float32 between them whatever they are asked for."""
+        rows = self.table.by_key
+        inside = [e.op for e in self.schedule.events if e.op in rows and rows[e.op].op in lowering.FLOAT32_INSIDE]
+        forward = Counter(e.op for e in self.schedule.events if not e.backward)
+        return frozenset(op for op in inside if forward[op] > 1)
+
+    def _index_reads(self) -> dict[int, list[int]]:
+        reads: dict[int, list[int]] = defaultdict(list)
+        for number, event in enumerate(self.schedule.events):
+            for buffer in event.reads:
+                reads[buffer].append(number)
+        return reads
+
+    # ---- which buffers are one ------------------------------------------------------------------------------------
+
+    def _find_aliases(self) -> dict[int, int | None]:
+        """Marks that change nothing: their result is their source (None: a parameter or the batch itself)."""
+        alias: dict[int, int | None] = {}
+        for event in self.schedule.events:
+            if not event.op.startswith(MARK) or not event.writes:
+                continue
+            key = event.op.removeprefix(MARK)
+            if self._is_identity(key, backward=event.backward):
+                source = event.reads[0] if event.reads else None
+                alias[event.writes[0]] = alias.get(source, source) if source is not None else None
+        return alias
+
+    def _is_identity(self, key: str, *, backward: bool) -> bool:
+        """Whether a mark changes nothing: a parameter's reads its master, and makes the gradient that is stored."""
+        if not self._is_weight(key):
+            return self._lowered.is_identity(key, backward=backward)
+        carrier, fmt = self._lowered.carrier(key), self._lowered.formats(key)[backward]
+        outside = self._kept(key) if backward else master_format(self.entries, key).carrier
+        return carrier == outside and fmt.native in (carrier, lowering.FLOAT32)
+
+    def _is_weight(self, key: str) -> bool:
+        info = self.table.by_key.get(key)
+        return info is not None and info.role is Role.WEIGHT
+
+    def _kept(self, key: str) -> str:
+        """Dtype in which the gradient of ``key`` leaves its mark."""
+        if self._is_weight(key):
+            return gradient_format(self.entries, key).carrier
+        return self._lowered.compute(key)
+
+    def _readers(self, buffer: int) -> list[int]:
+        twins = [b for b, source in self._alias.items() if source == buffer]
+        return sorted(n for b in (buffer, *twins) for n in self._reads.get(b, ()))
+
+    # ---- segments ---------------------------------------------------------------------------------------------------
+
+    def _replay_event(self, number: int, event: Event) -> None:
+        op = event.op.removeprefix(MARK)
+        is_mark = event.op.startswith(MARK)
+        compute = self._lowered.compute(op)
+        for buffer in event.writes:
+            if buffer not in self._alias:
+                self._live(buffer, number, event, compute, is_mark)
+        self._add(_running(number), _running(number), event.scratch[compute != lowering.FLOAT32], op, "scratch")
+        if not is_mark:
+            for buffer in event.reads:
+                info = self.schedule.buffers[buffer]
+                if self._is_converted(info, event):
+                    size = info.elements * lowering.BYTES[compute]
+                    self._add(_widening(number), _running(number), size, info.holds, "scratch")
+
+    def _is_converted(self, info: Buffer, event: Event) -> bool:
+        """Whether the event reads a copy of the buffer in a wider dtype."""
+        if not info.holds or info.holds.endswith(".grad") or event.op not in self.table.by_key:
+            return False
+        return self._lowered.carrier(info.holds) != self._lowered.compute(event.op)
+
+    def _last_slot(self, info: Buffer, number: int) -> int:
+        """Slot in which a buffer last read by event ``number`` goes; before it runs, if it reads a converted copy."""
+        converted = self._is_converted(info, self.schedule.events[number])
+        return _widening(number) if converted else _running(number)
+
+    def _live(self, buffer: int, number: int, event: Event, compute: str, is_mark: bool) -> None:
+        info = self.schedule.buffers[buffer]
+        key, role = self._owner(info, event)
+        size = self._size(info, event, compute, is_mark)
+        readers = self._readers(buffer)
+        end = len(self.schedule.events) - 1 if buffer in self.schedule.kept else max(readers, default=number)
+        twins = [b for b, source in self._alias.items() if source == buffer and b in self.schedule.kept]
+        if twins:
+            end, role = len(self.schedule.events) - 1, Role.WEIGHT_GRAD
+        start = self._convert(info, number, event, compute, is_mark)
+        later = [n for n in readers if self.schedule.events[n].backward]
+        if event.backward or not later:
+            self._add(start, max(self._last_slot(info, end), start), size, key, role)
+            return
+        last = max((n for n in readers if not self.schedule.events[n].backward), default=number)
+        held = "" if event.op in self._apart else self._held_by(buffer)
+        moved = self._narrowed and held != "" and not self._marks(buffer, event)
+        if moved or (is_mark and self._is_source_resident(held)):
+            self._add(start, self._last_slot(info, last), size, key, role)
+            self._add(_decoding(later[0]), self._last_slot(info, later[-1]), size, key, role)
+            return
+        waiting = self._packed(held, info) if held else None
+        if waiting is None or waiting >= size:
+            self.saved_bytes += size
+            self._add(start, _running(last), size, key, role)
+            self._add(_behind(last), self._last_slot(info, later[-1]), size, key, Role.SAVED)
+            return
+        self.saved_bytes += waiting
+        self._add(start, _behind(last), size, key, role)
+        self._add(_behind(last), _decoding(later[0]), waiting, key, Role.SAVED)
+        self._add(_decoding(later[0]), self._last_slot(info, later[-1]), size, key, role)
+
+    def _held_by(self, buffer: int) -> str:
+        for b in (buffer, *(b for b, source in self._alias.items() if source == buffer)):
+            held = self.schedule.buffers[b].holds
+            if held:
+                return held
+        return ""
+
+    def _marks(self, buffer: int, event: Event) -> bool:
+        """Whether the buffer is the tensor itself, not a copy in another layout."""
+        twins = [b for b, source in self._alias.items() if source == buffer]
+        return event.op.startswith(MARK) or bool(twins)
+
+    def _is_source_resident(self, key: str) -> bool:
+        info = self.table.by_key.get(key)
+        return info is not None and info.op in ("parameter", "input")
+
+    def _packed(self, key: str, info: Buffer) -> int | None:
+        """Bytes of the saved copy, its scale included; None where the value waits as it is."""
+        if self._is_identity(key, backward=False):
+            return None
+        explicit = self.entries.get(saved_key(key))
+        fmt = parse_saved(explicit.format) if explicit else self._lowered.formats(key)[0]
+        return waiting_bytes(fmt, info.elements)
+
+    def _owner(self, info: Buffer, event: Event) -> tuple[str, str]:
+        if info.holds:
+            forward = base_key(info.holds)
+            row = self.table.by_key.get(info.holds) or self.table.by_key.get(forward)
+            return info.holds, row.role if row else "scratch"
+        return event.op.removeprefix(MARK), "scratch"
+
+    def _size(self, info: Buffer, event: Event, compute: str, is_mark: bool) -> int:
+        if not info.dtype.startswith("float") or (event.op == "" and not info.holds):
+            return info.elements * _ITEMSIZE.get(info.dtype, 1)
+        if info.holds.endswith(".grad"):
+            forward = base_key(info.holds)
+            dtype = self._kept(forward) if is_mark else self._lowered.carrier(forward)
+        elif event.op in self._apart:
+            dtype = lowering.FLOAT32
+        elif info.holds:
+            dtype = self._lowered.carrier(info.holds)
+        else:
+            dtype = lowering.FLOAT32 if info.part else compute
+        return info.elements * lowering.BYTES[dtype]
+
+    def _convert(self, info: Buffer, number: int, event: Event, compute: str, is_mark: bool) -> int:
+        """A gradient that is made in one dtype and kept in another is there twice for a moment.
+
+        Returns the slot in which the kept one appears: behind the operator if it is converted, else with it.
+        """
+        if not info.holds.endswith(".grad") or not event.backward:
+            return _running(number)
+        carrier = self._lowered.carrier(base_key(info.holds))
+        made = carrier if is_mark or event.op == "" else compute
+        kept = self._kept(base_key(info.holds)) if is_mark else carrier
+        gradient = self._lowered.formats(base_key(info.holds))[1]
+        rounded = not is_mark or gradient.native not in (carrier, lowering.FLOAT32)
+        if made == kept or not rounded:
+            return _running(number)
+        done = _behind(self._last_of_operator(number))  # autograd converts once the whole operator is done
+        self._add(_running(number), done, info.elements * lowering.BYTES[made], info.holds, "scratch")
+        return done
+
+    def _last_of_operator(self, number: int) -> int:
+        events = self.schedule.events
+        while number + 1 < len(events) and (events[number + 1].op, events[number + 1].backward) == (
+            events[number].op,
+            events[number].backward,
+        ):
+            number += 1
+        return number
+
+    def _add(self, start: int, end: int, size: int, key: str, role: str) -> None:
+        self.segments.append(Segment(start=start, end=end, bytes=size, key=key, role=role))
+
+    # ---- the answer -------------------------------------------------------------------------------------------------
+
+    @property
+    def resident_bytes(self) -> int:
+        """Masters, buffers, batch and optimizer states: alive all the time."""
+        s, stored = self.schedule, self._resident
+        return stored.parameters + s.buffer_bytes + s.batch_bytes + stored.states
+
+    @cached_property
+    def optimizer_scratch_bytes(self) -> int:
+        """What the optimizer's step allocates for a moment.
+
+        Raises:
+            PlanError: no library can keep what the plan stores.
+        """
+        return optimizer_scratch(self.schedule, stored_in(self.table, self.entries))
+
+    @property
+    def optimizer_peak_bytes(self) -> int:
+        """What is alive while the optimizer steps."""
+        return self.resident_bytes + self._resident.gradients + self.optimizer_scratch_bytes
+
+    @cached_property
+    def slots(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Bytes alive in each slot, without the optimizer's step."""
+        change = np.zeros(_SLOTS * len(self.schedule.events) + 1, dtype=np.int64)
+        for segment in self.segments:
+            if segment.end >= segment.start:
+                change[max(segment.start, 0)] += segment.bytes
+                change[segment.end + 1] -= segment.bytes
+        alive: np.ndarray[Any, np.dtype[np.int64]] = np.cumsum(change) + self.resident_bytes
+        return alive
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest number of bytes alive at any moment of the step."""
+        return max(int(self.slots.max(initial=0)), self.optimizer_peak_bytes)
+
+    @property
+    def _peak_slot(self) -> int | None:
+        return int(self.slots.argmax()) if int(self.slots.max(initial=0)) >= self.optimizer_peak_bytes else None
+
+    @property
+    def peak_at(self) -> str:
+        """Operator that runs at the peak."""
+        if self._peak_slot is None:
+            return "optimizer"
+        event = self.schedule.events[min(self._peak_slot // _SLOTS, len(self.schedule.events) - 1)]
+        return event.op.removeprefix(MARK) + (" (backward)" if event.backward else " (forward)")
+
+    @property
+    def alive(self) -> tuple[tuple[str, str, int], ...]:
+        """What is alive at the peak: (key, role, bytes), largest first."""
+        s, stored = self.schedule, self._resident
+        found = [(name, "parameters", size) for name, size in stored.masters.items()]
+        found += [(name, "optimizer states", size) for name, size in stored.optimizer_states.items()]
+        found += [("buffers", "buffers", s.buffer_bytes), ("batch", "batch", s.batch_bytes)]
+        found += [("unused", "parameters", stored.others[0]), ("unused", "optimizer states", stored.others[2])]
+        if self._peak_slot is None:
+            found += [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]
+            found.append(("unused", str(Role.WEIGHT_GRAD), stored.others[1]))
+            found.append(("optimizer scratch", "scratch", self.optimizer_scratch_bytes))
+        else:
+            slot = self._peak_slot
+            found += [(x.key, str(x.role), x.bytes) for x in self.segments if x.start <= slot <= x.end]
+        return tuple(sorted((row for row in found if row[2]), key=lambda row: -row[2]))
+
+    @property
+    def by_role(self) -> dict[str, int]:
+        """Bytes alive at the peak by role."""
+        sums: dict[str, int] = defaultdict(int)
+        for _, role, size in self.alive:
+            sums[role] += size
+        return dict(sums)
+
+    @property
+    def timeline(self) -> tuple[tuple[str, str, int], ...]:
+        """(operator, pass, bytes alive) for every operator, the optimizer's step last."""
+        rows = [
+            (e.op.removeprefix(MARK), "backward" if e.backward else "forward", int(self.slots[_running(n)]))
+            for n, e in enumerate(self.schedule.events)
+            if not e.op.startswith(MARK)
+        ]
+        return (*rows, ("optimizer", "step", self.optimizer_peak_bytes))

@@ -1,0 +1,259 @@
+"""Recipes: which two formats each tensor may choose between, by its role and its operator. Rows of data.
+
+What is stored between steps, and what waits for the backward pass in a format of its own, is not chosen between two:
+:func:`store` and :func:`save` give it one format for all.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from assign.errors import FormatError, PlanError, nearest
+from assign.plan.assignment import Entry
+from assign.plan.formats import BlockFormat, Format, parse_format, parse_saved
+from assign.plan.stored import is_stored, parse_stored, waiting_bytes
+from assign.plan.tensors import Role, TensorInfo, TensorTable, base_key, master_key, stored_grad_key
+
+Pair = tuple[str, str]
+"""Names of the high and of the low format."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """The two formats that one tensor may have."""
+
+    hi: Format
+    lo: Format
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A choice of formats.
+
+    Attributes:
+        by_role: high and low format of each of the paper's four roles.
+        overrides: operator name → role → high and low format, in place of ``by_role``. Both an activation
+            and its gradient go by the operator that makes the activation.
+        loss_scaling: training needs a loss scale, because the low backward format has no scale of its own.
+        promote_every: steps between two looks at the overflow of low forward tensors; 0: none are promoted.
+    """
+
+    name: str
+    description: str
+    by_role: Mapping[Role, Pair]
+    overrides: Mapping[str, Mapping[Role, Pair]] = field(default_factory=dict)
+    loss_scaling: bool
+    promote_every: int
+
+    def candidates(self, info: TensorInfo) -> Candidates:
+        """The formats that ``info`` may have.
+
+        Raises:
+            FormatError: the tensor's role is none of the paper's four.
+        """
+        pair = self._pair(info.role, info.op)
+        if pair is None:
+            raise FormatError(
+                f"recipe {self.name!r} has no formats for {info.key!r}: its role is {info.role}, "
+                f"and a recipe is for {', '.join(self.by_role)}. Other tensors follow one of these."
+            )
+        hi, lo = pair
+        return Candidates(hi=parse_format(hi), lo=parse_format(lo))
+
+    def promotion(self, role: Role, op: str, entry: Entry) -> Format | None:
+        """The format that a low forward tensor gets when it overflows too often; None where that cannot happen.
+
+        A format with a scale of its own does not overflow, and gradients are the loss scale's business.
+        Source: arXiv 2301.13464, section 4.
+        """
+        pair = self._pair(role, op)
+        if not entry.low or role not in (Role.ACTIVATION, Role.WEIGHT) or pair is None:
+            return None
+        high, own = parse_format(pair[0]), parse_format(entry.format)
+        return high if not own.scaled and own.max_value < high.max_value else None
+
+    def _pair(self, role: Role, op: str) -> Pair | None:
+        return self.overrides.get(op, {}).get(role) or self.by_role.get(role)
+
+
+def _value_and_gradient(pair: Pair) -> Mapping[Role, Pair]:
+    return {Role.ACTIVATION: pair, Role.ACTIVATION_GRAD: pair}
+
+
+LOSS_OPS = frozenset(
+    {
+        "nll_loss", "nll_loss_nd", "nll_loss2d", "cross_entropy", "cross_entropy_loss", "linear_cross_entropy",
+        "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div",
+        "binary_cross_entropy", "binary_cross_entropy_with_logits", "gaussian_nll_loss", "poisson_nll_loss",
+        "ctc_loss", "cosine_embedding_loss", "hinge_embedding_loss", "margin_ranking_loss", "multi_margin_loss",
+        "multilabel_margin_loss", "multilabel_soft_margin_loss", "soft_margin_loss", "triplet_margin_loss",
+        "triplet_margin_with_distance_loss",
+    }
+)  # fmt: skip
+"""The losses of ``torch.nn.functional``: few elements, and every gradient passes through them."""
+
+EXPONENTIATED = LOSS_OPS | {"log_softmax", "log_sigmoid", "logsigmoid", "logsumexp"}
+"""Operators whose backward pass takes the exponential of what waits: half a step of 4 bits would be a factor there."""
+
+_HI = "fp(6,9,0)"
+
+HFP8 = Recipe(
+    name="hfp8",
+    description="16 or 8 bits, 8-bit forward FP(4,3,4) and backward FP(5,2,0): the paper's own, after HFP8",
+    # Source: arXiv 2301.13464, after HFP8 (Sun et al. 2019); a weight's gradient has 16 bits in both.
+    by_role={
+        Role.ACTIVATION: (_HI, "fp(4,3,4)"),
+        Role.ACTIVATION_GRAD: (_HI, "fp(5,2,0)"),
+        Role.WEIGHT: (_HI, "fp(4,3,4)"),
+        Role.WEIGHT_GRAD: (_HI, _HI),
+    },
+    loss_scaling=True,
+    promote_every=1,
+)
+
+NATIVE = Recipe(
+    name="native",
+    description="bf16, or torch's own 8 bits with a power of two per tensor as scale: e4m3 forward, e5m2 backward",
+    # Source: e4m3 forward and e5m2 backward after arXiv 2209.05433; the loss stays in 32 bits, as under autocast.
+    by_role={
+        Role.ACTIVATION: ("bf16", "e4m3:pow2"),
+        Role.ACTIVATION_GRAD: ("bf16", "e5m2:pow2"),
+        Role.WEIGHT: ("bf16", "e4m3:pow2"),
+        Role.WEIGHT_GRAD: ("bf16", "bf16"),
+    },
+    overrides={
+        "log_softmax": _value_and_gradient(("fp32", "bf16")),
+        **{op: _value_and_gradient(("fp32", "fp32")) for op in sorted(LOSS_OPS)},
+    },
+    loss_scaling=False,
+    promote_every=0,  # its low formats have a scale each and do not overflow
+)
+
+
+def _delayed(pair: Pair) -> Pair:
+    """The pair with the low format's scale from the steps before."""
+    high, low = pair
+    return (high, f"{low}:delayed") if parse_format(low).scaled else pair
+
+
+NATIVE_DELAYED = replace(
+    NATIVE,
+    name="native-delayed",
+    description="native, each scale from the magnitudes of the steps before: one pass over memory less",
+    by_role={role: _delayed(pair) for role, pair in NATIVE.by_role.items()},
+)
+
+
+def _one_format(name: str) -> Recipe:
+    """A recipe with nothing to choose: losses too, as in arXiv 2305.10947's standalone training."""
+    roles = (Role.ACTIVATION, Role.ACTIVATION_GRAD, Role.WEIGHT, Role.WEIGHT_GRAD)
+    return Recipe(
+        name=name,
+        description=f"{name} everywhere; with the strategy standalone, in what is stored too",
+        by_role=dict.fromkeys(roles, (name, name)),
+        loss_scaling=False,  # of its own; training scales where gradients are fp16 and masters are not
+        promote_every=0,
+    )
+
+
+BF16, FP16 = _one_format("bf16"), _one_format("fp16")
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {recipe.name: recipe for recipe in (HFP8, NATIVE, NATIVE_DELAYED, BF16, FP16)}
+)
+"""Every recipe by name; a new one is a row here."""
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe called ``name``.
+
+    Raises:
+        FormatError: there is none.
+    """
+    if name not in RECIPES:
+        close = nearest(name, RECIPES)
+        raise FormatError(
+            f"there is no recipe {name!r}; choose from {', '.join(sorted(RECIPES))}"
+            + (f". Did you mean {close}?" if close else ".")
+        )
+    return RECIPES[name]
+
+
+def initial(table: TensorTable, recipe: Recipe, low: Collection[int] = frozenset()) -> dict[str, Entry]:
+    """One entry for each of the paper's tensors: those of the groups in ``low`` are low, the others high.
+
+    A tensor of a low group is marked low even where both its formats are the same, as a weight's gradient is under
+    both recipes: the low ratio counts the decision, so that all groups low means exactly 1.
+    """
+    entries = {}
+    for row in table.paper_tensors:
+        candidates = recipe.candidates(row)
+        is_low = row.group in low
+        entries[row.key] = Entry((candidates.lo if is_low else candidates.hi).name, is_low)
+    return entries
+
+
+def store(
+    table: TensorTable, *, master: str | None = None, gradients: str | None = None, states: str | None = None
+) -> dict[str, Entry]:
+    """Entries for all masters, stored gradients and optimizer states of a table; None leaves a role out.
+
+    A state that is too small for a format in blocks keeps the dtype of its master, as in the libraries.
+
+    Raises:
+        FormatError: no such format, or not for this role.
+        PlanError: states are asked for, and the optimizer has none, or none that is large enough.
+    """
+    entries: dict[str, Entry] = {}
+    stored = [row for row in table.tensors if is_stored(row)]
+    if master is not None:
+        name = parse_stored(master, Role.MASTER).name
+        entries |= {master_key(row.key): Entry(name, False) for row in stored if row.role is Role.WEIGHT}
+    if gradients is not None:
+        name = parse_stored(gradients, Role.WEIGHT_GRAD).name
+        weights = [row.key.removesuffix(".grad") for row in stored if row.role is Role.WEIGHT_GRAD]
+        entries |= {stored_grad_key(key): Entry(name, False) for key in weights}
+    if states is not None:
+        fmt = parse_stored(states, Role.OPTIM_STATE)
+        rows = [row for row in stored if row.role is Role.OPTIM_STATE]
+        if not rows:
+            raise PlanError(
+                f"optimizer states are asked for in {fmt.name}, but the optimizer keeps none (or none was given). "
+                "Leave them out, or use one with states: torch.optim.AdamW, or SGD with momentum."
+            )
+        fits = [row for row in rows if not isinstance(fmt, BlockFormat) or fmt.fits(row.elements)]
+        if isinstance(fmt, BlockFormat) and not fits:
+            largest = max(row.elements for row in rows)
+            raise PlanError(
+                f"optimizer states are asked for in {fmt.name}, but none fits: {fmt.rule}, and the largest has "
+                f"{largest} elements. Choose bf16."
+            )
+        entries |= {row.key: Entry(fmt.name, False) for row in fits}
+    return entries
+
+
+def save(
+    table: TensorTable, entries: Mapping[str, Entry], saved: str, *, keep: Collection[str] = frozenset()
+) -> dict[str, Entry]:
+    """Entries for the copies that wait for the backward pass, wherever ``saved`` takes fewer bytes than ``entries`` do.
+
+    Not for those of ``EXPONENTIATED`` operators.
+
+    Args:
+        entries: of all paper's tensors: what a copy has without an entry of its own.
+        saved: name of its format.
+        keep: activations whose copies stay as they are, e.g. because they hold infinities.
+    Raises:
+        FormatError: no such format.
+    """
+    fmt = parse_saved(saved)
+    waiting = ((row, base_key(row.key)) for row in table.tensors if row.role is Role.SAVED)
+    return {
+        row.key: Entry(fmt.name, False)
+        for row, key in waiting
+        if key not in keep
+        and row.op not in EXPONENTIATED
+        and waiting_bytes(fmt, math.prod(row.shape))
+        < waiting_bytes(parse_format(entries[key].format), math.prod(row.shape))
+    }

@@ -1,0 +1,1 @@
+"""A model, its loss and a batch become a table of tensors."""

@@ -1,0 +1,282 @@
+"""The walk that names every tensor of a captured graph. Tracer and executor both take it, so they cannot disagree.
+
+A *site* is a place where a new floating-point tensor appears that depends on a parameter or on the batch: one per
+parameter, per floating-point input of the model, per operator output. Views make no tensor; neither do copies that only
+move data (``contiguous``, ``clone``), nor values computed from constants (masks, position tables).
+
+A view of a part of an activation (``x[:, :c]``, ``narrow``, ``split``, ``unbind``, ``select``) does make one, a
+*slice*: the paper counts both halves of a channel split. No operator runs for it. A part of a parameter is the
+parameter still; a part that is written into later is its source still, or the write would miss the source.
+"""
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from assign import _torch
+from assign.plan.tensors import SLICE
+from assign.tracing.capture import Capture, strip_module_path
+from assign.tracing.functionalize import Aliases
+
+MOVES = frozenset({"contiguous", "clone", "reshape", "flatten", "to", "detach", "flip", "roll", "repeat", "permute"})
+"""Operators whose result holds the very values of their first argument: no new site, the same key."""
+
+_CANONICAL = {
+    "truediv": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "divide": "div",
+    "neg_": "neg",
+    "__matmul__": "matmul",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Site:
+    """Where one tensor of the table appears in a captured graph.
+
+    Attributes:
+        counted: has as many elements as the paper counts (a loss: one per sample).
+        node: holds the tensor; ``after``: the node behind which it is complete.
+        owner: the graph (main, or body of a checkpointed block) that holds ``node``.
+        readers: for an input, the nodes that read it as the model's input (None: all).
+    """
+
+    key: str
+    op: str
+    node: fx.Node
+    after: fx.Node
+    owner: fx.GraphModule
+    value: Tensor
+    counted: Tensor
+    module: str = ""
+    source: str = ""
+    inputs: tuple[str, ...] = ()
+    readers: tuple[fx.Node, ...] | None = None
+
+    @property
+    def elements(self) -> int:
+        """What the paper counts. Asked for by the tracer only: it would tie the executor's graph to one batch size."""
+        return int(self.counted.numel())
+
+
+@dataclass(slots=True)
+class Walk:
+    """Result of :func:`walk`.
+
+    Attributes:
+        sites: in execution order, parameters first read first.
+        key_of: the table's key whose values a node holds, through views and moves.
+        labels: operator key of every node that computes.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    key_of: dict[fx.Node, str] = field(default_factory=dict)
+    labels: dict[fx.Node, str] = field(default_factory=dict)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    depends: set[fx.Node] = field(default_factory=set)
+    parametric: set[fx.Node] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
+
+    def fresh_key(self, module: str, op: str) -> str:
+        """``module/op``, or ``module/op#2`` for the second such operator there."""
+        stem = f"{module}/{op}"
+        self.counts[stem] += 1
+        return stem if self.counts[stem] == 1 else f"{stem}#{self.counts[stem]}"
+
+
+def walk(capture: Capture) -> Walk:
+    """Name every tensor of a functional captured graph."""
+    result = Walk()
+    for node, name in capture.parameters.items():
+        if _is_float(_torch.fake_value(node)):
+            result.key_of[node] = name
+            result.depends.add(node)
+            result.parametric.add(node)
+    others = capture.parameters.keys() | capture.buffers
+    for node in capture.graph.graph.nodes:
+        if node.op == "placeholder" and node not in others and _is_float(_torch.fake_value(node)):
+            result.depends.add(node)
+    _walk_graph(capture.graph, result)
+    return result
+
+
+def _walk_graph(graph: fx.GraphModule, result: Walk) -> None:
+    aliases = Aliases(graph)
+    result.values.update(aliases.values)
+    for node in list(graph.graph.nodes):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        arguments = [n for n in node.all_input_nodes if n.op != "get_attr" or n in result.key_of]
+        _enter(graph, node, arguments, result)
+        if any(n in result.depends for n in arguments):
+            result.depends.add(node)
+        if any(n in result.parametric for n in arguments):
+            result.parametric.add(node)
+        if node.target is _torch.CHECKPOINT_OP:
+            _walk_body(graph, node, result)
+        elif node.meta.get("assign_in_place"):
+            _name_written(graph, node, aliases, result)
+        elif node.meta.get("assign_after", node) is node:
+            _name_output(graph, node, aliases, result)
+
+
+def _enter(graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], result: Walk) -> None:
+    """Give parameters at their first reader, and inputs where they enter the model, a site."""
+    inside = strip_module_path(_torch.module_path(node)) is not None
+    for argument in arguments:
+        value: Any = result.values.get(argument)
+        if argument.op == "placeholder" and argument in result.key_of:
+            key = result.key_of[argument]
+            if key not in result.seen and argument in result.parametric:
+                result.seen.add(key)
+                result.sites.append(_site(key, "parameter", argument, graph, value, result))
+        elif inside and _is_float(value) and argument in result.depends and argument not in result.parametric:
+            outside = argument.op == "placeholder" or strip_module_path(_torch.module_path(argument)) is None
+            if outside and argument not in result.labels.keys() | result.key_of.keys():
+                key = result.fresh_key("", "input")
+                site = _site(key, "input", argument, graph, value, result)
+                site.readers = tuple(
+                    user for user in argument.users if strip_module_path(_torch.module_path(user)) is not None
+                )
+                result.key_of[argument] = key
+                result.sites.append(site)
+
+
+def _walk_body(graph: fx.GraphModule, node: fx.Node, result: Walk) -> None:
+    """Walk the body of a checkpointed block, its inputs bound to the outer values."""
+    body = _torch.body_of(graph, node)
+    inner = [n for n in body.graph.nodes if n.op == "placeholder"]
+    for placeholder, outer in zip(inner, node.args[1:], strict=False):
+        if isinstance(outer, fx.Node):
+            for table in (result.depends, result.parametric):
+                if outer in table:
+                    table.add(placeholder)
+            if outer in result.key_of:
+                result.key_of[placeholder] = result.key_of[outer]
+    _walk_graph(body, result)
+    outputs: Any = _torch.output_of(body).args[0]
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    for user in node.users:
+        if user.target is operator.getitem:
+            source = outputs[int(str(user.args[1]))]
+            if source in result.key_of:
+                result.key_of[user] = result.key_of[source]
+            result.labels[user] = result.labels.get(source, "")
+
+
+def _name_written(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result: Walk) -> None:
+    """Name a copy once the write into it is done: only then it is known to depend on a parameter."""
+    copy = next((aliases.root[n] for n in node.all_input_nodes if "assign_after" in aliases.root[n].meta), None)
+    if copy is not None and copy.meta["assign_after"] is node:
+        for table in (result.depends, result.parametric):
+            if node in table:
+                table.add(copy)
+        _name_output(graph, copy, aliases, result)
+        site = next((site for site in reversed(result.sites) if site.node is copy), None)
+        if site is not None:
+            written = (result.key_of[n] for n in node.all_input_nodes if n is not copy and n in result.key_of)
+            site.inputs = tuple(dict.fromkeys((*site.inputs, *(key for key in written if key != site.key))))
+
+
+def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result: Walk) -> None:
+    value = aliases.values[node]
+    maker, part = node, 0
+    if node.target is operator.getitem and not isinstance(aliases.values.get(_torch.source_of(node)), Tensor):
+        maker, part = _torch.source_of(node), int(str(node.args[1]))
+        if maker.op not in ("call_function", "call_method") or maker.target is _torch.CHECKPOINT_OP:
+            return
+    op = operator_name(maker.meta.get("assign_op", maker.target))
+    if not _is_float(value):
+        return
+    if aliases.root[node] is not node:
+        _name_view(graph, node, maker, aliases, result)
+        return
+    first = next((n for n in maker.all_input_nodes if n in result.key_of), None)
+    if op in MOVES and "assign_op" not in maker.meta:
+        if first is not None:
+            result.key_of[node] = result.key_of[first]
+        return
+    if node not in result.depends:
+        return
+    module = strip_module_path(_torch.module_path(maker))
+    key = result.fresh_key("loss" if module is None else module, op if not part else f"{op}[{part}]")
+    site = _site(key, op, node, graph, value, result)
+    site.module = module or ""
+    site.after = node.meta.get("assign_after", node)
+    site.source = source_line(maker)
+    site.inputs = tuple(dict.fromkeys(result.key_of[n] for n in maker.all_input_nodes if n in result.key_of))
+    if op == "nll_loss" and len(maker.args) > 1:
+        site.counted = aliases.values[_torch.source_of(maker, 1)]
+    result.key_of[node] = key
+    result.labels[node] = key
+    result.labels[maker] = key
+    result.sites.append(site)
+
+
+def _name_view(graph: fx.GraphModule, node: fx.Node, maker: fx.Node, aliases: Aliases, result: Walk) -> None:
+    """A view has the key of its source; a slice has one of its own."""
+    root, value = aliases.root[node], aliases.values[node]
+    source = next((n for n in maker.all_input_nodes if aliases.root[n] is root and n in result.key_of), None)
+    if source is None:
+        return
+    key = result.key_of[node] = result.key_of[source]
+    if key in result.seen or value.numel() >= aliases.values[source].numel() or _is_written_later(node, aliases):
+        return
+    module = strip_module_path(_torch.module_path(maker))
+    site = _site(result.fresh_key("loss" if module is None else module, SLICE), SLICE, node, graph, value, result)
+    site.module = module or ""
+    site.source = source_line(maker)
+    site.inputs = (key,)
+    result.key_of[node] = site.key
+    result.sites.append(site)
+
+
+def _is_written_later(node: fx.Node, aliases: Aliases) -> bool:
+    """Whether a later node changes the storage of ``node`` in place."""
+    root, later = aliases.root[node], node.next
+    while later.op != "output":
+        target = later.kwargs.get("out") or later.args[0] if later.meta.get("assign_in_place") else None
+        if isinstance(target, fx.Node) and aliases.root[target] is root:
+            return True
+        later = later.next
+    return False
+
+
+def _site(key: str, op: str, node: fx.Node, graph: fx.GraphModule, value: Tensor, result: Walk) -> Site:
+    return Site(key=key, op=op, node=node, after=node, owner=graph, value=value, counted=value)
+
+
+def operator_name(target: Any) -> str:
+    """``conv2d`` for ``torch.conv2d``, ``add`` for ``operator.iadd`` and ``Tensor.add_``."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
+    name = re.sub(r"^i(add|sub|mul|truediv|pow|matmul)$", r"\1", str(name)).strip("_")
+    return _CANONICAL.get(name, name)
+
+
+def source_line(node: fx.Node) -> str:
+    """``file.py:line`` of the innermost frame of the user's code, shortened to the last two path parts."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [place for place in found if "/torch/" not in place[0]] or found
+    if not own:
+        return ""
+    path, line = own[-1]
+    return "/".join(path.split("/")[-2:]) + f":{line}"
+
+
+def floating_arguments(node: fx.Node, walked: Walk) -> Iterator[fx.Node]:
+    """Arguments of a node that are floating-point tensors, each once."""
+    for argument in node.all_input_nodes:
+        if _is_float(walked.values.get(argument)):
+            yield argument
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,354 @@
+"""Model and batch in, :class:`TensorTable` out; nothing is computed and no memory of the step is allocated.
+
+The model is captured with its loss as one graph, a probe stands at every tensor, and torch's own autograd and
+partitioner say what the backward pass does and which values wait for it. The graph traced here is the graph that runs.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, library, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from assign import _torch
+from assign.errors import TraceError
+from assign.plan.groups import assign_groups
+from assign.plan.tensors import (
+    MARK,
+    Buffer,
+    Event,
+    Role,
+    Schedule,
+    TensorInfo,
+    TensorTable,
+    grad_key,
+    saved_key,
+    state_key,
+)
+from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
+from assign.tracing.functionalize import functionalize
+from assign.tracing.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
+from assign.tracing.operators import Walk, walk
+from assign.tracing.workspace import kernel_scratch
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@library.custom_op("assign::probe", mutates_args=())
+def probe(x: Tensor, key: str) -> Tensor:
+    """A tensor of the table, to be found again in the joint graph."""
+    return x.clone()
+
+
+@probe.register_fake
+def _(x: Tensor, key: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _Probe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, key: str) -> Tensor:
+        ctx.key = key
+        probed: Tensor = torch.ops.assign.probe(x, key)
+        return probed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.assign.probe(grads[0], grad_key(ctx.key)), None
+
+
+def _probe_tensor(x: Tensor, key: str) -> Tensor:
+    return _torch.apply_function(_Probe, x, key)
+
+
+def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory | None = None) -> TensorTable:
+    """Table of every tensor of one training step.
+
+    Args:
+        model: in float32, on any device; its training flag is honoured.
+        batch: what ``loss`` takes: a tensor, tuple, dict, or any nesting of them.
+        loss: ``loss(model, batch)`` → scalar tensor.
+        optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states are counted; None counts none.
+    Raises:
+        TraceError: a graph break, a loss that is no scalar, or a model that is not in float32.
+    """
+    check_parameters(model)
+    recorder = _Recorder()
+    step = compile_step(model, loss, recorder.receive)
+    with torch.enable_grad():
+        result = step(batch)
+    if recorder.walked is None:
+        raise TraceError("trace: the loss does not use the model. loss(model, batch) must call model.")
+    if not isinstance(result, Tensor) or result.numel() != 1:
+        what = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise TraceError(
+            f"trace: loss(model, batch) returned {what}, a scalar tensor is needed. Reduce it with .mean()."
+        )
+    rows = list(_rows(recorder, model))
+    name, states, optimizer_bytes, scratch = _optimizer_states(model, optimizer)
+    schedule = dataclasses.replace(
+        recorder.schedule,
+        parameter_bytes=_bytes(model.parameters()),
+        buffer_bytes=_bytes(model.buffers()),
+        batch_bytes=_bytes(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)),
+        gradient_bytes=_bytes(p for p in model.parameters() if p.requires_grad),
+        optimizer=name,
+        optimizer_bytes=optimizer_bytes,
+        optimizer_scratch_bytes=scratch,
+    )
+    return TensorTable(tensors=assign_groups([*rows, *states]), schedule=schedule)
+
+
+class _Recorder:
+    """A backend that keeps what it sees and runs nothing."""
+
+    def __init__(self) -> None:
+        self.walked: Walk | None = None
+        self.schedule = Schedule()
+        self.saved: dict[str, str] = {}
+
+    def receive(self, capture: Capture) -> Callable[..., Any]:
+        outputs: Any = _torch.output_of(capture.graph).args[0]
+        examples = [_torch.make_dense_output(_torch.fake_value(n) if isinstance(n, fx.Node) else n) for n in outputs]
+        functionalize(capture.graph)
+        self.walked = walk(capture)
+        _insert_probes(capture.graph, self.walked)
+        if not any(_requires_grad(value) for value in capture.inputs):
+            raise TraceError("trace: no parameter of the model requires a gradient. Unfreeze one, or train nothing.")
+        _torch.eager_backend(self._partition, lambda graph, _: graph)(capture.graph, capture.inputs)
+        return lambda *_: examples
+
+    def _partition(self, joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
+        read_marked_outputs(joint.graph, torch.ops.assign.probe.default)
+        joint.recompile()
+        forward, backward = split(joint)
+        lister = _Lister()
+        lister.list_graph(forward, backward=False)
+        lister.list_graph(backward, backward=True)
+        self.schedule = lister.schedule()
+        self.saved = _note_saved(backward, forward)
+        return forward, backward
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _insert_probes(graph: fx.GraphModule, walked: Walk) -> None:
+    for node, key in walked.labels.items():
+        _torch.label(node, key)
+    for site in walked.sites:
+        owner = site.owner.graph
+        readers = list(site.readers if site.readers is not None else site.node.users)
+        order = {n: i for i, n in enumerate(owner.nodes)}
+        readers = [n for n in readers if n in order and order[n] > order[site.after]]
+        first = min(readers, key=order.__getitem__, default=None)
+        if first is None:
+            continue
+        with owner.inserting_before(first if site.node.op == "placeholder" else site.after.next):
+            marked = owner.call_function(_probe_tensor, (site.node, site.key))
+        _torch.label(marked, MARK + site.key)
+        for reader in readers:
+            reader.replace_input_with(site.node, marked)
+        site.owner.recompile()
+    graph.recompile()
+
+
+class _Lister:
+    """Reads buffers and events off the partitioned graphs."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Buffer] = []
+        self.events: list[Event] = []
+        self.kept: tuple[int, ...] = ()
+        self._owner: dict[int, int] = {}  # storage → buffer
+        self._alive: list[Any] = []
+
+    def schedule(self) -> Schedule:
+        return Schedule(buffers=tuple(self.buffers), events=tuple(self.events), kept=self.kept)
+
+    def list_graph(self, graph: fx.GraphModule, *, backward: bool) -> None:
+        follows = _gradients_of(graph) if backward else {}
+        for node in graph.graph.nodes:
+            if node.op == "output":
+                if backward:
+                    self.kept = tuple(dict.fromkeys(b for n in node.all_input_nodes for b in self._read(n)))
+                continue
+            if node.op != "call_function" or is_view(node) or _is_getitem(node):
+                continue
+            reads = tuple(dict.fromkeys(b for source in node.all_input_nodes for b in self._read(source)))
+            writes = self._write(node, follows)
+            label, scratch = _torch.label_of(node), kernel_scratch(node)
+            self.events.append(Event(op=label, backward=backward, reads=reads, writes=writes, scratch=scratch))
+
+    def _read(self, node: fx.Node) -> Iterable[int]:
+        for tensor in tensors_in(_torch.joint_value(node)):
+            address = tensor.untyped_storage()._cdata
+            if address in self._owner:
+                yield self._owner[address]
+
+    def _write(self, node: fx.Node, follows: dict[tuple[fx.Node, int], str]) -> tuple[int, ...]:
+        written = []
+        value = _torch.joint_value(node)
+        for part, tensor in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._owner:
+                continue
+            self._alive.append(storage)
+            holds = follows.get((node, part), "")
+            if node.target is torch.ops.assign.probe.default:
+                holds = str(node.args[1])
+            elif node.target in COPIES and isinstance(node.args[0], fx.Node):
+                holds = holds or next((self.buffers[b].holds for b in self._read(node.args[0])), "")
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            elements = storage.nbytes() // tensor.dtype.itemsize
+            self._owner[storage._cdata] = len(self.buffers)
+            written.append(len(self.buffers))
+            self.buffers.append(Buffer(elements=elements, dtype=dtype, holds=holds, part=part))
+        return tuple(written)
+
+
+def _note_saved(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, str]:
+    """Which activations wait for the backward pass: key → dtype in which they do."""
+    waiting = {node.name for node in backward.graph.nodes if node.op == "placeholder"}
+    found = {}
+    for node in _torch.output_of(forward).all_input_nodes:
+        source = origin(node)
+        if node.name in waiting and source.target is torch.ops.assign.probe.default:
+            found[str(source.args[1])] = str(_torch.joint_value(source).dtype).removeprefix("torch.")
+    return found
+
+
+def _is_getitem(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _gradients_of(backward: fx.GraphModule) -> dict[tuple[fx.Node, int], str]:
+    """Results (node, part) that are a gradient on its way to a probe.
+
+    Autograd's own additions lie on the way, and the backward passes of views and moves, which belong to no operator.
+    """
+    found: dict[tuple[fx.Node, int], str] = {}
+    for node in reversed(backward.graph.nodes):
+        if node.target is torch.ops.assign.probe.default:
+            found[_made_by(node.args[0])] = str(node.args[1])
+        elif (node, 0) in found and (node.target is torch.ops.aten.add.Tensor or not _torch.label_of(node)):
+            for source in node.all_input_nodes:
+                found.setdefault(_made_by(source), found[node, 0])
+    return found
+
+
+def _made_by(node: Any) -> tuple[fx.Node, int]:
+    part = 0
+    while node.target in VIEWS or _is_getitem(node):
+        part = node.args[1] if _is_getitem(node) else part
+        node = node.args[0]
+    return node, part
+
+
+def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
+    assert recorder.walked is not None
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    readers: dict[str, list[str]] = {}
+    for site in recorder.walked.sites:
+        for source in site.inputs:
+            readers.setdefault(source, []).append(site.key)
+    for site in recorder.walked.sites:
+        weight = site.op == "parameter"
+        info = TensorInfo(
+            key=site.key,
+            role=Role.WEIGHT if weight else Role.ACTIVATION,
+            shape=tuple(int(size) for size in site.value.shape),
+            elements=site.elements,
+            dtype=str(site.value.dtype).removeprefix("torch."),
+            op=site.op,
+            module=site.key.rpartition(".")[0] if weight else site.module,
+            source=site.source,
+            inputs=site.inputs,
+            consumers=tuple(readers.get(site.key, ())),
+        )
+        yield info
+        if not weight or site.key in trainable:
+            role = Role.WEIGHT_GRAD if weight else Role.ACTIVATION_GRAD
+            yield dataclasses.replace(info, key=grad_key(site.key), role=role, inputs=(), consumers=())
+        if site.key in recorder.saved and not weight and site.op != "input":
+            yield dataclasses.replace(
+                info, key=saved_key(site.key), role=Role.SAVED, dtype=recorder.saved[site.key], inputs=(), consumers=()
+            )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind tensors."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
+    """Peak bytes of what operators allocate while the mode is on."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        addresses = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in addresses and tensor.device.type == "meta":
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> tuple[str, list[TensorInfo], int, int]:
+    """Class, rows, bytes and momentary bytes of the optimizer, read off a step on tensors without data."""
+    if optimizer is None:
+        return "", [], 0, 0
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    twins = [nn.Parameter(torch.empty_like(p, device="meta")) for _, p in named]
+    instance = optimizer(twins)
+    if any(p.device.type == "cuda" for _, p in named):
+        for group in instance.param_groups:
+            group["foreach"] = True
+    for _ in range(2):  # the first step makes the states
+        for twin in twins:
+            twin.grad = torch.empty_like(twin)
+        with _Allocations() as allocations:
+            instance.step()
+    rows, total = [], 0
+    for (name, _), twin in zip(named, twins, strict=True):
+        for state, value in instance.state[twin].items():
+            if isinstance(value, Tensor) and value.numel() > 1:
+                total += value.untyped_storage().nbytes()
+                rows.append(
+                    TensorInfo(
+                        key=state_key(name, state),
+                        role=Role.OPTIM_STATE,
+                        shape=tuple(value.shape),
+                        elements=value.numel(),
+                        dtype=str(value.dtype).removeprefix("torch."),
+                        op="optimizer",
+                        module=name.rpartition(".")[0],
+                    )
+                )
+    return optimizer_name(instance), rows, total, allocations.peak
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """``AdamW`` for torch's own; the whole path of another's class, which may compute anything."""
+    kind = type(optimizer)
+    return kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,1 @@
+"""A task trained under a plan, measured, kept in files, compared."""

@@ -1,0 +1,294 @@
+"""Comparison: trainings of several variants over several seeds, as one file; what they come to, variant by variant."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+
+from assign.errors import ComparisonError
+from assign.files import write_whole
+
+VERSION = 1
+"""Version of the file that this package writes, under the key ``assign_comparison``."""
+
+_OTHER_FILE = "Give another file, or move this one away to start anew."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantRow:
+    """A variant in a comparison's file.
+
+    Attributes:
+        plan: hash of the plan's recipe and entries; None without a plan.
+        recipe, strategy: the plan's, '' where unknown.
+        promote_every: steps between two looks at what overflows; 0: nothing is promoted.
+        promote_threshold: share of overflowing elements at which a tensor is promoted.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    plan: str | None
+    recipe: str
+    strategy: str
+    promote_every: int
+    promote_threshold: float = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training of one variant.
+
+    Attributes:
+        low_ratio: share of the elements held low, at the start; ``low_ratio_bits``: the same by bits. None without a
+            plan, as are ``final_low_ratio`` and ``final_low_ratio_bits``: of the plan as promoted when the run ended.
+        result: ``TrainResult.to_json()``.
+        hardware: what it ran on, for its seconds.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    variant: str
+    seed: int
+    low_ratio: float | None
+    low_ratio_bits: float | None
+    final_low_ratio: float | None
+    final_low_ratio_bits: float | None
+    result: dict[str, JsonValue]
+    hardware: str
+
+    @property
+    def facts(self) -> "RunFacts":
+        """The fields of ``result`` that summaries and pictures read."""
+        return RunFacts.model_validate(self.result)
+
+
+class EpochFacts(BaseModel):
+    """What is read of one epoch of a run; None is a number that was not finite."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    loss: float | None
+    metrics: dict[str, float | None]
+
+
+class RunFacts(BaseModel):
+    """What is read of a run's result; its other fields are kept, not read."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    metrics: dict[str, float | None]
+    fp32_metrics: dict[str, float | None]
+    loss: float | None
+    measured_peak_bytes: int | None
+    step_seconds: float | None
+    diverged: bool
+    message: str
+    epochs: list[EpochFacts]
+    promotions: list[JsonValue]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """One number over several seeds; without any, everything is None."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """Arithmetic mean."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation (n − 1); None below two values."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def lowest(self) -> float | None:
+        """The least of them."""
+        return min(self.values, default=None)
+
+    @property
+    def highest(self) -> float | None:
+        """The greatest of them."""
+        return max(self.values, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        names = ("mean", "deviation", "lowest", "highest")
+        return {"values": list(self.values)} | {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """A variant over its seeds.
+
+    Attributes:
+        diverged: how many of ``runs`` did. Those have no part in the metrics: what they knew before is no result.
+        low_ratio, low_ratio_bits: at the start, None without a plan; ``final_…``: of the plans as promoted.
+        metrics: by name, computed under the plan; ``fp32_metrics``: by the same weights in plain fp32, which without a
+            plan are the same numbers.
+        loss: mean training loss of the last epoch.
+        peak_bytes: measured.
+        promotions: tensors promoted in a run.
+    """
+
+    variant: str
+    runs: int
+    diverged: int
+    low_ratio: float | None
+    low_ratio_bits: float | None
+    final_low_ratio: Spread
+    final_low_ratio_bits: Spread
+    metrics: Mapping[str, Spread]
+    fp32_metrics: Mapping[str, Spread]
+    loss: Spread
+    peak_bytes: Spread
+    step_seconds: Spread
+    promotions: Spread
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What ``comparing.compare`` found, and everything that another run of it must share to be put beside it.
+
+    Attributes:
+        fingerprint: of the model; ``elements``: of one step's tensors, so that another batch size is told.
+        epochs: of every run.
+        device: as asked; a run's ``hardware`` says more.
+        created: when the comparison began, ISO 8601.
+        runs: those finished, by variant and then by seed.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    task: str
+    fingerprint: str
+    elements: int
+    epochs: int
+    backend: str
+    device: str
+    versions: dict[str, str]
+    created: str
+    seeds: tuple[int, ...]
+    variants: tuple[VariantRow, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def metric(self) -> str | None:
+        """The metric to judge by: ``accuracy`` if the task has it, else its first; None if it has none."""
+        names = [name for run in self.runs for name in run.facts.metrics]
+        return "accuracy" if "accuracy" in names else next(iter(names), None)
+
+    def of(self, variant: str) -> tuple[Run, ...]:
+        """The finished runs of a variant."""
+        return tuple(run for run in self.runs if run.variant == variant)
+
+    def summaries(self) -> tuple[Summary, ...]:
+        """One for each variant, in their order; one without a finished run has no numbers."""
+        return tuple(_summary(row, self.of(row.name)) for row in self.variants)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the summaries for whoever reads the file; ``from_json`` makes them anew."""
+        plain = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists
+        return {"assign_comparison": VERSION, **plain, "summaries": [summary.to_json() for summary in self.summaries()]}
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "the comparison") -> Self:
+        """Read the text of a comparison's file.
+
+        Args:
+            where: what to call it in an error, e.g. the path of the file.
+        Raises:
+            ComparisonError: it is not one, or one that another version wrote.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ComparisonError(f"{where} is not JSON: {error}. {_OTHER_FILE}") from None
+        found = data.get("assign_comparison") if isinstance(data, dict) else None
+        if found != VERSION:
+            what = "not a comparison" if found is None else f"a comparison of version {found!r}; this reads {VERSION}"
+            raise ComparisonError(f"{where} is {what}. {_OTHER_FILE}")
+        try:
+            fields = {name: value for name, value in data.items() if name not in ("assign_comparison", "summaries")}
+            comparison: Self = TypeAdapter(cls).validate_json(json.dumps(fields))
+            for run in comparison.runs:
+                _ = run.facts
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = " → ".join(map(str, first["loc"])) or "the file"
+            raise ComparisonError(f"{where} is no whole comparison: {place}: {first['msg']}. {_OTHER_FILE}") from None
+        return comparison
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the comparison at ``path``.
+
+        Raises:
+            ComparisonError: it cannot be read, or :meth:`from_json` refuses it.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ComparisonError(f"cannot read the comparison {path}: {error}. {_OTHER_FILE}") from error
+
+    def save(self, path: Path) -> None:
+        """Write it to ``path``; whoever reads meanwhile sees the old file or the new one, never a half.
+
+        Raises:
+            ComparisonError: the file cannot be written.
+        """
+        try:
+            write_whole(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            raise ComparisonError(
+                f"cannot write the comparison {path}: {error.strerror or error}. "
+                "Give a file in a directory that exists and that you may write to."
+            ) from error
+
+
+def _summary(row: VariantRow, runs: Sequence[Run]) -> Summary:
+    facts = [run.facts for run in runs]
+    good = [fact for fact in facts if not fact.diverged]
+    first = runs[0] if runs else None
+    return Summary(
+        variant=row.name,
+        runs=len(runs),
+        diverged=len(facts) - len(good),
+        low_ratio=first.low_ratio if first else None,
+        low_ratio_bits=first.low_ratio_bits if first else None,
+        final_low_ratio=_spread(run.final_low_ratio for run in runs),
+        final_low_ratio_bits=_spread(run.final_low_ratio_bits for run in runs),
+        metrics=_by_name([fact.metrics for fact in good]),
+        fp32_metrics=_by_name([fact.fp32_metrics if row.plan else fact.metrics for fact in good]),
+        loss=_spread(fact.loss for fact in good),
+        peak_bytes=_spread(fact.measured_peak_bytes for fact in facts),
+        step_seconds=_spread(fact.step_seconds for fact in facts),
+        promotions=_spread(len(fact.promotions) for fact in facts),
+    )
+
+
+def _by_name(rows: Sequence[Mapping[str, float | None]]) -> dict[str, Spread]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: _spread(row.get(name) for row in rows) for name in names}
+
+
+def _spread(values: Iterable[float | None]) -> Spread:
+    return Spread(values=tuple(value for value in values if value is not None))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spread):
+        return value.to_json()
+    return {name: spread.to_json() for name, spread in value.items()} if isinstance(value, dict) else value

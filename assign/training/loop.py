@@ -1,0 +1,553 @@
+"""The training loop: with a plan, or plain PyTorch without one; seeds, loss scaling, checkpoints, measured memory.
+
+Epoch ``n`` is seeded (torch, numpy, random) by the seed and ``n`` alone: two runs see the same data in the same order,
+whatever else they draw, and a resumed run goes on bit for bit.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from assign import several
+from assign.errors import DivergedError, PlanError, TaskError
+from assign.executor.apply import apply, planned_step
+from assign.numerics.delayed import DelayedScales
+from assign.numerics.promotion import THRESHOLD, Promoted, Promotion
+from assign.optim.optimizers import follow
+from assign.optim.updates import UpdateRounding
+from assign.plan.assignment import Assignment
+from assign.plan.formats import parse_format
+from assign.plan.memory import Replay
+from assign.plan.recipes import get_recipe
+from assign.plan.stored import has_narrow_masters, is_narrowed, master_format
+from assign.plan.tensors import TensorTable
+from assign.tasks.batch import Batch, count_bytes, move, tensors_in
+from assign.tasks.task import Metrics, Task, check_device
+from assign.training import checkpoints
+from assign.training.measuring import measure_peak
+from assign.training.weights import continue_from, load_states
+
+WARM_UP = 2
+"""Steps before a step counts as steady: they make the optimizer's states and compile what is compiled."""
+
+INITIAL_SCALE = 65536.0
+"""Of dynamic loss scaling; doubled after an epoch without overflow, halved at each. Source: arXiv 2301.13464's code."""
+
+_SMALLEST_GRADIENT = 2.0**-30
+"""A format that reaches no lower needs loss scaling: fp16 (2^-24) does, the paper's FP(6,9,0) (2^-39) does not."""
+
+_CHECKPOINT_VERSION = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where training stands after a step.
+
+    Attributes:
+        steps_per_epoch: None where the data has no length.
+        promoted: what this step's overflow promoted; ``plan``: as promoted so far.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps_per_epoch: int | None
+    loss: float
+    promoted: tuple[Promoted, ...] = ()
+    plan: Assignment | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochResult:
+    """One finished epoch.
+
+    Attributes:
+        loss: mean of the steps.
+        metrics: what the task's ``evaluate`` says, the model computing under the plan.
+        fp32_metrics: the same with the same weights in plain fp32; empty without a plan.
+        loss_scale: at the end; None where there is none.
+        skipped_steps: those whose gradients were not finite.
+    """
+
+    loss: float
+    metrics: Metrics
+    fp32_metrics: Metrics
+    loss_scale: float | None
+    skipped_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a run of training came to.
+
+    Attributes:
+        metrics: what the task's ``evaluate`` says at the end; after a divergence, at the end of the last good epoch.
+        fp32_metrics: the same with the same weights in plain fp32; empty without a plan.
+        loss: mean of the last epoch; ``losses``: of each epoch, the unfinished one included.
+        epochs: the finished ones.
+        promotions: tensors that overflowed too often and got their high format back; ``plan`` as it became.
+        measured_peak_bytes: every byte alive at the worst moment of one steady step; None if there was none.
+        predicted_peak_bytes: what the memory model says of it; None without a table.
+        step_seconds: median of the steady steps; None if there was none.
+        steps: optimizer steps tried; ``skipped_steps`` of them had gradients that were not finite, and a loss scale.
+        message: after a divergence, where it happened and what to try.
+        model: as trained; where training diverged, not fit for use.
+    """
+
+    metrics: Metrics
+    fp32_metrics: Metrics
+    loss: float
+    losses: tuple[float, ...]
+    epochs: tuple[EpochResult, ...]
+    promotions: tuple[Promoted, ...]
+    measured_peak_bytes: int | None
+    predicted_peak_bytes: int | None
+    step_seconds: float | None
+    diverged: bool
+    steps: int
+    skipped_steps: int
+    loss_scale: float | None
+    message: str
+    plan: Assignment | None = field(repr=False)
+    model: nn.Module = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without plan and model; numbers that are not finite become None."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("plan", "model")]
+        return {name: _plain(getattr(self, name)) for name in names}
+
+
+def train(
+    task: Task,
+    plan: Assignment | None = None,
+    *,
+    table: TensorTable | None = None,
+    backend: str = "eager",
+    seed: int = 0,
+    epochs: int | None = None,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    max_steps: int | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+    raise_on_divergence: bool = False,
+    promote_every: int | None = None,
+    promote_threshold: float = THRESHOLD,
+    update_rounding: str = UpdateRounding.NEAREST,
+    weights: Path | None = None,
+) -> TrainResult:
+    """Train ``task`` from the start, under ``plan`` or, without one, in plain PyTorch.
+
+    Args:
+        table: of the model, to say what peak the memory model predicts.
+        backend: as in ``assign.apply``.
+        epochs: in place of the task's own number.
+        checkpoint: file written after every epoch, and after every ``checkpoint_every`` steps.
+        resume: go on from ``checkpoint``.
+        max_steps: stop after so many steps.
+        on_step: told after every step.
+        promote_every, promote_threshold: as in ``assign.Promotion``.
+        update_rounding: of 16-bit masters, as in ``assign.optimizer``.
+        weights: of an fp32 training, to go on from: what its ``checkpoint`` is, or a saved ``state_dict``. Weights and
+            optimizer states are rounded to the formats of the plan; options of the optimizer are the task's.
+    Raises:
+        TaskError: the task does not keep to its interface, several processes train, or checkpoint or weights cannot be
+            used: weights also where the plan's masters cannot hold them (see ``assign.audit_range``).
+        DivergedError: the loss is not finite, and ``raise_on_divergence``.
+        PlanError, TraceError: as ``assign.apply``.
+    """
+    if several.world_size() > 1:
+        raise TaskError(
+            f"train: this is one of {several.world_size()} processes, and each would train a model of its own on all "
+            "of the data.\n  Allowed: one process.\n  Start it without torchrun, or write the loop yourself, with "
+            "DistributedDataParallel(assign.apply(model, plan))."
+        )
+    if resume and checkpoint is None:
+        raise TaskError("train: resume=True needs checkpoint=, the file to go on from.")
+    promotion = Promotion(plan, every=promote_every, threshold=promote_threshold) if plan else None
+    run = _Run(
+        task,
+        plan,
+        promotion,
+        backend=backend,
+        seed=seed,
+        device=device,
+        epochs=epochs or task.epochs,
+        update_rounding=update_rounding,
+        weights=weights,
+    )
+    run.on_step = on_step
+    if resume and checkpoint is not None:
+        run.load(checkpoint)
+    message = run.train(checkpoint, checkpoint_every, max_steps)
+    if message and raise_on_divergence:
+        raise DivergedError(message)
+    return run.result(table, message)
+
+
+def needs_loss_scaling(plan: Assignment) -> bool:
+    """Whether small gradients would vanish under ``plan``: its recipe says so, or one's format is as short as fp16.
+
+    A format with a scale of its own does not count; bf16 reaches as low as fp32. Where masters are in 16 bit themselves
+    there is none: a scale would have to be divided out of gradients in those 16 bits.
+    """
+    if any(master_format(plan.entries, key).name != "fp32" for key in plan.entries):
+        return False
+    formats = {entry.format for key, entry in plan.entries.items() if key.endswith(".grad")}
+    rows = [parse_format(name) for name in formats]
+    short = any(not row.scaled and row.min_subnormal > _SMALLEST_GRADIENT for row in rows)
+    return get_recipe(plan.recipe).loss_scaling or short
+
+
+@dataclass(slots=True, kw_only=True)
+class _History:
+    """What a run has seen so far; goes into the checkpoint."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    steps: int = 0
+    skipped: int = 0
+    skipped_in_epoch: int = 0
+    epochs: list[EpochResult] = field(default_factory=list)
+    epoch_loss: float = 0.0
+    metrics: Metrics = field(default_factory=dict)
+    fp32_metrics: Metrics = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    first_batch_bytes: int = 0
+
+
+class _Run:
+    """One run of training: model, optimizer and what belongs to them, made from a seed."""
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Assignment | None,
+        promotion: Promotion | None,
+        *,
+        backend: str,
+        seed: int,
+        device: str,
+        epochs: int,
+        update_rounding: str,
+        weights: Path | None,
+    ) -> None:
+        self.update_rounding = _checked(update_rounding, plan)
+        self.task, self.plan, self.promotion, self.seed, self.epochs = task, plan, promotion, seed, epochs
+        self.device = check_device(device)
+        self.on_step: Callable[[Progress], None] | None = None
+        self.history = _History()
+        _seed(seed)
+        self.model = task.make_model().to(self.device)
+        self.model.train()
+        states = continue_from(task, self.model, plan, weights) if weights else None
+        self.length = len(task.train) if isinstance(task.train, Sized) else None
+        self.scaler: torch.amp.GradScaler | None = None
+        self.scales: DelayedScales | None = None
+        self.planned = self.model
+        self.loss: Callable[[Batch], Tensor] = lambda batch: task.loss(self.model, batch)
+        if plan is not None:
+            self.scales = DelayedScales(plan)
+            shared: Any = {"backend": backend, "promotion": promotion, "scales": self.scales}
+            self.loss = planned_step(self.model, task.loss, plan, **shared)
+            self.planned = apply(self.model, plan, **shared)
+            if needs_loss_scaling(plan):
+                self.scaler = torch.amp.GradScaler(
+                    self.device.type, init_scale=INITIAL_SCALE, growth_interval=self.length or 2000
+                )
+        self.optimizer = task.make_optimizer(self.model)  # of parameters that have the plan's dtypes by now
+        if plan is not None and is_narrowed(plan.entries):
+            self.optimizer = follow(self.optimizer, self.model, plan, update_rounding=self.update_rounding)
+        if states:
+            load_states(self.optimizer, states)
+        self.scheduler = task.scheduler(self.optimizer) if task.scheduler else None
+        self.warm_up = WARM_UP  # counts down, in every process anew
+        self.last_step = math.inf
+        self.resumed: Mapping[str, Tensor | None] | None = None
+
+    def train(self, checkpoint: Path | None, every: int | None, max_steps: int | None) -> str:
+        """Train to the end; returns where it diverged, '' if it did not."""
+        h = self.history
+        stop = math.inf if max_steps is None else max_steps
+        self.last_step = min(stop, math.inf if self.length is None else self.length * self.epochs)
+        while h.epoch < self.epochs and h.steps < stop:
+            complete = True
+            for value in self._epoch():
+                if not math.isfinite(value):
+                    return self._diverged(f"the loss is {value}")
+                if checkpoint and every and h.steps % every == 0:
+                    self.save(checkpoint)
+                if h.steps >= stop:
+                    complete = h.step_in_epoch == self.length
+                    break
+            message = self._end_epoch(complete)
+            if message:
+                return message
+            if checkpoint:
+                self.save(checkpoint)
+        return ""
+
+    def _epoch(self) -> Iterator[float]:
+        """Do the rest of the epoch's steps; yields the loss of each."""
+        h = self.history
+        _seed(self.seed, h.epoch)
+        batches = iter(self.task.train)
+        for _ in range(h.step_in_epoch):  # those before the checkpoint
+            next(batches, None)
+        if self.resumed is not None:
+            self._restore_rng(self.resumed)
+            self.resumed = None
+        for batch in batches:
+            value = self._timed_step(move(batch, self.device))
+            promoted = self.promotion.step() if self.promotion else ()
+            h.step_in_epoch += 1
+            h.steps += 1
+            h.epoch_loss += value
+            if self.on_step:
+                self.on_step(
+                    Progress(
+                        epoch=h.epoch + 1,
+                        epochs=self.epochs,
+                        step=h.steps,
+                        steps_per_epoch=self.length,
+                        loss=value,
+                        promoted=promoted,
+                        plan=self.promotion.plan if self.promotion else None,
+                    )
+                )
+            yield value
+        if not h.step_in_epoch:
+            raise TaskError("Task: train has no batch. Give at least one; a batch size above the data's gives none.")
+
+    def _end_epoch(self, complete: bool) -> str:
+        """Evaluate, and turn to the next epoch if this one is complete; returns where it diverged, '' if it did not."""
+        h = self.history
+        metrics = self._evaluate(self.planned)
+        fp32_metrics = self._evaluate(self._in_float32()) if self.plan else {}
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            return self._diverged(f"{bad[0]} is {metrics[bad[0]]}")
+        if self.scaler and h.skipped_in_epoch == h.step_in_epoch:
+            return self._diverged("every step of the epoch had gradients that are not finite, at any loss scale")
+        h.metrics, h.fp32_metrics = metrics, fp32_metrics
+        if complete:
+            h.epochs.append(
+                EpochResult(
+                    loss=h.epoch_loss / h.step_in_epoch,
+                    metrics=metrics,
+                    fp32_metrics=fp32_metrics,
+                    loss_scale=self.scaler.get_scale() if self.scaler else None,
+                    skipped_steps=h.skipped_in_epoch,
+                )
+            )
+            h.epoch, h.step_in_epoch, h.epoch_loss, h.skipped_in_epoch = h.epoch + 1, 0, 0.0, 0
+            if self.scheduler:
+                self.scheduler.step()
+        return ""
+
+    def _timed_step(self, batch: Batch) -> float:
+        h = self.history
+        size = count_bytes(tensors_in(batch))
+        h.first_batch_bytes = h.first_batch_bytes or size
+        steady = self.warm_up <= 0 or h.steps + 1 == self.last_step > 1
+        if steady and h.peak_bytes is None and size == h.first_batch_bytes:
+            return self._measured_step(batch)
+        start = time.perf_counter()
+        value = self._step(batch)
+        if self.warm_up <= 0:
+            h.seconds.append(time.perf_counter() - start)
+        self.warm_up -= 1
+        return value
+
+    def _measured_step(self, batch: Batch) -> float:
+        values: list[float] = []
+        self.optimizer.zero_grad(set_to_none=True)
+        states = [s for state in self.optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
+        resident = [*self.model.parameters(), *self.model.buffers(), *states, *tensors_in(batch)]
+        self.history.peak_bytes = measure_peak(lambda: values.append(self._step(batch)), resident)
+        return values[0]
+
+    def _step(self, batch: Batch) -> float:
+        """One whole step; returns the loss, which waits for the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise TaskError(f"Task: loss(model, batch) returned {what}; it must be a scalar tensor with a gradient.")
+        if self.scaler is None:
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+            self.optimizer.step()
+        else:
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+            self.scaler.step(self.optimizer)
+            before = self.scaler.get_scale()
+            self.scaler.update()
+            skipped = self.scaler.get_scale() < before
+            self.history.skipped += skipped
+            self.history.skipped_in_epoch += skipped
+        return float(loss.detach())
+
+    def _in_float32(self) -> nn.Module:
+        """The model, or a copy of it where its parameters are in 16 bit."""
+        is_wide = all(p.dtype == torch.float32 for p in self.model.parameters() if p.is_floating_point())
+        return self.model if is_wide else copy.deepcopy(self.model).float()
+
+    def _evaluate(self, model: nn.Module) -> Metrics:
+        if self.task.evaluate is None:
+            return {}
+        model.eval()
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):  # what it draws must not change the training
+            found = self.task.evaluate(model)
+        model.train()
+        if found is None:
+            return {}
+        if not isinstance(found, Mapping):
+            raise TaskError(
+                f"Task: evaluate(model) returned a {type(found).__name__}; it must be named numbers or None."
+            )
+        return {str(name): float(value) for name, value in found.items()}
+
+    def _diverged(self, what: str) -> str:
+        h = self.history
+        where = f"training diverged at step {h.steps} (epoch {h.epoch + 1} of {self.epochs}): {what}."
+        if self.plan is None:
+            return f"{where} No plan was in use: try a lower learning rate, or look for such values in the data."
+        other = "" if self.plan.recipe == "native" else ", or the recipe native, whose 8-bit tensors have a scale each"
+        return f"{where} The plan is too narrow for this model: try a lower low ratio, a higher budget{other}."
+
+    def result(self, table: TensorTable | None, message: str) -> TrainResult:
+        h = self.history
+        unfinished = [h.epoch_loss / h.step_in_epoch] if h.step_in_epoch else []
+        losses = (*(epoch.loss for epoch in h.epochs), *unfinished)
+        plan = self.promotion.plan if self.promotion else self.plan
+        return TrainResult(
+            metrics=dict(h.metrics),
+            fp32_metrics=dict(h.fp32_metrics),
+            loss=losses[-1] if losses else math.nan,
+            losses=losses,
+            epochs=tuple(h.epochs),
+            promotions=self.promotion.promoted if self.promotion else (),
+            measured_peak_bytes=h.peak_bytes,
+            predicted_peak_bytes=Replay(table, plan.entries if plan else {}).peak_bytes if table else None,
+            step_seconds=statistics.median(h.seconds) if h.seconds else None,
+            diverged=bool(message),
+            steps=h.steps,
+            skipped_steps=h.skipped,
+            loss_scale=self.scaler.get_scale() if self.scaler else None,
+            message=message,
+            plan=plan,
+            model=self.model,
+        )
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that goes on from it."""
+        entries = sorted((key, entry.format) for key, entry in self.plan.entries.items()) if self.plan else []
+        plan = hashlib.sha256(repr(entries).encode()).hexdigest()[:16] if self.plan else "none"
+        return {
+            "version": _CHECKPOINT_VERSION,
+            "task": self.task.name,
+            "seed": self.seed,
+            "plan": plan,
+            "update_rounding": self.update_rounding,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write everything that going on needs."""
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        rng = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        history = dataclasses.asdict(self.history)
+        checkpoints.save(path, {"identity": self._identity(), "history": history, "rng": rng, **state})
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            TaskError: it is not there, not a checkpoint, or of another run.
+        """
+        state = checkpoints.load(path, self._identity(), self.device)
+        for name, part in self._parts().items():
+            try:
+                part.load_state_dict(state[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise TaskError(f"the checkpoint {path} is of another run: its {name} does not fit: {error}") from error
+        self.history = _History(
+            **{**state["history"], "epochs": [EpochResult(**e) for e in state["history"]["epochs"]]}
+        )
+        self.resumed = state["rng"] if self.history.step_in_epoch else None
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own."""
+        parts = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.scaler,
+            "promotion": self.promotion,
+            "scales": self.scales,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _restore_rng(self, states: Mapping[str, Tensor | None]) -> None:
+        cpu, cuda = states["cpu"], states["cuda"]
+        if cpu is not None:
+            torch.set_rng_state(cpu.cpu())
+        if cuda is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda.cpu(), self.device)
+
+
+def _checked(update_rounding: str, plan: Assignment | None) -> str:
+    """How updates are rounded.
+
+    Raises:
+        PlanError: there is no such way, or no 16-bit master whose updates would be rounded so.
+    """
+    if update_rounding not in list(UpdateRounding):
+        raise PlanError(
+            f"train: update_rounding {update_rounding!r} is not known. Choose one of: {', '.join(UpdateRounding)}."
+        )
+    masters = plan is not None and has_narrow_masters(plan.entries)
+    if update_rounding != UpdateRounding.NEAREST and not masters:
+        raise PlanError(
+            f"train: update_rounding={update_rounding!r} is for masters in 16 bit, and this training has none.\n"
+            "  Give a plan that stores them so (--master bf16, or --strategy standalone), or leave it out."
+        )
+    return str(update_rounding)
+
+
+def _seed(seed: int, epoch: int | None = None) -> None:
+    """Seed every global generator; ``epoch`` None is before the first."""
+    mixed = seed if epoch is None else seed * 1_000_003 + epoch + 1
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` for JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,83 @@
+"""Weights from a file, and a training in other formats that goes on from them.
+
+Source of the second: arXiv 2311.18587, continuous 16-bit training.
+"""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from assign.errors import TaskError, nearest
+from assign.plan.assignment import Assignment
+from assign.plan.stored import master_format
+from assign.tasks.task import Task
+
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    OSError,
+)
+
+
+def load_weights(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Fill a model from a file: what ``assign train --checkpoint`` wrote, or a ``state_dict`` saved by ``torch.save``.
+
+    Args:
+        optimizer: is filled too, where the file holds its state.
+    Raises:
+        TaskError: it cannot be read, or is of another model.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        weights = state["model"] if isinstance(state.get("model"), Mapping) else state
+        model.load_state_dict(weights)
+        if optimizer is not None and weights is not state and "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+    except FileNotFoundError as error:
+        close = nearest(path.name, (file.name for file in path.parent.glob("*"))) if path.parent.is_dir() else ""
+        raise TaskError(
+            f"there is no checkpoint {path}{f'; nearest: {close}' if close else ''}. "
+            "Give a file that 'assign train --checkpoint' or torch.save(model.state_dict(), …) wrote."
+        ) from error
+    except _UNREADABLE as error:
+        raise TaskError(
+            f"the checkpoint {path} does not fit this model: {str(error).strip()}\n"
+            "  Give a file that 'assign train --checkpoint' or torch.save(model.state_dict(), …) wrote for this task."
+        ) from error
+
+
+def continue_from(task: Task, model: nn.Module, plan: Assignment | None, weights: Path) -> dict[int, Any]:
+    """Fill ``model`` from an fp32 training; the states of that training's optimizer, if the file has them.
+
+    Raises:
+        TaskError: the file cannot be used, or a master of the plan cannot hold what is in it.
+    """
+    optimizer = task.make_optimizer(model)
+    load_weights(weights, model, optimizer)
+    for key, parameter in model.named_parameters():
+        fmt = master_format(plan.entries if plan else {}, key)
+        largest = float(parameter.detach().abs().amax()) if parameter.numel() else 0.0
+        if largest >= fmt.overflow_threshold:
+            raise TaskError(
+                f"{weights}: {key!r} holds {largest:.4g}, and its master is {fmt.name}, which ends at "
+                f"{fmt.max_value:g}.\n  Give a plan with a wider master for it; 'assign audit' shows all such weights."
+            )
+    states: dict[int, Any] = optimizer.state_dict()["state"]
+    return states
+
+
+def load_states(optimizer: torch.optim.Optimizer, states: dict[int, Any]) -> None:
+    """Give an optimizer the states of another one of the same kind; its options stay its own."""
+    options: Any = {} if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict else {"lossy": True}
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]}, **options)
