@@ -49,11 +49,8 @@ def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
     if not compiled:
         return _torch.eager_backend(partition)
     entries = "\n".join(f"{key} {entry.format}" for key, entry in sorted(plan.entries.items()))
-    here = Path(__file__).parent
-    passes = [
-        *sorted(here.glob("*.py")),
-        *(here.parent / f"{name}.py" for name in ("joint", "rounding", "kernels", "products")),
-    ]
+    house = Path(__file__).parents[1]
+    passes = [*sorted(house.glob("executor/*.py")), *sorted(house.glob("numerics/*.py")), house / "tracing/joint.py"]
     return _torch.inductor_backend(partition, inline, identity=entries, passes=passes)
 
 
