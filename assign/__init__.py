@@ -20,7 +20,7 @@ them is pure Python and never imports torch.
                       an integer; ``blocks``: a few bits and a scale per block; ``products`` of narrow matrices;
                       ``promotion``: low tensors that overflow go back to high; ``delayed``: scales that the steps
                       before gave; ``registry``: a function made an operator
-``executor``          mark → pack → compile → apply: a plan made to run
+``executor``          mark → pack → compile → apply: a plan made to run; ``rehearsal``: a compiled step's bytes, before
 ``optim``             ``optimizers`` whose states follow a plan, from three libraries; ``states``: each one's form of
                       them; ``updates``: SGD and AdamW for weights of 16 bits; ``monitor``: updates that rounding lost
 ``several``           several processes: DDP and FSDP2 around a planned model
@@ -36,6 +36,7 @@ them is pure Python and never imports torch.
 
 from assign.errors import AssignError
 from assign.executor.apply import apply, autocast, planned_step
+from assign.executor.rehearsal import Rehearsal, rehearse
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
 from assign.numerics.rounding import quantize
@@ -67,6 +68,7 @@ __all__ = [
     "Format",
     "LostUpdates",
     "Promotion",
+    "Rehearsal",
     "Task",
     "TensorTable",
     "apply",
@@ -80,6 +82,7 @@ __all__ = [
     "parse_format",
     "planned_step",
     "quantize",
+    "rehearse",
     "search",
     "trace",
     "widened_state_dict",

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import fx, nn
@@ -25,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.graph import _BoxedCodeGen
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import stateless
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -144,6 +146,11 @@ def run_boxed(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., An
     def run(args: list[Any]) -> Any:
         return graph.forward(args)
 
+    return boxed(run)
+
+
+def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Tell AOTAutograd that a function takes its arguments as one list, which it empties."""
     setattr(run, "_boxed_call", True)  # noqa: B010  a plain assignment to a function's attribute has no type
     return run
 
@@ -184,6 +191,7 @@ def inductor_backend(
     inline: Callable[[fx.Graph], None],
     identity: str,
     passes: Sequence[Path],
+    compiler: Callable[..., Callable[..., Any]] | None = None,
 ) -> GraphBackend:
     """A backend for Dynamo that compiles the partitioned graphs with Inductor.
 
@@ -192,6 +200,7 @@ def inductor_backend(
         inline: edits each graph in place, right before Inductor lowers it.
         identity: what the two do beside what their code says; it and the code are part of the key of Inductor's cache.
         passes: the files with that code.
+        compiler: what becomes of each graph in place of Inductor's code; takes what :func:`program_of` takes.
     """
     from torch._inductor.compile_fx import compile_fx  # here: it takes a second to import, and eager never needs it
     from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files
@@ -213,8 +222,85 @@ def inductor_backend(
         def __call__(self, graph: fx.Graph) -> None:
             inline(graph)
 
-    patches = {"custom_partitioner_fn": Partitioner(), "post_grad_custom_pre_pass": Inline()}
-    return cast(GraphBackend, functools.partial(compile_fx, config_patches=patches))
+    patches: Any = {"custom_partitioner_fn": Partitioner(), "post_grad_custom_pre_pass": Inline()}
+    if compiler is None:
+        return cast(GraphBackend, functools.partial(compile_fx, config_patches=patches))
+    instead = cast(
+        GraphBackend, functools.partial(compile_fx, config_patches=patches, inner_compile=cast(Any, compiler))
+    )
+
+    def receive(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        both_now = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
+        with functorch_config.patch(both_now):
+            return instead(graph, inputs)
+
+    return receive
+
+
+class _Written(Exception):
+    """Inductor has written its program: what follows would only compile it."""
+
+
+def program_of(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> str:
+    """The Python program that Inductor writes for a graph: which buffers it makes, runs kernels on, and drops.
+
+    Args:
+        options: as Inductor's own compiler of one graph takes them.
+    """
+    from torch._inductor import config as inductor_config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.graph import GraphLowering
+
+    programs: list[str] = []
+
+    def keep(program: str) -> None:
+        programs.append(program)
+        raise _Written
+
+    with (
+        mock.patch.object(GraphLowering, "save_output_code", staticmethod(keep)),
+        inductor_config.patch(fx_graph_cache=False),
+    ):
+        try:
+            compile_fx_inner(graph, inputs, **options)
+        except Exception:
+            if not programs:
+                raise
+    return programs[0]
+
+
+class _NoKernels:
+    """In place of what compiles the kernels of a program: each is a function, or has a ``run``, that does nothing."""
+
+    def __getattr__(self, _name: str) -> Callable[..., Any]:
+        return lambda *_args, **_kwargs: self
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+
+def load_program(program: str) -> Callable[[list[Any]], Sequence[Any]]:
+    """A program of :func:`program_of`, for tensors without data: a function of their list, which it empties.
+
+    It makes and drops every buffer, and runs no kernel.
+    """
+    names: dict[str, Any] = {"__name__": "rehearsed"}
+    with mock.patch("torch._inductor.async_compile.AsyncCompile", _NoKernels):
+        exec(compile(program, "<program of Inductor>", "exec"), names)
+    for name in [name for name in names if name.startswith("empty_strided_")]:
+        device = name.removeprefix("empty_strided_").removesuffix("_pinned")
+        names[name] = functools.partial(_empty_strided, device)
+    names["reinterpret_tensor"] = _reinterpret
+    names["assert_size_stride"] = names["assert_alignment"] = lambda *_args: None
+    return cast(Callable[[list[Any]], Sequence[Any]], names["call"])
+
+
+def _empty_strided(device: str, size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+def _reinterpret(tensor: torch.Tensor, size: Any, stride: Any, offset: int) -> torch.Tensor:
+    return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
 def trace_inline(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
@@ -335,6 +421,11 @@ def inner_exception(error: BaseException) -> BaseException:
 def copy_fake_value(source: fx.Node, target: fx.Node) -> None:
     """Let a captured node have the value without data of another."""
     target.meta["example_value"] = source.meta["example_value"]
+
+
+def storage_reference(storage: torch.UntypedStorage) -> Any:
+    """A weak reference with a method ``expired``: the objects that stand for one storage come and go."""
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
 def replaced_parameters(

@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from assign import _torch
 from assign.errors import AssignError
 from assign.executor.compile import Backend
+from assign.executor.rehearsal import Rehearsal, rehearse
 from assign.numerics.promotion import THRESHOLD
 from assign.optim.updates import UpdateRounding
 from assign.plan.assignment import Assignment
@@ -180,6 +181,7 @@ def trace(
 def estimate(
     task: TaskName,
     plan: PlanFile = None,
+    backend: BackendName = Backend.EAGER,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -187,11 +189,14 @@ def estimate(
     json_file: Json = None,
 ) -> None:
     """Predict the memory of one training step under a plan (or all in fp32), before anything runs."""
-    table = _traced(_task(task, seed, batch_size, device, data, None), device)
+    loaded = _task(task, seed, batch_size, device, data, None)
+    table = _traced(loaded, device)
     chosen = Assignment.load(plan) if plan else search_table(table, strategy="uniform", format_name="fp32")
     costs = estimate_plan(table, chosen)
-    console.print(tables.estimate_table(costs))
-    _write(json_file, {**summary(costs, 0.0), **costs.to_json()})
+    compiled = _rehearsed(loaded, device, chosen, table) if backend is Backend.INDUCTOR else None
+    console.print(tables.estimate_table(costs, compiled))
+    more = {"compiled": dataclasses.asdict(compiled)} if compiled else {}
+    _write(json_file, {**summary(costs, 0.0), **costs.to_json(), **more})
 
 
 @app.command()
@@ -491,6 +496,12 @@ def _traced(task: Task, device: str) -> TensorTable:
     where = check_device(device)
     with console.status("tracing one training step"):
         return trace_step(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer)
+
+
+def _rehearsed(task: Task, device: str, plan: Assignment, table: TensorTable) -> Rehearsal:
+    where = check_device(device)
+    with console.status("asking Inductor for its program"):
+        return rehearse(task.make_model().to(where), move(task.first_batch(), where), task.loss, plan, table)
 
 
 def _non_finite(task: Task, device: str) -> frozenset[str]:

@@ -65,7 +65,8 @@ def test_trace_search_estimate_train_show_diff(here):
     found = json.loads((here / "search.json").read_text())
     assert fields <= found.keys()
     assert found["low_ratio"] == 1.0
-    printed = run("estimate", "mine.py", "--plan", "low.json", "--json", "estimate.json")
+    printed = run("estimate", "mine.py", "--plan", "low.json", "--backend", "inductor", "--json", "estimate.json")
+    assert "compiled by Inductor" in printed
     assert "low ratio, by bits" in printed
     timeline = printed[printed.index("Over the step") : printed.index("Largest at the peak")]
     assert timeline.count("← peak") == 1

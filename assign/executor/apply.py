@@ -22,7 +22,7 @@ from assign.executor.mark import mark, tap_of
 from assign.executor.parameters import check_storable, store_parameters
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
-from assign.plan.assignment import Assignment, Entry
+from assign.plan.assignment import Assignment
 from assign.plan.stored import owner_of
 from assign.plan.tensors import Role, grad_key
 from assign.tracing.capture import Capture, Loss, call_model, compile_step
@@ -58,8 +58,8 @@ def apply(
         PlanError: the plan belongs to another model; names the nearest keys. Or the promotion to another plan.
         TraceError: the model is not in float32; or, at the first call, it breaks the graph.
     """
-    _store(model, plan)
-    compiled = _compile(model, call_model, plan, Backend(_known(backend)), promotion, scales)
+    store(model, plan)
+    compiled = compile_planned(model, call_model, plan, _graph_backend(plan, backend), promotion, scales)
     original = type(model)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +99,7 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
             context.
         TraceError: as for :func:`apply`.
     """
-    lasting = next((key for key, entry in plan.entries.items() if _is_lasting(key, entry, plan)), None)
+    lasting = first_lasting(plan)
     if lasting is not None:
         raise PlanError(
             f"autocast: the plan stores {lasting!r} as {plan.entries[lasting].format}, and parameters do not change "
@@ -117,9 +117,13 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
         object.__setattr__(model, "__class__", original)
 
 
-def _is_lasting(key: str, entry: Entry, plan: Assignment) -> bool:
-    owner = owner_of(key, plan.entries)
-    return owner is not None and owner[1] is not Role.OPTIM_STATE and entry.format != "fp32"
+def first_lasting(plan: Assignment) -> str | None:
+    """Key of the first master or gradient that the plan stores in 16 bit: there applying it changes the model."""
+    for key, entry in plan.entries.items():
+        owner = owner_of(key, plan.entries)
+        if owner is not None and owner[1] is not Role.OPTIM_STATE and entry.format != "fp32":
+            return key
+    return None
 
 
 def planned_step(
@@ -138,11 +142,12 @@ def planned_step(
     Raises:
         PlanError, TraceError: as for :func:`apply`.
     """
-    _store(model, plan)
-    return functools.partial(_compile(model, loss, plan, Backend(_known(backend)), promotion, scales), model)
+    store(model, plan)
+    compiled = compile_planned(model, loss, plan, _graph_backend(plan, backend), promotion, scales)
+    return functools.partial(compiled, model)
 
 
-def _store(model: nn.Module, plan: Assignment) -> None:
+def store(model: nn.Module, plan: Assignment) -> None:
     """Make sure that the plan is the model's, and give parameters and gradients their dtypes."""
     several.check_one_module(model)
     check_storable(model, plan)
@@ -151,15 +156,18 @@ def _store(model: nn.Module, plan: Assignment) -> None:
     store_parameters(model, plan)
 
 
-def _compile(
+def compile_planned(
     model: nn.Module,
     loss: Callable[..., Any],
     plan: Assignment,
-    backend: Backend,
-    promotion: Promotion | None,
-    scales: DelayedScales | None,
+    graph_backend: _torch.GraphBackend,
+    promotion: Promotion | None = None,
+    scales: DelayedScales | None = None,
 ) -> Callable[..., Any]:
-    """``call(module, …)`` → ``loss(model, …)`` under the plan; ``module`` is what the user calls."""
+    """``call(module, …)`` → ``loss(model, …)`` under the plan; ``module`` is what the user calls.
+
+    What the plan stores must be so in the model already; ``graph_backend`` is :func:`make_backend`'s.
+    """
     if promotion is not None and not promotion.watches(plan):
         raise PlanError(
             "apply: the promotion was made for another plan. Make one for this plan: Promotion(plan), and give it to "
@@ -179,7 +187,7 @@ def _compile(
             return [tap_of(inputs[tap.position], tap.dtype) for tap in taps]
 
         examples = [tap.detach().requires_grad_() for tap in taps_of(capture.inputs)]
-        run = make_backend(plan, backend)(capture.graph, [*capture.inputs, *examples])
+        run = graph_backend(capture.graph, [*capture.inputs, *examples])
         for tap in taps:  # Dynamo counts the inputs of its graph once more
             _torch.drop_input(capture.graph, tap.node)
         return (lambda *inputs: run(*inputs, *taps_of(inputs))) if taps else run
@@ -215,14 +223,14 @@ def _device_type(model: nn.Module) -> str:
     return parameter.device.type if parameter is not None else "cpu"
 
 
-def _known(backend: str) -> str:
+def _graph_backend(plan: Assignment, backend: str) -> _torch.GraphBackend:
     if backend not in list(Backend):
         near = nearest(backend, Backend)
         raise PlanError(
             f"apply: backend {backend!r} is not known{f', did you mean {near}' if near else ''}. "
             f"Choose one of: {', '.join(Backend)}."
         )
-    return backend
+    return make_backend(plan, Backend(backend))
 
 
 def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:

@@ -30,8 +30,10 @@ class Backend(StrEnum):
     INDUCTOR = "inductor"
 
 
-def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
-    """A Dynamo backend for graphs that are marked with ``plan``."""
+def make_backend(
+    plan: Assignment, backend: Backend, compiler: Callable[..., Callable[..., Any]] | None = None
+) -> _torch.GraphBackend:
+    """A Dynamo backend for graphs that are marked with ``plan``; a ``compiler`` takes the place of Inductor's own."""
     compiled = backend is Backend.INDUCTOR
 
     def partition(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
@@ -51,7 +53,7 @@ def make_backend(plan: Assignment, backend: Backend) -> _torch.GraphBackend:
     entries = "\n".join(f"{key} {entry.format}" for key, entry in sorted(plan.entries.items()))
     house = Path(__file__).parents[1]
     passes = [*sorted(house.glob("executor/*.py")), *sorted(house.glob("numerics/*.py")), house / "tracing/joint.py"]
-    return _torch.inductor_backend(partition, inline, identity=entries, passes=passes)
+    return _torch.inductor_backend(partition, inline, identity=entries, passes=passes, compiler=compiler)
 
 
 def _keep_in_backward(graph: fx.Graph) -> None:

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from assign.executor.rehearsal import Rehearsal
 from assign.numerics.promotion import Promoted
 from assign.plan.assignment import Assignment, Diff
 from assign.plan.formats import FORMATS, BlockFormat, Format
@@ -101,13 +102,16 @@ def trace_table(table: TensorTable, limit: int = 20) -> RenderableType:
     return Rows(groups, rows)
 
 
-def estimate_table(costs: Estimate, limit: int = 12) -> RenderableType:
-    """Peak against fp32, split by role, and what is alive at it."""
+def estimate_table(costs: Estimate, compiled: Rehearsal | None = None, limit: int = 12) -> RenderableType:
+    """Peak against fp32, split by role, and what is alive at it; and the peak of the compiled step, if it is known."""
     ratio = costs.peak_bytes / costs.baseline_peak_bytes if costs.baseline_peak_bytes else 1.0
     head = new_table("Predicted for one training step", ["", "bytes"])
     head.add_row("peak, all in fp32", human_bytes(costs.baseline_peak_bytes))
     head.add_row("peak under the plan", f"{human_bytes(costs.peak_bytes)} ({ratio:.1%})")
     head.add_row("  reached in", costs.peak_at)
+    if compiled:
+        head.add_row("peak, compiled by Inductor", human_bytes(compiled.peak_bytes))
+        head.add_row("  reached in", f"the {compiled.peak_in} pass" if compiled.peak_in != "optimizer" else "optimizer")
     head.add_row("saved for the backward pass", human_bytes(costs.saved_bytes))
     head.add_row("aggregate (the paper's measure)", human_bytes(costs.aggregate_bytes))
     head.add_row("low ratio, by elements", f"{costs.low_ratio:.4f} ({costs.groups_low} groups low)")

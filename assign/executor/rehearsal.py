@@ -1,0 +1,183 @@
+"""What a compiled step needs, known before it runs: Inductor writes its programs, and they run without data.
+
+Which values Inductor fuses away, which buffers it uses again and in which order it computes, only Inductor knows. So it
+is asked: it writes the program of each pass as it would for training, and stops before kernels are compiled. The
+program then runs on tensors that have no data, its kernels do nothing, and what it makes and drops is counted.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from assign import _torch
+from assign.errors import TraceError
+from assign.executor.apply import compile_planned, first_lasting, store
+from assign.executor.compile import Backend, make_backend
+from assign.plan.assignment import Assignment
+from assign.plan.memory import Replay
+from assign.plan.tensors import TensorTable
+from assign.tracing.capture import Loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """Bytes of one compiled step.
+
+    Attributes:
+        peak_bytes: alive at the worst moment of the step: masters, states, buffers and the batch, and ``peak_in``:
+        peak_in: ``forward``, ``backward`` or ``optimizer``.
+        forward_bytes: what the forward pass makes, at its worst moment.
+        saved_bytes: what waits for the backward pass, the loss included.
+        backward_bytes: the worst moment of the backward pass: what still waits, what it makes, gradients.
+    """
+
+    peak_bytes: int
+    peak_in: str
+    forward_bytes: int
+    saved_bytes: int
+    backward_bytes: int
+
+
+def rehearse(model: nn.Module, batch: Any, loss: Loss, plan: Assignment, table: TensorTable) -> Rehearsal:
+    """The bytes that one step under ``plan`` takes when Inductor has compiled it; nothing is computed.
+
+    It takes some seconds: Inductor's own time without its compilers. What kernels of libraries allocate for themselves
+    is not counted.
+
+    Args:
+        model: as for :func:`assign.trace`; a copy of it, where the plan stores masters or gradients in 16 bit.
+        batch: what ``loss`` takes.
+        table: of the same model, batch and loss, traced with the optimizer, whose step is part of the peak.
+    Raises:
+        PlanError: the plan is of another model.
+        TraceError: as for :func:`assign.trace`.
+    """
+    plan.check_covers([info.key for info in table.paper_tensors], where="rehearse")
+    if first_lasting(plan) is not None:
+        model = copy.deepcopy(model)
+        store(model, plan)
+    programs = _Programs()
+    step = compile_planned(model, loss, plan, make_backend(plan, Backend.INDUCTOR, programs.receive))
+    with contextlib.suppress(_Received):
+        step(model, batch)
+    forward, saved, backward = programs.run()
+    replay = Replay(table, plan.entries)
+    peaks = {
+        "forward": replay.resident_bytes + forward,
+        "backward": replay.resident_bytes + backward,
+        "optimizer": replay.optimizer_peak_bytes,
+    }
+    peak_in = max(peaks, key=peaks.__getitem__)
+    return Rehearsal(
+        peak_bytes=peaks[peak_in],
+        peak_in=peak_in,
+        forward_bytes=forward,
+        saved_bytes=saved,
+        backward_bytes=backward,
+    )
+
+
+class _Received(Exception):
+    """Both graphs are compiled; the step itself must not run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """What runs in place of one graph; values by the names that both graphs have for them."""
+
+    arguments: tuple[str, ...]
+    examples: Sequence[Any]
+    results: tuple[str, ...]
+    run: Callable[[list[Any]], Sequence[Any]]
+
+
+class _Programs:
+    """The programs of one step's two graphs."""
+
+    def __init__(self) -> None:
+        self._forward: _Program | None = None
+        self._backward: _Program | None = None
+
+    def receive(self, graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+        """In place of Inductor's compiler of one graph."""
+        arguments = tuple(node.name for node in graph.graph.find_nodes(op="placeholder"))
+        outputs: Any = _torch.output_of(graph).args[0]
+        results = tuple(node.name if isinstance(node, fx.Node) else "" for node in outputs)
+        run = _torch.load_program(_torch.program_of(graph, inputs, **options))
+        program = _Program(arguments, inputs, results, run)
+        if options.get("is_backward", False):
+            self._backward = program
+        else:
+            self._forward = program
+
+        def stop(*_args: Any) -> Any:
+            raise _Received
+
+        return _torch.boxed(stop)
+
+    def run(self) -> tuple[int, int, int]:
+        """Bytes of the forward pass at its worst, of what it leaves behind, of the backward pass at its worst."""
+        if self._forward is None or self._backward is None:
+            raise TraceError("rehearse: the loss does not use the model, or no parameter of it requires a gradient.")
+        mode = next(value.fake_mode for value in self._forward.examples if isinstance(value, _torch.FakeTensor))
+        with mode:
+            ledger = _Ledger()
+            known = dict(zip(self._forward.arguments, map(_like, self._forward.examples), strict=True))
+            ledger.resident = [value.untyped_storage() for value in known.values() if isinstance(value, Tensor)]
+            forward, results = ledger.watch(self._forward.run, list(known.values()))
+            saved = ledger.alive()
+            known.update(zip(self._forward.results, results, strict=True))
+            pairs = zip(self._backward.arguments, self._backward.examples, strict=True)
+            arguments = [known[name] if name in known else _like(example) for name, example in pairs]
+            del known, results
+            backward, _ = ledger.watch(self._backward.run, arguments)
+        return forward, saved, backward
+
+
+def _like(example: Any) -> Any:
+    if not isinstance(example, Tensor):
+        return example
+    return torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes of the storages that are alive, looked at behind every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
+        self.resident: list[Any] = []  # storages that are not counted
+        self._storages: dict[int, tuple[Any, int]] = {}
+        self._peak = 0
+
+    def watch(self, run: Callable[[list[Any]], Sequence[Any]], arguments: list[Any]) -> tuple[int, Sequence[Any]]:
+        """Most bytes alive while a program runs, and its results; it empties the list of its arguments."""
+        self._peak = 0
+        with self:
+            results = run(arguments)
+        return self._peak, results
+
+    def alive(self) -> int:
+        """Bytes alive now."""
+        self._storages = {key: each for key, each in self._storages.items() if not each[0].expired()}
+        return sum(size for _, size in self._storages.values())
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(found):
+            if isinstance(value, Tensor):
+                self._see(value.untyped_storage())
+        self._peak = max(self._peak, self.alive())
+        return found
+
+    def _see(self, storage: Any) -> None:
+        key = storage._cdata
+        known = self._storages.get(key)
+        if (known is None or known[0].expired()) and all(key != each._cdata for each in self.resident):
+            self._storages[key] = _torch.storage_reference(storage), storage.nbytes()

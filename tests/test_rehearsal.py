@@ -1,0 +1,106 @@
+"""The bytes of a compiled step, said before it runs, beside those that it takes."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import adamw, everything, measured_peak, traced
+from models import GPT, MLP, ResNet, class_loss, images, vectors
+from torch import nn
+
+import assign
+from assign.errors import PlanError, TraceError
+from assign.optim.optimizers import follow
+from assign.plan.memory import Replay
+from assign.plan.recipes import store
+
+
+def lm_loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
+
+
+def gpt():
+    torch.manual_seed(0)
+    batch = torch.randint(1024, (16, 64)), torch.randint(1024, (16, 64))
+    return GPT(vocabulary=1024, width=64, layers=2, length=64), batch
+
+
+def in_16_bit(table):
+    plan = everything(table, "bf16")
+    return dataclasses.replace(plan, entries={**plan.entries, **store(table, master="bf16", states="bf16")})
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_compiled_step():
+    model, batch = gpt()
+    table = traced(model, batch, lm_loss, adamw)
+    plan = in_16_bit(table)
+    said = assign.rehearse(model, batch, lm_loss, plan, table)
+    step = assign.planned_step(model, lm_loss, plan)
+    measured = measured_peak(model, batch, step, follow(adamw(model.parameters()), model, plan))
+    assert said.peak_bytes == pytest.approx(measured, rel=0.05)
+    assert said.peak_bytes < 0.9 * assign.estimate(table, plan).peak_bytes  # Inductor fuses the loss
+
+
+def test_what_is_counted():
+    """Of two linear layers with tanh between: its results, which wait; gradients of the weights; the 16-bit copies."""
+    torch.manual_seed(0)
+    model, batch = MLP(width=512), vectors(batch=256)
+    table = traced(model, batch)
+    plain = assign.rehearse(model, batch, class_loss, everything(table, "fp32"), table)
+    hidden, logits = 256 * 512 * 4, 256 * 4 * 4
+    assert plain.saved_bytes == pytest.approx(hidden + logits, rel=0.01)
+    assert plain.backward_bytes == pytest.approx(2 * hidden + logits, rel=0.1)
+    half = assign.rehearse(model, batch, class_loss, everything(table, "bf16"), table)
+    assert half.saved_bytes == pytest.approx(plain.saved_bytes / 2, rel=0.1)
+    resident = Replay(table, {}).resident_bytes
+    assert (plain.peak_in, plain.peak_bytes) == ("backward", resident + plain.backward_bytes)
+
+
+def test_gradients_of_16_bit_masters_are_half_as_wide():
+    torch.manual_seed(0)
+    model, batch = MLP(width=4096), vectors(batch=2)
+    table = traced(model, batch)
+    plain = everything(table, "bf16")
+    narrow = dataclasses.replace(plain, entries={**plain.entries, **store(table, master="bf16")})
+    wide, half = (assign.rehearse(model, batch, class_loss, plan, table) for plan in (plain, narrow))
+    assert half.backward_bytes < 0.6 * wide.backward_bytes
+    assert half.forward_bytes < wide.forward_bytes - 2 * 4096 * 16  # no 16-bit copy of the larger weight
+
+
+def test_the_optimizer_may_be_the_peak():
+    torch.manual_seed(0)
+    model, batch = MLP(width=4096), vectors(batch=2)
+    table = traced(model, batch, optimizer=adamw)
+    said = assign.rehearse(model, batch, class_loss, everything(table, "fp32"), table)
+    assert said.peak_in == "optimizer"
+    assert said.peak_bytes == assign.estimate(table, everything(table, "fp32")).peak_bytes
+
+
+def test_nothing_of_the_user_changes():
+    torch.manual_seed(0)
+    model, batch = ResNet(), images()
+    table = traced(model, batch)
+    plan = everything(table, "bf16")
+    plan = dataclasses.replace(plan, entries={**plan.entries, **store(table, master="bf16", gradients="bf16")})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    assign.rehearse(model, batch, class_loss, plan, table)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_refusals():
+    model, batch = MLP(), vectors()
+    table = traced(model, batch)
+    other = everything(traced(ResNet(), images()), "bf16")
+    with pytest.raises(PlanError, match="rehearse"):
+        assign.rehearse(model, batch, class_loss, other, table)
+
+    def branches(model, batch):
+        return class_loss(model, batch if batch[0].sum() > 0 else batch)
+
+    with pytest.raises(TraceError, match="one graph"):
+        assign.rehearse(model, batch, branches, everything(table, "bf16"), table)
