@@ -4,9 +4,9 @@ Claim: for every model and plan here, the predicted peak of a step is within 5 %
 backend, and within 10 % compiled.
 
 Method: a whole AdamW step of each model in ``steps/predicted.py`` under each plan, from one seed, models one after the
-other, each in a process of its own. Predicted: ``assign.estimate`` of the traced table, before anything runs. Measured:
-every byte alive at the worst moment of the fourth step, by the profiler's memory events, with parameters, states and
-batch.
+other, each in a process of its own. Predicted, before anything runs: ``assign.estimate`` of the traced table; of a
+compiled step ``assign.rehearse``. Measured: every byte alive at the worst moment of the fourth step, by the profiler's
+memory events, with parameters, states and batch.
 
 Assumptions: torch's own AdamW, not fused; allocations below the tracked ones (Python, code) do not count.
 
