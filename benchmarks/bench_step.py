@@ -11,7 +11,8 @@ the largest of the rounds' medians over the smallest); the baseline runs first a
 steady steps of all rounds. Compile seconds are those of the warm-up beyond as many steady steps: "cold" with an empty
 Inductor cache, "again" in the next round, with what the first left. Saved: bytes that the forward pass leaves for the
 backward pass. Peak: every byte alive at the worst moment of a step, parameters and states included. Losses are
-compared with those of plain fp32 after as many steps.
+compared with those of plain fp32 after as many steps. With ``--data`` every step has a batch of its own, the same for
+all configurations, and the loss that is shown is the mean of the last 20.
 
 Assumptions: nothing else runs on the machine (each run records the load); no dropout; fused AdamW for all but 8-bit
 AdamW; fp32 products are full fp32, no TF32; our plans under ``hfp8`` run with loss scaling and without promotion.
@@ -59,7 +60,7 @@ def main() -> None:
     path = options.output or (None if options.small else facts.default_path(f"step{which}", options.device))
     result: dict[str, Any] = {
         "facts": facts.gather(options.device, options.threads),
-        "options": {key: str(value) for key, value in vars(options).items()},
+        "options": {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(options).items()},
         "configurations": {name: dataclasses.asdict(CONFIGURATIONS[name]) for name in names},
         "runs": [],
     }
@@ -93,6 +94,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--run-seconds", type=float, default=1200, help="after which a process is ended")
     parser.add_argument("--total-seconds", type=float, default=float("inf"), help="after which no process starts")
+    parser.add_argument("--data", type=Path, help="directory of data sets: real batches, a new one for each step")
     parser.add_argument("--small", action="store_true", help="tiny models; writes nothing without --output")
     parser.add_argument("--output", type=Path)
     return parser.parse_args(arguments)
@@ -130,6 +132,7 @@ def run_one(
     job = {
         key: getattr(options, key) for key in ("device", "threads", "seed", "steps", "small", "batch", "step_seconds")
     }
+    job["data"] = str(options.data.resolve()) if options.data else None
     (place / "job.json").write_text(json.dumps({**job, "model": model, "configuration": name}))
     (place / "result.json").unlink(missing_ok=True)
     start = time.monotonic()
@@ -212,14 +215,19 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
+def final_loss(found: dict[str, Any], count: int | None = None) -> float:
+    """Loss of the last of the first ``count`` steps; where each has its own batch, the mean of twenty."""
+    losses = [float(loss) for loss in found["losses"][:count]]  # not finite numbers are text in the results
+    return statistics.mean(losses[-20:]) if found["real_data"] else losses[-1]
+
+
 def row(name: str, runs: list[dict[str, Any]], base: dict[str, Any] | None, fp32: dict[str, Any] | None) -> str:
     title, found = CONFIGURATIONS[name].name, summary(runs)
     if found is None:
         reason = runs[0] if runs else {"status": "not run", "reason": ""}
         return f"| {title} |" + " |" * 11 + f" {reason['status']}: {reason['reason'].replace('|', '/')} |"
     count = min(len(found["losses"]), len(fp32["losses"])) if fp32 else 0
-    # not finite numbers are text in the results
-    loss, other = float(found["losses"][-1]), float(fp32["losses"][count - 1]) if fp32 else None
+    loss, other = final_loss(found), final_loss(fp32, count) if fp32 else None
     cells = [
         title,
         f"{found['time']:.4f}",
@@ -232,7 +240,7 @@ def row(name: str, runs: list[dict[str, Any]], base: dict[str, Any] | None, fp32
         f"{found['compile_seconds']:.1f}",
         "" if found["again"] is None else f"{found['again']:.1f}",
         f"{loss:.4f}",
-        "" if other is None else f"{float(found['losses'][count - 1]) - other:+.4f}",
+        "" if other is None else f"{final_loss(found, count) - other:+.4f}",
         found["status"] if found["status"] != "ok" else "",
     ]
     return f"| {' | '.join(cells)} |"

@@ -34,7 +34,7 @@ class Configuration:
 
     Attributes:
         autocast, compiled: under ``torch.autocast`` in bf16; model and loss through ``torch.compile``.
-        adam: ``torch`` (fp32 states), ``torchao`` or ``bitsandbytes`` (8-bit states).
+        adam: ``torch`` (fp32 states), ``torchao`` or ``bitsandbytes`` (8-bit states), ``torchao-fp8`` (fp8 states).
         memory_budget: ``torch._functorch.config.activation_memory_budget``.
         fp8_pass: Inductor's ``activation_quantization_aten_pass``.
         float8_linear: torchao's ``convert_to_float8_training``.
@@ -78,6 +78,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "adam8-bitsandbytes": _peer("8-bit AdamW (bitsandbytes)", adam="bitsandbytes"),
     "budget": _peer("recompute budget 0.5", memory_budget=0.5),
     "adam8-budget": _peer("8-bit AdamW (torchao) + recompute budget 0.5", adam="torchao", memory_budget=0.5),
+    "adamfp8-budget": _peer("fp8 AdamW (torchao) + recompute budget 0.5", adam="torchao-fp8", memory_budget=0.5),
     "fp8-pass": _peer("fp8 activation pass", fp8_pass=True),
     "best-peer": _peer("all three (torchao)", adam="torchao", memory_budget=0.5, fp8_pass=True),
     "float8-torchao": _peer("float8 training (torchao)", float8_linear=True),
@@ -107,6 +108,23 @@ CONFIGURATIONS: dict[str, Configuration] = {
         gradients="bf16",
         adam="torchao",
     ),
+    "saved4-adamfp8": _ours(
+        "plan: bf16, saved int4:block64, bf16 gradients + fp8 AdamW",
+        "native",
+        0.0,
+        "inductor",
+        saved="int4:block64",
+        gradients="bf16",
+        adam="torchao-fp8",
+    ),
+    "low-adamfp8": _ours(
+        "plan: native, all low, bf16 gradients + fp8 AdamW",
+        "native",
+        1.0,
+        "inductor",
+        gradients="bf16",
+        adam="torchao-fp8",
+    ),
     "hfp8-inductor": _ours("plan: hfp8 (emulated), all low", "hfp8", 1.0, "inductor"),
     "hfp8-eager": _ours("plan: hfp8 (emulated), all low", "hfp8", 1.0, "eager"),
 }
@@ -126,7 +144,7 @@ def check_available(configuration: Configuration, device: torch.device) -> None:
             raise UnavailableError(f"{torch.cuda.get_device_name(device)} has no fp8 products")
         _need("torchao.float8")
     if configuration.adam != "torch":
-        _need("torchao.optim" if configuration.adam == "torchao" else "bitsandbytes")
+        _need("bitsandbytes" if configuration.adam == "bitsandbytes" else "torchao.optim")
 
 
 def _need(module: str) -> Any:
@@ -141,8 +159,9 @@ def make_optimizer(configuration: Configuration, parameters: Any, learning_rate:
     made: torch.optim.Optimizer
     if configuration.adam == "torch":
         made = torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
-    elif configuration.adam == "torchao":
-        made = _need("torchao.optim").AdamW8bit(parameters, lr=learning_rate, weight_decay=0.01)
+    elif configuration.adam.startswith("torchao"):
+        kind = "AdamWFp8" if configuration.adam == "torchao-fp8" else "AdamW8bit"
+        made = getattr(_need("torchao.optim"), kind)(parameters, lr=learning_rate, weight_decay=0.01)
     else:
         made = _need("bitsandbytes").optim.AdamW8bit(parameters, lr=learning_rate, weight_decay=0.01)
     return made

@@ -4,12 +4,13 @@
 """
 
 import gc
+import itertools
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from benchmarks.steps.configurations import (
     make_optimizer,
     make_plan,
 )
-from benchmarks.steps.workloads import make_workload
+from benchmarks.steps.workloads import Workload, make_workload
 
 WARM_UP = 3
 FEWEST_STEPS = 5
@@ -59,13 +60,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     workload = make_workload(job["model"], small=job["small"], batch=job["batch"])
     model = workload.model().to(device).train()
     batch = move(workload.batch(), device)
+    batches = itertools.repeat(batch) if job["data"] is None else real_batches(workload, job["data"], device)
     start = time.perf_counter()
     plan = make_plan(configuration, model, batch, workload)
     plan_seconds = time.perf_counter() - start if plan else None
     compute = make_loss(configuration, model, workload, plan, device)
     step = Step(
         make_optimizer(configuration, list(model.parameters()), _LEARNING_RATE),
-        lambda: compute(batch),
+        lambda: compute(next(batches)),
         torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE) if plan and needs_loss_scaling(plan) else None,
     )
     seconds = [timed(step, device) for _ in range(WARM_UP)]
@@ -93,9 +95,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": peak,
         "saved_bytes": saved,
         "state_bytes": count_bytes(states),
+        "real_data": job["data"] is not None,
         "losses": step.losses,
         "skipped_steps": step.skipped,
     }
+
+
+def real_batches(workload: Workload, directory: str, device: torch.device) -> Iterator[Any]:
+    """Batches of real data on the device."""
+    if workload.real is None:
+        raise SystemExit(f"there is no real data for: {workload.description}")
+    return (move(batch, device) for batch in workload.real(Path(directory)))
 
 
 class Step:

@@ -1,14 +1,23 @@
-"""Models whose steps are timed, each with one batch of random data and a loss. Dropout is 0: losses can be compared."""
+"""Models whose steps are timed, each with a loss and one batch of random data, or many of real data.
 
-from collections.abc import Callable
+Dropout is 0: losses can be compared.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from assign.tasks import BUILTIN, TaskOptions
+from assign.tasks.data import read_text
 from assign.tasks.models import GPT, ResNet
+
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +26,7 @@ class Workload:
 
     Attributes:
         model, batch: make one, from torch's global generator, on the CPU.
+        real: batches of the same shape from a directory of data sets, in an order drawn from that generator.
         loss: ``loss(model, batch)`` → scalar tensor.
         description: sizes, for the result.
     """
@@ -25,6 +35,7 @@ class Workload:
     batch: Callable[[], tuple[Tensor, Tensor]]
     loss: Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
     description: str
+    real: Callable[[Path], Iterator[Batch]] | None = None
 
 
 def make_workload(name: str, *, small: bool, batch: int | None = None) -> Workload:
@@ -39,6 +50,7 @@ def _cifar_resnet(widths: tuple[int, ...], batch_size: int) -> Callable[[bool, i
             model=lambda: ResNet(channels_in=3, widths=chosen, blocks=1 if small else 2, classes=10),
             batch=lambda: _images(n, size, 10),
             loss=_class_loss,
+            real=None if small else partial(_cifar_images, n),
             description=f"CIFAR ResNet, widths {chosen}, batch {n}, {size}×{size} images",
         )
 
@@ -85,6 +97,7 @@ def _gpt(*, layers: int, width: int, heads: int, length: int, symbols: int, n: i
         model=lambda: GPT(symbols=symbols, context=length, width=width, layers=layers, heads=heads),
         batch=lambda: _tokens(n, length, symbols),
         loss=_sequence_loss,
+        real=partial(_plays, n, length),
         description=f"GPT-2, {layers} layers × {width}, {symbols} symbols, batch {n}, sequence {length}",
     )
 
@@ -148,6 +161,23 @@ def _images(n: int, size: int, classes: int) -> tuple[Tensor, Tensor]:
 def _tokens(n: int, length: int, symbols: int) -> tuple[Tensor, Tensor]:
     text = torch.randint(symbols, (n, length + 1))
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
+def _cifar_images(n: int, directory: Path) -> Iterator[Batch]:
+    """Images of CIFAR-10, moved and mirrored, with their classes."""
+    task = BUILTIN["cifar10"](TaskOptions(data=directory, batch_size=n))
+    while True:
+        yield from task.train
+
+
+def _plays(n: int, length: int, directory: Path) -> Iterator[Batch]:
+    """Pieces of Shakespeare's plays from random places, each character a symbol, and the characters that follow."""
+    text = read_text(directory, "tinyshakespeare.txt", "gpt2")
+    codes = torch.tensor(list(text.encode("ascii")))
+    while True:
+        starts = torch.randint(len(codes) - length, (n, 1))
+        pieces = codes[starts + torch.arange(length + 1)]
+        yield pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
 
 
 def _class_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
