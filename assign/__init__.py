@@ -28,7 +28,8 @@ them is pure Python and never imports torch.
 ``training``          ``loop``: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file;
                       ``weights``: those of another training; ``audit``: what 16 bits would lose, said before;
                       ``certificate``: predictions that a plan cannot change; ``comparing``: several plans on one
-                      task, run by run; ``comparison``: what they came to, and its file
+                      task, run by run; ``comparison``: what they came to, and its file; ``tuning``: search by
+                      training, an Optuna study; ``trials``: what it proposes, trained
 ``report``            tables and pictures for people; ``cli``: the shell
 ``errors``            AssignError, what a user can mend; ``files``: written whole; ``_torch``: all private torch names
 ====================  ==========================================================================================

@@ -35,6 +35,10 @@ class ComparisonError(AssignError):
     """Nothing that can be compared, or a comparison's file that cannot be read or is of another comparison."""
 
 
+class StudyError(AssignError):
+    """A search by training that cannot begin or go on: its storage, its settings, its model, or its metric."""
+
+
 class DivergedError(AssignError):
     """Training whose loss is no longer a finite number."""
 

@@ -4,7 +4,7 @@ import datetime
 import platform
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -104,11 +104,9 @@ def search_table(
     """
     start = time.perf_counter()
     rules = get_recipe(recipe)
-    stored = store(table, master=master, gradients=gradients, states=optimizer_states)
-
-    def whole(chosen: Mapping[str, Entry]) -> dict[str, Entry]:
-        waiting = {} if saved is None else save(table, chosen, saved, keep=non_finite)
-        return {**chosen, **stored, **waiting}
+    whole = completion(
+        table, master=master, gradients=gradients, optimizer_states=optimizer_states, saved=saved, non_finite=non_finite
+    )
 
     if format_name is not None:
         if strategy != "uniform" or budget is not None or low_ratio is not None:
@@ -152,6 +150,29 @@ def search_table(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
     )
+
+
+def completion(
+    table: TensorTable,
+    *,
+    master: str | None = None,
+    gradients: str | None = None,
+    optimizer_states: str | None = None,
+    saved: str | None = None,
+    non_finite: Collection[str] = frozenset(),
+) -> Callable[[Mapping[str, Entry]], dict[str, Entry]]:
+    """What makes a whole plan's entries of those of the step's tensors: what is stored, and what waits.
+
+    Raises:
+        FormatError, PlanError: formats that cannot be stored, or states that the optimizer has not.
+    """
+    stored = store(table, master=master, gradients=gradients, states=optimizer_states)
+
+    def whole(chosen: Mapping[str, Entry]) -> dict[str, Entry]:
+        waiting = {} if saved is None else save(table, chosen, saved, keep=non_finite)
+        return {**chosen, **stored, **waiting}
+
+    return whole
 
 
 def summary(costs: Estimate, seconds: float) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def train(
     resume: bool = False,
     max_steps: int | None = None,
     on_step: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[int, EpochResult], None] | None = None,
     raise_on_divergence: bool = False,
     promote_every: int | None = None,
     promote_threshold: float = THRESHOLD,
@@ -158,7 +159,7 @@ def train(
         checkpoint: file written after every epoch, and after every ``checkpoint_every`` steps.
         resume: go on from ``checkpoint``.
         max_steps: stop after so many steps.
-        on_step: told after every step.
+        on_step: told after every step; on_epoch: after every finished epoch, with its number, from 1 on.
         promote_every, promote_threshold: as in ``assign.Promotion``.
         update_rounding: of 16-bit masters, as in ``assign.optimizer``.
         weights: of an fp32 training, to go on from: what its ``checkpoint`` is, or a saved ``state_dict``. Weights and
@@ -189,7 +190,7 @@ def train(
         update_rounding=update_rounding,
         weights=weights,
     )
-    run.on_step = on_step
+    run.on_step, run.on_epoch = on_step, on_epoch
     if resume and checkpoint is not None:
         run.load(checkpoint)
     message = run.train(checkpoint, checkpoint_every, max_steps)
@@ -250,6 +251,7 @@ class _Run:
         self.task, self.plan, self.promotion, self.seed, self.epochs = task, plan, promotion, seed, epochs
         self.device = check_device(device)
         self.on_step: Callable[[Progress], None] | None = None
+        self.on_epoch: Callable[[int, EpochResult], None] | None = None
         self.history = _History()
         _seed(seed)
         self.model = task.make_model().to(self.device)
@@ -299,6 +301,8 @@ class _Run:
                 return message
             if checkpoint:
                 self.save(checkpoint)
+            if complete and self.on_epoch:
+                self.on_epoch(self.history.epoch, self.history.epochs[-1])
         return ""
 
     def _epoch(self) -> Iterator[float]:

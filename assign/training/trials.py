@@ -1,0 +1,181 @@
+"""Trials of a search by training: what a study proposes, made a plan, and trained.
+
+A plan is one decision for each group of the table: low or high, in the recipe's two formats.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna.trial import TrialState
+
+from assign.errors import PlanError, StudyError
+from assign.plan.assignment import Assignment, Entry
+from assign.plan.memory import peak_bytes
+from assign.plan.recipes import get_recipe, initial
+from assign.plan.tensors import TensorTable
+from assign.planning import completion, parse_budget, search_table
+from assign.strategies.goal import Goal, over_budget
+from assign.tasks import Task, check_device
+from assign.tasks.batch import move
+from assign.tracing.tracer import trace
+from assign.training.loop import EpochResult, train
+
+STARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Low ratios of the greedy plans that are tried first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What all processes of one study must agree on; a study keeps it.
+
+    Attributes:
+        budget: peak bytes, in any form that ``assign.search`` takes; None: the peak is an objective.
+        metric: one of the task's, or ``loss``: that of the last epoch's training.
+        maximize: whether more of it is better.
+        epochs: of each trial; None: the task's own number.
+        stored: formats of what is stored between steps, as ``assign.search`` names them.
+    """
+
+    recipe: str = "native"
+    budget: str | int | None = None
+    metric: str = "accuracy"
+    maximize: bool = True
+    epochs: int | None = None
+    seed: int = 0
+    backend: str = "eager"
+    device: str = "cpu"
+    stored: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Trains what a study proposes."""
+
+    make_task: Callable[[int], Task]
+    settings: Settings
+    table: TensorTable
+    complete: Callable[[Mapping[str, Entry]], dict[str, Entry]]
+    budget: int | None
+
+    @classmethod
+    def make(cls, make_task: Callable[[int], Task], settings: Settings) -> "Trainer":
+        where = check_device(settings.device)
+        task = make_task(settings.seed)
+        table = trace(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer)
+        budget = None if settings.budget is None else parse_budget(settings.budget, peak_bytes(table, {}))
+        complete = completion(table, **dict(settings.stored))
+        made = cls(make_task=make_task, settings=settings, table=table, complete=complete, budget=budget)
+        if budget is not None:
+            floor = made.peak(made.everything)
+            if floor > budget:
+                raise over_budget(Goal(budget_bytes=budget), floor, "with everything low")
+        return made
+
+    @property
+    def everything(self) -> frozenset[int]:
+        return frozenset(group.id for group in self.table.groups)
+
+    def entries(self, low: Iterable[int]) -> dict[str, Entry]:
+        """The plan's entries with these groups low."""
+        return self.complete(initial(self.table, get_recipe(self.settings.recipe), frozenset(low)))
+
+    def peak(self, low: Iterable[int]) -> int:
+        return peak_bytes(self.table, self.entries(low))
+
+    def enqueue(self, study: optuna.Study, starts: Sequence[Assignment]) -> None:
+        """Greedy plans and the plans given, to be tried before anything is drawn."""
+        s = self.settings
+        greedy = [search_table(self.table, low_ratio=ratio, recipe=s.recipe, seed=s.seed) for ratio in STARTS]
+        for plan in (*starts, *greedy):
+            low = self._low_of(plan)
+            study.enqueue_trial({_name(group): group in low for group in self.everything}, skip_if_exists=True)
+
+    def _low_of(self, plan: Assignment) -> frozenset[int]:
+        plan.check_covers([info.key for info in self.table.paper_tensors], where="tune: a plan to start from")
+        low = frozenset(g.id for g in self.table.groups if all(plan.entries[key].low for key in g.keys))
+        wanted = initial(self.table, get_recipe(self.settings.recipe), low)
+        other = next((key for key, entry in wanted.items() if plan.entries[key].format != entry.format), None)
+        if other is not None:
+            raise PlanError(
+                f"tune: a plan to start from has {other!r} in {plan.entries[other].format}, and the study chooses "
+                f"between the two formats of the recipe {self.settings.recipe!r}, for whole groups.\n"
+                "  Give plans of that recipe: from the strategies greedy, or milp with groups and without formats."
+            )
+        return low
+
+    def objective(self, trial: optuna.Trial) -> float | tuple[float, float]:
+        """Train what the trial proposes; what is interrupted will be proposed again."""
+        try:
+            return self._objective(trial)
+        except KeyboardInterrupt:
+            trial.study.enqueue_trial(trial.params)
+            raise
+
+    def _objective(self, trial: optuna.Trial) -> float | tuple[float, float]:
+        low = {group for group in sorted(self.everything) if trial.suggest_categorical(_name(group), [False, True])}
+        low = self._fitting(low)
+        peak = self.peak(low)
+        trial.set_user_attr("low", sorted(low))
+        trial.set_user_attr("peak_bytes", peak)
+        metric = self._known(trial, low)
+        if metric is None:
+            metric = self._train(trial, low)
+        trial.set_user_attr("metric", metric)
+        return metric if self.budget is not None else (metric, float(peak))
+
+    def _fitting(self, low: set[int]) -> set[int]:
+        """``low``, and the largest other groups that it takes to fit the budget."""
+        if self.budget is None:
+            return low
+        rest = sorted((g for g in self.table.groups if g.id not in low), key=lambda g: (g.elements, -g.id))
+        while rest and self.peak(low) > self.budget:
+            low = {*low, rest.pop().id}
+        return low if self.peak(low) <= self.budget else set(self.everything)
+
+    def _known(self, trial: optuna.Trial, low: set[int]) -> float | None:
+        """The metric of the same plan in a trial before."""
+        for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            if other.user_attrs.get("low") == sorted(low):
+                return float(other.user_attrs["metric"])
+        return None
+
+    def _train(self, trial: optuna.Trial, low: set[int]) -> float:
+        s = self.settings
+        plan = self.plan(low)
+
+        def watch(epoch: int, result: EpochResult) -> None:
+            if self.budget is not None:
+                trial.report(self._metric(result.metrics, result.loss), epoch)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+
+        result = train(
+            self.make_task(s.seed),
+            plan,
+            backend=s.backend,
+            seed=s.seed,
+            epochs=s.epochs,
+            device=s.device,
+            on_epoch=watch,
+        )
+        if result.diverged:
+            trial.set_user_attr("diverged", result.message)
+            raise optuna.TrialPruned
+        return self._metric(result.metrics, result.loss)
+
+    def _metric(self, metrics: Mapping[str, float], loss: float) -> float:
+        name = self.settings.metric
+        value = {**metrics, "loss": loss}.get(name, math.nan)
+        if math.isnan(value):
+            raise StudyError(f"tune: the task has no metric {name!r}. Choose one of: {', '.join([*metrics, 'loss'])}.")
+        return value
+
+    def plan(self, low: Iterable[int]) -> Assignment:
+        """The plan with these groups low."""
+        return Assignment(entries=self.entries(low), recipe=self.settings.recipe, fingerprint=self.table.fingerprint)
+
+
+def _name(group: int) -> str:
+    return f"group {group}"
