@@ -128,6 +128,7 @@ def test_a_budget_is_kept_and_the_best_metric_wins(tmp_path, table):
     tried = trials_of(tmp_path / "s.db")
     done = [trial for trial in tried if trial.state == TrialState.COMPLETE]
     assert all(trial.user_attrs["peak_bytes"] <= budget for trial in done)
+    assert len({tuple(trial.user_attrs["low"]) for trial in done}) > 1
     assert best.metric == max(trial.values[0] for trial in done)
 
 
@@ -169,16 +170,21 @@ def test_what_falls_behind_is_pruned(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_trial_is_proposed_again(tmp_path, monkeypatch):
+    """One that the sampler drew, too."""
+    starts = tune(make_task, storage=tmp_path / "s.db", trials=4)
+    assert starts.trained == 4  # the greedy plans, of which two are equal
+
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr("assign.training.trials.train", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            tune(make_task, storage=tmp_path / "s.db", trials=6)
-    tune(make_task, storage=tmp_path / "s.db", trials=6)
+    monkeypatch.setattr("assign.training.trials.train", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        for count in range(5, 100):  # until it draws a plan that is not known
+            tune(make_task, storage=tmp_path / "s.db", trials=count)
+    monkeypatch.undo()
+    lost = trials_of(tmp_path / "s.db")[-2]
+    tune(make_task, storage=tmp_path / "s.db", trials=lost.number + 1)
     tried = trials_of(tmp_path / "s.db")
-    lost = tried[0]
     assert lost.state == TrialState.FAIL
     assert any(trial.params == lost.params and trial.state == TrialState.COMPLETE for trial in tried)
 
