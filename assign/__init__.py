@@ -12,8 +12,8 @@ them is pure Python and never imports torch.
 ``plan``              pure Python. ``tensors``: TensorTable, the first waist: rows by key, groups, the schedule of the
                       step; ``formats`` as rows of data; ``recipes``: candidates per role; ``groups``: shared
                       decisions; ``lowering``, ``lowered``: in which dtype an operator computes; ``memory``:
-                      (table, assignment) → peak and timeline; ``stored``: what stays between steps, and who can keep
-                      it; ``assignment``: **Assignment**, the second waist, ``plan.json``
+                      (table, assignment) → peak and timeline; ``stored``: what stays between steps; ``libraries``:
+                      who can keep it; ``assignment``: **Assignment**, the second waist, ``plan.json``
 ``strategies``        searches: (table, recipe, goal) → entries; ``planning``: trace, strategy, provenance in one call
 ``numerics``          ``rounding``: quantize, encode, decode as registered torch operators; ``kernels``: their
                       arithmetic; ``launch``: how it is run, compiled or not; ``words``: narrow elements, several to

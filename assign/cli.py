@@ -17,11 +17,11 @@ from assign import _torch
 from assign.errors import AssignError
 from assign.executor.compile import Backend
 from assign.numerics.promotion import THRESHOLD
-from assign.optim.updates import UpdateRounding
 from assign.plan.assignment import Assignment
 from assign.plan.formats import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
 from assign.plan.lowered import Lowered
 from assign.plan.memory import estimate as estimate_plan
+from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table, summary
 from assign.report import audits, pictures, tables
@@ -180,6 +180,7 @@ def trace(
 def estimate(
     task: TaskName,
     plan: PlanFile = None,
+    update_rounding: Rounding = UpdateRounding.NEAREST,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -189,7 +190,7 @@ def estimate(
     """Predict the memory of one training step under a plan (or all in fp32), before anything runs."""
     table = _traced(_task(task, seed, batch_size, device, data, None), device)
     chosen = Assignment.load(plan) if plan else search_table(table, strategy="uniform", format_name="fp32")
-    costs = estimate_plan(table, chosen)
+    costs = estimate_plan(table, chosen, update_rounding=update_rounding)
     console.print(tables.estimate_table(costs))
     _write(json_file, {**summary(costs, 0.0), **costs.to_json()})
 
@@ -207,6 +208,7 @@ def search(
     gradients: Gradients = None,
     master: Master = None,
     saved: Saved = None,
+    update_rounding: Rounding = UpdateRounding.NEAREST,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -229,9 +231,10 @@ def search(
         master=master,
         saved=saved,
         non_finite=_non_finite(loaded, device) if saved else (),
+        update_rounding=update_rounding,
         seed=seed,
     )
-    console.print(tables.estimate_table(estimate_plan(table, plan)))
+    console.print(tables.estimate_table(estimate_plan(table, plan, update_rounding=update_rounding)))
     _write(json_file, plan.provenance.estimate)
 
 
@@ -320,9 +323,10 @@ def run(
         master=master,
         saved=saved,
         non_finite=_non_finite(loaded, device) if saved else (),
+        update_rounding=update_rounding,
         seed=seed,
     )
-    console.print(tables.estimate_table(estimate_plan(table, plan)))
+    console.print(tables.estimate_table(estimate_plan(table, plan, update_rounding=update_rounding)))
     options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
     baseline = _trained("fp32", loaded, None, table, **options)
     options |= {"promote_every": promote_every, "promote_threshold": promote_threshold, "promoted": _promoted(output)}

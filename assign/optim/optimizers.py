@@ -1,8 +1,9 @@
 """Optimizers whose states a plan stores: torch's own, torchao's or bitsandbytes', behind one function.
 
 ``assign.optimizer(torch.optim.AdamW, model, plan, lr=1e-3)`` is torch's AdamW where the plan stores everything alike,
-and another library's AdamW where it does not. Which library can keep what, :mod:`assign.plan.stored` says; the states,
-in each library's form, :mod:`assign.optim.states` makes. The arithmetic is the library's; none of it is written here.
+and another library's AdamW where it does not. Which library can keep what, :mod:`assign.plan.libraries` says; the
+states, in each library's form, :mod:`assign.optim.states` makes. The arithmetic is the library's; none of it is written
+here.
 
 ==============  ====================================================================================================
 torch           any optimizer, all in the dtype of the parameters; SGD on any native dtypes
@@ -30,13 +31,11 @@ from assign.errors import PlanError, nearest
 from assign.numerics.rounding import torch_dtype
 from assign.optim import updates
 from assign.optim.states import count_changed, make_states, restore, unwrapped, widened
-from assign.optim.updates import UpdateRounding
 from assign.plan.assignment import Assignment
+from assign.plan.libraries import Library, Stored, check_updates, choose_library
 from assign.plan.stored import (
-    Library,
     StateFormat,
-    Stored,
-    choose_library,
+    UpdateRounding,
     gradient_format,
     master_format,
     owner_of,
@@ -216,12 +215,7 @@ def _from_torch(made: Optimizer) -> Optimizer:
 def _from_updates(made: Optimizer, library: Library, rounding: str) -> Optimizer:
     name = optimizer_name(made)
     names: tuple[str, ...]
-    if library is not Library.TORCH or name not in ("SGD", "AdamW"):
-        raise PlanError(
-            f"optimizer: update_rounding={rounding!r} was asked of {type(made).__name__} with states that {library} "
-            "keeps. Allowed: SGD and AdamW, states in the dtype of their masters.\n"
-            "  Leave the states' formats out of the plan, or round updates to nearest."
-        )
+    check_updates(name, library, rounding)
     if name == "SGD":
         _refuse(made, "assign.optim.updates", {"maximize": False, "differentiable": False})
         names = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov")

@@ -1,23 +1,21 @@
-"""What stays between two steps: masters, stored gradients, optimizer states. Keys, formats, bytes, who can keep them.
+"""What stays between two steps: masters, stored gradients, optimizer states. Keys, formats, bytes.
 
 Entries for them are optional. A master without one is fp32; a stored gradient and an optimizer state without one have
 the dtype of their master, as torch makes them. So a plan without such entries keeps parameters, gradients and states in
-float32, whatever it rounds on the way. No torch in here.
+float32, whatever it rounds on the way. Who can keep it, :mod:`assign.plan.libraries` says. No torch in here.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from assign.errors import FormatError, PlanError
+from assign.errors import FormatError, PlanError, nearest
 from assign.plan.formats import FORMATS, ITEM_BYTES, STATE_FORMATS, BlockFormat, Format, parse_format
 from assign.plan.tensors import (
     Role,
-    Schedule,
     TensorInfo,
     TensorTable,
-    grad_key,
     master_key,
     state_key,
     stored_grad_key,
@@ -27,6 +25,18 @@ StateFormat = Format | BlockFormat
 
 NATIVE = ("fp32", "bf16", "fp16")
 """Formats of masters and of stored gradients, for which torch has arithmetic; states may have them too."""
+
+
+COMPENSATION = "compensation"
+"""The state in which Kahan's sum keeps what the weight itself could not take; negative, as in the paper."""
+
+
+class UpdateRounding(StrEnum):
+    """How the sum of a weight and its update gets into the weight's own dtype."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
+    KAHAN = "kahan"
 
 
 class Named(Protocol):
@@ -123,6 +133,31 @@ def has_narrow_masters(entries: Mapping[str, Named]) -> bool:
     return any(owner is not None and owner[1] is Role.MASTER and name != "fp32" for owner, name in owners)
 
 
+def is_narrow(fmt: Format) -> bool:
+    """Whether updates to a master in this format are rounded to 16 bits."""
+    return fmt.name in ("bf16", "fp16")
+
+
+def check_rounding(update_rounding: str, entries: Mapping[str, Named], *, where: str) -> str:
+    """Make sure that there is such a way to round updates, and a 16-bit master whose updates are rounded so.
+
+    Raises:
+        PlanError: ``where`` it was asked for, and what to do.
+    """
+    if update_rounding not in list(UpdateRounding):
+        close = nearest(update_rounding, UpdateRounding)
+        raise PlanError(
+            f"{where}: update_rounding {update_rounding!r} is not known{f', did you mean {close}?' if close else '.'} "
+            f"Choose one of: {', '.join(UpdateRounding)}."
+        )
+    if update_rounding != UpdateRounding.NEAREST and not has_narrow_masters(entries):
+        raise PlanError(
+            f"{where}: update_rounding={update_rounding!r} is for masters in 16 bit, and this training has none.\n"
+            "  Give a plan that stores them so (--master bf16, or --strategy standalone), or leave it out."
+        )
+    return str(update_rounding)
+
+
 def is_stored(row: TensorInfo) -> bool:
     """Whether a row is a parameter, its gradient or a state of the optimizer.
 
@@ -176,8 +211,14 @@ class Resident:
         return sum(self.optimizer_states.values()) + self.others[2]
 
 
-def resident(table: TensorTable, entries: Mapping[str, Named]) -> Resident:
-    """Bytes of masters, stored gradients and optimizer states of a table under some entries."""
+def resident(
+    table: TensorTable, entries: Mapping[str, Named], update_rounding: str = UpdateRounding.NEAREST
+) -> Resident:
+    """Bytes of masters, stored gradients and optimizer states of a table under some entries.
+
+    Args:
+        update_rounding: with ``kahan``, each 16-bit master that is trained has one state more.
+    """
     sizes: dict[Role, dict[str, int]] = {Role.WEIGHT: {}, Role.WEIGHT_GRAD: {}, Role.OPTIM_STATE: {}}
     wide = dict.fromkeys(sizes, 0)
     for row in filter(is_stored, table.tensors):
@@ -191,6 +232,11 @@ def resident(table: TensorTable, entries: Mapping[str, Named]) -> Resident:
             name, fmt = row.key, gradient_format(entries, row.key.removesuffix(".grad"))
         sizes[row.role][name] = bytes_of(fmt, row.elements)
         wide[row.role] += ITEM_BYTES["float32"] * row.elements
+        if row.role is Role.WEIGHT_GRAD and update_rounding == UpdateRounding.KAHAN:
+            key = row.key.removesuffix(".grad")
+            if is_narrow(master_format(entries, key)):
+                rest = bytes_of(master_format(entries, key), row.elements)
+                sizes[Role.OPTIM_STATE][state_key(key, COMPENSATION)] = rest
     s = table.schedule
     others = zip((s.parameter_bytes, s.gradient_bytes, s.optimizer_bytes), wide.values(), strict=True)
     parameters, gradients, states = (max(total - known, 0) for total, known in others)
@@ -200,151 +246,3 @@ def resident(table: TensorTable, entries: Mapping[str, Named]) -> Resident:
         optimizer_states=sizes[Role.OPTIM_STATE],
         others=(parameters, gradients, states),
     )
-
-
-# ---- who can keep it
-
-
-class Library(StrEnum):
-    """Whose optimizer takes the step."""
-
-    TORCH = "torch"
-    TORCHAO = "torchao"
-    BITSANDBYTES = "bitsandbytes"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """One parameter as it is between two steps."""
-
-    key: str
-    elements: int
-    master: Format
-    gradient: Format
-    states: Mapping[str, StateFormat]
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether master, gradient and states share one dtype."""
-        return {self.gradient.name, *(fmt.name for fmt in self.states.values())} <= {self.master.name}
-
-    def __str__(self) -> str:
-        states = "".join(f", {name} {fmt.name}" for name, fmt in self.states.items())
-        return f"{self.key!r} (master {self.master.name}, gradient {self.gradient.name}{states})"
-
-
-def choose_library(optimizer: str, stored: Iterable[Stored], allowed: Collection[Library] = tuple(Library)) -> Library:
-    """The first of ``allowed`` whose ``optimizer`` (the name of a class of ``torch.optim``) can keep everything stored.
-
-    Raises:
-        PlanError: none can; says what each could, or that a state has too few elements for its format.
-    """
-    parameters = list(stored)
-    for each in parameters:
-        _check_sizes(each)
-    refusals: dict[Library, str] = {}
-    for library in allowed:
-        found = ((each, _refusal(library, optimizer, each)) for each in parameters)
-        refused = next(((each, why) for each, why in found if why), None)
-        if refused is None:
-            return library
-        refusals[library] = f"{library} {refused[1]}; asked for: {refused[0]}"
-    raise PlanError(
-        "\n  ".join(
-            [
-                f"no library has an optimizer {optimizer} that keeps what the plan stores:",
-                *refusals.values(),
-                "Store fp32 (leave such entries out of the plan), or use torch.optim.AdamW or torch.optim.SGD.",
-            ]
-        )
-    )
-
-
-def _check_sizes(stored: Stored) -> None:
-    for name, fmt in stored.states.items():
-        if isinstance(fmt, BlockFormat) and not fmt.fits(stored.elements):
-            raise PlanError(
-                f"{state_key(stored.key, name)!r} is assigned {fmt.name}, but has {stored.elements} elements: "
-                f"{fmt.rule}.\n  Choose fp32 or bf16 for it, or leave its entry out."
-            )
-
-
-def _refusal(library: Library, optimizer: str, stored: Stored) -> str:
-    """Why a library cannot keep a parameter so, in words; '' if it can."""
-    formats = {fmt.name for fmt in stored.states.values()}
-    if stored.is_uniform and library is Library.TORCH:
-        return ""
-    match library:
-        case Library.TORCH:
-            if optimizer != "SGD":
-                return "steps on masters, gradients and states of one dtype only (SGD on any native ones)"
-            return "" if formats <= {*NATIVE} else f"keeps SGD's states as {', '.join(NATIVE)}"
-        case Library.TORCHAO:
-            return "" if optimizer in ("Adam", "AdamW") else "has Adam and AdamW only"
-        case Library.BITSANDBYTES:
-            if optimizer not in ("Adam", "AdamW", "SGD"):
-                return "is used for Adam, AdamW and SGD only"
-            same = formats in ({"fp32"}, {"dynamic8"}, set())
-            return "" if same else "keeps all states of a parameter as fp32, or all as dynamic8"
-
-
-_TORCHAO_SCRATCH = {"dynamic8": 4.02, "dynamic4": 13.04, "e4m3:block256": 0.02}
-"""Bytes per element of a state's parameter that its compiled step allocates; measured with torchao 0.18 on CPU."""
-
-_BITSANDBYTES_SCRATCH = {"SGD": 9.02, "Adam": 20.0, "AdamW": 20.0}
-"""The same of bitsandbytes 0.50 on CPU, for fp32 parameters; 16-bit ones are widened, 4 bytes more."""
-
-
-_SGD_SCRATCH = {(False, False): (8, 12), (False, True): (4, 8), (True, False): (8, 12), (True, True): (4, 12)}
-"""Bytes per element of the largest parameter that torch's SGD allocates on mixed dtypes, by whether states, whether
-gradients are in 16 bit: without weight decay and Nesterov's momentum, and with. It widens what it reads. Measured with
-torch 2.13 on CPU."""
-
-
-def optimizer_scratch(schedule: Schedule, stored: Iterable[Stored]) -> int:
-    """Bytes that the optimizer's step allocates for a moment, under a plan.
-
-    Raises:
-        PlanError: no library can keep what is stored.
-    """
-    parameters = list(stored)
-    if all(each.is_uniform for each in parameters):
-        widest = max((item_bytes(each.master) for each in parameters), default=4)
-        return schedule.optimizer_scratch_bytes * widest // ITEM_BYTES["float32"]
-    library = choose_library(schedule.optimizer, parameters)
-    largest = max(each.elements for each in parameters)
-    match library:
-        case Library.TORCHAO:
-            sums = [
-                each.elements * sum(_TORCHAO_SCRATCH.get(fmt.name, 0.0) for fmt in each.states.values())
-                for each in parameters
-            ]
-            return int(max(sums))
-        case Library.BITSANDBYTES:
-            wide = all({each.master.name, each.gradient.name} == {"fp32"} for each in parameters)
-            return int(largest * (_BITSANDBYTES_SCRATCH[schedule.optimizer] + (0 if wide else 4)))
-        case Library.TORCH:
-            states = any(fmt.name != "fp32" for each in parameters for fmt in each.states.values())
-            gradients = any(each.gradient.name != "fp32" for each in parameters)
-            temporaries = min(schedule.optimizer_scratch_bytes // (4 * largest), 1)
-            return largest * _SGD_SCRATCH[states, gradients][temporaries]
-
-
-def stored_in(table: TensorTable, entries: Mapping[str, Named]) -> list[Stored]:
-    """Every parameter of a table that is trained."""
-    states: dict[str, dict[str, StateFormat]] = {}
-    for row in table.tensors:
-        if row.role is Role.OPTIM_STATE:
-            key, _, state = row.key.rpartition(".optim.")
-            states.setdefault(key, {})[state] = state_format(entries, key, state)
-    return [
-        Stored(
-            key=row.key,
-            elements=row.elements,
-            master=master_format(entries, row.key),
-            gradient=gradient_format(entries, row.key),
-            states=states.get(row.key, {}),
-        )
-        for row in table.tensors
-        if row.role is Role.WEIGHT and is_stored(row) and grad_key(row.key) in table.by_key
-    ]

@@ -21,17 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from assign import several
-from assign.errors import DivergedError, PlanError, TaskError
+from assign.errors import DivergedError, TaskError
 from assign.executor.apply import apply, planned_step
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import THRESHOLD, Promoted, Promotion
 from assign.optim.optimizers import follow
-from assign.optim.updates import UpdateRounding
 from assign.plan.assignment import Assignment
 from assign.plan.formats import parse_format
-from assign.plan.memory import Replay
+from assign.plan.memory import peak_bytes
 from assign.plan.recipes import get_recipe
-from assign.plan.stored import has_narrow_masters, is_narrowed, master_format
+from assign.plan.stored import UpdateRounding, check_rounding, is_narrowed, master_format
 from assign.plan.tensors import TensorTable
 from assign.tasks.batch import Batch, count_bytes, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
@@ -246,7 +245,7 @@ class _Run:
         update_rounding: str,
         weights: Path | None,
     ) -> None:
-        self.update_rounding = _checked(update_rounding, plan)
+        self.update_rounding = check_rounding(update_rounding, plan.entries if plan else {}, where="train")
         self.task, self.plan, self.promotion, self.seed, self.epochs = task, plan, promotion, seed, epochs
         self.device = check_device(device)
         self.on_step: Callable[[Progress], None] | None = None
@@ -443,7 +442,9 @@ class _Run:
             epochs=tuple(h.epochs),
             promotions=self.promotion.promoted if self.promotion else (),
             measured_peak_bytes=h.peak_bytes,
-            predicted_peak_bytes=Replay(table, plan.entries if plan else {}).peak_bytes if table else None,
+            predicted_peak_bytes=peak_bytes(table, plan.entries if plan else {}, self.update_rounding)
+            if table
+            else None,
             step_seconds=statistics.median(h.seconds) if h.seconds else None,
             diverged=bool(message),
             steps=h.steps,
@@ -453,6 +454,9 @@ class _Run:
             plan=plan,
             model=self.model,
         )
+
+    def _predicted(self, table: TensorTable, plan: Assignment | None) -> int:
+        return peak_bytes(table, plan.entries if plan else {}, self.update_rounding)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -513,25 +517,6 @@ class _Run:
             torch.set_rng_state(cpu.cpu())
         if cuda is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(cuda.cpu(), self.device)
-
-
-def _checked(update_rounding: str, plan: Assignment | None) -> str:
-    """How updates are rounded.
-
-    Raises:
-        PlanError: there is no such way, or no 16-bit master whose updates would be rounded so.
-    """
-    if update_rounding not in list(UpdateRounding):
-        raise PlanError(
-            f"train: update_rounding {update_rounding!r} is not known. Choose one of: {', '.join(UpdateRounding)}."
-        )
-    masters = plan is not None and has_narrow_masters(plan.entries)
-    if update_rounding != UpdateRounding.NEAREST and not masters:
-        raise PlanError(
-            f"train: update_rounding={update_rounding!r} is for masters in 16 bit, and this training has none.\n"
-            "  Give a plan that stores them so (--master bf16, or --strategy standalone), or leave it out."
-        )
-    return str(update_rounding)
 
 
 def _seed(seed: int, epoch: int | None = None) -> None:
