@@ -217,6 +217,13 @@ def inductor_backend(
     return cast(GraphBackend, functools.partial(compile_fx, config_patches=patches))
 
 
+def changed_inputs() -> tuple[int, ...]:
+    """Positions of the inputs that a graph changes in place; asked for when AOT autograd has just taken it."""
+    context = TracingContext.try_get()
+    found: Any = context.fw_metadata if context else None
+    return () if found is None else tuple(found.mutated_inp_runtime_indices)
+
+
 def trace_inline(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
     """Graph of ``function`` on values without data, in Inductor's own set of operators."""
     from torch._inductor.decomposition import select_decomp_table

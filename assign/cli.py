@@ -359,7 +359,7 @@ def show(
         _write(json_file, json.loads(chosen.to_json()))
         return
     table = _traced(_task(lowered, 0, batch_size, device, data, None), device)
-    chosen.check_covers([info.key for info in table.paper_tensors], where=str(plan))
+    chosen.check_covers([info.key for info in table.paper_tensors], where=str(plan), buffers=table.buffers)
     operators = Lowered(table, chosen.entries).operators(fp8=_torch.multiplies_fp8(check_device(device)))
     console.print(tables.lowered_table(operators))
     _write(json_file, [dataclasses.asdict(each) for each in operators])

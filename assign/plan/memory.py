@@ -24,6 +24,7 @@ from assign.plan.lowered import Lowered
 from assign.plan.recipes import Recipe, get_recipe, initial
 from assign.plan.stored import (
     UpdateRounding,
+    buffers,
     check_rounding,
     gradient_format,
     master_format,
@@ -119,7 +120,7 @@ def estimate(table: TensorTable, plan: Assignment, *, update_rounding: str = Upd
         PlanError: the plan does not name a tensor of the table; or its updates cannot be rounded so.
         FormatError: there is no recipe of the plan's name.
     """
-    plan.check_covers([info.key for info in table.paper_tensors], where="estimate")
+    plan.check_covers([info.key for info in table.paper_tensors], where="estimate", buffers=table.buffers)
     check_rounding(update_rounding, plan.entries, where="estimate")
     replay = Replay(table, plan.entries, update_rounding)
     return Estimate(
@@ -182,11 +183,14 @@ class Replay:
         self._narrowed = self._lowered.narrowed
         self._update_rounding = update_rounding
         self._resident = resident(table, entries, update_rounding)
+        self._buffer_bytes, widened = buffers(table, entries)
         self._apart = self._find_apart()
         self._reads = self._index_reads()
         self._alias = self._find_aliases()
         for number, event in enumerate(self.schedule.events):
             self._replay_event(number, event)
+        forward = sum(not event.backward for event in self.schedule.events)
+        self._add(0, _behind(forward - 1), widened, "buffers in float32", "scratch")
 
     def _find_apart(self) -> frozenset[str]:
         """Operators that compute in several steps, in float32 between them whatever they are asked for."""
@@ -379,7 +383,7 @@ class Replay:
     def resident_bytes(self) -> int:
         """Masters, buffers, batch and optimizer states: alive all the time."""
         s, stored = self.schedule, self._resident
-        return stored.parameters + s.buffer_bytes + s.batch_bytes + stored.states
+        return stored.parameters + self._buffer_bytes + s.batch_bytes + stored.states
 
     @cached_property
     def optimizer_scratch_bytes(self) -> int:
@@ -429,7 +433,7 @@ class Replay:
         s, stored = self.schedule, self._resident
         found = [(name, "parameters", size) for name, size in stored.masters.items()]
         found += [(name, "optimizer states", size) for name, size in stored.optimizer_states.items()]
-        found += [("buffers", "buffers", s.buffer_bytes), ("batch", "batch", s.batch_bytes)]
+        found += [("buffers", "buffers", self._buffer_bytes), ("batch", "batch", s.batch_bytes)]
         found += [("unused", "parameters", stored.others[0]), ("unused", "optimizer states", stored.others[2])]
         if self._peak_slot is None:
             found += [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]

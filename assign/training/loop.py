@@ -401,8 +401,9 @@ class _Run:
         return float(loss.detach())
 
     def _in_float32(self) -> nn.Module:
-        """The model, or a copy of it where its parameters are in 16 bit."""
-        is_wide = all(p.dtype == torch.float32 for p in self.model.parameters() if p.is_floating_point())
+        """The model, or a copy of it where what it keeps is in 16 bit."""
+        kept = (*self.model.parameters(), *self.model.buffers())
+        is_wide = all(tensor.dtype == torch.float32 for tensor in kept if tensor.is_floating_point())
         return self.model if is_wide else copy.deepcopy(self.model).float()
 
     def _evaluate(self, model: nn.Module) -> Metrics:
