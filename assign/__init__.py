@@ -22,7 +22,8 @@ them is pure Python and never imports torch.
                       before gave; ``registry``: a function made an operator
 ``executor``          mark → pack → compile → apply: a plan made to run
 ``optim``             ``optimizers`` whose states follow a plan, from three libraries; ``states``: each one's form of
-                      them; ``updates``: SGD and AdamW for weights of 16 bits; ``monitor``: updates that rounding lost
+                      them; ``updates``: SGD and AdamW for weights of 16 bits; ``gradients`` that wait in 8;
+                      ``monitor``: updates that rounding lost
 ``several``           several processes: DDP and FSDP2 around a planned model
 ``tasks``             what is trained: built-in, from a user's file
 ``training``          ``loop``: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file;

@@ -70,7 +70,10 @@ OptimizerStates = Annotated[
     str | None,
     typer.Option(help="Store optimizer states as bf16, fp16, dynamic8, dynamic4 or e4m3:block256; fp32 if left out."),
 ]
-Gradients = Annotated[str | None, typer.Option(help="Store gradients as bf16 or fp16; as their masters if left out.")]
+Gradients = Annotated[
+    str | None,
+    typer.Option(help="Store gradients as bf16, fp16, e5m2:pow2 or e4m3:pow2; as their masters if left out."),
+]
 Master = Annotated[str | None, typer.Option(help="Store the parameters themselves as bf16 or fp16; fp32 if left out.")]
 Saved = Annotated[
     str | None,

@@ -56,7 +56,7 @@ def search(
         optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states count; None counts none.
         master: format of the parameters themselves, ``bf16`` or ``fp16``; None leaves them in fp32, or as the strategy
             says.
-        gradients: format in which gradients wait for the optimizer; None: that of their masters.
+        gradients: format in which gradients wait for the optimizer, e.g. ``e5m2:pow2``; None: that of their masters.
         optimizer_states: e.g. ``bf16`` or ``dynamic8``; None: that of their masters.
         saved: format of the copies that wait for the backward pass, e.g. ``int4:block64``, where it takes fewer bytes
             than the activation's own, and where the activation is all finite on this batch; None: all have their own.

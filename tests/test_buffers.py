@@ -82,11 +82,10 @@ def test_standalone_plans_store_them(name):
     assert buffers(table, {}) == (5 * 4 * 4 + 8, 0)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_a_step_computes_them_in_float32_and_rounds_them_once(backend):
+def test_a_step_computes_them_in_float32_and_rounds_them_once():
     model, table, plan = made()
-    twin, step = copy.deepcopy(model), planned_step(model, class_loss, plan, backend=backend)
-    wide = planned_step(twin, class_loss, everything(table, "fp32"), backend=backend)
+    twin, step = copy.deepcopy(model), planned_step(model, class_loss, plan, backend="eager")
+    wide = planned_step(twin, class_loss, everything(table, "fp32"), backend="eager")
     for _ in range(3):
         assert torch.equal(step(BATCH), wide(BATCH))
         for name, buffer in twin.named_buffers():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from assign import _torch, several
 from assign.errors import PlanError, nearest
 from assign.executor.compile import Backend, make_backend
-from assign.executor.mark import mark, tap_of
+from assign.executor.mark import mark, taps_of
 from assign.executor.parameters import check_storable, store_parameters
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
@@ -171,14 +171,15 @@ def _compile(
             _check_covers(walked, capture, plan, whole_step)
         taps = mark(capture, walked, plan, promotion, delayed)
 
-        def taps_of(inputs: Sequence[Any]) -> list[Tensor]:
-            return [tap_of(inputs[tap.position], tap.dtype) for tap in taps]
+        def all_taps(inputs: Sequence[Any]) -> list[Tensor]:
+            return [each for tap in taps for each in taps_of(inputs[tap.position], tap)]
 
-        examples = [tap.detach().requires_grad_() for tap in taps_of(capture.inputs)]
+        examples = [tap.detach().requires_grad_() for tap in all_taps(capture.inputs)]
         run = make_backend(plan, backend)(capture.graph, [*capture.inputs, *examples])
         for tap in taps:  # Dynamo counts the inputs of its graph once more
-            _torch.drop_input(capture.graph, tap.node)
-        return (lambda *inputs: run(*inputs, *taps_of(inputs))) if taps else run
+            for node in tap.nodes:
+                _torch.drop_input(capture.graph, node)
+        return (lambda *inputs: run(*inputs, *all_taps(inputs))) if taps else run
 
     narrow = narrow_buffers(plan.entries)
     compiled = several.around(compile_step(_plain(model, type(model)), loss, receive, buffers=narrow), plan)

@@ -10,7 +10,7 @@ from assign.errors import PlanError, nearest
 from assign.numerics.rounding import torch_dtype
 from assign.optim.states import count_changed
 from assign.plan.assignment import Assignment
-from assign.plan.stored import buffer_format, buffer_of, gradient_format, master_format
+from assign.plan.stored import buffer_format, buffer_of, gradient_format, master_format, stored_dtype
 from assign.tracing.capture import check_parameters
 
 
@@ -43,7 +43,7 @@ def store_parameters(model: nn.Module, plan: Assignment) -> None:
     if any(narrower) or any(buffer.dtype != dtype for buffer, dtype in buffers):
         model.register_load_state_dict_pre_hook(_refuse_loss)  # type: ignore[no-untyped-call]  # torch gives no types
     for name, parameter in named.items():
-        _store(parameter, masters[name], torch_dtype(gradient_format(plan.entries, name).carrier))
+        _store(parameter, masters[name], torch_dtype(stored_dtype(gradient_format(plan.entries, name))))
     for buffer, dtype in buffers:
         buffer.data = buffer.data.to(dtype)
 

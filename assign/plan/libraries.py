@@ -1,6 +1,6 @@
 """Whose optimizer can keep what a plan stores, and what its step allocates for a moment. No torch in here."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -40,9 +40,14 @@ class Stored:
     states: Mapping[str, StateFormat]
 
     @property
+    def read_gradient(self) -> Format:
+        """Format in which the optimizer reads the gradient: one with a scale is widened to its master's for it."""
+        return self.master if self.gradient.scaled else self.gradient
+
+    @property
     def is_uniform(self) -> bool:
-        """Whether master, gradient and states share one dtype."""
-        return {self.gradient.name, *(fmt.name for fmt in self.states.values())} <= {self.master.name}
+        """Whether master, gradient and states share one dtype when the optimizer steps."""
+        return {self.read_gradient.name, *(fmt.name for fmt in self.states.values())} <= {self.master.name}
 
     def __str__(self) -> str:
         states = "".join(f", {name} {fmt.name}" for name, fmt in self.states.items())
@@ -149,6 +154,12 @@ def optimizer_scratch(
         PlanError: no library can keep what is stored, or none rounds updates so.
     """
     parameters = list(stored)
+    widened = [each.elements * item_bytes(each.master) for each in parameters if each.gradient.scaled]
+    return max(widened, default=0) + _step_scratch(schedule, parameters, update_rounding)
+
+
+def _step_scratch(schedule: Schedule, parameters: Sequence[Stored], update_rounding: str) -> int:
+    """The same without the gradient that is widened for its parameter's step."""
     if update_rounding != UpdateRounding.NEAREST:
         check_updates(schedule.optimizer, choose_library(schedule.optimizer, parameters), update_rounding)
         narrow, wide = _OWN_SCRATCH[schedule.optimizer]
@@ -167,11 +178,11 @@ def optimizer_scratch(
             ]
             return int(max(sums))
         case Library.BITSANDBYTES:
-            wide = all({each.master.name, each.gradient.name} == {"fp32"} for each in parameters)
+            wide = all({each.master.name, each.read_gradient.name} == {"fp32"} for each in parameters)
             return int(largest * (_BITSANDBYTES_SCRATCH[schedule.optimizer] + (0 if wide else 4)))
         case Library.TORCH:
             states = any(fmt.name != "fp32" for each in parameters for fmt in each.states.values())
-            gradients = any(each.gradient.name != "fp32" for each in parameters)
+            gradients = any(each.read_gradient.name != "fp32" for each in parameters)
             temporaries = min(schedule.optimizer_scratch_bytes // (4 * largest), 1)
             return largest * _SGD_SCRATCH[states, gradients][temporaries]
 

@@ -29,6 +29,7 @@ from assign.plan.stored import (
     gradient_format,
     master_format,
     resident,
+    stored_dtype,
     waiting_bytes,
 )
 from assign.plan.tensors import MARK, Buffer, Event, Role, TensorTable, base_key, saved_key
@@ -235,7 +236,7 @@ class Replay:
     def _kept(self, key: str) -> str:
         """Dtype in which the gradient of ``key`` leaves its mark."""
         if self._is_weight(key):
-            return gradient_format(self.entries, key).carrier
+            return stored_dtype(gradient_format(self.entries, key))
         return self._lowered.compute(key)
 
     def _readers(self, buffer: int) -> list[int]:

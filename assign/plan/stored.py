@@ -31,7 +31,10 @@ from assign.plan.tensors import (
 StateFormat = Format | BlockFormat
 
 NATIVE = ("fp32", "bf16", "fp16")
-"""Formats of masters and of stored gradients, for which torch has arithmetic; states may have them too."""
+"""Formats for which torch has arithmetic: of masters and buffers; stored gradients and states may have them too."""
+
+GRADIENTS = (*NATIVE, "e5m2:pow2", "e4m3:pow2")
+"""Formats of stored gradients. In 8 bits they need their scale: without it e5m2 ends at 2^-16, and most are smaller."""
 
 
 COMPENSATION = "compensation"
@@ -90,7 +93,7 @@ def parse_stored(name: str, role: Role) -> StateFormat:
     wanted = "".join(name.split()).lower()
     if role is Role.OPTIM_STATE and wanted in STATE_FORMATS:
         return STATE_FORMATS[wanted]
-    if wanted in NATIVE:
+    if wanted in NATIVE or (role is Role.WEIGHT_GRAD and wanted in GRADIENTS):
         return FORMATS[wanted]
     what, why, allowed = _WORDS[role]
     if wanted not in STATE_FORMATS:
@@ -104,7 +107,11 @@ _WORDS: Mapping[Role, tuple[str, str, tuple[str, ...]]] = {
         "training adds its updates to it, and in 8 bits or less almost every update is below half a step and lost",
         NATIVE,
     ),
-    Role.WEIGHT_GRAD: ("a stored gradient", "the optimizer reads it as torch made it, in a dtype it can add", NATIVE),
+    Role.WEIGHT_GRAD: (
+        "a stored gradient",
+        "it has a dtype of torch's, and in 8 bits a scale too, or small gradients would be zero",
+        GRADIENTS,
+    ),
     Role.BUFFER: ("a buffer", "a step adds to it, in a dtype that torch has arithmetic for", NATIVE),
     Role.OPTIM_STATE: ("an optimizer state", "no library keeps states in it", (*NATIVE, *STATE_FORMATS)),
 }
@@ -120,6 +127,17 @@ def gradient_format(entries: Mapping[str, Named], key: str) -> Format:
     """Of the gradient of weight ``key`` as it waits for the optimizer."""
     entry = entries.get(stored_grad_key(key))
     return parse_format(entry.format) if entry else master_format(entries, key)
+
+
+def stored_dtype(fmt: Format) -> str:
+    """Torch dtype of a stored master, gradient or buffer."""
+    return fmt.native if fmt.scaled and fmt.native else fmt.carrier
+
+
+def has_scaled_gradients(entries: Mapping[str, Named]) -> bool:
+    """Whether any gradient waits for the optimizer in 8 bits, with a scale."""
+    owners = ((owner_of(key, entries), entry.format) for key, entry in entries.items() if entry.format not in NATIVE)
+    return any(owner is not None and owner[1] is Role.WEIGHT_GRAD for owner, _ in owners)
 
 
 def state_format(entries: Mapping[str, Named], key: str, state: str) -> StateFormat:
@@ -266,7 +284,7 @@ def resident(
             name, fmt = master_key(row.key), master_format(entries, row.key)
         else:
             name, fmt = row.key, gradient_format(entries, row.key.removesuffix(".grad"))
-        sizes[row.role][name] = bytes_of(fmt, row.elements)
+        sizes[row.role][name] = waiting_bytes(fmt, row.elements)
         wide[row.role] += ITEM_BYTES["float32"] * row.elements
         if row.role is Role.WEIGHT_GRAD and update_rounding == UpdateRounding.KAHAN:
             key = row.key.removesuffix(".grad")

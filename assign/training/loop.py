@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from assign import several
-from assign.errors import DivergedError, TaskError
+from assign.errors import DivergedError, PlanError, TaskError
 from assign.executor.apply import apply, planned_step
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import THRESHOLD, Promoted, Promotion
@@ -30,7 +30,7 @@ from assign.plan.assignment import Assignment
 from assign.plan.formats import parse_format
 from assign.plan.memory import peak_bytes
 from assign.plan.recipes import get_recipe
-from assign.plan.stored import UpdateRounding, check_rounding, is_narrowed, master_format
+from assign.plan.stored import UpdateRounding, check_rounding, has_scaled_gradients, is_narrowed, master_format
 from assign.plan.tensors import TensorTable
 from assign.tasks.batch import Batch, count_bytes, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
@@ -265,6 +265,7 @@ class _Run:
             self.loss = planned_step(self.model, task.loss, plan, **shared)
             self.planned = apply(self.model, plan, **shared)
             if needs_loss_scaling(plan):
+                _check_divisible(plan)
                 self.scaler = torch.amp.GradScaler(
                     self.device.type, init_scale=INITIAL_SCALE, growth_interval=self.length or 2000
                 )
@@ -518,6 +519,21 @@ class _Run:
             torch.set_rng_state(cpu.cpu())
         if cuda is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(cuda.cpu(), self.device)
+
+
+def _check_divisible(plan: Assignment) -> None:
+    """Make sure that a loss scale can be divided out of the gradients.
+
+    Raises:
+        PlanError: they wait in 8 bits, with a scale of their own.
+    """
+    if has_scaled_gradients(plan.entries):
+        raise PlanError(
+            f"train: the plan stores gradients in 8 bits with a scale of their own, and its recipe {plan.recipe!r} "
+            "needs a loss scale, which nothing can divide out of them.\n"
+            "  Allowed: gradients in fp32 or bf16, or a recipe without loss scaling: native, bf16.\n"
+            "  Search again with one of these."
+        )
 
 
 def _seed(seed: int, epoch: int | None = None) -> None:
