@@ -173,8 +173,10 @@ def test_a_second_backward_pass_is_refused():
 
 
 def test_a_gradient_that_no_plan_made_is_refused():
-    model, _, _, plan = made()
+    model, step, _, plan = made()
     optimizer = follow(sgd(model.parameters()), model, plan)
+    trained(step, optimizer, 1)  # its scales are not those of what follows
+    optimizer.zero_grad()
     class_loss(model, BATCH).backward()
     with pytest.raises(PlanError, match="has no scale: no planned model made it"):
         optimizer.step()

@@ -48,7 +48,8 @@ def widened(parameter: Tensor, fmt: Format) -> Iterator[None]:
     if scale is None:
         raise PlanError(
             f"optimizer: the gradient of a parameter of shape {list(parameter.shape)} is {codes.dtype} and has no "
-            "scale: no planned model made it.\n  Allowed: gradients from the model that assign.apply returned.\n"
+            "scale: no planned model made it since the last step.\n"
+            "  Allowed: gradients from the model that assign.apply returned, one step with each.\n"
             "  Call that model, or assign.planned_step, for the loss."
         )
     wide = torch.ops.assign.decode(codes.view(torch.uint8), scale, fmt.name, parameter.dtype)
@@ -58,6 +59,11 @@ def widened(parameter: Tensor, fmt: Format) -> Iterator[None]:
         yield
     finally:
         _set_gradient(parameter, codes)
+
+
+def forget_scale(parameter: Tensor) -> None:
+    """The gradient has been used: what a model without a plan leaves in its place must not be read with its scale."""
+    _SCALES.pop(parameter, None)
 
 
 def _set_gradient(parameter: Tensor, gradient: Tensor) -> None:

@@ -31,6 +31,7 @@ from assign import several
 from assign.errors import PlanError, nearest
 from assign.numerics.rounding import torch_dtype
 from assign.optim import updates
+from assign.optim.gradients import forget_scale
 from assign.optim.gradients import widened as widened_gradient
 from assign.optim.states import count_changed, make_states, restore, unwrapped, widened
 from assign.plan.assignment import Assignment
@@ -405,6 +406,7 @@ def _stepping_one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
                     self.param_groups = [{**group, "params": [parameter]}]
                     with widened_gradient(parameter, fmt) if fmt.scaled else contextlib.nullcontext():
                         step(self)
+                    forget_scale(parameter)
         finally:
             self.param_groups = groups
         return loss
