@@ -12,8 +12,8 @@ them is pure Python and never imports torch.
 ``plan``              pure Python. ``tensors``: TensorTable, the first waist: rows by key, groups, the schedule of the
                       step; ``formats`` as rows of data; ``recipes``: candidates per role; ``groups``: shared
                       decisions; ``lowering``, ``lowered``: in which dtype an operator computes; ``memory``:
-                      (table, assignment) → peak and timeline; ``stored``: what stays between steps, and who can keep
-                      it; ``assignment``: **Assignment**, the second waist, ``plan.json``
+                      (table, assignment) → peak and timeline; ``stored``: what stays between steps; ``libraries``:
+                      who can keep it; ``assignment``: **Assignment**, the second waist, ``plan.json``
 ``strategies``        searches: (table, recipe, goal) → entries; ``planning``: trace, strategy, provenance in one call
 ``numerics``          ``rounding``: quantize, encode, decode as registered torch operators; ``kernels``: their
                       arithmetic; ``launch``: how it is run, compiled or not; ``words``: narrow elements, several to
@@ -22,7 +22,8 @@ them is pure Python and never imports torch.
                       before gave; ``registry``: a function made an operator
 ``executor``          mark → pack → compile → apply: a plan made to run; ``rehearsal``: a compiled step's bytes, before
 ``optim``             ``optimizers`` whose states follow a plan, from three libraries; ``states``: each one's form of
-                      them; ``updates``: SGD and AdamW for weights of 16 bits; ``monitor``: updates that rounding lost
+                      them; ``updates``: SGD and AdamW for weights of 16 bits; ``gradients`` that wait in 8;
+                      ``monitor``: updates that rounding lost
 ``several``           several processes: DDP and FSDP2 around a planned model
 ``tasks``             what is trained: built-in, from a user's file
 ``training``          ``loop``: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file;

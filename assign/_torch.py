@@ -303,6 +303,13 @@ def _reinterpret(tensor: torch.Tensor, size: Any, stride: Any, offset: int) -> t
     return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
+def changed_inputs() -> tuple[int, ...]:
+    """Positions of the inputs that a graph changes in place; asked for when AOT autograd has just taken it."""
+    context = TracingContext.try_get()
+    found: Any = context.fw_metadata if context else None
+    return () if found is None else tuple(found.mutated_inp_runtime_indices)
+
+
 def trace_inline(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
     """Graph of ``function`` on values without data, in Inductor's own set of operators."""
     from torch._inductor.decomposition import select_decomp_table

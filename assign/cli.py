@@ -18,11 +18,11 @@ from assign.errors import AssignError
 from assign.executor.compile import Backend
 from assign.executor.rehearsal import Rehearsal, rehearse
 from assign.numerics.promotion import THRESHOLD
-from assign.optim.updates import UpdateRounding
 from assign.plan.assignment import Assignment
 from assign.plan.formats import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
 from assign.plan.lowered import Lowered
 from assign.plan.memory import estimate as estimate_plan
+from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table, summary
 from assign.report import audits, pictures, tables
@@ -71,7 +71,10 @@ OptimizerStates = Annotated[
     str | None,
     typer.Option(help="Store optimizer states as bf16, fp16, dynamic8, dynamic4 or e4m3:block256; fp32 if left out."),
 ]
-Gradients = Annotated[str | None, typer.Option(help="Store gradients as bf16 or fp16; as their masters if left out.")]
+Gradients = Annotated[
+    str | None,
+    typer.Option(help="Store gradients as bf16, fp16, e5m2:pow2 or e4m3:pow2; as their masters if left out."),
+]
 Master = Annotated[str | None, typer.Option(help="Store the parameters themselves as bf16 or fp16; fp32 if left out.")]
 Saved = Annotated[
     str | None,
@@ -182,6 +185,7 @@ def estimate(
     task: TaskName,
     plan: PlanFile = None,
     backend: BackendName = Backend.EAGER,
+    update_rounding: Rounding = UpdateRounding.NEAREST,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -192,8 +196,8 @@ def estimate(
     loaded = _task(task, seed, batch_size, device, data, None)
     table = _traced(loaded, device)
     chosen = Assignment.load(plan) if plan else search_table(table, strategy="uniform", format_name="fp32")
-    costs = estimate_plan(table, chosen)
-    compiled = _rehearsed(loaded, device, chosen, table) if backend is Backend.INDUCTOR else None
+    costs = estimate_plan(table, chosen, update_rounding=update_rounding)
+    compiled = _rehearsed(loaded, device, chosen, table, update_rounding) if backend is Backend.INDUCTOR else None
     console.print(tables.estimate_table(costs, compiled))
     more = {"compiled": dataclasses.asdict(compiled)} if compiled else {}
     _write(json_file, {**summary(costs, 0.0), **costs.to_json(), **more})
@@ -212,6 +216,7 @@ def search(
     gradients: Gradients = None,
     master: Master = None,
     saved: Saved = None,
+    update_rounding: Rounding = UpdateRounding.NEAREST,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -234,9 +239,10 @@ def search(
         master=master,
         saved=saved,
         non_finite=_non_finite(loaded, device) if saved else (),
+        update_rounding=update_rounding,
         seed=seed,
     )
-    console.print(tables.estimate_table(estimate_plan(table, plan)))
+    console.print(tables.estimate_table(estimate_plan(table, plan, update_rounding=update_rounding)))
     _write(json_file, plan.provenance.estimate)
 
 
@@ -325,9 +331,10 @@ def run(
         master=master,
         saved=saved,
         non_finite=_non_finite(loaded, device) if saved else (),
+        update_rounding=update_rounding,
         seed=seed,
     )
-    console.print(tables.estimate_table(estimate_plan(table, plan)))
+    console.print(tables.estimate_table(estimate_plan(table, plan, update_rounding=update_rounding)))
     options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
     baseline = _trained("fp32", loaded, None, table, **options)
     options |= {"promote_every": promote_every, "promote_threshold": promote_threshold, "promoted": _promoted(output)}
@@ -360,7 +367,7 @@ def show(
         _write(json_file, json.loads(chosen.to_json()))
         return
     table = _traced(_task(lowered, 0, batch_size, device, data, None), device)
-    chosen.check_covers([info.key for info in table.paper_tensors], where=str(plan))
+    chosen.check_covers([info.key for info in table.paper_tensors], where=str(plan), buffers=table.buffers)
     operators = Lowered(table, chosen.entries).operators(fp8=_torch.multiplies_fp8(check_device(device)))
     console.print(tables.lowered_table(operators))
     _write(json_file, [dataclasses.asdict(each) for each in operators])
@@ -498,10 +505,11 @@ def _traced(task: Task, device: str) -> TensorTable:
         return trace_step(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer)
 
 
-def _rehearsed(task: Task, device: str, plan: Assignment, table: TensorTable) -> Rehearsal:
+def _rehearsed(task: Task, device: str, plan: Assignment, table: TensorTable, update_rounding: str) -> Rehearsal:
     where = check_device(device)
+    model, batch = task.make_model().to(where), move(task.first_batch(), where)
     with console.status("asking Inductor for its program"):
-        return rehearse(task.make_model().to(where), move(task.first_batch(), where), task.loss, plan, table)
+        return rehearse(model, batch, task.loss, plan, table, update_rounding=update_rounding)
 
 
 def _non_finite(task: Task, device: str) -> frozenset[str]:

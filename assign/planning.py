@@ -14,6 +14,7 @@ from assign.errors import BudgetError, PlanError
 from assign.plan.assignment import Assignment, Entry, Provenance
 from assign.plan.memory import Estimate, estimate, peak_bytes
 from assign.plan.recipes import get_recipe, save, store
+from assign.plan.stored import UpdateRounding, check_rounding
 from assign.plan.tensors import TensorTable, is_saved_key
 from assign.strategies import BASELINES, get_strategy
 from assign.strategies.baselines import uniform_in
@@ -38,6 +39,7 @@ def search(
     gradients: str | None = None,
     optimizer_states: str | None = None,
     saved: str | None = None,
+    update_rounding: str = UpdateRounding.NEAREST,
     seed: int = 0,
 ) -> Assignment:
     """A plan for one training step of ``loss(model, batch)``.
@@ -54,10 +56,11 @@ def search(
         optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states count; None counts none.
         master: format of the parameters themselves, ``bf16`` or ``fp16``; None leaves them in fp32, or as the strategy
             says.
-        gradients: format in which gradients wait for the optimizer; None: that of their masters.
+        gradients: format in which gradients wait for the optimizer, e.g. ``e5m2:pow2``; None: that of their masters.
         optimizer_states: e.g. ``bf16`` or ``dynamic8``; None: that of their masters.
         saved: format of the copies that wait for the backward pass, e.g. ``int4:block64``, where it takes fewer bytes
             than the activation's own, and where the activation is all finite on this batch; None: all have their own.
+        update_rounding: of 16-bit masters, as in :func:`assign.optimizer`: ``kahan`` keeps something more.
         seed: for strategies that draw.
     Raises:
         BudgetError: no goal, one that makes no sense, or a budget below the floor (says the floor).
@@ -75,6 +78,7 @@ def search(
         optimizer_states=optimizer_states,
         saved=saved,
         non_finite=find_non_finite(model, batch, loss) if saved is not None else frozenset(),
+        update_rounding=update_rounding,
         seed=seed,
         command="assign.search",
     )
@@ -93,6 +97,7 @@ def search_table(
     optimizer_states: str | None = None,
     saved: str | None = None,
     non_finite: Collection[str] = frozenset(),
+    update_rounding: str = UpdateRounding.NEAREST,
     seed: int = 0,
     command: str = "",
 ) -> Assignment:
@@ -126,12 +131,13 @@ def search_table(
         entries = get_strategy(strategy)(
             table,
             recipe=rules,
-            peak_bytes=lambda candidate: peak_bytes(table, whole(candidate)),
+            peak_bytes=lambda candidate: peak_bytes(table, whole(candidate), update_rounding),
             low_ratio=low_ratio,
             budget_bytes=None if budget is None else parse_budget(budget, peak_bytes(table, {})),
             seed=seed,
         )
     plan = Assignment(entries=whole(entries), recipe=rules.name, fingerprint=table.fingerprint)
+    check_rounding(update_rounding, plan.entries, where="search")
     if saved is not None and not any(map(is_saved_key, plan.entries)):
         raise PlanError(
             f"search: what waits for the backward pass is asked for in {saved!r}, but nothing that waits takes fewer "
@@ -139,7 +145,7 @@ def search_table(
             "  Allowed: a format narrower than those that tensors are computed in.\n"
             "  Choose int4:block64, or leave it out."
         )
-    costs = summary(estimate(table, plan), time.perf_counter() - start)
+    costs = summary(estimate(table, plan, update_rounding=update_rounding), time.perf_counter() - start)
     return plan.with_provenance(
         Provenance(
             command=command,

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from assign import _torch
 from assign.errors import PlanError
 from assign.plan.assignment import Assignment
-from assign.plan.stored import gradient_format, master_format, owner_of
+from assign.plan.stored import gradient_format, has_scaled_gradients, master_format, owner_of, stored_dtype
 from assign.plan.tensors import Role
 
 _WRAPPED = "DistributedDataParallel(assign.apply(model, plan))"
@@ -169,6 +169,12 @@ def around(compiled: Callable[..., Any], plan: Assignment) -> Callable[..., Any]
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not is_several():
             return compiled(*args, **kwargs)
+        if has_scaled_gradients(plan.entries) and torch.is_grad_enabled():
+            raise PlanError(
+                f"several processes: the plan stores the gradient of {narrow!r} in 8 bits with a scale of its own, and "
+                "no process can add another's to it.\n  Allowed: gradients in fp32, bf16 or fp16; or one process.\n"
+                "  Search a plan with --gradients bf16."
+            )
         if narrow is not None and torch.is_grad_enabled() and _torch.is_reduced_in_buckets():
             raise PlanError(
                 f"DistributedDataParallel: the plan stores the gradient of {narrow!r} as "
@@ -232,7 +238,7 @@ def _narrow_gradient(plan: Assignment) -> str | None:
     owners = (owner_of(key, plan.entries) for key in plan.entries)
     weights = (owner[0] for owner in owners if owner is not None and owner[1] is not Role.OPTIM_STATE)
     formats = ((key, gradient_format(plan.entries, key), master_format(plan.entries, key)) for key in weights)
-    return next((key for key, gradient, master in formats if gradient.carrier != master.carrier), None)
+    return next((key for key, gradient, master in formats if stored_dtype(gradient) != master.carrier), None)
 
 
 def _check_dtypes(model: nn.Module, plan: Assignment) -> None:

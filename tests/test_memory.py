@@ -264,6 +264,31 @@ def test_predicted_peak_counts_what_is_stored(model_name, name):
     assert peak_bytes(table, plan.entries) == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("factory", [sgd, adamw])
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_predicted_peak_counts_how_updates_are_rounded(factory, rounding):
+    model, batch = MLP(width=2**15), vectors(batch=8)
+    table = traced(model, batch, optimizer=factory)
+    plan = search_table(table, strategy="standalone", recipe="bf16")
+    step = planned_step(model, class_loss, plan, backend="eager")
+    optimizer = follow(factory(model.parameters()), model, plan, update_rounding=rounding)
+    measured = measured_peak(model, batch, step, optimizer)
+    assert estimate(table, plan, update_rounding=rounding).peak_bytes == pytest.approx(measured, rel=0.05)
+
+
+def test_a_budget_counts_what_kahans_sum_keeps():
+    table = traced(MLP(width=2048), vectors(), optimizer=adamw)
+    options = {"master": "bf16", "low_ratio": 0}
+    plain = search_table(table, **options).provenance.estimate["peak_bytes"]
+    kahan = search_table(table, update_rounding="kahan", **options).provenance.estimate["peak_bytes"]
+    elements = sum(p.numel() for p in MLP(width=2048).parameters())
+    assert kahan >= plain + 2 * elements
+    with pytest.raises(BudgetError):
+        search_table(table, master="bf16", budget=2 * elements, update_rounding="kahan")
+    with pytest.raises(PlanError, match="search: update_rounding='kahan' is for masters in 16 bit"):
+        search_table(table, low_ratio=0, update_rounding="kahan")
+
+
 def test_a_budget_is_met_by_storing_less_before_anything_else_is_narrowed():
     table = traced(MLP(width=2048), vectors(), optimizer=adamw)
     plain = search_table(table, low_ratio=0)

@@ -9,19 +9,16 @@ from hypothesis import strategies as st
 from assign.errors import FormatError, PlanError
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import FORMATS, STATE_FORMATS, parse_format
+from assign.plan.libraries import Library, Stored, choose_library, optimizer_scratch, stored_in
 from assign.plan.recipes import store
 from assign.plan.stored import (
     NATIVE,
-    Library,
-    Stored,
     bytes_of,
-    choose_library,
+    check_rounding,
     has_narrow_masters,
-    optimizer_scratch,
     owner_of,
     parse_stored,
     resident,
-    stored_in,
 )
 from assign.plan.tensors import Role, Schedule, TensorInfo, TensorTable
 
@@ -200,3 +197,25 @@ def test_the_steps_scratch_follows_the_library():
     with pytest.raises(PlanError, match="no library has an optimizer RMSprop"):
         scratch("RMSprop", states="bf16")
     assert [name for name in NATIVE if name in FORMATS] == [*NATIVE]
+
+
+def test_kahans_sum_keeps_two_bytes_for_each_element_in_16_bits():
+    shape = table()
+    narrow = plan(store(shape, master="bf16")).replace({"b.master": Entry("fp32", False)}).entries
+    plain, kept = resident(shape, narrow), resident(shape, narrow, "kahan")
+    assert kept.states - plain.states == 2 * 8192  # the other master is fp32 and needs none
+    assert kept.optimizer_states["w.optim.compensation"] == 2 * 8192
+    assert resident(shape, narrow, "stochastic") == plain
+    scratch = [optimizer_scratch(shape.schedule, stored_in(shape, narrow), how) for how in ("stochastic", "kahan")]
+    assert scratch == [34 * 8192, 38 * 8192]
+
+
+def test_what_rounds_no_updates_says_so():
+    shape = table(optimizer="Adam")
+    narrow = plan(store(shape, master="bf16")).entries
+    with pytest.raises(PlanError, match=r"asked of Adam with states that torch keeps. Allowed: SGD and AdamW"):
+        optimizer_scratch(shape.schedule, stored_in(shape, narrow), "kahan")
+    with pytest.raises(PlanError, match="search: update_rounding='kahan' is for masters in 16 bit"):
+        check_rounding("kahan", plan({}).entries, where="search")
+    with pytest.raises(PlanError, match="train: update_rounding 'khan' is not known, did you mean 'kahan'"):
+        check_rounding("khan", narrow, where="train")

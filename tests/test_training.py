@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from assign.errors import DivergedError, PlanError, TaskError
 from assign.plan.assignment import Assignment, Entry
+from assign.plan.memory import peak_bytes
 from assign.plan.recipes import get_recipe, initial
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table
@@ -584,6 +585,7 @@ class TestStored:
         task, file = self.task(optimizer=optimizer, epochs=4), tmp_path / "run.pt"
         table, plan = self.search(task, strategy="standalone", recipe="bf16")
         straight = train(task, plan, table=table, update_rounding=rounding)
+        assert straight.predicted_peak_bytes == peak_bytes(table, plan.entries, rounding)
         train(task, plan, max_steps=5, checkpoint=file, update_rounding=rounding)
         assert same(train(task, plan, checkpoint=file, resume=True, update_rounding=rounding), straight)
         with pytest.raises(TaskError, match=f"its update_rounding is '{rounding}'"):

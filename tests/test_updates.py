@@ -12,7 +12,8 @@ from torch import nn
 
 from assign.errors import FormatError
 from assign.numerics.launch import use_compiled
-from assign.optim.updates import COMPENSATION, SGD, AdamW, kahan_add
+from assign.optim.updates import SGD, AdamW, kahan_add
+from assign.plan.stored import COMPENSATION
 
 # Inductor's own imports warn, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from assign import _torch, several
 from assign.errors import PlanError, nearest
 from assign.executor.compile import Backend, make_backend
-from assign.executor.mark import mark, tap_of
+from assign.executor.mark import mark, taps_of
 from assign.executor.parameters import check_storable, store_parameters
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
 from assign.plan.assignment import Assignment
-from assign.plan.stored import owner_of
-from assign.plan.tensors import Role, grad_key
+from assign.plan.stored import buffer_of, is_lasting, narrow_buffers, owner_of
+from assign.plan.tensors import grad_key
 from assign.tracing.capture import Capture, Loss, call_model, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.operators import Walk, walk
@@ -40,9 +40,9 @@ def apply(
 ) -> nn.Module:
     """The model, computing under ``plan``; train it exactly as before.
 
-    Parameters, their names and the ``state_dict`` are the model's own. Where the plan stores masters or gradients in 16
-    bit, the model's own parameters become so, rounded to nearest, and its ``state_dict`` with them; else they stay in
-    float32. What is called outside the module (a loss on its output) runs as usual: entries under ``loss/`` need
+    Parameters, their names and the ``state_dict`` are the model's own. Where the plan stores masters, gradients or
+    buffers in 16 bit, the model's own become so, rounded to nearest, and its ``state_dict`` with them; else they stay
+    in float32. What is called outside the module (a loss on its output) runs as usual: entries under ``loss/`` need
     :func:`planned_step`. The optimizer's states follow the plan by :func:`assign.optimizer`.
 
     The planned module goes into ``DistributedDataParallel`` or, for gradients stored in another dtype than their
@@ -50,7 +50,7 @@ def apply(
     in float32. See :mod:`assign.several`.
 
     Args:
-        model: in float32. It can still be called without the plan, unless its parameters are in 16 bit now.
+        model: in float32. It can still be called without the plan, unless its parameters or buffers are in 16 bit now.
         backend: ``inductor`` (compiled, fast) or ``eager`` (no compiler needed, exact memory, slower rounding).
         promotion: made for ``plan``: tensors that overflow too often get their high format back.
         scales: the histories behind delayed scales; None: fresh ones.
@@ -95,15 +95,15 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
     Entering again with the same model and plan reuses what was compiled.
 
     Raises:
-        PlanError: as for :func:`apply`; or the plan stores masters or gradients in 16 bit, which would outlast the
-            context.
+        PlanError: as for :func:`apply`; or the plan stores masters, gradients or buffers in 16 bit, which would
+            outlast the context.
         TraceError: as for :func:`apply`.
     """
     lasting = first_lasting(plan)
     if lasting is not None:
         raise PlanError(
-            f"autocast: the plan stores {lasting!r} as {plan.entries[lasting].format}, and parameters do not change "
-            "back behind the context. Use assign.apply(model, plan)."
+            f"autocast: the plan stores {lasting!r} as {plan.entries[lasting].format}, and what a model keeps does not "
+            "change back behind the context. Use assign.apply(model, plan)."
         )
     cache = _PLANNED.setdefault(model, {})
     key = (id(plan), backend)
@@ -118,12 +118,9 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
 
 
 def first_lasting(plan: Assignment) -> str | None:
-    """Key of the first master or gradient that the plan stores in 16 bit: there applying it changes the model."""
-    for key, entry in plan.entries.items():
-        owner = owner_of(key, plan.entries)
-        if owner is not None and owner[1] is not Role.OPTIM_STATE and entry.format != "fp32":
-            return key
-    return None
+    """Key of the first master, gradient or buffer that is stored narrowly: there applying the plan changes the model."""
+    narrow = (key for key, entry in plan.entries.items() if entry.format != "fp32")
+    return next((key for key in narrow if is_lasting(key, plan.entries)), None)
 
 
 def planned_step(
@@ -183,16 +180,18 @@ def compile_planned(
             _check_covers(walked, capture, plan, whole_step)
         taps = mark(capture, walked, plan, promotion, delayed)
 
-        def taps_of(inputs: Sequence[Any]) -> list[Tensor]:
-            return [tap_of(inputs[tap.position], tap.dtype) for tap in taps]
+        def all_taps(inputs: Sequence[Any]) -> list[Tensor]:
+            return [each for tap in taps for each in taps_of(inputs[tap.position], tap)]
 
-        examples = [tap.detach().requires_grad_() for tap in taps_of(capture.inputs)]
+        examples = [tap.detach().requires_grad_() for tap in all_taps(capture.inputs)]
         run = graph_backend(capture.graph, [*capture.inputs, *examples])
         for tap in taps:  # Dynamo counts the inputs of its graph once more
-            _torch.drop_input(capture.graph, tap.node)
-        return (lambda *inputs: run(*inputs, *taps_of(inputs))) if taps else run
+            for node in tap.nodes:
+                _torch.drop_input(capture.graph, node)
+        return (lambda *inputs: run(*inputs, *all_taps(inputs))) if taps else run
 
-    compiled = several.around(compile_step(_plain(model, type(model)), loss, receive), plan)
+    narrow = narrow_buffers(plan.entries)
+    compiled = several.around(compile_step(_plain(model, type(model)), loss, receive, buffers=narrow), plan)
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         delayed.begin(torch.is_grad_enabled())
@@ -241,6 +240,7 @@ def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
         for key in plan.entries
         if "/" not in key and not key.endswith((".grad", ".saved")) and owner_of(key, plan.entries) is None
     }
+    planned -= {key for key in planned if buffer_of(key, plan.entries) and key not in names}
     unread = [name for name in names if name not in planned]
     gone = sorted(planned - set(names))
     if gone or len(unread) == len(names) > 0:
@@ -257,7 +257,7 @@ def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
 
 
 def _check_covers(walked: Walk, capture: Capture, plan: Assignment, whole_step: bool) -> None:
-    """Every tensor of the captured step stands in the plan, and the other way round."""
+    """Every tensor of the captured step stands in the plan, and the other way round; its buffers may."""
     frozen = {name for node, name in capture.parameters.items() if not _torch.fake_value(node).requires_grad}
     keys = [
         key
@@ -269,4 +269,4 @@ def _check_covers(walked: Walk, capture: Capture, plan: Assignment, whole_step: 
     keys += [key for key in plan.entries if key.removesuffix(".grad") in frozen and key not in keys]
     if not whole_step:  # the loss is computed outside: its entries have nothing to apply to
         keys += [key for key in plan.entries if key.startswith("loss/")]
-    plan.check_covers(keys, where="the plan")
+    plan.check_covers(keys, where="the plan", buffers=capture.buffers.values())

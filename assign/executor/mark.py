@@ -10,7 +10,7 @@ the backward pass, there or by the packing, therefore goes the way it went.
 
 Autograd gives a parameter's gradient the parameter's dtype. Where the plan stores it in another, the mark hands it to a
 *tap* instead: one more input of the graph, a tensor of that dtype without data, whose gradient becomes the parameter's
-(see :func:`tap_of`). So the gradient is narrow from the mark on, not only behind the whole backward pass.
+(see :func:`taps_of`). So the gradient is narrow from the mark on, not only behind the whole backward pass.
 """
 
 import operator
@@ -23,11 +23,12 @@ from torch import Tensor, fx
 from assign import _torch
 from assign.numerics.delayed import DelayedScales, find_history
 from assign.numerics.promotion import Promotion, Slot, find_slot, format_named
-from assign.numerics.rounding import draw_seed, stream_of
+from assign.numerics.rounding import draw_seed, stream_of, torch_dtype
+from assign.optim.gradients import keep_scale
 from assign.plan import lowering
 from assign.plan.assignment import Assignment, format_pair
 from assign.plan.formats import Format, parse_format
-from assign.plan.stored import gradient_format
+from assign.plan.stored import gradient_format, stored_dtype
 from assign.plan.tensors import MARK, Role, grad_key, saved_key
 from assign.tracing.capture import Capture
 from assign.tracing.operators import Site, Walk, floating_arguments, operator_name
@@ -48,7 +49,10 @@ class _Mark(torch.autograd.Function):
         seed: Tensor | None,
         streams: tuple[int, int],
         tap: Tensor | None,
+        stored: str,
+        scale_tap: Tensor | None,
     ) -> Tensor:
+        ctx.stored = stored
         ctx.backward_format = backward
         ctx.gradient_dtype = x.dtype if tap is None else tap.dtype
         ctx.has_tap = tap is not None
@@ -60,24 +64,45 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (seed,) = grads, ctx.saved_tensors
         rounded = _round(grad, ctx.backward_format, grad.dtype, (seed, ctx.stream), saturate=False)
-        gradient = rounded.to(ctx.gradient_dtype)
+        scale = None
+        if ctx.stored:
+            gradient, scale = _encoded(rounded, ctx.stored, ctx.gradient_dtype)
+        else:
+            gradient = rounded.to(ctx.gradient_dtype)
         to_x, to_tap = (None, gradient) if ctx.has_tap else (gradient, None)
-        return to_x, None, None, None, None, None, None, to_tap
+        return to_x, None, None, None, None, None, None, to_tap, None, scale
+
+
+def _encoded(gradient: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradient over its scale, in ``dtype``, and the scale."""
+    scale = torch.ops.assign.scale(gradient, name)
+    rounded = torch.ops.assign.quantize(gradient, scale, name, False, gradient.dtype)
+    return torch.ops.assign.encode(rounded, scale, name).view(dtype), scale
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        return parameter.new_zeros((), dtype=dtype).expand(parameter.shape)
+    def forward(ctx: Any, parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.parameter = parameter
+        ctx.set_materialize_grads(False)  # a scale that no mark makes is none, not zero
+        scale = parameter.new_ones((), dtype=torch.float32)
+        return parameter.new_zeros((), dtype=dtype).expand(parameter.shape), scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+        gradient, scale = grads
+        if scale is not None:
+            keep_scale(ctx.parameter, scale)
+        return gradient, None
 
 
-def tap_of(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of ``dtype`` and of the parameter's shape, without data, whose gradient is the parameter's gradient."""
-    return _torch.apply_function(_Tap, parameter, dtype)
+def taps_of(parameter: Tensor, tap: "Tap") -> list[Tensor]:
+    """A tensor of the parameter's shape, without data, whose gradient is the parameter's gradient, in the tap's dtype.
+
+    And, for a gradient with a scale, one whose gradient is the scale.
+    """
+    gradient, scale = _torch.apply_function(_Tap, parameter, tap.dtype)
+    return [gradient, scale] if len(tap.nodes) > 1 else [gradient]
 
 
 def _round(
@@ -122,6 +147,8 @@ def mark_tensor(
     seed: Tensor | None = None,
     streams: tuple[int, int] = (0, 0),
     tap: Tensor | None = None,
+    stored: str = "",
+    scale_tap: Tensor | None = None,
 ) -> Tensor:
     """Round ``x`` to ``forward`` and, in the backward pass, its gradient to ``backward``; store both as ``dtype``.
 
@@ -129,16 +156,21 @@ def mark_tensor(
     need a ``seed``; ``streams`` tell the tensor's and its gradient's random bits from those of others under that seed.
 
     With ``visible``, the joint graph has a node of its own for ``x`` even where rounding changes nothing. The gradient
-    goes to ``tap``, in its dtype, if there is one.
+    goes to ``tap``, in its dtype, if there is one; where ``stored`` names a format with a scale, divided by the scale,
+    which goes to ``scale_tap``.
     """
-    return _torch.apply_function(_Mark, x, forward, backward, _DTYPES[dtype], visible, seed, streams, tap)
+    taps = tap, stored, scale_tap
+    return _torch.apply_function(_Mark, x, forward, backward, _DTYPES[dtype], visible, seed, streams, *taps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tap:
-    """One more input of a marked graph, behind its others: for the parameter at ``position``, in ``dtype``."""
+    """One more input of a marked graph, behind its others: for the parameter at ``position``, in ``dtype``.
 
-    node: fx.Node
+    Two where the gradient has a scale: for it too.
+    """
+
+    nodes: tuple[fx.Node, ...]
     position: int
     dtype: torch.dtype
 
@@ -271,15 +303,15 @@ class _Marker:
         have = self.dtypes.get(site.node, lowering.FLOAT32)
         names = {fmt.native for fmt in formats}
         explicit = saved_key(site.key) in self.plan.entries
-        tap = self._tap(graph, site, have) if site.op == "parameter" else None
-        if have == dtype and names == {dtype} and not explicit and tap is None:
+        tap = self._tap(graph, site, have) if site.op == "parameter" else {}
+        if have == dtype and names == {dtype} and not explicit and not tap:
             self.dtypes[site.node] = dtype
             return
         with graph.graph.inserting_before(before):
             forward, backward = self._names(site.key, formats)
             arguments = (site.node, forward, backward, dtype, explicit)
             randomness = self._randomness(graph, site.key, (forward, backward))
-            marked = graph.graph.call_function(mark_tensor, (*arguments, *randomness), {"tap": tap} if tap else {})
+            marked = graph.graph.call_function(mark_tensor, (*arguments, *randomness), tap)
         _torch.label(marked, MARK + site.key)
         order = {n: i for i, n in enumerate(graph.graph.nodes)}
         readers = site.readers if site.readers is not None else list(site.node.users)
@@ -296,20 +328,26 @@ class _Marker:
         forward, backward = (each.name if each else fmt.name for each, fmt in zip(histories, formats, strict=True))
         return slot.name if slot else forward, backward
 
-    def _tap(self, graph: fx.GraphModule, site: Site, have: str) -> fx.Node | None:
+    def _tap(self, graph: fx.GraphModule, site: Site, have: str) -> dict[str, Any]:
         """One more input for the gradient of a parameter that is stored in another dtype than the parameter.
 
-        None inside a checkpointed body, which autograd enters as a whole: there it is converted at the very end.
+        Not inside a checkpointed body, which autograd enters as a whole: there it is converted at the very end.
+
+        Returns:
+            What the mark takes for it, by name.
         """
-        dtype = gradient_format(self.plan.entries, site.key).carrier
+        stored = gradient_format(self.plan.entries, site.key)
+        dtype = stored_dtype(stored)
         if dtype == have or graph is not self.capture.graph or not torch.is_grad_enabled():
-            return None
+            return {}
         if not _torch.fake_value(site.node).requires_grad:
-            return None
+            return {}
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        added = _torch.add_input(graph, f"assign_tap_{len(self.taps)}")
-        self.taps.append(Tap(node=added, position=inputs.index(site.node), dtype=_DTYPES[dtype]))
-        return added
+        name = f"assign_tap_{len(self.taps)}"
+        nodes = [_torch.add_input(graph, each) for each in ((name, f"{name}_scale") if stored.scaled else (name,))]
+        self.taps.append(Tap(nodes=tuple(nodes), position=inputs.index(site.node), dtype=torch_dtype(dtype)))
+        scaled = {"stored": stored.name, "scale_tap": nodes[1]} if stored.scaled else {}
+        return {"tap": nodes[0], **scaled}
 
     def _randomness(self, graph: fx.GraphModule, key: str, formats: tuple[str, str]) -> tuple[Any, ...]:
         """Seed and streams of a mark; none if it rounds to nearest."""

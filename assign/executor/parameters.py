@@ -1,4 +1,4 @@
-"""Parameters and their gradients as a plan stores them: the masters' dtype, and ``grad_dtype``."""
+"""Parameters, their gradients and buffers as a plan stores them: the masters' dtype, ``grad_dtype``, the buffers'."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from assign.errors import PlanError
+from assign.errors import PlanError, nearest
 from assign.numerics.rounding import torch_dtype
 from assign.optim.states import count_changed
 from assign.plan.assignment import Assignment
-from assign.plan.stored import gradient_format, master_format
+from assign.plan.stored import buffer_format, buffer_of, gradient_format, master_format, stored_dtype
 from assign.tracing.capture import check_parameters
 
 
@@ -29,17 +29,49 @@ def master_dtype(plan: Assignment, key: str) -> torch.dtype:
 
 
 def store_parameters(model: nn.Module, plan: Assignment) -> None:
-    """Give the model's parameters the dtypes of their masters, rounded to nearest, and their gradients theirs.
+    """Give the model's parameters the dtypes of their masters, rounded to nearest; its gradients and buffers theirs.
 
-    From then on the model refuses a ``state_dict`` whose values its parameters cannot hold. Doing it twice changes
-    nothing.
+    From then on the model refuses a ``state_dict`` whose values it cannot hold. Doing it twice changes nothing.
+
+    Raises:
+        PlanError: the plan stores a buffer that the model does not have, or that is not in float32.
     """
     named = {name: p for name, p in model.named_parameters() if name in plan.entries}
     masters = {name: master_dtype(plan, name) for name in named}
-    if any(named[name].dtype != dtype for name, dtype in masters.items()):
+    buffers = _stored_buffers(model, plan)
+    narrower = [named[name].dtype != dtype for name, dtype in masters.items()]
+    if any(narrower) or any(buffer.dtype != dtype for buffer, dtype in buffers):
         model.register_load_state_dict_pre_hook(_refuse_loss)  # type: ignore[no-untyped-call]  # torch gives no types
     for name, parameter in named.items():
-        _store(parameter, masters[name], torch_dtype(gradient_format(plan.entries, name).carrier))
+        _store(parameter, masters[name], torch_dtype(stored_dtype(gradient_format(plan.entries, name))))
+    for buffer, dtype in buffers:
+        buffer.data = buffer.data.to(dtype)
+
+
+def _stored_buffers(model: nn.Module, plan: Assignment) -> list[tuple[torch.Tensor, torch.dtype]]:
+    """The buffers that the plan has entries for, with the dtypes that it gives them."""
+    named = dict(model.named_buffers())
+    found = []
+    for name in filter(None, (buffer_of(key, plan.entries) for key in plan.entries)):
+        dtype = torch_dtype(buffer_format(plan.entries, name).carrier)
+        _check_buffer(name, named, dtype)
+        found.append((named[name], dtype))
+    return found
+
+
+def _check_buffer(name: str, named: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    if name not in named:
+        close = nearest(name, named)
+        raise PlanError(
+            f"apply: the plan stores the buffer {name!r}, which the model does not have"
+            f"{f'; nearest: {close}' if close else ''}.\n  Use the plan's own model, or leave the entry out."
+        )
+    buffer = named[name]
+    if buffer.dtype not in (torch.float32, dtype):
+        raise PlanError(
+            f"apply: the plan stores the buffer {name!r} as {dtype}, but it is {buffer.dtype}.\n"
+            "  Allowed: buffers in float32.\n  Call model.float() first, or leave the entry out."
+        )
 
 
 def _store(parameter: nn.Parameter, dtype: torch.dtype, gradient_dtype: torch.dtype) -> None:
@@ -54,7 +86,7 @@ def _store(parameter: nn.Parameter, dtype: torch.dtype, gradient_dtype: torch.dt
 
 def _refuse_loss(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse what ``load_state_dict`` would round without a word; a hook that knows nothing but the model."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         value = state_dict.get(prefix + name)
         if not isinstance(value, torch.Tensor) or value.dtype == parameter.dtype:
             continue

@@ -22,6 +22,7 @@ from assign.executor.apply import compile_planned, first_lasting, store
 from assign.executor.compile import Backend, make_backend
 from assign.plan.assignment import Assignment
 from assign.plan.memory import Replay
+from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.tracing.capture import Loss
 
@@ -45,16 +46,25 @@ class Rehearsal:
     backward_bytes: int
 
 
-def rehearse(model: nn.Module, batch: Any, loss: Loss, plan: Assignment, table: TensorTable) -> Rehearsal:
+def rehearse(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    plan: Assignment,
+    table: TensorTable,
+    *,
+    update_rounding: str = UpdateRounding.NEAREST,
+) -> Rehearsal:
     """The bytes that one step under ``plan`` takes when Inductor has compiled it; nothing is computed.
 
     It takes some seconds: Inductor's own time without its compilers. What kernels of libraries allocate for themselves
     is not counted.
 
     Args:
-        model: as for :func:`assign.trace`; a copy of it, where the plan stores masters or gradients in 16 bit.
+        model: as for :func:`assign.trace`; a copy is made where the plan stores some of it narrowly.
         batch: what ``loss`` takes.
         table: of the same model, batch and loss, traced with the optimizer, whose step is part of the peak.
+        update_rounding: of 16-bit masters, as in ``assign.optimizer``.
     Raises:
         PlanError: the plan is of another model.
         TraceError: as for :func:`assign.trace`.
@@ -68,7 +78,7 @@ def rehearse(model: nn.Module, batch: Any, loss: Loss, plan: Assignment, table: 
     with contextlib.suppress(_Received):
         step(model, batch)
     forward, saved, backward = programs.run()
-    replay = Replay(table, plan.entries)
+    replay = Replay(table, plan.entries, update_rounding)
     peaks = {
         "forward": replay.resident_bytes + forward,
         "backward": replay.resident_bytes + backward,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assign.errors import TaskError
-from assign.optim.updates import COMPENSATION
+from assign.plan.stored import COMPENSATION
 from assign.several import local_part, unwrapped
 
 _DIRECTIONS = ("exp_avg", "momentum_buffer")

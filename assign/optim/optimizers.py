@@ -1,8 +1,9 @@
 """Optimizers whose states a plan stores: torch's own, torchao's or bitsandbytes', behind one function.
 
 ``assign.optimizer(torch.optim.AdamW, model, plan, lr=1e-3)`` is torch's AdamW where the plan stores everything alike,
-and another library's AdamW where it does not. Which library can keep what, :mod:`assign.plan.stored` says; the states,
-in each library's form, :mod:`assign.optim.states` makes. The arithmetic is the library's; none of it is written here.
+and another library's AdamW where it does not. Which library can keep what, :mod:`assign.plan.libraries` says; the
+states, in each library's form, :mod:`assign.optim.states` makes. The arithmetic is the library's; none of it is written
+here.
 
 ==============  ====================================================================================================
 torch           any optimizer, all in the dtype of the parameters; SGD on any native dtypes
@@ -15,6 +16,7 @@ A second moment in bf16 does not decay where ``beta2`` is above 0.998: a step ta
 last place. Blocks decay with their scale.
 """
 
+import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -29,18 +31,19 @@ from assign import several
 from assign.errors import PlanError, nearest
 from assign.numerics.rounding import torch_dtype
 from assign.optim import updates
+from assign.optim.gradients import forget_scale
+from assign.optim.gradients import widened as widened_gradient
 from assign.optim.states import count_changed, make_states, restore, unwrapped, widened
-from assign.optim.updates import UpdateRounding
 from assign.plan.assignment import Assignment
+from assign.plan.libraries import Library, Stored, check_updates, choose_library
 from assign.plan.stored import (
-    Library,
     StateFormat,
-    Stored,
-    choose_library,
+    UpdateRounding,
     gradient_format,
     master_format,
     owner_of,
     state_format,
+    stored_dtype,
 )
 from assign.plan.tensors import Role, state_key
 from assign.tracing.tracer import optimizer_name
@@ -101,9 +104,10 @@ def follow(
             error.add_note("  The parameters are sharded: elements are those in this process.")
         raise
     if update_rounding == UpdateRounding.NEAREST:
-        planned = _planned(_MAKERS[chosen](made))
+        own = _MAKERS[chosen](made)
     else:
-        planned = _planned(_from_updates(made, chosen, update_rounding))
+        own = _from_updates(made, chosen, update_rounding)
+    planned = _planned(own, one_by_one=any(each.gradient.scaled for each in stored.values()))
     planned.assign_library, planned.assign_stored = chosen, stored
     planned.assign_reset()
     return planned
@@ -180,7 +184,7 @@ def _check_states(made: Optimizer, key: str, given: Collection[str], has: tuple[
 
 def _check_dtypes(stored: Stored, parameter: Tensor) -> None:
     found = parameter.dtype, parameter.grad_dtype
-    if found == (torch_dtype(stored.master.carrier), torch_dtype(stored.gradient.carrier)):
+    if found == (torch_dtype(stored.master.carrier), torch_dtype(stored_dtype(stored.gradient))):
         return
     raise PlanError(
         f"optimizer: the plan stores {stored}, but the parameter is {found[0]} and its gradient {found[1]}. "
@@ -216,12 +220,7 @@ def _from_torch(made: Optimizer) -> Optimizer:
 def _from_updates(made: Optimizer, library: Library, rounding: str) -> Optimizer:
     name = optimizer_name(made)
     names: tuple[str, ...]
-    if library is not Library.TORCH or name not in ("SGD", "AdamW"):
-        raise PlanError(
-            f"optimizer: update_rounding={rounding!r} was asked of {type(made).__name__} with states that {library} "
-            "keeps. Allowed: SGD and AdamW, states in the dtype of their masters.\n"
-            "  Leave the states' formats out of the plan, or round updates to nearest."
-        )
+    check_updates(name, library, rounding)
     if name == "SGD":
         _refuse(made, "assign.optim.updates", {"maximize": False, "differentiable": False})
         names = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov")
@@ -370,9 +369,46 @@ def _translated(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str,
     return {**mine, **known}
 
 
-def _planned(made: Optimizer) -> _Planned:
-    """``made``, of a class that is also :class:`_Planned`."""
+def _planned(made: Optimizer, *, one_by_one: bool) -> _Planned:
+    """``made``, of a class that is also :class:`_Planned`.
+
+    Args:
+        one_by_one: whether it steps one parameter after another, so that one gradient is wide at a time.
+    """
     kind = type(made)
-    made.__class__ = type(kind.__name__, (_Planned, kind), {"__module__": kind.__module__})
+    body: dict[str, Any] = {"__module__": kind.__module__}
+    if one_by_one:
+        step: Any = kind.step
+        plain = step.__wrapped__ if getattr(step, "hooked", False) else step  # hooks are for whole steps
+        body["step"] = Optimizer.profile_hook_step(_stepping_one_by_one(plain))
+    made.__class__ = type(kind.__name__, (_Planned, kind), body)
     assert isinstance(made, _Planned)
     return made
+
+
+def _stepping_one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The whole step of an optimizer whose ``step`` is called for each parameter alone, its gradient widened.
+
+    Raises (when called):
+        PlanError: a gradient in 8 bits that no planned model made.
+    """
+
+    def whole_step(self: _Planned, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in [each for each in group["params"] if each.grad is not None]:
+                    fmt = self.assign_stored[parameter].gradient
+                    self.param_groups = [{**group, "params": [parameter]}]
+                    with widened_gradient(parameter, fmt) if fmt.scaled else contextlib.nullcontext():
+                        step(self)
+                    forget_scale(parameter)
+        finally:
+            self.param_groups = groups
+        return loss
+
+    return whole_step

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from assign.numerics.rounding import torch_dtype
 from assign.plan.formats import BlockFormat, Format
-from assign.plan.stored import Library, Stored
+from assign.plan.libraries import Library, Stored
 from assign.several import like_sharded, local_part
 
 States = dict[str, Any]

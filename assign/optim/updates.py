@@ -19,7 +19,6 @@ Source: arXiv 2010.06192 (the three updates); torch.optim (what is updated).
 import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from enum import StrEnum
 from typing import Any, overload
 
 import torch
@@ -29,19 +28,8 @@ from torch.optim import Optimizer
 from assign.errors import FormatError, nearest
 from assign.numerics.rounding import quantize
 from assign.plan.formats import parse_format
+from assign.plan.stored import COMPENSATION, UpdateRounding
 from assign.several import alike_by_chance, local_part
-
-COMPENSATION = "compensation"
-"""The state in which Kahan's sum keeps what the weight itself could not take; negative, as in the paper."""
-
-
-class UpdateRounding(StrEnum):
-    """How the sum of a weight and its update gets into the weight's own dtype."""
-
-    NEAREST = "nearest"
-    STOCHASTIC = "stochastic"
-    KAHAN = "kahan"
-
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _BY_CHANCE = {dtype: parse_format(f"{name}:sr") for dtype, name in _NAMES.items()}

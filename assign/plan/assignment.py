@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from assign.errors import FormatError, PlanError, nearest
 from assign.files import write_whole
 from assign.plan.formats import BlockFormat, Format, parse_format, parse_saved
-from assign.plan.stored import check_stored, owner_of, parse_stored
-from assign.plan.tensors import base_key, grad_key, is_saved_key, saved_key
+from assign.plan.stored import buffer_of, check_stored, owner_of, parse_stored
+from assign.plan.tensors import Role, base_key, grad_key, is_saved_key, saved_key
 
 VERSION = 1
 """Version of the file that this package writes, under the key ``assign_plan``."""
@@ -136,6 +136,8 @@ class Assignment:
     def _canonical(self, key: str, name: str) -> str:
         owner = owner_of(key, self.entries)
         try:
+            if buffer_of(key, self.entries):
+                return parse_stored(name, Role.BUFFER).name
             if owner:
                 return parse_stored(name, owner[1]).name
             return (parse_saved(name) if is_saved_key(key) else parse_format(name)).name
@@ -180,19 +182,22 @@ class Assignment:
             changed={key: (here[key], there[key]) for key in here if key in there and here[key] != there[key]},
         )
 
-    def check_covers(self, keys: Collection[str], *, where: str) -> None:
+    def check_covers(self, keys: Collection[str], *, where: str, buffers: Collection[str] = ()) -> None:
         """Make sure that this is a plan for the tensors ``keys``, the paper's tensors of a model.
 
         An entry for a saved copy, or for what is stored, is in place if ``keys`` has the tensor it belongs to.
 
         Args:
+            buffers: names of the buffers that may have entries.
             where: what to call this assignment, e.g. the path of its file.
         Raises:
             PlanError: a tensor has no entry, or an entry no tensor.
         """
         wanted = set(keys)
         missing = [key for key in keys if key not in self.entries]
-        extra = [key for key in self.entries if not _belongs(key, wanted)]
+        extra = [
+            key for key in self.entries if not _belongs(key, wanted) and buffer_of(key, self.entries) not in buffers
+        ]
         if not missing and not extra:
             return
         lines = [f"{where} does not fit this model."]

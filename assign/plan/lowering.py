@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from assign.plan.formats import FORMATS, Format, Storage
 
 FLOAT32 = "float32"
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e5m2": 1, "float8_e4m3fn": 1}
 
 MATRIX_PRODUCTS = frozenset(
     {

@@ -19,9 +19,19 @@ import numpy as np
 from assign.plan import lowering
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import parse_format, parse_saved
+from assign.plan.libraries import optimizer_scratch, stored_in
 from assign.plan.lowered import Lowered
 from assign.plan.recipes import Recipe, get_recipe, initial
-from assign.plan.stored import gradient_format, master_format, optimizer_scratch, resident, stored_in, waiting_bytes
+from assign.plan.stored import (
+    UpdateRounding,
+    buffers,
+    check_rounding,
+    gradient_format,
+    master_format,
+    resident,
+    stored_dtype,
+    waiting_bytes,
+)
 from assign.plan.tensors import MARK, Buffer, Event, Role, TensorTable, base_key, saved_key
 
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
@@ -102,15 +112,18 @@ class Estimate:
         }
 
 
-def estimate(table: TensorTable, plan: Assignment) -> Estimate:
+def estimate(table: TensorTable, plan: Assignment, *, update_rounding: str = UpdateRounding.NEAREST) -> Estimate:
     """Bytes and low ratio of one step under ``plan``.
 
+    Args:
+        update_rounding: of 16-bit masters, as in ``assign.optimizer``: ``kahan`` keeps 2 bytes more for each element.
     Raises:
-        PlanError: the plan does not name a tensor of the table.
+        PlanError: the plan does not name a tensor of the table; or its updates cannot be rounded so.
         FormatError: there is no recipe of the plan's name.
     """
-    plan.check_covers([info.key for info in table.paper_tensors], where="estimate")
-    replay = Replay(table, plan.entries)
+    plan.check_covers([info.key for info in table.paper_tensors], where="estimate", buffers=table.buffers)
+    check_rounding(update_rounding, plan.entries, where="estimate")
+    replay = Replay(table, plan.entries, update_rounding)
     return Estimate(
         aggregate_bytes=aggregate_bytes(table, plan.entries),
         low_ratio=low_ratio(table, plan.entries),
@@ -126,9 +139,9 @@ def estimate(table: TensorTable, plan: Assignment) -> Estimate:
     )
 
 
-def peak_bytes(table: TensorTable, entries: Mapping[str, Entry]) -> int:
+def peak_bytes(table: TensorTable, entries: Mapping[str, Entry], update_rounding: str = UpdateRounding.NEAREST) -> int:
     """Peak of one step; tensors without an entry stay in fp32."""
-    return Replay(table, entries).peak_bytes
+    return Replay(table, entries, update_rounding).peak_bytes
 
 
 def aggregate_bytes(table: TensorTable, entries: Mapping[str, Entry]) -> int:
@@ -159,7 +172,9 @@ def _bits(table: TensorTable, entries: Mapping[str, Entry]) -> int:
 class Replay:
     """The schedule of a table under some entries; tensors without one are fp32."""
 
-    def __init__(self, table: TensorTable, entries: Mapping[str, Entry]) -> None:
+    def __init__(
+        self, table: TensorTable, entries: Mapping[str, Entry], update_rounding: str = UpdateRounding.NEAREST
+    ) -> None:
         self.table = table
         self.schedule = table.schedule
         self.entries = entries
@@ -167,12 +182,16 @@ class Replay:
         self.saved_bytes = 0
         self._lowered = Lowered(table, entries)
         self._narrowed = self._lowered.narrowed
-        self._resident = resident(table, entries)
+        self._update_rounding = update_rounding
+        self._resident = resident(table, entries, update_rounding)
+        self._buffer_bytes, widened = buffers(table, entries)
         self._apart = self._find_apart()
         self._reads = self._index_reads()
         self._alias = self._find_aliases()
         for number, event in enumerate(self.schedule.events):
             self._replay_event(number, event)
+        forward = sum(not event.backward for event in self.schedule.events)
+        self._add(0, _behind(forward - 1), widened, "buffers in float32", "scratch")
 
     def _find_apart(self) -> frozenset[str]:
         """Operators that compute in several steps, in float32 between them whatever they are asked for."""
@@ -217,7 +236,7 @@ class Replay:
     def _kept(self, key: str) -> str:
         """Dtype in which the gradient of ``key`` leaves its mark."""
         if self._is_weight(key):
-            return gradient_format(self.entries, key).carrier
+            return stored_dtype(gradient_format(self.entries, key))
         return self._lowered.compute(key)
 
     def _readers(self, buffer: int) -> list[int]:
@@ -365,7 +384,7 @@ class Replay:
     def resident_bytes(self) -> int:
         """Masters, buffers, batch and optimizer states: alive all the time."""
         s, stored = self.schedule, self._resident
-        return stored.parameters + s.buffer_bytes + s.batch_bytes + stored.states
+        return stored.parameters + self._buffer_bytes + s.batch_bytes + stored.states
 
     @cached_property
     def optimizer_scratch_bytes(self) -> int:
@@ -374,7 +393,7 @@ class Replay:
         Raises:
             PlanError: no library can keep what the plan stores.
         """
-        return optimizer_scratch(self.schedule, stored_in(self.table, self.entries))
+        return optimizer_scratch(self.schedule, stored_in(self.table, self.entries), self._update_rounding)
 
     @property
     def optimizer_peak_bytes(self) -> int:
@@ -415,7 +434,7 @@ class Replay:
         s, stored = self.schedule, self._resident
         found = [(name, "parameters", size) for name, size in stored.masters.items()]
         found += [(name, "optimizer states", size) for name, size in stored.optimizer_states.items()]
-        found += [("buffers", "buffers", s.buffer_bytes), ("batch", "batch", s.batch_bytes)]
+        found += [("buffers", "buffers", self._buffer_bytes), ("batch", "batch", s.batch_bytes)]
         found += [("unused", "parameters", stored.others[0]), ("unused", "optimizer states", stored.others[2])]
         if self._peak_slot is None:
             found += [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]

@@ -13,7 +13,7 @@ from assign.errors import FormatError, PlanError, nearest
 from assign.plan.assignment import Entry
 from assign.plan.formats import BlockFormat, Format, parse_format, parse_saved
 from assign.plan.stored import is_stored, parse_stored, waiting_bytes
-from assign.plan.tensors import Role, TensorInfo, TensorTable, base_key, master_key, stored_grad_key
+from assign.plan.tensors import Role, TensorInfo, TensorTable, base_key, buffer_key, master_key, stored_grad_key
 
 Pair = tuple[str, str]
 """Names of the high and of the low format."""
@@ -195,9 +195,14 @@ def initial(table: TensorTable, recipe: Recipe, low: Collection[int] = frozenset
 
 
 def store(
-    table: TensorTable, *, master: str | None = None, gradients: str | None = None, states: str | None = None
+    table: TensorTable,
+    *,
+    master: str | None = None,
+    gradients: str | None = None,
+    states: str | None = None,
+    buffers: str | None = None,
 ) -> dict[str, Entry]:
-    """Entries for all masters, stored gradients and optimizer states of a table; None leaves a role out.
+    """Entries for all masters, stored gradients, optimizer states and buffers of a table; None leaves a role out.
 
     A state that is too small for a format in blocks keeps the dtype of its master, as in the libraries.
 
@@ -230,6 +235,9 @@ def store(
                 f"{largest} elements. Choose bf16."
             )
         entries |= {row.key: Entry(fmt.name, False) for row in fits}
+    if buffers is not None:
+        name = parse_stored(buffers, Role.BUFFER).name
+        entries |= {buffer_key(each): Entry(name, False) for each in table.buffers}
     return entries
 
 

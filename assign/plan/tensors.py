@@ -28,6 +28,7 @@ class Role(StrEnum):
     SAVED = "saved"
     MASTER = "master"
     OPTIM_STATE = "optim_state"
+    BUFFER = "buffer"
 
 
 PAPER_ROLES = frozenset({Role.WEIGHT, Role.WEIGHT_GRAD, Role.ACTIVATION, Role.ACTIVATION_GRAD})
@@ -96,6 +97,11 @@ def stored_grad_key(key: str) -> str:
 def state_key(key: str, state: str) -> str:
     """Key of an optimizer state of weight ``key``, e.g. ``fc.weight.optim.exp_avg``."""
     return f"{key}.optim.{state}"
+
+
+def buffer_key(name: str) -> str:
+    """Key of a buffer that the step updates, e.g. ``bn.running_mean.buffer``."""
+    return f"{name}.buffer"
 
 
 SLICE = "slice"
@@ -194,6 +200,11 @@ class TensorTable:
     def paper_tensors(self) -> tuple[TensorInfo, ...]:
         """Rows of the paper's four roles: what recipes and the low ratio speak of."""
         return tuple(info for info in self.tensors if info.role in PAPER_ROLES)
+
+    @cached_property
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the buffers that the step updates."""
+        return tuple(info.key.removesuffix(".buffer") for info in self.tensors if info.role is Role.BUFFER)
 
     @property
     def elements(self) -> int:

@@ -73,9 +73,9 @@ def operator_based(table: TensorTable, recipe: Recipe, *, gradients_follow: bool
 
 
 def standalone(table: TensorTable, recipe: Recipe) -> dict[str, Entry]:
-    """Everything in one 16-bit format: what a step computes, and masters, gradients and optimizer states too.
+    """Everything in one 16-bit format: what a step computes, and what is stored between steps, running statistics too.
 
-    There is no master beside the weight that is computed with, and no loss scale. Buffers stay in float32.
+    There is no master beside the weight that is computed with, and no loss scale.
 
     Raises:
         FormatError: the recipe's formats are not one 16-bit format of torch's.
@@ -90,7 +90,7 @@ def standalone(table: TensorTable, recipe: Recipe) -> dict[str, Entry]:
         )
     (name,) = names
     has_states = any(row.role is Role.OPTIM_STATE for row in table.tensors)
-    return entries | store(table, master=name, gradients=name, states=name if has_states else None)
+    return entries | store(table, master=name, gradients=name, states=name if has_states else None, buffers=name)
 
 
 def _kept_high(activations: Collection[TensorInfo]) -> set[str]:

@@ -4,13 +4,14 @@ The graph that Dynamo hands over has torch-level operators (``conv2d``, ``relu``
 the line of the user's code on every node. Parameters and buffers are its inputs, told apart by identity.
 
 Parameters in 16 bit are captured as if they were in float32, so that the user's code is the same code and a graph the
-same graph, whatever the plan stores; in the graph handed on, who read the widened parameter reads the parameter.
+same graph, whatever the plan stores; in the graph handed on, who read the widened parameter reads the parameter. So are
+buffers that a plan stores in 16 bits; they are widened when the graph is called, and rounded again behind it.
 """
 
 import contextlib
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -36,7 +37,8 @@ class Capture:
         graph: torch-level FX graph; ours to edit.
         inputs: example values of its placeholders, in order.
         parameters: placeholder → name of the parameter (one name for tied weights).
-        buffers: placeholders that are buffers of the model.
+        buffers: placeholder → name of the buffer.
+        widened: positions of the buffers that the graph takes and changes in float32, though they are stored narrower.
         dtypes: of the parameters that are not in float32; the graph's own values say float32.
         training: whether the model was in training mode with gradients on.
     """
@@ -44,7 +46,8 @@ class Capture:
     graph: fx.GraphModule
     inputs: Sequence[Any]
     parameters: dict[fx.Node, str]
-    buffers: frozenset[fx.Node]
+    buffers: dict[fx.Node, str]
+    widened: tuple[int, ...]
     dtypes: dict[fx.Node, torch.dtype]
     training: bool
 
@@ -61,38 +64,50 @@ class Step(nn.Module):
     the same cache entries.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, loss: Callable[..., Any], buffers: Collection[str] = ()) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.narrow = tuple(name for name, p in model.named_parameters() if p.dtype in _SIXTEEN_BIT)
+        self.narrow_buffers = tuple(name for name, buffer in model.named_buffers() if name in buffers)
         function = Step._forward
         code = function.__code__.replace(co_name=f"step_{id(self)}")
         own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
         self.forward = types.MethodType(own, self)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.narrow:
+        if not self.narrow and not self.narrow_buffers:
             return self.loss(self.model, *args, **kwargs)
-        parameters = dict(self.model.named_parameters())
-        wide = {name: parameters[name].to(torch.float32) for name in self.narrow}
+        stored = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        wide = {name: stored[name].to(torch.float32) for name in (*self.narrow, *self.narrow_buffers)}
         with _torch.replaced_parameters(self.model, wide):
-            return self.loss(self.model, *args, **kwargs)
+            result = self.loss(self.model, *args, **kwargs)
+            for name, buffer in self.model.named_buffers():
+                if buffer is not wide.get(name, stored[name]):  # the model has put another tensor in its place
+                    stored[name].copy_(buffer)
+        return result
 
 
 def compile_step(
-    model: nn.Module, loss: Callable[..., Any], backend: Callable[[Capture], Callable[..., Any]]
+    model: nn.Module,
+    loss: Callable[..., Any],
+    backend: Callable[[Capture], Callable[..., Any]],
+    *,
+    buffers: Collection[str] = (),
 ) -> Callable[..., Any]:
     """``loss(model, …)`` that goes through ``backend`` at its first call and whenever shapes or modes change.
 
+    Args:
+        buffers: names of those that are stored in 16 bits and computed in float32.
     Raises (when called):
         TraceError: the model or the loss breaks the graph; says the user's line.
     """
 
     def receive(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return backend(_describe(model, graph, inputs))
+        capture = _describe(model, graph, inputs, buffers)
+        return _widening(backend(capture), capture.widened)
 
-    compiled = _torch.compile_step(Step(model, loss), receive)
+    compiled = _torch.compile_step(Step(model, loss, buffers), receive)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -105,6 +120,21 @@ def compile_step(
             if isinstance(error, _torch.GRAPH_BREAKS):
                 raise _explain(error) from error
             raise
+
+    return call
+
+
+def _widening(run: Callable[..., Any], positions: Collection[int]) -> Callable[..., Any]:
+    """``run`` on float32 copies of the inputs at these positions, which then take what became of the copies."""
+    if not positions:
+        return run
+
+    def call(*inputs: Any) -> Any:
+        wide = {position: inputs[position].float() for position in positions}
+        result = run(*(wide.get(position, value) for position, value in enumerate(inputs)))
+        for position, value in wide.items():
+            inputs[position].copy_(value)
+        return result
 
     return call
 
@@ -154,20 +184,24 @@ def strip_module_path(path: str) -> str | None:
     return rest.strip(".")
 
 
-def _describe(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any]) -> Capture:
+def _describe(
+    model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any], stored_narrow: Collection[str]
+) -> Capture:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    buffers = {id(buffer) for buffer in model.buffers()}
+    buffers = {id(buffer): name for name, buffer in model.named_buffers()}
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     pairs = list(zip(placeholders, inputs, strict=True))
     dtypes = {node: value.dtype for node, value in pairs if id(value) in names and value.dtype in _SIXTEEN_BIT}
-    for node in dtypes:
+    widened = [position for position, value in enumerate(inputs) if buffers.get(id(value)) in stored_narrow]
+    for node in (*dtypes, *(placeholders[position] for position in widened)):
         _drop_widening(graph, node)
     graph.recompile()
     return Capture(
         graph=graph,
-        inputs=inputs,
+        inputs=[value.float() if position in widened else value for position, value in enumerate(inputs)],
         parameters={node: names[id(value)] for node, value in pairs if id(value) in names},
-        buffers=frozenset(node for node, value in pairs if id(value) in buffers),
+        buffers={node: buffers[id(value)] for node, value in pairs if id(value) in buffers},
+        widened=tuple(widened),
         dtypes=dtypes,
         training=model.training and torch.is_grad_enabled(),
     )

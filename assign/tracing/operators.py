@@ -100,7 +100,7 @@ def walk(capture: Capture) -> Walk:
             result.key_of[node] = name
             result.depends.add(node)
             result.parametric.add(node)
-    others = capture.parameters.keys() | capture.buffers
+    others = capture.parameters.keys() | capture.buffers.keys()
     for node in capture.graph.graph.nodes:
         if node.op == "placeholder" and node not in others and _is_float(_torch.fake_value(node)):
             result.depends.add(node)

@@ -4,9 +4,10 @@ The model is captured with its loss as one graph, a probe stands at every tensor
 partitioner say what the backward pass does and which values wait for it. The graph traced here is the graph that runs.
 """
 
+import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from assign.plan.tensors import (
     Schedule,
     TensorInfo,
     TensorTable,
+    buffer_key,
     grad_key,
     saved_key,
     state_key,
@@ -79,7 +81,7 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
     check_parameters(model)
     recorder = _Recorder()
     step = compile_step(model, loss, recorder.receive)
-    with torch.enable_grad():
+    with torch.enable_grad(), _kept_buffers(model):
         result = step(batch)
     if recorder.walked is None:
         raise TraceError("trace: the loss does not use the model. loss(model, batch) must call model.")
@@ -103,6 +105,17 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
     return TensorTable(tensors=assign_groups([*rows, *states]), schedule=schedule)
 
 
+@contextlib.contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Behind the context, the model has the buffers that it had before, and not what a trace puts in their place."""
+    kept = [(m, name, buffer) for m in model.modules() for name, buffer in m.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for module, name, buffer in kept:
+            setattr(module, name, buffer)
+
+
 class _Recorder:
     """A backend that keeps what it sees and runs nothing."""
 
@@ -110,6 +123,7 @@ class _Recorder:
         self.walked: Walk | None = None
         self.schedule = Schedule()
         self.saved: dict[str, str] = {}
+        self.buffers: dict[str, Tensor] = {}
 
     def receive(self, capture: Capture) -> Callable[..., Any]:
         outputs: Any = _torch.output_of(capture.graph).args[0]
@@ -120,6 +134,7 @@ class _Recorder:
         if not any(_requires_grad(value) for value in capture.inputs):
             raise TraceError("trace: no parameter of the model requires a gradient. Unfreeze one, or train nothing.")
         _torch.eager_backend(self._partition, lambda graph, _: graph)(capture.graph, capture.inputs)
+        self.buffers = dict(_updated_buffers(capture))
         return lambda *_: examples
 
     def _partition(self, joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
@@ -132,6 +147,15 @@ class _Recorder:
         self.schedule = lister.schedule()
         self.saved = _note_saved(backward, forward)
         return forward, backward
+
+
+def _updated_buffers(capture: Capture) -> Iterable[tuple[str, Tensor]]:
+    """Buffers in float32 that the graph just compiled changes, by name."""
+    changed = _torch.changed_inputs()
+    placeholders = capture.graph.graph.find_nodes(op="placeholder")
+    for position, (node, value) in enumerate(zip(placeholders, capture.inputs, strict=True)):
+        if position in changed and node in capture.buffers and value.dtype is torch.float32:
+            yield capture.buffers[node], value
 
 
 def _requires_grad(value: Any) -> bool:
@@ -281,6 +305,16 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
             yield dataclasses.replace(
                 info, key=saved_key(site.key), role=Role.SAVED, dtype=recorder.saved[site.key], inputs=(), consumers=()
             )
+    for name, buffer in recorder.buffers.items():
+        yield TensorInfo(
+            key=buffer_key(name),
+            role=Role.BUFFER,
+            shape=tuple(buffer.shape),
+            elements=buffer.numel(),
+            dtype="float32",
+            op="buffer",
+            module=name.rpartition(".")[0],
+        )
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,12 @@ def audit_constants(
     """Look, before the first step, for constants that do not survive the format they are computed in.
 
     An ``eps`` has to be a normal number there: rounded to zero, it protects no division; below ``min_normal`` it has
-    lost bits. And ``1 - beta`` has to be more than half of a moment's last bit, or the moment never falls.
+    lost bits. And ``1 - beta``, or a batch normalisation's ``momentum``, has to be more than half of a moment's last
+    bit, or the moment never falls.
 
     Args:
-        model: each module with an ``eps`` is judged in the dtype of its own parameters or buffers, else the model's.
+        model: each module with an ``eps`` is judged in the dtype of its own parameters or buffers, else the model's; a
+            batch normalisation's ``momentum`` in that of its running statistics.
         optimizer: each group is judged in the dtype of its parameters, in which torch keeps the states.
         format: judge all in this one instead, e.g. before the model is converted.
         action: ``warn`` (a :class:`PrecisionWarning` each), ``raise``, or ``return`` and do nothing else.
@@ -121,6 +123,9 @@ def _in_modules(model: nn.Module, chosen: Format | None) -> Iterator[Finding]:
                 fmt = chosen or _narrow(_own_dtype(module) or _own_dtype(model, recurse=True))
                 times = 10 if isinstance(module, _BATCH_NORMS) else 1
                 yield from _epsilon(path or type(module).__name__, name, value, fmt, times)
+        if isinstance(module, _BATCH_NORMS) and module.running_var is not None and module.momentum:
+            fmt = chosen or _narrow(module.running_var.dtype)
+            yield from _momentum(path or type(module).__name__, module.momentum, fmt)
 
 
 def _in_groups(optimizer: Optimizer, chosen: Format | None) -> Iterator[Finding]:
@@ -164,6 +169,14 @@ def _decay(where: str, name: str, value: float, fmt: Format | None) -> Iterator[
     advice = math.floor(1000 * (1 - 2.0 ** -(fmt.mantissa_bits + 1))) / 1000
     becomes = _in_format(value, fmt)
     yield Finding(where=where, name=name, value=value, format=fmt.name, becomes=becomes, why=why, advice=advice)
+
+
+def _momentum(where: str, value: float, fmt: Format | None) -> Iterator[Finding]:
+    """A running statistic is a moment whose ``beta`` is one less the momentum, rounded once a step."""
+    for found in _decay(where, "momentum", 1 - value, fmt):
+        why = found.why.replace("moment", "running statistic")
+        becomes, advice = _in_format(value, parse_format(found.format)), round(1 - found.advice, 3)
+        yield replace(found, value=value, becomes=becomes, why=why, advice=advice)
 
 
 def _in_format(value: float, fmt: Format) -> float:

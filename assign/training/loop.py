@@ -26,12 +26,11 @@ from assign.executor.apply import apply, planned_step
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import THRESHOLD, Promoted, Promotion
 from assign.optim.optimizers import follow
-from assign.optim.updates import UpdateRounding
 from assign.plan.assignment import Assignment
 from assign.plan.formats import parse_format
-from assign.plan.memory import Replay
+from assign.plan.memory import peak_bytes
 from assign.plan.recipes import get_recipe
-from assign.plan.stored import has_narrow_masters, is_narrowed, master_format
+from assign.plan.stored import UpdateRounding, check_rounding, has_scaled_gradients, is_narrowed, master_format
 from assign.plan.tensors import TensorTable
 from assign.tasks.batch import Batch, count_bytes, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
@@ -247,7 +246,7 @@ class _Run:
         update_rounding: str,
         weights: Path | None,
     ) -> None:
-        self.update_rounding = _checked(update_rounding, plan)
+        self.update_rounding = check_rounding(update_rounding, plan.entries if plan else {}, where="train")
         self.task, self.plan, self.promotion, self.seed, self.epochs = task, plan, promotion, seed, epochs
         self.device = check_device(device)
         self.on_step: Callable[[Progress], None] | None = None
@@ -268,6 +267,7 @@ class _Run:
             self.loss = planned_step(self.model, task.loss, plan, **shared)
             self.planned = apply(self.model, plan, **shared)
             if needs_loss_scaling(plan):
+                _check_divisible(plan)
                 self.scaler = torch.amp.GradScaler(
                     self.device.type, init_scale=INITIAL_SCALE, growth_interval=self.length or 2000
                 )
@@ -406,8 +406,9 @@ class _Run:
         return float(loss.detach())
 
     def _in_float32(self) -> nn.Module:
-        """The model, or a copy of it where its parameters are in 16 bit."""
-        is_wide = all(p.dtype == torch.float32 for p in self.model.parameters() if p.is_floating_point())
+        """The model, or a copy of it where what it keeps is in 16 bit."""
+        kept = (*self.model.parameters(), *self.model.buffers())
+        is_wide = all(tensor.dtype == torch.float32 for tensor in kept if tensor.is_floating_point())
         return self.model if is_wide else copy.deepcopy(self.model).float()
 
     def _evaluate(self, model: nn.Module) -> Metrics:
@@ -447,7 +448,9 @@ class _Run:
             epochs=tuple(h.epochs),
             promotions=self.promotion.promoted if self.promotion else (),
             measured_peak_bytes=h.peak_bytes,
-            predicted_peak_bytes=Replay(table, plan.entries if plan else {}).peak_bytes if table else None,
+            predicted_peak_bytes=peak_bytes(table, plan.entries if plan else {}, self.update_rounding)
+            if table
+            else None,
             step_seconds=statistics.median(h.seconds) if h.seconds else None,
             diverged=bool(message),
             steps=h.steps,
@@ -457,6 +460,9 @@ class _Run:
             plan=plan,
             model=self.model,
         )
+
+    def _predicted(self, table: TensorTable, plan: Assignment | None) -> int:
+        return peak_bytes(table, plan.entries if plan else {}, self.update_rounding)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -519,23 +525,19 @@ class _Run:
             torch.cuda.set_rng_state(cuda.cpu(), self.device)
 
 
-def _checked(update_rounding: str, plan: Assignment | None) -> str:
-    """How updates are rounded.
+def _check_divisible(plan: Assignment) -> None:
+    """Make sure that a loss scale can be divided out of the gradients.
 
     Raises:
-        PlanError: there is no such way, or no 16-bit master whose updates would be rounded so.
+        PlanError: they wait in 8 bits, with a scale of their own.
     """
-    if update_rounding not in list(UpdateRounding):
+    if has_scaled_gradients(plan.entries):
         raise PlanError(
-            f"train: update_rounding {update_rounding!r} is not known. Choose one of: {', '.join(UpdateRounding)}."
+            f"train: the plan stores gradients in 8 bits with a scale of their own, and its recipe {plan.recipe!r} "
+            "needs a loss scale, which nothing can divide out of them.\n"
+            "  Allowed: gradients in fp32 or bf16, or a recipe without loss scaling: native, bf16.\n"
+            "  Search again with one of these."
         )
-    masters = plan is not None and has_narrow_masters(plan.entries)
-    if update_rounding != UpdateRounding.NEAREST and not masters:
-        raise PlanError(
-            f"train: update_rounding={update_rounding!r} is for masters in 16 bit, and this training has none.\n"
-            "  Give a plan that stores them so (--master bf16, or --strategy standalone), or leave it out."
-        )
-    return str(update_rounding)
 
 
 def _seed(seed: int, epoch: int | None = None) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assign.errors import TaskError, nearest
 from assign.plan.assignment import Assignment
-from assign.plan.stored import master_format
+from assign.plan.formats import Format
+from assign.plan.stored import buffer_format, master_format
 from assign.tasks.task import Task
 
 _UNREADABLE = (
@@ -61,16 +62,21 @@ def continue_from(task: Task, model: nn.Module, plan: Assignment | None, weights
     """Fill ``model`` from an fp32 training; the states of that training's optimizer, if the file has them.
 
     Raises:
-        TaskError: the file cannot be used, or a master of the plan cannot hold what is in it.
+        TaskError: the file cannot be used, or a master or buffer of the plan cannot hold what is in it.
     """
     optimizer = task.make_optimizer(model)
     load_weights(weights, model, optimizer)
-    for key, parameter in model.named_parameters():
-        fmt = master_format(plan.entries if plan else {}, key)
-        largest = float(parameter.detach().abs().amax()) if parameter.numel() else 0.0
+    entries = plan.entries if plan else {}
+    stored: list[tuple[str, Tensor, str, Format]] = [
+        (key, parameter, "master", master_format(entries, key)) for key, parameter in model.named_parameters()
+    ]
+    floating = ((key, buffer) for key, buffer in model.named_buffers() if buffer.is_floating_point())
+    stored += [(key, buffer, "stored form", buffer_format(entries, key)) for key, buffer in floating]
+    for key, tensor, what, fmt in stored:
+        largest = float(tensor.detach().abs().amax()) if tensor.numel() else 0.0
         if largest >= fmt.overflow_threshold:
             raise TaskError(
-                f"{weights}: {key!r} holds {largest:.4g}, and its master is {fmt.name}, which ends at "
+                f"{weights}: {key!r} holds {largest:.4g}, and its {what} is {fmt.name}, which ends at "
                 f"{fmt.max_value:g}.\n  Give a plan with a wider master for it; 'assign audit' shows all such weights."
             )
     states: dict[int, Any] = optimizer.state_dict()["state"]
