@@ -178,9 +178,8 @@ def test_an_interrupted_trial_is_proposed_again(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("assign.training.trials.train", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        for count in range(5, 100):  # until it draws a plan that is not known
-            tune(make_task, storage=tmp_path / "s.db", trials=count)
+    with pytest.raises(KeyboardInterrupt):  # once it draws a plan that is not known
+        tune(make_task, storage=tmp_path / "s.db", trials=100)
     monkeypatch.undo()
     lost = trials_of(tmp_path / "s.db")[-2]
     tune(make_task, storage=tmp_path / "s.db", trials=lost.number + 1)

@@ -118,7 +118,7 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
 
 
 def first_lasting(plan: Assignment) -> str | None:
-    """Key of the first master, gradient or buffer that is stored narrowly: there applying the plan changes the model."""
+    """Key of the first master, gradient or buffer stored narrowly: there applying the plan changes the model."""
     narrow = (key for key, entry in plan.entries.items() if entry.format != "fp32")
     return next((key for key in narrow if is_lasting(key, plan.entries)), None)
 
