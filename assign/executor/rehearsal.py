@@ -25,6 +25,7 @@ from assign.plan.memory import Replay
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.tracing.capture import Loss
+from assign.tracing.workspace import scratch_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ def rehearse(
     """The bytes that one step under ``plan`` takes when Inductor has compiled it; nothing is computed.
 
     It takes some seconds: Inductor's own time without its compilers. What kernels of libraries allocate for themselves
-    is not counted.
+    is counted as :mod:`assign.tracing.workspace` knows it.
 
     Args:
         model: as for :func:`assign.trace`; a copy is made where the plan stores some of it narrowly.
@@ -183,7 +184,7 @@ class _Ledger(TorchDispatchMode):
         for value in pytree.tree_leaves(found):
             if isinstance(value, Tensor):
                 self._see(value.untyped_storage())
-        self._peak = max(self._peak, self.alive())
+        self._peak = max(self._peak, self.alive() + _scratch(func, args, found))
         return found
 
     def _see(self, storage: Any) -> None:
@@ -191,3 +192,9 @@ class _Ledger(TorchDispatchMode):
         known = self._storages.get(key)
         if (known is None or known[0].expired()) and all(key != each._cdata for each in self.resident):
             self._storages[key] = _torch.storage_reference(storage), storage.nbytes()
+
+
+def _scratch(operator: Any, args: Sequence[Any], result: Any) -> int:
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    in_float32, in_16_bit = scratch_of(operator, tensors, result)
+    return in_16_bit if tensors and tensors[0].dtype in (torch.bfloat16, torch.float16) else in_float32

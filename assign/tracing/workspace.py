@@ -6,6 +6,9 @@ filters in the backward pass. That of batch normalisation copies the gradient; a
 CUDA workspaces are not modelled.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -19,26 +22,32 @@ _GEMM_BLOCKS = 2**19  # packed blocks of a 16-bit product; at most twice its ope
 
 def kernel_scratch(node: fx.Node) -> tuple[int, int]:
     """Bytes that the kernel of a traced float32 node needs for a moment: when run in float32, and in 16 bit."""
-    inputs = [_torch.joint_value(n) for n in node.all_input_nodes]
+    if not hasattr(node.target, "overloadpacket"):
+        return 0, 0
+    return scratch_of(node.target, [_torch.joint_value(n) for n in node.all_input_nodes], _torch.joint_value(node))
+
+
+def scratch_of(operator: Any, inputs: Sequence[Any], result: Any) -> tuple[int, int]:
+    """The same of an operator's call, by the tensors that it reads, in order, and what it makes."""
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     if not tensors or tensors[0].device.type != "cpu":
         return 0, 0
-    if node.target in (aten.convolution.default, aten.convolution_backward.default):
-        return _convolution(node)
-    if node.target is aten.native_batch_norm_backward.default:
+    kind = operator.overloadpacket
+    if kind is aten.convolution:
+        return _convolution(result, *tensors[:2], backward=False)
+    if kind is aten.convolution_backward:
+        return _convolution(*tensors[:3], backward=True)
+    if kind is aten.native_batch_norm_backward:
         elements = tensors[0].numel()
         return 4 * elements, 2 * elements
-    if node.target in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+    if kind in (aten.mm, aten.addmm, aten.bmm):
         return 0, min(_GEMM_BLOCKS, 4 * sum(tensor.numel() for tensor in tensors))
-    if node.target is aten.mean.dim:
+    if operator is aten.mean.dim:
         return 0, 4 * tensors[0].numel()
     return 0, 0
 
 
-def _convolution(node: fx.Node) -> tuple[int, int]:
-    backward = node.target is aten.convolution_backward.default
-    operands = [_torch.source_of(node, position) for position in range(3 if backward else 2)]
-    gradient, source, weight = map(_torch.joint_value, operands if backward else [node, *operands])
+def _convolution(gradient: Tensor, source: Tensor, weight: Tensor, *, backward: bool) -> tuple[int, int]:
     if source.dim() == 4 and source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
         return _depthwise(weight) if backward else (0, 0)
     sizes = gradient.numel(), source.numel()
