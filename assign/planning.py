@@ -4,19 +4,24 @@ import datetime
 import platform
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from assign.errors import BudgetError, PlanError
+from assign.noise.measuring import measure_noise
 from assign.plan.assignment import Assignment, Entry, Provenance
 from assign.plan.memory import Estimate, estimate, peak_bytes
+from assign.plan.noise import NoiseTable
 from assign.plan.recipes import get_recipe, save, store
 from assign.plan.tensors import TensorTable, is_saved_key
-from assign.strategies import BASELINES, get_strategy
+from assign.plan.timeline import Timeline
+from assign.strategies import BASELINES, MILP, Strategy, get_strategy
 from assign.strategies.baselines import uniform_in
+from assign.strategies.milp import Granularity, Milp, Solution
 from assign.tracing.capture import Loss
 from assign.tracing.finiteness import non_finite as find_non_finite
 from assign.tracing.tracer import OptimizerFactory, trace
@@ -38,6 +43,10 @@ def search(
     gradients: str | None = None,
     optimizer_states: str | None = None,
     saved: str | None = None,
+    noise: NoiseTable | None = None,
+    formats: Sequence[str] = (),
+    granularity: Granularity | str = Granularity.GROUP,
+    pins: Mapping[str, str] = MappingProxyType({}),
     seed: int = 0,
 ) -> Assignment:
     """A plan for one training step of ``loss(model, batch)``.
@@ -58,14 +67,20 @@ def search(
         optimizer_states: e.g. ``bf16`` or ``dynamic8``; None: that of their masters.
         saved: format of the copies that wait for the backward pass, e.g. ``int4:block64``, where it takes fewer bytes
             than the activation's own, and where the activation is all finite on this batch; None: all have their own.
+        noise: for the strategy ``milp``: what :func:`assign.measure_noise` found; None measures it, on this batch.
+        formats, granularity, pins: for the same; see :class:`assign.strategies.milp.Milp`.
         seed: for strategies that draw.
     Raises:
         BudgetError: no goal, one that makes no sense, or a budget below the floor (says the floor).
         FormatError, PlanError: formats that cannot be stored, or that no library's optimizer can keep.
         TraceError: a graph break, a loss that is no scalar, a model that is not in float32.
     """
+    table = trace(model, batch, loss, optimizer)
+    if strategy == MILP and noise is None:
+        waiting = [] if saved is None else [saved]
+        noise = measure_noise(model, [batch], loss, recipe=recipe, formats=formats, pins=pins, saved=waiting, seed=seed)
     return search_table(
-        trace(model, batch, loss, optimizer),
+        table,
         budget=budget,
         low_ratio=low_ratio,
         strategy=strategy,
@@ -75,6 +90,10 @@ def search(
         optimizer_states=optimizer_states,
         saved=saved,
         non_finite=find_non_finite(model, batch, loss) if saved is not None else frozenset(),
+        noise=noise,
+        formats=formats,
+        granularity=granularity,
+        pins=pins,
         seed=seed,
         command="assign.search",
     )
@@ -93,6 +112,10 @@ def search_table(
     optimizer_states: str | None = None,
     saved: str | None = None,
     non_finite: Collection[str] = frozenset(),
+    noise: NoiseTable | None = None,
+    formats: Sequence[str] = (),
+    granularity: Granularity | str = Granularity.GROUP,
+    pins: Mapping[str, str] = MappingProxyType({}),
     seed: int = 0,
     command: str = "",
 ) -> Assignment:
@@ -100,11 +123,21 @@ def search_table(
 
     ``format_name`` puts every tensor in one format; it takes no goal, nor do the strategies that follow from the model
     alone (``operator``, ``operator-prime``, ``standalone``). ``non_finite`` are the activations whose copies ``saved``
-    does not narrow.
+    does not narrow. ``milp`` needs ``noise``; with any strategy, the plan's predicted noise is written down where it is
+    given.
     """
     start = time.perf_counter()
     rules = get_recipe(recipe)
     stored = store(table, master=master, gradients=gradients, states=optimizer_states)
+
+    if noise is not None:
+        noise.check(table)
+    if strategy != MILP and (formats or pins or granularity != Granularity.GROUP):
+        raise BudgetError(
+            f"search: the strategy {strategy!r} takes no formats, pins or granularity of its own: it chooses between the "
+            "recipe's two for whole groups.\n  Leave them out, or use the strategy 'milp'."
+        )
+    solutions: list[Solution] = []
 
     def whole(chosen: Mapping[str, Entry]) -> dict[str, Entry]:
         waiting = {} if saved is None else save(table, chosen, saved, keep=non_finite)
@@ -125,7 +158,12 @@ def search_table(
             )
         entries = BASELINES[strategy](table, rules)
     else:
-        entries = get_strategy(strategy)(
+        chosen = (
+            _milp(table, whole, noise, formats, granularity, pins, solutions.append)
+            if strategy == MILP
+            else get_strategy(strategy)
+        )
+        entries = chosen(
             table,
             recipe=rules,
             peak_bytes=lambda candidate: peak_bytes(table, whole(candidate)),
@@ -142,6 +180,10 @@ def search_table(
             "  Choose int4:block64, or leave it out."
         )
     costs = summary(estimate(table, plan), time.perf_counter() - start)
+    if noise is not None:
+        costs["noise"] = noise.of(plan.entries)
+    for solution in solutions:
+        costs |= {"optimality_gap": solution.gap, "rounds": solution.rounds, "by_greedy": solution.by_greedy}
     return plan.with_provenance(
         Provenance(
             command=command,
@@ -152,6 +194,53 @@ def search_table(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
     )
+
+
+def _milp(
+    table: TensorTable,
+    whole: Callable[[Mapping[str, Entry]], dict[str, Entry]],
+    noise: NoiseTable | None,
+    formats: Sequence[str],
+    granularity: Granularity | str,
+    pins: Mapping[str, str],
+    tell: Callable[[Solution], None],
+) -> Strategy:
+    if noise is None:
+        raise PlanError(
+            "search: the strategy 'milp' minimises noise, and no noise was given.\n"
+            "  Allowed: what assign.measure_noise or 'assign noise' found for this model. Give it: noise=, --noise FILE."
+        )
+    known = [*Granularity]
+    if granularity not in known:
+        raise PlanError(f"search: there is no granularity {granularity!r}; choose from {', '.join(known)}.")
+    return Milp(
+        noise=lambda entries: noise.of(whole(entries)),
+        timeline=Timeline(table, whole),
+        formats=formats,
+        granularity=Granularity(granularity),
+        pins=pins,
+        tell=tell,
+    )
+
+
+def split_names(text: str) -> list[str]:
+    """Names of formats in a text with commas; those inside ``fp(e,m,b)`` belong to the name."""
+    return [name.strip() for name in re.split(r",(?![^(]*\))", text) if name.strip()]
+
+
+def parse_pins(texts: Iterable[str]) -> dict[str, str]:
+    """Pattern → format, of pins like ``head.*=bf16``.
+
+    Raises:
+        PlanError: one is no such pin.
+    """
+    pins = {}
+    for text in texts:
+        pattern, equals, name = text.rpartition("=")
+        if not (pattern and equals and name):
+            raise PlanError(f"search: {text!r} is no pin. Write PATTERN=FORMAT, e.g. 'head.*=bf16'.")
+        pins[pattern] = name
+    return pins
 
 
 def summary(costs: Estimate, seconds: float) -> dict[str, Any]:
