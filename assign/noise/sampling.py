@@ -6,7 +6,8 @@
 of signs, one more backward pass gives aₜ = ∂⟨r, g⟩/∂t for every t at once; so rounding t by δ changes ⟨r, g⟩ by ⟨aₜ, δ⟩
 to first order, and the mean of its square over r is ‖δg‖². Rounding errors of single elements hardly know of each
 other: Σ (aₜ δ)² has the same mean, and needs far fewer draws. What they do have in common shows along g itself: with
-r = g the change is ⟨g, δg⟩, which also gives the cosine. The loss changes by ⟨∂loss/∂t, δ⟩.
+r = g the change is ⟨g, δg⟩, which also gives the cosine. The loss changes by ⟨∂loss/∂t, δ⟩. Where relu's gates flip, the
+gradient jumps, and a derivative says nothing: :mod:`assign.noise.gates` adds what that comes to.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from assign.errors import DivergedError, TraceError
+from assign.noise.gates import flip_factor, root_mean_square
 from assign.noise.rounding import is_gradient, largest_gradient, loss_scale, round_tensor
 from assign.noise.stepping import ProbedStep, Result
 from assign.plan.formats import parse_saved
@@ -88,10 +90,11 @@ def _differentiate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Derivatives:
-    """Of one step, by key: every tensor, the mean of aₜ² over the draws, aₜ for r = g, and the loss by it."""
+    """Of one step, by key: every tensor, the mean of aₜ² over the draws, that by slopes of gates, aₜ for r = g."""
 
     values: Mapping[str, Tensor]
     squares: Mapping[str, Tensor]
+    flips: Mapping[str, Tensor]
     along: Mapping[str, Tensor]
     size: float
 
@@ -113,13 +116,20 @@ class _Derivatives:
             size = _squared_norm(result)
             generator = torch.Generator().manual_seed(seed)
             squares: dict[str, Tensor] = {}
+            flips: dict[str, Tensor] = {}
             for _ in range(DRAWS):
                 signs = [torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1 for x in gradients]
-                for key, adjoint in _adjoints(gradients, signs, tensors, keep=True).items():
-                    squares[key] = squares.get(key, torch.zeros(())) + adjoint.square() / DRAWS
-            along = _adjoints(gradients, [x.detach() for x in gradients], tensors, keep=False)
+                smooth = _adjoints(gradients, signs, tensors)
+                result.slopes.on = True
+                sloped = _adjoints(gradients, signs, tensors)
+                result.slopes.on = False
+                for key, adjoint in sloped.items():
+                    plain = smooth.get(key, torch.zeros(()))
+                    squares[key] = squares.get(key, torch.zeros(())) + plain.square() / DRAWS
+                    flips[key] = flips.get(key, torch.zeros(())) + (adjoint - plain).square() / DRAWS
+            along = _adjoints(gradients, [x.detach() for x in gradients], tensors)
         values = {key: x.detach() for key, x in tensors.items()}
-        return cls(values=values, squares=squares, along=along, size=size)
+        return cls(values=values, squares=squares, flips=flips, along=along, size=size)
 
     def find(self, key: str) -> str | None:
         """The key under which a tensor was seen.
@@ -130,7 +140,7 @@ class _Derivatives:
 
     def sample(self, key: str, error: Tensor) -> Sample:
         along = _dot(self.along.get(key), error) / self.size
-        noise = _dot(self.squares.get(key), error.square()) / self.size + along**2
+        noise = (_dot(self.squares.get(key), error.square()) + self._flipped(key, error)) / self.size + along**2
         by_loss = None if is_gradient(key) or is_saved_key(key) else self.values.get(grad_key(key))
         if not math.isfinite(noise):
             raise TraceError(
@@ -139,11 +149,21 @@ class _Derivatives:
             )
         return _as_sample(noise, along, _dot(by_loss, error))
 
+    def _flipped(self, key: str, error: Tensor) -> float:
+        """The squared change of the gradients by gates that open or close."""
+        flips, value = self.flips.get(key), self.values[key]
+        if flips is None:
+            return 0.0
+        if is_saved_key(key):  # what the gate reads itself: it closes where a copy is zero
+            closed = (value > 0) & (value + error <= 0)
+            return _dot(flips * root_mean_square(value).square(), closed.to(flips))
+        return flip_factor(value, error) * _dot(flips, error.square())
+
 
 def _adjoints(
-    gradients: Sequence[Tensor], directions: Sequence[Tensor], tensors: Mapping[str, Tensor], *, keep: bool
+    gradients: Sequence[Tensor], directions: Sequence[Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    found = torch.autograd.grad(gradients, list(tensors.values()), directions, retain_graph=keep, allow_unused=True)
+    found = torch.autograd.grad(gradients, list(tensors.values()), directions, retain_graph=True, allow_unused=True)
     return {key: each for key, each in zip(tensors, found, strict=True) if each is not None}
 
 

@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assign import _torch
 from assign.errors import TraceError
+from assign.noise import gates
+from assign.noise.gates import Slopes
 from assign.plan.tensors import saved_key
 from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
@@ -34,10 +36,16 @@ _LOSS = "loss!"  # no key of the table: they have a module's path and a slash
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What one step came to: the loss, and the gradients of the parameters that have one, in order of the inputs."""
+    """What one step came to.
+
+    Attributes:
+        gradients: of the parameters that have one, in order of the graph's inputs.
+        slopes: of its gates, while the gradients are differentiated.
+    """
 
     loss: Tensor
     gradients: tuple[Tensor, ...]
+    slopes: Slopes
 
 
 class ProbedStep:
@@ -134,7 +142,7 @@ class _Joint:
         results = runner.run(*inputs[: self.primals], one)
         gradients = tuple(x for x in results[len(results) - self.primals :] if isinstance(x, Tensor))
         assert runner.loss is not None
-        return Result(loss=runner.loss, gradients=gradients)
+        return Result(loss=runner.loss, gradients=gradients, slopes=runner.slopes)
 
 
 class _Runner(fx.Interpreter):
@@ -142,6 +150,7 @@ class _Runner(fx.Interpreter):
         super().__init__(module)
         self.touch = touch
         self.loss: Tensor | None = None
+        self.slopes = Slopes()
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is _PROBE:
@@ -151,6 +160,8 @@ class _Runner(fx.Interpreter):
             return value if key.startswith(_LOSS) else self.touch(value, key)
         if target is torch.ops.aten.copy_.default:  # into a buffer of the model's, which stays as it is
             return args[1]
+        if target is gates.OPERATOR and torch.is_grad_enabled():
+            return gates.gate(*args, self.slopes)
         return super().call_function(target, args, kwargs)
 
 
