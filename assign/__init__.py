@@ -6,18 +6,20 @@ them is pure Python and never imports torch.
 ====================  ==========================================================================================
 ``tracing``           model + batch → **TensorTable**. ``capture``: model and loss as one graph (Dynamo);
                       ``functionalize``: no in-place operators, so every value has one node; ``operators``: the walk
-                      that names every tensor, for tracer and executor alike; ``probes`` at them; ``joint``, ``workspace``,
-                      ``finiteness``: the backward pass, what kernels need, which tensors must not be narrowed;
-                      ``tracer``: all of it
+                      that names every tensor, for tracer and executor alike; ``probes`` at them; ``joint``,
+                      ``workspace``, ``finiteness``: the backward pass, what kernels need, which tensors must not
+                      be narrowed; ``tracer``: all of it
 ``plan``              pure Python. ``tensors``: TensorTable, the first waist: rows by key, groups, the schedule of the
                       step; ``formats`` as rows of data; ``recipes``: candidates per role; ``groups``: shared
                       decisions; ``lowering``, ``lowered``: in which dtype an operator computes; ``memory``:
                       (table, assignment) → peak and timeline; ``stored``: what stays between steps, and who can keep
                       it; ``timeline``: bytes moment by moment, and by decision; ``noise``: the table of what was
                       measured; ``assignment``: **Assignment**, the second waist, ``plan.json``
-``strategies``        searches: (table, recipe, goal) → entries; ``milp``: the one of least noise; ``planning``: trace, strategy, provenance in one call
+``strategies``        searches: (table, recipe, goal) → entries; ``milp``: that of least noise;
+                      ``planning``: trace, strategy, provenance in one call
 ``noise``             ``stepping``: a step in which every tensor can be touched; ``sampling``: what rounding one
-                      perturbs, measured or from derivatives; ``measuring``: over batches, into a file
+                      perturbs, measured or from derivatives; ``gates``: of relu, which has none;
+                      ``measuring``: over batches, into a file
 ``numerics``          ``rounding``: quantize, encode, decode as registered torch operators; ``kernels``: their
                       arithmetic; ``launch``: how it is run, compiled or not; ``words``: narrow elements, several to
                       an integer; ``blocks``: a few bits and a scale per block; ``products`` of narrow matrices;

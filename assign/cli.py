@@ -88,7 +88,7 @@ Format = Annotated[str | None, typer.Option("--format", help="With --strategy un
 Formats = Annotated[
     str,
     typer.Option(
-        help="Candidates of every tensor beside the recipe's, or with --strategy milp in their place: names with commas, "
+        help="Candidates of every tensor, beside the recipe's, or (--strategy milp) in their place: names with commas, "
         "the widest first; e4m3:pow2/e5m2:pow2 means the first for values, the second for gradients."
     ),
 ]

@@ -134,8 +134,8 @@ def search_table(
         noise.check(table)
     if strategy != MILP and (formats or pins or granularity != Granularity.GROUP):
         raise BudgetError(
-            f"search: the strategy {strategy!r} takes no formats, pins or granularity of its own: it chooses between the "
-            "recipe's two for whole groups.\n  Leave them out, or use the strategy 'milp'."
+            f"search: the strategy {strategy!r} takes no formats, pins or granularity of its own: it chooses between "
+            "the recipe's two for whole groups.\n  Leave them out, or use the strategy 'milp'."
         )
     solutions: list[Solution] = []
 
@@ -208,7 +208,7 @@ def _milp(
     if noise is None:
         raise PlanError(
             "search: the strategy 'milp' minimises noise, and no noise was given.\n"
-            "  Allowed: what assign.measure_noise or 'assign noise' found for this model. Give it: noise=, --noise FILE."
+            "  Allowed: what assign.measure_noise or 'assign noise' found for this model. Give it: noise=, or --noise."
         )
     known = [*Granularity]
     if granularity not in known:

@@ -6,8 +6,8 @@
 of signs, one more backward pass gives aₜ = ∂⟨r, g⟩/∂t for every t at once; so rounding t by δ changes ⟨r, g⟩ by ⟨aₜ, δ⟩
 to first order, and the mean of its square over r is ‖δg‖². Rounding errors of single elements hardly know of each
 other: Σ (aₜ δ)² has the same mean, and needs far fewer draws. What they do have in common shows along g itself: with
-r = g the change is ⟨g, δg⟩, which also gives the cosine. The loss changes by ⟨∂loss/∂t, δ⟩. Where relu's gates flip, the
-gradient jumps, and a derivative says nothing: :mod:`assign.noise.gates` adds what that comes to.
+r = g the change is ⟨g, δg⟩, which also gives the cosine. The loss changes by ⟨∂loss/∂t, δ⟩. Where relu's gates flip,
+the gradient jumps, and a derivative says nothing: :mod:`assign.noise.gates` adds what that comes to.
 """
 
 import contextlib
@@ -22,18 +22,16 @@ from torch import Tensor
 
 from assign.errors import DivergedError, TraceError
 from assign.noise.gates import flip_factor, root_mean_square
-from assign.noise.rounding import is_gradient, largest_gradient, loss_scale, round_tensor
+from assign.noise.rounding import largest_gradient, loss_scale, round_tensor
 from assign.noise.stepping import ProbedStep, Result
 from assign.plan.formats import parse_saved
 from assign.plan.noise import Cell, Method, Sample
-from assign.plan.tensors import base_key, grad_key, is_saved_key
+from assign.plan.tensors import base_key, is_saved_key
 
 DRAWS = 2
 """Vectors r per batch: other batches draw others, and the sum over elements is an average already."""
 
-_NO_DERIVATIVE = re.compile(
-    r"derivative for '?([\w:.]+)'? is not implemented|([\w:.]+).{0,80}no autograd formula", re.S
-)
+_NO_DERIVATIVE = re.compile(r"derivative for '?([\w:.]+)'? is not implemented")
 
 
 def sample(
@@ -90,19 +88,20 @@ def _differentiate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Derivatives:
-    """Of one step, by key: every tensor, the mean of aₜ² over the draws, that by slopes of gates, aₜ for r = g."""
+    """Of one step, by key: every tensor, the mean of aₜ² over the draws, that by slopes of gates, aₜ for r = g, and
+    ∂loss/∂t."""
 
     values: Mapping[str, Tensor]
     squares: Mapping[str, Tensor]
     flips: Mapping[str, Tensor]
     along: Mapping[str, Tensor]
+    by_loss: Mapping[str, Tensor]
     size: float
 
     @classmethod
     def of(cls, step: ProbedStep, batch: Any, keys: set[str], seed: int) -> "_Derivatives":
         tensors: dict[str, Tensor] = {}
         wanted = keys | {base_key(key) for key in keys}
-        wanted |= {grad_key(key) for key in wanted}
 
         def record(x: Tensor, key: str) -> Tensor:
             if key not in wanted:
@@ -127,9 +126,10 @@ class _Derivatives:
                     plain = smooth.get(key, torch.zeros(()))
                     squares[key] = squares.get(key, torch.zeros(())) + plain.square() / DRAWS
                     flips[key] = flips.get(key, torch.zeros(())) + (adjoint - plain).square() / DRAWS
+            by_loss = _adjoints([result.loss], [torch.ones_like(result.loss)], tensors)
             along = _adjoints(gradients, [x.detach() for x in gradients], tensors)
         values = {key: x.detach() for key, x in tensors.items()}
-        return cls(values=values, squares=squares, flips=flips, along=along, size=size)
+        return cls(values=values, squares=squares, flips=flips, along=along, by_loss=by_loss, size=size)
 
     def find(self, key: str) -> str | None:
         """The key under which a tensor was seen.
@@ -141,13 +141,12 @@ class _Derivatives:
     def sample(self, key: str, error: Tensor) -> Sample:
         along = _dot(self.along.get(key), error) / self.size
         noise = (_dot(self.squares.get(key), error.square()) + self._flipped(key, error)) / self.size + along**2
-        by_loss = None if is_gradient(key) or is_saved_key(key) else self.values.get(grad_key(key))
         if not math.isfinite(noise):
             raise TraceError(
-                f"noise: the derivative of the gradient by {key!r} is not finite on this batch, as behind a square root "
-                "of zero, so first-order noise says nothing.\n  Use the measured way: --method measured"
+                f"noise: the derivative of the gradient by {key!r} is not finite on this batch, as behind a square "
+                "root of zero, so first-order noise says nothing.\n  Use the measured way: --method measured"
             )
-        return _as_sample(noise, along, _dot(by_loss, error))
+        return _as_sample(noise, along, _dot(self.by_loss.get(key), error))
 
     def _flipped(self, key: str, error: Tensor) -> float:
         """The squared change of the gradients by gates that open or close."""
@@ -177,7 +176,7 @@ def _explained() -> Iterator[None]:
         if not found:
             raise
         raise TraceError(
-            f"noise: torch cannot differentiate {found[1] or found[2]}, an operator of this step's backward pass, "
+            f"noise: torch cannot differentiate {found[1]}, an operator of this step's backward pass, "
             "once more, as first-order noise needs.\n  Use the measured way: --method measured"
         ) from error
 
@@ -191,10 +190,10 @@ def _rounding(cell: Cell, largest: float, seed: int) -> Callable[[Tensor], Tenso
 def _squared_norm(result: Result) -> float:
     size = _product(result.gradients, result.gradients)
     if not (math.isfinite(size) and bool(result.loss.isfinite().all())) or size == 0:
-        what = "zero" if size == 0 else "not finite"
+        what, loss = "zero" if size == 0 else "not finite", float(result.loss.detach())
         raise DivergedError(
-            f"noise: the gradient of the unrounded step is {what} on this batch (loss {float(result.loss):g}), so there "
-            "is nothing to compare with.\n  Give another batch, or weights of a training that goes on: --checkpoint"
+            f"noise: the gradient of the unrounded step is {what} on this batch (loss {loss:g}), so there is "
+            "nothing to compare with.\n  Give another batch, or weights of a training: --checkpoint"
         )
     return size
 

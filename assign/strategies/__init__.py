@@ -1,8 +1,8 @@
 """Searches: (table, recipe, goals) → the format of every tensor.
 
 A strategy is a function; a new one is a file here and a line in ``STRATEGIES``, and ``tests/contracts.py`` tests it.
-Strategies get the memory model as an argument; they know neither it, nor the executor, nor torch. One that needs more of
-a model than its table, as :class:`assign.strategies.milp.Milp` needs its noise, is made with that first.
+Strategies get the memory model as an argument; they know neither it, nor the executor, nor torch. One that needs more
+of a model than its table, as :class:`assign.strategies.milp.Milp` needs its noise, is made with that first.
 """
 
 from collections.abc import Callable, Mapping

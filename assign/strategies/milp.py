@@ -1,15 +1,15 @@
 """The plan of least noise within a budget, by an exact integer program.
 
 One binary variable per decision and format. Noise adds up over tensors, and so do bytes, moment by moment, as long as
-decisions do not meet in one operator: so both are linear, and HiGHS finds the best plan of the linear model and says how
-far it may be from it. The true bytes of that plan are asked for then; at a moment where they are more than the model
-said and more than the budget, the difference is added to the model, and it is solved again. What is returned is always
-truly within the goals.
+decisions do not meet in one operator: so both are linear, and HiGHS finds the best plan of the linear model and says
+how far it may be from it. The true bytes of that plan are asked for then; at a moment where they are more than the
+model said and more than the budget, the difference is added to the model, and it is solved again. What is returned is
+always truly within the goals.
 """
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -119,7 +119,7 @@ class Milp:
         return {row.key: plan[row.key] for row in table.paper_tensors}
 
     def _greedy(
-        self, table: TensorTable, recipe: Recipe, peak_bytes: PeakBytes, goal: Goal, pinned: Mapping[str, Entry]
+        self, table: TensorTable, recipe: Recipe, peak_bytes: PeakBytes, goal: Goal, pinned: dict[str, Entry]
     ) -> dict[str, Entry] | None:
         """The greedy plan with the pins; None where it misses a goal."""
         try:
@@ -195,7 +195,7 @@ class _Program:
             self.base = ask.timeline.at(base).astype(np.float64)
             self.steps = csr_array(ask.timeline.steps(base, self.options)).astype(np.float64)
 
-    def entries(self, chosen: Sequence[int]) -> dict[str, Entry]:
+    def entries(self, chosen: Iterable[int]) -> dict[str, Entry]:
         """The plan of one option per decision."""
         plan = dict(self.pinned)
         for option in chosen:
@@ -228,8 +228,8 @@ class _Program:
             assert self.goal.budget_bytes is not None
             modelled = self.base + np.cumsum(self.steps[chosen].sum(axis=0)) + extra
             extra += np.where(true > self.goal.budget_bytes, np.maximum(true - modelled, 1), 0)
-        plan = self._fewest_bytes() if extra is not None else None
-        return (plan if plan is not None and self.is_within(plan) else None), bound, number
+        lowest = self._fewest_bytes() if extra is not None else None
+        return (lowest if lowest is not None and self.is_within(lowest) else None), bound, number
 
     def error(self) -> BudgetError:
         """For goals that nothing found could meet: names the lowest peak, or the highest low ratio."""
@@ -261,11 +261,10 @@ class _Program:
             self.moments = max(self.moments, len(base))
             if len(base):
                 constraints.append(LinearConstraint(rows / budget, ub=(budget - base) / budget))
-        upper = np.where(self.noise > known * (1 + RELATIVE_GAP), 0.0, 1.0)  # noisier alone than a known plan is whole
+        too_noisy = self.noise > known * (1 + RELATIVE_GAP)  # alone more than a whole plan that is known
+        upper = np.where(too_noisy, 0.0, 1.0)
         bounds, unit = Bounds(0, upper), float(self.noise.max()) or 1.0
-        for _ in range(
-            _UNITS
-        ):  # HiGHS takes a millionth for nothing: count in parts of what the best plan has at least
+        for _ in range(_UNITS):  # HiGHS takes a millionth for nothing: count in parts of what any plan has at least
             relaxed = self._call(self._cost(unit), constraints, bounds, whole=0)
             if relaxed.x is None or relaxed.fun > 1 or relaxed.fun <= 0:
                 break
@@ -278,6 +277,8 @@ class _Program:
 
     def _fewest_bytes(self) -> dict[str, Entry] | None:
         """The plan of the lowest peak in the linear model: one more variable, the peak itself."""
+        if not self.options:
+            return dict(self.pinned)
         rows, base = self._binding(self.base, 0)
         unit = max(float(base.max(initial=1)), 1.0)
         peak = csr_array(-np.ones((len(base), 1)))
