@@ -140,7 +140,7 @@ def test_bytes_of_one_change_are_those_of_a_whole_replay(measured, saved):
 
 def test_saved_copies_count_in_bytes_and_noise(measured):
     table, noise = measured
-    options = {"budget": "90%", "recipe": "hfp8", "strategy": "milp", "noise": noise}
+    options = {"low_ratio": 0.5, "recipe": "hfp8", "strategy": "milp", "noise": noise}
     plain, saved = search_table(table, **options), search_table(table, **options, saved="int4:block64")
     assert any(key.endswith(".saved") for key in saved.entries)
     assert saved.provenance.estimate["noise"] == pytest.approx(noise.of(saved.entries))

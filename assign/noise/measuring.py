@@ -88,7 +88,7 @@ def measure_noise(
             writer.write()
         if on_batch is not None:
             on_batch(writer.table)
-        if number and writer.table.relative_error <= until:
+        if writer.table.relative_error <= until:
             break
     return writer.table
 
