@@ -239,15 +239,9 @@ def search(
     """Choose a format for every tensor and write the plan."""
     loaded = _task(task, seed, batch_size, device, data, None)
     table = _traced(loaded, device)
-    names, pins, noise = split_names(formats), parse_pins(pin or []), None
-    if noise_file is not None:
-        noise = NoiseTable.load(noise_file)
-    elif strategy == MILP:
-        waiting = split_names(saved or "")
-        beside = output.with_name(f"{output.stem}.noise.json")
-        noise = _measured(
-            loaded, table, device, None, file=beside, recipe=recipe, formats=names, saved=waiting, pins=pins, seed=seed
-        )
+    names, pins = split_names(formats), parse_pins(pin or [])
+    asked: dict[str, Any] = {"recipe": recipe, "formats": names, "saved": split_names(saved or ""), "pins": pins}
+    noise = _noise_for(loaded, table, device, strategy, noise_file, output, seed=seed, **asked)
     plan = _searched(
         table,
         output,
@@ -373,6 +367,10 @@ def run(
     gradients: Gradients = None,
     master: Master = None,
     saved: Saved = None,
+    noise_file: NoiseFile = None,
+    formats: Formats = "",
+    granularity: Shares = Granularity.GROUP,
+    pin: Pins = None,
     epochs: Epochs = None,
     backend: BackendName = Backend.EAGER,
     promote_every: PromoteEvery = None,
@@ -387,6 +385,9 @@ def run(
     """The main job: trace, search, train in fp32 and under the plan, print both side by side."""
     loaded = _task(task, seed, batch_size, device, data, epochs)
     table = _traced(loaded, device)
+    names, pins = split_names(formats), parse_pins(pin or [])
+    asked: dict[str, Any] = {"recipe": recipe, "formats": names, "saved": split_names(saved or ""), "pins": pins}
+    noise = _noise_for(loaded, table, device, strategy, noise_file, output, seed=seed, **asked)
     plan = _searched(
         table,
         output,
@@ -400,9 +401,15 @@ def run(
         master=master,
         saved=saved,
         non_finite=_non_finite(loaded, device) if saved else (),
+        noise=noise,
+        formats=names,
+        granularity=granularity,
+        pins=pins,
         seed=seed,
     )
     console.print(tables.estimate_table(estimate_plan(table, plan)))
+    if noise is not None:
+        console.print(tables.noise_line(plan.provenance.estimate))
     options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
     baseline = _trained("fp32", loaded, None, table, **options)
     options |= {"promote_every": promote_every, "promote_threshold": promote_threshold, "promoted": _promoted(output)}
@@ -577,6 +584,17 @@ def _non_finite(task: Task, device: str) -> frozenset[str]:
     where = check_device(device)
     with console.status("looking for values that are not finite"):
         return non_finite(task.make_model().to(where), move(task.first_batch(), where), task.loss)
+
+
+def _noise_for(
+    task: Task, table: TensorTable, device: str, strategy: str, file: Path | None, plan: Path, **options: Any
+) -> NoiseTable | None:
+    """Noise from its file; or measured, beside the plan, where the strategy needs it."""
+    if file is not None:
+        return NoiseTable.load(file)
+    if strategy != MILP:
+        return None
+    return _measured(task, table, device, None, file=plan.with_name(f"{plan.stem}.noise.json"), **options)
 
 
 def _measured(

@@ -183,7 +183,12 @@ def search_table(
     if noise is not None:
         costs["noise"] = noise.of(plan.entries)
     for solution in solutions:
-        costs |= {"optimality_gap": solution.gap, "rounds": solution.rounds, "by_greedy": solution.by_greedy}
+        costs |= {
+            "noise": solution.noise,
+            "optimality_gap": solution.gap,
+            "rounds": solution.rounds,
+            "by_greedy": solution.by_greedy,
+        }
     return plan.with_provenance(
         Provenance(
             command=command,

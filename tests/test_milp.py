@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from contracts import LOSSY, AllAtOnce, chain, made_up_noise
+from contracts import LOSSY, TABLES, AllAtOnce, GroupByGroup, chain, made_up_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import GPT, MLP, ResNet, class_loss, images, tokens, vectors
@@ -86,6 +86,16 @@ def test_covered_moments_never_decide(bytes_by_choice):
     assert len({(base[i] + effects[i, 0] + effects[i, 2], *effects[i]) for i in kept}) == len(kept)
 
 
+@pytest.mark.parametrize("model", [AllAtOnce, GroupByGroup])
+@pytest.mark.parametrize("table", [make() for make in TABLES.values()], ids=TABLES.keys())
+def test_more_bytes_never_more_noise(table, model):
+    peak = model(table)
+    most, least = (peak(greedy(table, recipe=HFP8, peak_bytes=peak, low_ratio=ratio)) for ratio in (0, 1))
+    budgets = [round(least + share * (most - least)) for share in (0, 0.15, 0.3, 0.45, 0.6, 0.8, 1)]
+    noises = [solve(table, peak, budget_bytes=budget)[1].noise for budget in budgets]
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(noises))
+
+
 MODELS = {"mlp": (MLP, vectors), "resnet": (ResNet, images), "gpt": (GPT, tokens)}
 
 
@@ -104,7 +114,7 @@ def test_never_noisier_than_greedy_in_as_many_bytes(measured, granularity):
     high, low = (
         peak_bytes(table, greedy(table, recipe=HFP8, peak_bytes=lambda _: 0, low_ratio=ratio)) for ratio in (0, 1)
     )
-    before = float("inf")
+    before, gained = float("inf"), False
     for share in (0.0, 0.3, 0.6, 1.0):
         budget = round(low + share * (high - low))
         plans = [
@@ -116,7 +126,8 @@ def test_never_noisier_than_greedy_in_as_many_bytes(measured, granularity):
         assert by_milp <= by_greedy
         assert by_milp <= before * (1 + 1e-6)  # more bytes never more noise
         assert 0 <= plans[1].provenance.estimate["optimality_gap"] < 1
-        before = by_milp
+        before, gained = by_milp, gained or by_milp < by_greedy
+    assert gained or len(table.paper_tensors) < 30  # the MLP leaves little to choose
 
 
 @pytest.mark.parametrize("saved", [None, "int4:block64"])
@@ -128,14 +139,17 @@ def test_bytes_of_one_change_are_those_of_a_whole_replay(measured, saved):
 
     timeline, names = Timeline(table, complete), ("fp32", "bf16", "fp16", "e4m3:pow2", "fp(4,3,4)")
     rows = table.paper_tensors
-    base = {row.key: Entry(names[i % 3], False) for i, row in enumerate(rows)}
     changes = [{row.key: Entry(names[(i * 7 + 3) % 5], True)} for i, row in enumerate(rows)]
     changes += [{key: Entry("e4m3:pow2", True) for key in group.keys} for group in table.groups]
-    steps = timeline.steps(base, changes).toarray().cumsum(axis=1)
-    before = timeline.at(base)
-    for change, effect in zip(changes, steps, strict=True):
-        assert (timeline.at({**base, **change}) - before == effect).all()
-    assert steps.any()
+    for base in (
+        {row.key: Entry("bf16", False) for row in rows},
+        {row.key: Entry(names[i % 3], False) for i, row in enumerate(rows)},
+    ):
+        steps = timeline.steps(base, changes).toarray().cumsum(axis=1)
+        before = timeline.at(base)
+        for change, effect in zip(changes, steps, strict=True):
+            assert (timeline.at({**base, **change}) - before == effect).all()
+        assert steps.any()
 
 
 def test_saved_copies_count_in_bytes_and_noise(measured):
@@ -160,7 +174,7 @@ def test_where_bytes_do_not_add_up_the_true_ones_decide():
     high = timeline({row.key: Entry(FORMATS[0], False) for row in table.paper_tensors})
     plan, said = solve(table, timeline, formats=FORMATS, granularity="tensor", budget_bytes=high // 2)
     assert timeline(plan) <= high // 2
-    assert said.rounds > 1
+    assert 1 < said.rounds < 10
 
 
 def test_pins_hold_and_a_pin_that_matches_nothing_is_an_error():
