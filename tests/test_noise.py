@@ -225,3 +225,14 @@ def test_the_file_is_one_line_per_tensor(tmp_path):
     data = json.loads(file.read_text())
     assert data["assign_noise"] == 1
     assert len(file.read_text().splitlines()) == len(data["cells"]) + 9
+
+
+def test_batches_may_differ_in_size():
+    for make, batch, sizes, method in (
+        (MLP, vectors, (16, 12, 8), "measured"),
+        (MLP, vectors, (16, 12, 8), "first-order"),
+        (GPT, tokens, (4, 3), "first-order"),
+    ):
+        batches = [batch(size) for size in sizes]
+        found = measure_noise(make(), batches, class_loss, recipe="bf16", method=method, until=0)
+        assert found.batches == len(sizes)
