@@ -6,15 +6,20 @@ them is pure Python and never imports torch.
 ====================  ==========================================================================================
 ``tracing``           model + batch → **TensorTable**. ``capture``: model and loss as one graph (Dynamo);
                       ``functionalize``: no in-place operators, so every value has one node; ``operators``: the walk
-                      that names every tensor, for tracer and executor alike; ``joint``, ``workspace``,
-                      ``finiteness``: the backward pass, what kernels need, which tensors must not be narrowed;
-                      ``tracer``: all of it
+                      that names every tensor, for tracer and executor alike; ``probes`` at them; ``joint``,
+                      ``workspace``, ``finiteness``: the backward pass, what kernels need, which tensors must not
+                      be narrowed; ``tracer``: all of it
 ``plan``              pure Python. ``tensors``: TensorTable, the first waist: rows by key, groups, the schedule of the
                       step; ``formats`` as rows of data; ``recipes``: candidates per role; ``groups``: shared
                       decisions; ``lowering``, ``lowered``: in which dtype an operator computes; ``memory``:
                       (table, assignment) → peak and timeline; ``stored``: what stays between steps; ``libraries``:
-                      who can keep it; ``assignment``: **Assignment**, the second waist, ``plan.json``
-``strategies``        searches: (table, recipe, goal) → entries; ``planning``: trace, strategy, provenance in one call
+                      who can keep it; ``timeline``: bytes moment by moment, and by decision; ``noise``: the table of
+                      what was measured; ``assignment``: **Assignment**, the second waist, ``plan.json``
+``strategies``        searches: (table, recipe, goal) → entries; ``milp``: that of least noise;
+                      ``planning``: trace, strategy, provenance in one call
+``noise``             ``stepping``: a step in which every tensor can be touched; ``sampling``: what rounding one
+                      perturbs, measured or from derivatives; ``gates``: of relu, which has none;
+                      ``measuring``: over batches, into a file
 ``numerics``          ``rounding``: quantize, encode, decode as registered torch operators; ``kernels``: their
                       arithmetic; ``launch``: how it is run, compiled or not; ``words``: narrow elements, several to
                       an integer; ``blocks``: a few bits and a scale per block; ``products`` of narrow matrices;
@@ -39,6 +44,7 @@ them is pure Python and never imports torch.
 from assign.errors import AssignError
 from assign.executor.apply import apply, autocast, planned_step
 from assign.executor.rehearsal import Rehearsal, rehearse
+from assign.noise.measuring import measure_noise
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
 from assign.numerics.rounding import quantize
@@ -47,6 +53,7 @@ from assign.optim.optimizers import optimizer, widened_state_dict
 from assign.plan.assignment import Assignment
 from assign.plan.formats import FORMATS, Format, parse_format
 from assign.plan.memory import Estimate, estimate
+from assign.plan.noise import NoiseTable
 from assign.plan.recipes import RECIPES
 from assign.plan.tensors import TensorTable
 from assign.planning import search
@@ -69,6 +76,7 @@ __all__ = [
     "Estimate",
     "Format",
     "LostUpdates",
+    "NoiseTable",
     "Promotion",
     "Rehearsal",
     "Task",
@@ -80,6 +88,7 @@ __all__ = [
     "certify",
     "data_parallel",
     "estimate",
+    "measure_noise",
     "optimizer",
     "parse_format",
     "planned_step",

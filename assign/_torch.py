@@ -67,6 +67,11 @@ def is_backward(node: fx.Node) -> bool:
     return node.meta.get("partitioner_tag") == "is_backward"
 
 
+def is_tangent(node: fx.Node) -> bool:
+    """Whether an input of a joint graph is the gradient of one of its results."""
+    return node.op == "placeholder" and str(node.target).startswith("tangents")
+
+
 def set_backward(node: fx.Node, backward: bool) -> None:
     """Say in which pass a node added to a joint graph runs."""
     node.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -17,15 +18,19 @@ from assign import _torch
 from assign.errors import AssignError
 from assign.executor.compile import Backend
 from assign.executor.rehearsal import Rehearsal, rehearse
+from assign.noise.measuring import BATCHES, UNTIL, measure_noise
 from assign.numerics.promotion import THRESHOLD
 from assign.plan.assignment import Assignment
 from assign.plan.formats import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
 from assign.plan.lowered import Lowered
 from assign.plan.memory import estimate as estimate_plan
+from assign.plan.noise import Method, NoiseTable
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
-from assign.planning import search_table, summary
+from assign.planning import parse_pins, search_table, split_names, summary
 from assign.report import audits, pictures, tables
+from assign.strategies import MILP
+from assign.strategies.milp import Granularity
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
 from assign.tracing.finiteness import non_finite
@@ -63,8 +68,8 @@ Recipe = Annotated[str, typer.Option(help="Candidates per tensor: native, hfp8, 
 Strategy = Annotated[
     str,
     typer.Option(
-        help="greedy, greedy-smallest, greedy-random, uniform, operator, operator-prime; or standalone, with the "
-        "recipe bf16 or fp16: everything in 16 bit, masters too."
+        help="greedy, greedy-smallest, greedy-random, uniform, operator, operator-prime; milp: least noise; or "
+        "standalone, with the recipe bf16 or fp16: everything in 16 bit, masters too."
     ),
 ]
 OptimizerStates = Annotated[
@@ -84,6 +89,20 @@ Saved = Annotated[
     ),
 ]
 Format = Annotated[str | None, typer.Option("--format", help="With --strategy uniform: every tensor in this format.")]
+Formats = Annotated[
+    str,
+    typer.Option(
+        help="Candidates of every tensor, beside the recipe's, or (--strategy milp) in their place: names with commas, "
+        "the widest first; e4m3:pow2/e5m2:pow2 means the first for values, the second for gradients."
+    ),
+]
+NoiseFile = Annotated[
+    Path | None, typer.Option("--noise", metavar="FILE", help="What 'assign noise' found; measured if left out.")
+]
+Pins = Annotated[
+    list[str] | None, typer.Option("--pin", help="With --strategy milp: PATTERN=FORMAT, e.g. 'head.*=bf16'; several.")
+]
+Shares = Annotated[Granularity, typer.Option(help="With --strategy milp: what shares a decision.")]
 LowRatio = Annotated[float | None, typer.Option(help="Share of the elements to hold low, 0 to 1.")]
 Budget = Annotated[str | None, typer.Option(help="Peak bytes of a step: 512MiB, 6GB, or 50% of the all-fp32 peak.")]
 PlanFile = Annotated[
@@ -217,6 +236,10 @@ def search(
     master: Master = None,
     saved: Saved = None,
     update_rounding: Rounding = UpdateRounding.NEAREST,
+    noise_file: NoiseFile = None,
+    formats: Formats = "",
+    granularity: Shares = Granularity.GROUP,
+    pin: Pins = None,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -226,6 +249,9 @@ def search(
     """Choose a format for every tensor and write the plan."""
     loaded = _task(task, seed, batch_size, device, data, None)
     table = _traced(loaded, device)
+    names, pins = split_names(formats), parse_pins(pin or [])
+    asked: dict[str, Any] = {"recipe": recipe, "formats": names, "saved": split_names(saved or ""), "pins": pins}
+    noise = _noise_for(loaded, table, device, strategy, noise_file, output, seed=seed, **asked)
     plan = _searched(
         table,
         output,
@@ -240,10 +266,58 @@ def search(
         saved=saved,
         non_finite=_non_finite(loaded, device) if saved else (),
         update_rounding=update_rounding,
+        noise=noise,
+        formats=names,
+        granularity=granularity,
+        pins=pins,
         seed=seed,
     )
     console.print(tables.estimate_table(estimate_plan(table, plan, update_rounding=update_rounding)))
+    if noise is not None:
+        console.print(tables.noise_line(plan.provenance.estimate))
     _write(json_file, plan.provenance.estimate)
+
+
+@app.command("noise")
+def measure(
+    task: TaskName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The table; the same command goes on from it.")] = Path(
+        "noise.json"
+    ),
+    recipe: Recipe = "native",
+    formats: Formats = "",
+    saved: Annotated[str, typer.Option(help="Formats of what waits for the backward pass, with commas.")] = "",
+    method: Annotated[
+        Method, typer.Option(help="first-order: all at once, from derivatives. measured: a step for each choice.")
+    ] = Method.FIRST_ORDER,
+    until: Annotated[float, typer.Option(help="Stop at this relative standard error, in the median.")] = UNTIL,
+    batches: Annotated[int, typer.Option(help="Batches at most.")] = BATCHES,
+    checkpoint: Weights = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """Measure how much rounding each tensor perturbs the gradient: what --strategy milp minimises."""
+    loaded = _task(task, seed, batch_size, device, data, None)
+    table = _traced(loaded, device)
+    found = _measured(
+        loaded,
+        table,
+        device,
+        checkpoint,
+        file=output,
+        recipe=recipe,
+        formats=split_names(formats),
+        saved=split_names(saved),
+        method=method,
+        until=until,
+        most=batches,
+        seed=seed,
+    )
+    console.print(tables.noise_table(found))
+    _write(json_file, tables.noise_rows(found))
 
 
 @app.command()
@@ -304,6 +378,10 @@ def run(
     gradients: Gradients = None,
     master: Master = None,
     saved: Saved = None,
+    noise_file: NoiseFile = None,
+    formats: Formats = "",
+    granularity: Shares = Granularity.GROUP,
+    pin: Pins = None,
     epochs: Epochs = None,
     backend: BackendName = Backend.EAGER,
     promote_every: PromoteEvery = None,
@@ -318,6 +396,9 @@ def run(
     """The main job: trace, search, train in fp32 and under the plan, print both side by side."""
     loaded = _task(task, seed, batch_size, device, data, epochs)
     table = _traced(loaded, device)
+    names, pins = split_names(formats), parse_pins(pin or [])
+    asked: dict[str, Any] = {"recipe": recipe, "formats": names, "saved": split_names(saved or ""), "pins": pins}
+    noise = _noise_for(loaded, table, device, strategy, noise_file, output, seed=seed, **asked)
     plan = _searched(
         table,
         output,
@@ -332,9 +413,15 @@ def run(
         saved=saved,
         non_finite=_non_finite(loaded, device) if saved else (),
         update_rounding=update_rounding,
+        noise=noise,
+        formats=names,
+        granularity=granularity,
+        pins=pins,
         seed=seed,
     )
     console.print(tables.estimate_table(estimate_plan(table, plan, update_rounding=update_rounding)))
+    if noise is not None:
+        console.print(tables.noise_line(plan.provenance.estimate))
     options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
     baseline = _trained("fp32", loaded, None, table, **options)
     options |= {"promote_every": promote_every, "promote_threshold": promote_threshold, "promoted": _promoted(output)}
@@ -516,6 +603,46 @@ def _non_finite(task: Task, device: str) -> frozenset[str]:
     where = check_device(device)
     with console.status("looking for values that are not finite"):
         return non_finite(task.make_model().to(where), move(task.first_batch(), where), task.loss)
+
+
+def _noise_for(
+    task: Task, table: TensorTable, device: str, strategy: str, file: Path | None, plan: Path, **options: Any
+) -> NoiseTable | None:
+    """Noise from its file; or measured, beside the plan, where the strategy needs it."""
+    if file is not None:
+        return NoiseTable.load(file)
+    if strategy != MILP:
+        return None
+    return _measured(task, table, device, None, file=plan.with_name(f"{plan.stem}.noise.json"), **options)
+
+
+def _measured(
+    task: Task, table: TensorTable, device: str, checkpoint: Path | None, *, file: Path, seed: int, **options: Any
+) -> NoiseTable:
+    """Noise of the task's model, as it begins or as the checkpoint has it; ``file`` goes on."""
+    where = check_device(device)
+    torch.manual_seed(seed)
+    model = task.make_model().to(where)
+    if checkpoint is not None:
+        load_weights(checkpoint, model)
+    batches = (move(batch, where) for batch in task.train)
+    with console.status("measuring noise") as status:
+        found = measure_noise(
+            model,
+            batches,
+            task.loss,
+            table=table,
+            file=file,
+            seed=seed,
+            on_batch=lambda so_far: status.update(f"measuring noise: {so_far.batches} batches"),
+            **options,
+        )
+    console.print(
+        f"wrote {file}: {len(found.cells)} choices, {found.batches} batches, relative standard error "
+        f"{found.relative_error:.3f}",
+        markup=False,
+    )
+    return found
 
 
 def _searched(table: TensorTable, output: Path, **options: Any) -> Assignment:

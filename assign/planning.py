@@ -4,20 +4,25 @@ import datetime
 import platform
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from assign.errors import BudgetError, PlanError
+from assign.noise.measuring import measure_noise
 from assign.plan.assignment import Assignment, Entry, Provenance
 from assign.plan.memory import Estimate, estimate, peak_bytes
+from assign.plan.noise import NoiseTable
 from assign.plan.recipes import get_recipe, save, store
 from assign.plan.stored import UpdateRounding, check_rounding
 from assign.plan.tensors import TensorTable, is_saved_key
-from assign.strategies import BASELINES, get_strategy
+from assign.plan.timeline import Timeline
+from assign.strategies import BASELINES, MILP, Strategy, get_strategy
 from assign.strategies.baselines import uniform_in
+from assign.strategies.milp import Granularity, Milp, Solution
 from assign.tracing.capture import Loss
 from assign.tracing.finiteness import non_finite as find_non_finite
 from assign.tracing.tracer import OptimizerFactory, trace
@@ -40,6 +45,10 @@ def search(
     optimizer_states: str | None = None,
     saved: str | None = None,
     update_rounding: str = UpdateRounding.NEAREST,
+    noise: NoiseTable | None = None,
+    formats: Sequence[str] = (),
+    granularity: Granularity | str = Granularity.GROUP,
+    pins: Mapping[str, str] = MappingProxyType({}),
     seed: int = 0,
 ) -> Assignment:
     """A plan for one training step of ``loss(model, batch)``.
@@ -61,14 +70,20 @@ def search(
         saved: format of the copies that wait for the backward pass, e.g. ``int4:block64``, where it takes fewer bytes
             than the activation's own, and where the activation is all finite on this batch; None: all have their own.
         update_rounding: of 16-bit masters, as in :func:`assign.optimizer`: ``kahan`` keeps something more.
+        noise: for the strategy ``milp``: what :func:`assign.measure_noise` found; None measures it, on this batch.
+        formats, granularity, pins: for the same; see :class:`assign.strategies.milp.Milp`.
         seed: for strategies that draw.
     Raises:
         BudgetError: no goal, one that makes no sense, or a budget below the floor (says the floor).
         FormatError, PlanError: formats that cannot be stored, or that no library's optimizer can keep.
         TraceError: a graph break, a loss that is no scalar, a model that is not in float32.
     """
+    table = trace(model, batch, loss, optimizer)
+    if strategy == MILP and noise is None:
+        waiting = [] if saved is None else [saved]
+        noise = measure_noise(model, [batch], loss, recipe=recipe, formats=formats, pins=pins, saved=waiting, seed=seed)
     return search_table(
-        trace(model, batch, loss, optimizer),
+        table,
         budget=budget,
         low_ratio=low_ratio,
         strategy=strategy,
@@ -79,6 +94,10 @@ def search(
         saved=saved,
         non_finite=find_non_finite(model, batch, loss) if saved is not None else frozenset(),
         update_rounding=update_rounding,
+        noise=noise,
+        formats=formats,
+        granularity=granularity,
+        pins=pins,
         seed=seed,
         command="assign.search",
     )
@@ -98,6 +117,10 @@ def search_table(
     saved: str | None = None,
     non_finite: Collection[str] = frozenset(),
     update_rounding: str = UpdateRounding.NEAREST,
+    noise: NoiseTable | None = None,
+    formats: Sequence[str] = (),
+    granularity: Granularity | str = Granularity.GROUP,
+    pins: Mapping[str, str] = MappingProxyType({}),
     seed: int = 0,
     command: str = "",
 ) -> Assignment:
@@ -105,13 +128,22 @@ def search_table(
 
     ``format_name`` puts every tensor in one format; it takes no goal, nor do the strategies that follow from the model
     alone (``operator``, ``operator-prime``, ``standalone``). ``non_finite`` are the activations whose copies ``saved``
-    does not narrow.
+    does not narrow. ``milp`` needs ``noise``; with any strategy, the plan's predicted noise is written down where it is
+    given.
     """
     start = time.perf_counter()
     rules = get_recipe(recipe)
     whole = completion(
         table, master=master, gradients=gradients, optimizer_states=optimizer_states, saved=saved, non_finite=non_finite
     )
+    if noise is not None:
+        noise.check(table)
+    if strategy != MILP and (formats or pins or granularity != Granularity.GROUP):
+        raise BudgetError(
+            f"search: the strategy {strategy!r} takes no formats, pins or granularity of its own: it chooses between "
+            "the recipe's two for whole groups.\n  Leave them out, or use the strategy 'milp'."
+        )
+    solutions: list[Solution] = []
 
     if format_name is not None:
         if strategy != "uniform" or budget is not None or low_ratio is not None:
@@ -128,7 +160,12 @@ def search_table(
             )
         entries = BASELINES[strategy](table, rules)
     else:
-        entries = get_strategy(strategy)(
+        chosen = (
+            _milp(table, whole, update_rounding, noise, formats, granularity, pins, solutions.append)
+            if strategy == MILP
+            else get_strategy(strategy)
+        )
+        entries = chosen(
             table,
             recipe=rules,
             peak_bytes=lambda candidate: peak_bytes(table, whole(candidate), update_rounding),
@@ -146,6 +183,15 @@ def search_table(
             "  Choose int4:block64, or leave it out."
         )
     costs = summary(estimate(table, plan, update_rounding=update_rounding), time.perf_counter() - start)
+    if noise is not None:
+        costs["noise"] = noise.of(plan.entries)
+    for solution in solutions:
+        costs |= {
+            "noise": solution.noise,
+            "optimality_gap": solution.gap,
+            "rounds": solution.rounds,
+            "by_greedy": solution.by_greedy,
+        }
     return plan.with_provenance(
         Provenance(
             command=command,
@@ -179,6 +225,54 @@ def completion(
         return {**chosen, **stored, **waiting}
 
     return whole
+
+
+def _milp(
+    table: TensorTable,
+    whole: Callable[[Mapping[str, Entry]], dict[str, Entry]],
+    update_rounding: str,
+    noise: NoiseTable | None,
+    formats: Sequence[str],
+    granularity: Granularity | str,
+    pins: Mapping[str, str],
+    tell: Callable[[Solution], None],
+) -> Strategy:
+    if noise is None:
+        raise PlanError(
+            "search: the strategy 'milp' minimises noise, and no noise was given.\n"
+            "  Allowed: what assign.measure_noise or 'assign noise' found for this model. Give it: noise=, or --noise."
+        )
+    known = [*Granularity]
+    if granularity not in known:
+        raise PlanError(f"search: there is no granularity {granularity!r}; choose from {', '.join(known)}.")
+    return Milp(
+        noise=lambda entries: noise.of(whole(entries)),
+        timeline=Timeline(table, whole, update_rounding),
+        formats=formats,
+        granularity=Granularity(granularity),
+        pins=pins,
+        tell=tell,
+    )
+
+
+def split_names(text: str) -> list[str]:
+    """Names of formats in a text with commas; those inside ``fp(e,m,b)`` belong to the name."""
+    return [name.strip() for name in re.split(r",(?![^(]*\))", text) if name.strip()]
+
+
+def parse_pins(texts: Iterable[str]) -> dict[str, str]:
+    """Pattern → format, of pins like ``head.*=bf16``.
+
+    Raises:
+        PlanError: one is no such pin.
+    """
+    pins = {}
+    for text in texts:
+        pattern, equals, name = text.rpartition("=")
+        if not (pattern and equals and name):
+            raise PlanError(f"search: {text!r} is no pin. Write PATTERN=FORMAT, e.g. 'head.*=bf16'.")
+        pins[pattern] = name
+    return pins
 
 
 def summary(costs: Estimate, seconds: float) -> dict[str, Any]:

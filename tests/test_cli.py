@@ -249,3 +249,30 @@ def test_what_waits_may_be_saved_in_blocks(here, capsys, monkeypatch):
     assert "For saved copies also: e4m3:block64" in fails(
         capsys, monkeypatch, "search", "mine.py", "--low-ratio", "0", "--saved", "int3"
     )
+
+
+def test_noise_is_measured_kept_and_searched_by(here, capsys, monkeypatch):
+    measure = ("noise", "mine.py:task", "--batches", "2", "--formats", "e4m3/e5m2", "-o", "noise.json")
+    assert "2 batches" in run(*measure, "--json", "rows.json")
+    rows = json.loads((here / "rows.json").read_text())
+    assert [row["noise"] for row in rows] == sorted((row["noise"] for row in rows), reverse=True)
+    assert {"e4m3", "e5m2", "bf16"} <= {row["format"] for row in rows}
+    before = (here / "noise.json").read_text()
+    run(*measure)
+    assert (here / "noise.json").read_text() == before
+
+    search = ("search", "mine.py:task", "--low-ratio", "0.5", "--strategy", "milp")
+    said = run(*search, "--noise", "noise.json", "--pin", "0.*=bf16", "-o", "pinned.json", "--json", "found.json")
+    assert "predicted noise of the gradient" in said
+    assert json.loads((here / "found.json").read_text())["optimality_gap"] < 1e-3
+    assert json.loads((here / "pinned.json").read_text())["tensors"]["0.weight"]["format"] == "bf16"
+    run("run", *search[1:], "--granularity", "tensor", "--epochs", "1", "-o", "own.json")
+    assert json.loads((here / "own.noise.json").read_text())["method"] == "first-order"
+
+    def error(*arguments):
+        return fails(capsys, monkeypatch, *arguments)
+
+    assert "the pin head.*=bf16 matches none" in error(*search, "--noise", "noise.json", "--pin", "head.*=bf16")
+    assert "was not measured" in error(*search, "--noise", "noise.json", "--formats", "fp32,fp(3,2,3)")
+    assert "another model" in error("search", "digits", "--low-ratio", "0.5", "--noise", "noise.json")
+    assert "'greedy' takes no formats" in error("search", "mine.py:task", "--low-ratio", "0.5", "--pin", "*=bf16")

@@ -46,7 +46,7 @@ def test_every_notebook_runs(path, tmp_path):
 
 
 def test_the_map_names_every_module():
-    spelled_out = ("tracing", "plan", "numerics", "optim", "training")
+    spelled_out = ("tracing", "plan", "numerics", "noise", "optim", "training")
     modules = {path.stem for folder in ("", *spelled_out) for path in (ROOT / "assign" / folder).glob("*.py")} | {
         path.parent.name for path in (ROOT / "assign").glob("*/__init__.py")
     }

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Mapping
 
 import pytest
-from contracts import StrategyContract, chain, low_ratio, resnet18, squeezenet, total_bytes, widest_group
+from contracts import AllAtOnce, GroupByGroup, StrategyContract, chain, low_ratio, resnet18, squeezenet
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,7 +56,7 @@ def test_greedy_is_the_papers(
     found = greedy(table, recipe=HFP8, peak_bytes=refuse, low_ratio=ratio)
     assert len(low_groups(table, found)) == groups
     assert low_ratio(table, found) == pytest.approx(by_elements, abs=5e-5)
-    bits = total_bytes(table)
+    bits = AllAtOnce(table)
     if by_bits is not None:
         assert 2 * (1 - bits(found) / bits(initial(table, HFP8))) == pytest.approx(by_bits, abs=1e-4)
 
@@ -103,7 +103,7 @@ def test_no_set_of_fewer_groups_reaches_the_ratio(sizes: list[int], ratio: float
 
 
 @given(
-    sizes=SIZES, share=st.floats(0, 1), order=st.sampled_from(Order), model=st.sampled_from([total_bytes, widest_group])
+    sizes=SIZES, share=st.floats(0, 1), order=st.sampled_from(Order), model=st.sampled_from([AllAtOnce, GroupByGroup])
 )
 def test_trimmed_search_demotes_nothing_in_vain(sizes: list[int], share: float, order: Order, model: Callable) -> None:
     table = chain(*sizes)
@@ -117,7 +117,7 @@ def test_trimmed_search_demotes_nothing_in_vain(sizes: list[int], share: float, 
 
 def test_trim_restores_what_did_not_move_the_peak() -> None:
     table = chain(100, 50, 40, 30)  # smallest first goes through all groups before the widest one
-    peak = widest_group(table)
+    peak = GroupByGroup(table)
     budget = peak(initial(table, HFP8)) - 1
     options = {"recipe": HFP8, "peak_bytes": peak, "budget_bytes": budget, "order": Order.SMALLEST}
     widest = max(table.groups, key=lambda group: group.elements).id
@@ -127,7 +127,7 @@ def test_trim_restores_what_did_not_move_the_peak() -> None:
 
 def test_trim_leaves_what_the_ratio_asked_for() -> None:
     table = chain(100, 50, 40, 30)
-    peak = widest_group(table)
+    peak = GroupByGroup(table)
     options = {"recipe": HFP8, "peak_bytes": peak, "order": Order.SMALLEST}
     for_ratio = low_groups(table, greedy(table, **options, low_ratio=0.2))
     for_both = low_groups(table, greedy(table, **options, low_ratio=0.2, budget_bytes=peak(initial(table, HFP8)) - 1))
@@ -141,7 +141,7 @@ def test_memory_model_is_asked_at_most_twice_per_group() -> None:
 
     def peak(entries: Mapping[str, Entry]) -> int:
         asked.append(entries)
-        return widest_group(table)(entries)
+        return GroupByGroup(table)(entries)
 
     floor = peak(initial(table, HFP8, {group.id for group in table.groups}))
     asked.clear()

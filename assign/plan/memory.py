@@ -8,8 +8,9 @@ Time has four slots per operator: decoding what it reads, widening what it reads
 narrowing of what it made and the encoding of what it was the last to read.
 """
 
+import copy
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -169,6 +170,19 @@ def _bits(table: TensorTable, entries: Mapping[str, Entry]) -> int:
     return sum(info.elements * parse_format(entries[info.key].format).bits for info in table.paper_tensors)
 
 
+Bytes = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def changes_of(segments: Iterable[Segment], events: int) -> Bytes:
+    """Bytes that each slot of a step has more than the one before it: ``[slots + 1]``."""
+    change = np.zeros(_SLOTS * events + 1, dtype=np.int64)
+    for segment in segments:
+        if segment.end >= segment.start:
+            change[max(segment.start, 0)] += segment.bytes
+            change[segment.end + 1] -= segment.bytes
+    return change
+
+
 class Replay:
     """The schedule of a table under some entries; tensors without one are fp32."""
 
@@ -187,9 +201,8 @@ class Replay:
         self._buffer_bytes, widened = buffers(table, entries)
         self._apart = self._find_apart()
         self._reads = self._index_reads()
-        self._alias = self._find_aliases()
-        for number, event in enumerate(self.schedule.events):
-            self._replay_event(number, event)
+        self._alias = self._find_aliases(self.schedule.events)
+        self._spans = [self._replay_event(number, event) for number, event in enumerate(self.schedule.events)]
         forward = sum(not event.backward for event in self.schedule.events)
         self._add(0, _behind(forward - 1), widened, "buffers in float32", "scratch")
 
@@ -209,10 +222,10 @@ class Replay:
 
     # ---- which buffers are one ------------------------------------------------------------------------------------
 
-    def _find_aliases(self) -> dict[int, int | None]:
+    def _find_aliases(self, events: Iterable[Event]) -> dict[int, int | None]:
         """Marks that change nothing: their result is their source (None: a parameter or the batch itself)."""
         alias: dict[int, int | None] = {}
-        for event in self.schedule.events:
+        for event in events:
             if not event.op.startswith(MARK) or not event.writes:
                 continue
             key = event.op.removeprefix(MARK)
@@ -245,7 +258,9 @@ class Replay:
 
     # ---- segments ---------------------------------------------------------------------------------------------------
 
-    def _replay_event(self, number: int, event: Event) -> None:
+    def _replay_event(self, number: int, event: Event) -> slice:
+        """Which segments became of an event."""
+        first = len(self.segments)
         op = event.op.removeprefix(MARK)
         is_mark = event.op.startswith(MARK)
         compute = self._lowered.compute(op)
@@ -259,6 +274,7 @@ class Replay:
                 if self._is_converted(info, event):
                     size = info.elements * lowering.BYTES[compute]
                     self._add(_widening(number), _running(number), size, info.holds, "scratch")
+        return slice(first, len(self.segments))
 
     def _is_converted(self, info: Buffer, event: Event) -> bool:
         """Whether the event reads a copy of the buffer in a wider dtype."""
@@ -378,6 +394,23 @@ class Replay:
     def _add(self, start: int, end: int, size: int, key: str, role: str) -> None:
         self.segments.append(Segment(start=start, end=end, bytes=size, key=key, role=role))
 
+    # ---- a part of the step -----------------------------------------------------------------------------------------
+
+    def of_events(self, numbers: Iterable[int]) -> list[Segment]:
+        """Segments that became of these events."""
+        return [segment for number in numbers for segment in self.segments[self._spans[number]]]
+
+    def replay_events(
+        self, entries: Mapping[str, Entry], numbers: Iterable[int], marks: Iterable[int]
+    ) -> list[Segment]:
+        """What :meth:`of_events` would be under other entries; ``marks``: all events that may alias their buffers."""
+        twin = copy.copy(self)
+        twin.entries, twin.segments, twin._lowered = entries, [], Lowered(self.table, entries)
+        twin._alias = twin._find_aliases(self.schedule.events[number] for number in marks)
+        for number in numbers:
+            twin._replay_event(number, self.schedule.events[number])
+        return twin.segments
+
     # ---- the answer -------------------------------------------------------------------------------------------------
 
     @property
@@ -401,14 +434,9 @@ class Replay:
         return self.resident_bytes + self._resident.gradients + self.optimizer_scratch_bytes
 
     @cached_property
-    def slots(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def slots(self) -> Bytes:
         """Bytes alive in each slot, without the optimizer's step."""
-        change = np.zeros(_SLOTS * len(self.schedule.events) + 1, dtype=np.int64)
-        for segment in self.segments:
-            if segment.end >= segment.start:
-                change[max(segment.start, 0)] += segment.bytes
-                change[segment.end + 1] -= segment.bytes
-        alive: np.ndarray[Any, np.dtype[np.int64]] = np.cumsum(change) + self.resident_bytes
+        alive: Bytes = np.cumsum(changes_of(self.segments, len(self.schedule.events))) + self.resident_bytes
         return alive
 
     @property

@@ -5,7 +5,7 @@ What is stored between steps, and what waits for the backward pass in a format o
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -13,7 +13,15 @@ from assign.errors import FormatError, PlanError, nearest
 from assign.plan.assignment import Entry
 from assign.plan.formats import BlockFormat, Format, parse_format, parse_saved
 from assign.plan.stored import is_stored, parse_stored, waiting_bytes
-from assign.plan.tensors import Role, TensorInfo, TensorTable, base_key, buffer_key, master_key, stored_grad_key
+from assign.plan.tensors import (
+    Role,
+    TensorInfo,
+    TensorTable,
+    buffer_key,
+    master_key,
+    saved_key,
+    stored_grad_key,
+)
 
 Pair = tuple[str, str]
 """Names of the high and of the low format."""
@@ -194,6 +202,24 @@ def initial(table: TensorTable, recipe: Recipe, low: Collection[int] = frozenset
     return entries
 
 
+def candidates_of(table: TensorTable, recipe: Recipe, formats: Sequence[str] = ()) -> dict[str, tuple[Format, ...]]:
+    """The formats that each of the paper's tensors may have: the recipe's high and low one, or those of ``formats``.
+
+    Args:
+        formats: names in place of the recipe's, the high one first; ``e4m3/e5m2`` means the first for values, the
+            second for gradients.
+    Raises:
+        FormatError: no such format.
+    """
+    pairs = [tuple(map(parse_format, name.split("/", 1))) for name in formats]
+    found = {}
+    for row in table.paper_tensors:
+        gradient = row.role in (Role.ACTIVATION_GRAD, Role.WEIGHT_GRAD)
+        own = recipe.candidates(row) if not pairs else None
+        found[row.key] = (own.hi, own.lo) if own else tuple(pair[-1 if gradient else 0] for pair in pairs)
+    return found
+
+
 def store(
     table: TensorTable,
     *,
@@ -249,14 +275,15 @@ def save(
     Not for those of ``EXPONENTIATED`` operators.
 
     Args:
-        entries: of all paper's tensors: what a copy has without an entry of its own.
+        entries: of paper's tensors: what a copy has without an entry of its own. Only their copies are looked at.
         saved: name of its format.
         keep: activations whose copies stay as they are, e.g. because they hold infinities.
     Raises:
         FormatError: no such format.
     """
     fmt = parse_saved(saved)
-    waiting = ((row, base_key(row.key)) for row in table.tensors if row.role is Role.SAVED)
+    rows = ((table.by_key.get(saved_key(key)), key) for key in entries)
+    waiting = ((row, key) for row, key in rows if row is not None and row.role is Role.SAVED)
     return {
         row.key: Entry(fmt.name, False)
         for row, key in waiting

@@ -1,6 +1,7 @@
 """Tables and sentences for the shell; every number has its unit."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from assign.plan.assignment import Assignment, Diff
 from assign.plan.formats import FORMATS, BlockFormat, Format
 from assign.plan.lowered import Operator
 from assign.plan.memory import Estimate
+from assign.plan.noise import NoiseTable
 from assign.plan.tensors import Role, TensorTable
 from assign.training.comparison import Comparison, Spread, Summary
 from assign.training.loop import TrainResult
@@ -308,3 +310,49 @@ def _number(value: float | None) -> str:
 def _ratio(values: Sequence[float | None]) -> str:
     first, second = values
     return "" if not first or second is None else f"{second / first:.3f}×"
+
+
+def noise_rows(noise: NoiseTable) -> list[dict[str, Any]]:
+    """Every choice, the noisiest first: plain data."""
+    rows = [
+        {
+            "key": key,
+            "format": name,
+            "noise": noise.noise(key, name),
+            "relative_standard_error": _share(noise.standard_error(key, name), noise.noise(key, name)),
+            "cosine": noise.cosine(key, name),
+            "loss_change": noise.loss(key, name),
+        }
+        for key, name in noise.cells
+    ]
+    return sorted(rows, key=lambda row: -float(row["noise"]))
+
+
+def noise_table(noise: NoiseTable, limit: int = 20) -> RenderableType:
+    """The noisiest choices."""
+    rows = noise_rows(noise)
+    title = f"Noise of {len(rows)} choices, {noise.method}, {noise.batches} batches"
+    table = new_table(title, ["tensor", "format", "noise", "± share", "cosine", "loss"], right=2)
+    for row in rows[:limit]:
+        share = row["relative_standard_error"]
+        table.add_row(
+            row["key"],
+            row["format"],
+            f"{row['noise']:.3g}",
+            "" if share is None else f"{share:.2f}",
+            f"{row['cosine']:.6f}",
+            f"{row['loss_change']:+.2g}",
+        )
+    return table
+
+
+def noise_line(figures: Mapping[str, Any]) -> str:
+    """What a search says of its plan's noise."""
+    gap = figures.get("optimality_gap")
+    words = "" if gap is None else f"; at most {gap:.2%} of it could be saved at these bytes"
+    greedy = " (the greedy plan was no worse)" if figures.get("by_greedy") else ""
+    return f"predicted noise of the gradient {figures['noise']:.4g}{words}{greedy}"
+
+
+def _share(error: float, mean: float) -> float | None:
+    return error / mean if mean > 0 and math.isfinite(error) else None

@@ -1,7 +1,8 @@
 """Searches: (table, recipe, goals) → the format of every tensor.
 
 A strategy is a function; a new one is a file here and a line in ``STRATEGIES``, and ``tests/contracts.py`` tests it.
-Strategies get the memory model as an argument; they know neither it, nor the executor, nor torch.
+Strategies get the memory model as an argument; they know neither it, nor the executor, nor torch. One that needs more
+of a model than its table, as :class:`assign.strategies.milp.Milp` needs its noise, is made with that first.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,6 +59,10 @@ BASELINES: Mapping[str, Callable[[TensorTable, Recipe], dict[str, Entry]]] = Map
 """Assignments that follow from the model alone, with no goal to search for, by the same option."""
 
 
+MILP = "milp"
+"""What ``--strategy`` calls the one that is made for a model's noise."""
+
+
 def get_strategy(name: str) -> Strategy:
     """The strategy called ``name``.
 
@@ -65,7 +70,7 @@ def get_strategy(name: str) -> Strategy:
         AssignError: there is none.
     """
     if name not in STRATEGIES:
-        known = [*STRATEGIES, *BASELINES]
+        known = [*STRATEGIES, *BASELINES, MILP]
         close = nearest(name, known)
         raise AssignError(
             f"there is no strategy {name!r}; choose from {', '.join(sorted(known))}"

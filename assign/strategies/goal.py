@@ -1,8 +1,12 @@
 """What a search is asked for, and the words for what cannot be had. Shared by every strategy."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.sparse import csr_array
 
 from assign.errors import BudgetError
 from assign.plan.assignment import Entry
@@ -10,7 +14,23 @@ from assign.plan.assignment import Entry
 PeakBytes = Callable[[Mapping[str, Entry]], int]
 """Peak bytes of one training step under these entries."""
 
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
 MIB = 2**20
+
+
+class Timeline(Protocol):
+    """Bytes of one training step, moment by moment; the largest of them is its peak."""
+
+    def at(self, entries: Mapping[str, Entry]) -> Integers:
+        """Bytes alive at every moment under these entries: ``[moments]``."""
+
+    def steps(self, entries: Mapping[str, Entry], changes: Sequence[Mapping[str, Entry]]) -> csr_array:
+        """Of each change to these entries, how it moves :meth:`at`: ``[changes, moments]``, sums of whose rows do.
+
+        The cumulative sum along a row is the change's effect; a row of its differences is mostly zeros.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, library, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +19,6 @@ from assign import _torch
 from assign.errors import TraceError
 from assign.plan.groups import assign_groups
 from assign.plan.tensors import (
-    MARK,
     Buffer,
     Event,
     Role,
@@ -35,36 +34,10 @@ from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
 from assign.tracing.operators import Walk, walk
+from assign.tracing.probes import insert_probes
 from assign.tracing.workspace import kernel_scratch
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-
-@library.custom_op("assign::probe", mutates_args=())
-def probe(x: Tensor, key: str) -> Tensor:
-    """A tensor of the table, to be found again in the joint graph."""
-    return x.clone()
-
-
-@probe.register_fake
-def _(x: Tensor, key: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-class _Probe(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, key: str) -> Tensor:
-        ctx.key = key
-        probed: Tensor = torch.ops.assign.probe(x, key)
-        return probed
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.assign.probe(grads[0], grad_key(ctx.key)), None
-
-
-def _probe_tensor(x: Tensor, key: str) -> Tensor:
-    return _torch.apply_function(_Probe, x, key)
 
 
 def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory | None = None) -> TensorTable:
@@ -130,7 +103,7 @@ class _Recorder:
         examples = [_torch.make_dense_output(_torch.fake_value(n) if isinstance(n, fx.Node) else n) for n in outputs]
         functionalize(capture.graph)
         self.walked = walk(capture)
-        _insert_probes(capture.graph, self.walked)
+        insert_probes(capture.graph, self.walked)
         if not any(_requires_grad(value) for value in capture.inputs):
             raise TraceError("trace: no parameter of the model requires a gradient. Unfreeze one, or train nothing.")
         _torch.eager_backend(self._partition, lambda graph, _: graph)(capture.graph, capture.inputs)
@@ -160,26 +133,6 @@ def _updated_buffers(capture: Capture) -> Iterable[tuple[str, Tensor]]:
 
 def _requires_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def _insert_probes(graph: fx.GraphModule, walked: Walk) -> None:
-    for node, key in walked.labels.items():
-        _torch.label(node, key)
-    for site in walked.sites:
-        owner = site.owner.graph
-        readers = list(site.readers if site.readers is not None else site.node.users)
-        order = {n: i for i, n in enumerate(owner.nodes)}
-        readers = [n for n in readers if n in order and order[n] > order[site.after]]
-        first = min(readers, key=order.__getitem__, default=None)
-        if first is None:
-            continue
-        with owner.inserting_before(first if site.node.op == "placeholder" else site.after.next):
-            marked = owner.call_function(_probe_tensor, (site.node, site.key))
-        _torch.label(marked, MARK + site.key)
-        for reader in readers:
-            reader.replace_input_with(site.node, marked)
-        site.owner.recompile()
-    graph.recompile()
 
 
 class _Lister:

@@ -1,0 +1,1 @@
+"""How much rounding a tensor perturbs what a training step computes."""

@@ -1,0 +1,154 @@
+"""Noise of every choice of a model's step, averaged over batches, in a file that a killed run goes on from."""
+
+import fnmatch
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from assign.errors import PlanError
+from assign.noise.sampling import sample
+from assign.noise.stepping import ProbedStep
+from assign.plan.formats import parse_format, parse_saved
+from assign.plan.noise import EXACT, Cell, Method, NoiseTable, Sample
+from assign.plan.recipes import candidates_of, get_recipe
+from assign.plan.tensors import Role, TensorTable
+from assign.tracing.capture import Loss
+from assign.tracing.tracer import trace
+
+UNTIL = 0.1
+BATCHES = 8
+_SECONDS = 5.0  # between two writings of the file, while choices are measured one by one
+
+
+def measure_noise(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    recipe: str = "native",
+    formats: Sequence[str] = (),
+    saved: Collection[str] = (),
+    pins: Mapping[str, str] = MappingProxyType({}),
+    method: Method | str = Method.FIRST_ORDER,
+    until: float = UNTIL,
+    most: int = BATCHES,
+    seed: int = 0,
+    file: str | os.PathLike[str] | None = None,
+    table: TensorTable | None = None,
+    on_batch: Callable[[NoiseTable], None] | None = None,
+) -> NoiseTable:
+    """How much each tensor of a step, in each of its formats, perturbs the parameters' gradient.
+
+    Batch after batch, until the median over all choices of a noise's relative standard error is ``until`` (of two
+    batches or more), or ``most`` batches are through, or there are no more.
+
+    Args:
+        model: in float32, with the weights it has; nothing of it is changed.
+        batches: what ``loss`` takes, one after the other; ``loss``: ``loss(model, batch)`` → scalar tensor.
+        recipe: whose candidates are measured; it also says whether gradients are rounded under a loss scale.
+        formats: measured for every tensor besides, e.g. ``e4m3:pow2``; or ``e4m3/e5m2``, for values and for gradients.
+        saved: formats of the copies that wait for the backward pass, e.g. ``int4:block64``.
+        pins: pattern of keys → a format measured for these.
+        method: ``first-order``: all at once, from derivatives; ``measured``: one step for each.
+        seed: of what a step draws; batch number n has ``seed + n``.
+        file: where the table goes, whole, after every batch; what it holds already is not measured again.
+        table: of the model, if it was traced before.
+        on_batch: told of the table after every batch.
+    Raises:
+        PlanError: the file is of another model, or was measured in another way; or there is no batch.
+        FormatError: unknown formats. TraceError, DivergedError: as :func:`assign.noise.sampling.sample`.
+    """
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None or most < 1 or not until >= 0:
+        raise PlanError(
+            f"noise: {'no batch' if first is None else f'at most {most} batches, until {until}'} was given; noise is "
+            "measured on at least one batch, until a share of at least 0.\n  Give batches, --batches 8, --until 0.1."
+        )
+    table = table or trace(model, first, loss)
+    cells = _choices(table, recipe, formats, saved, pins)
+    found = NoiseTable(
+        fingerprint=table.fingerprint, method=Method(method), seed=seed, loss_scaling=get_recipe(recipe).loss_scaling
+    )
+    if file is not None and Path(file).exists():
+        found = _resumed(NoiseTable.load(file), found, table, file)
+    step = ProbedStep(model, loss, fused=found.method is Method.MEASURED)
+    writer = _Writer(found, file)
+    for number, batch in enumerate(_first(first, iterator, most)):
+        missing = [cell for cell in cells if len(writer.table.cells.get(cell, ())) <= number]
+        if missing:
+            drawn = sample(found.method, step, batch, missing, seed=seed + number, loss_scaling=found.loss_scaling)
+            for cell, each in drawn:
+                writer.add(cell, each)
+            writer.write()
+        if on_batch is not None:
+            on_batch(writer.table)
+        if writer.table.relative_error <= until:
+            break
+    return writer.table
+
+
+class _Writer:
+    """Gathers samples; the table with them, and now and then its file."""
+
+    def __init__(self, table: NoiseTable, file: str | os.PathLike[str] | None) -> None:
+        self.table = table
+        self._file, self._written = file, time.monotonic()
+        self._new: dict[Cell, list[Sample]] = {}
+
+    def add(self, cell: Cell, each: Sample) -> None:
+        self._new.setdefault(cell, []).append(each)
+        if time.monotonic() - self._written > _SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        self.table, self._new = self.table.add(self._new), {}
+        if self._file is not None:
+            self.table.save(self._file)
+        self._written = time.monotonic()
+
+
+def _first(first: Any, rest: Iterable[Any], most: int) -> Iterable[Any]:
+    yield first
+    for _, batch in zip(range(most - 1), rest, strict=False):
+        yield batch
+
+
+def _choices(
+    table: TensorTable, recipe: str, formats: Sequence[str], saved: Collection[str], pins: Mapping[str, str]
+) -> list[Cell]:
+    """Every tensor with each format that it may have, but fp32; each once."""
+    cells: dict[Cell, None] = {}
+    by_recipe, asked = candidates_of(table, get_recipe(recipe)), candidates_of(table, get_recipe(recipe), formats)
+    for row in table.paper_tensors:
+        for fmt in (*by_recipe[row.key], *(asked[row.key] if formats else ())):
+            cells[Cell(row.key, fmt.name)] = None
+    for pattern, name in pins.items():
+        matched = fnmatch.filter(by_recipe, pattern)
+        cells |= {Cell(key, parse_format(name).name): None for key in matched}
+    waiting = [parse_saved(name) for name in saved]
+    for row in table.tensors:
+        if row.role is Role.SAVED:
+            cells |= {Cell(row.key, fmt.name): None for fmt in waiting}
+    return [cell for cell in cells if cell.format != EXACT]
+
+
+def _resumed(stored: NoiseTable, asked: NoiseTable, table: TensorTable, file: str | os.PathLike[str]) -> NoiseTable:
+    try:
+        stored.check(table)
+    except PlanError as error:
+        error.add_note(f"The file is {file}.")
+        raise
+    for name in ("method", "seed", "loss_scaling"):
+        before, now = getattr(stored, name), getattr(asked, name)
+        if before != now:
+            raise PlanError(
+                f"noise: {file} was measured with {name.replace('_', ' ')} {before}, {now} is asked for now, and one "
+                "table holds one way of measuring.\n  Give the options that it was begun with, or another file."
+            )
+    return stored

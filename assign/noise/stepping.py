@@ -1,0 +1,198 @@
+"""One training step as one graph, forward and backward, in which every tensor can be touched.
+
+It is the joint graph that tracer and executor have, with a probe at every tensor and at every copy that waits for the
+backward pass. Run node by node, by torch's own operators, it is an ordinary differentiable function: of the batch and
+the parameters to the loss and the parameters' gradients. So what a probe hands on can be rounded (the measured way), or
+the gradients can be differentiated by it (the first-order way). Formats are arguments of the run, not of the graph.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from assign import _torch
+from assign.errors import TraceError
+from assign.noise import gates
+from assign.noise.gates import Slopes
+from assign.plan.tensors import saved_key
+from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
+from assign.tracing.functionalize import functionalize
+from assign.tracing.joint import describe, origin, read_marked_outputs
+from assign.tracing.operators import walk
+from assign.tracing.probes import insert_probes, probe_tensor
+
+Touch = Callable[[Tensor, str], Tensor]
+"""``touch(tensor, key)`` → what is computed with in its place."""
+
+_PROBE = torch.ops.assign.probe.default
+_LOSS = "loss!"  # no key of the table: they have a module's path and a slash
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What one step came to.
+
+    Attributes:
+        gradients: of the parameters that have one, in order of the graph's inputs.
+        slopes: of its gates, while the gradients are differentiated.
+    """
+
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
+    slopes: Slopes
+
+
+class ProbedStep:
+    """``run(batch, touch)``: one forward and backward pass of ``loss(model, batch)``, tensors handed to ``touch``.
+
+    Nothing of the model changes, running statistics included.
+
+    Args:
+        model: in float32; captured in its present mode.
+        loss: ``loss(model, batch)`` → scalar tensor.
+        fused: attention is one operator, as in training, which torch cannot differentiate twice; else its parts.
+    Raises:
+        TraceError: as for :func:`assign.trace`.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, *, fused: bool = False) -> None:
+        check_parameters(model)
+        self._step = compile_step(model, loss, self._receive)
+        self._fused = fused
+        self._found: tuple[_Joint, Sequence[Any]] | None = None
+
+    def run(self, batch: Any, touch: Touch, *, seed: int) -> Result:
+        """Loss and gradients, what is drawn under ``seed``; differentiable where gradients are enabled.
+
+        Raises:
+            TraceError: the step cannot be captured, or is not one of a scalar loss.
+        """
+        self._found = None
+        with torch.enable_grad(), contextlib.nullcontext() if self._fused else sdpa_kernel(SDPBackend.MATH):
+            self._step(batch)
+        if self._found is None:
+            raise TraceError("noise: the loss does not use the model. loss(model, batch) must call model.")
+        joint, inputs = self._found
+        self._found = None
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return joint.run([x.detach() if isinstance(x, Tensor) else x for x in inputs], touch)
+
+    def _receive(self, capture: Capture) -> Callable[..., Any]:
+        outputs: Any = _torch.output_of(capture.graph).args[0]
+        examples = [_torch.make_dense_output(_torch.fake_value(n) if isinstance(n, fx.Node) else n) for n in outputs]
+        functionalize(capture.graph)
+        insert_probes(capture.graph, walk(capture))
+        _probe_loss(capture.graph)
+        joints: list[_Joint] = []
+
+        def partition(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
+            joints.append(_Joint(joint))
+            return split(joint)
+
+        _torch.eager_backend(partition, lambda graph, _: graph)(capture.graph, capture.inputs)
+        if not joints:
+            raise TraceError("noise: no parameter of the model requires a gradient. Unfreeze one, or train nothing.")
+
+        def run(*inputs: Any) -> Any:
+            self._found = (joints[0], inputs)
+            return examples
+
+        return run
+
+
+def _probe_loss(graph: fx.GraphModule) -> None:
+    """A probe of its own at what leaves the graph with a gradient."""
+    output = _torch.output_of(graph)
+    found = [n for n in output.all_input_nodes if n.op != "placeholder"]
+    with graph.graph.inserting_before(output):
+        for node in found:
+            output.replace_input_with(node, graph.graph.call_function(probe_tensor, (node, _LOSS)))
+    graph.recompile()
+
+
+class _Joint:
+    """A joint graph of torch's, to be run with other values at its probes."""
+
+    def __init__(self, joint: fx.GraphModule) -> None:
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(joint.graph, {}))
+        self.module = fx.GraphModule(joint, graph)
+        read_marked_outputs(graph, _PROBE)
+        _probe_saved(graph)
+        graph.lint()
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        self.tangents = [_torch.joint_value(node) for node in inputs if _torch.is_tangent(node)]
+        self.primals = len(inputs) - len(self.tangents)
+
+    def run(self, inputs: Sequence[Any], touch: Touch) -> Result:
+        if len(self.tangents) != 1 or math.prod(self.tangents[0].shape) != 1:
+            raise TraceError(
+                f"noise: {len(self.tangents)} tensors leave the step with a gradient; noise is measured of one scalar "
+                "loss. Return the loss alone, and detach what the model keeps for itself."
+            )
+        runner = _Runner(self.module, touch)
+        one = torch.ones(tuple(self.tangents[0].shape), dtype=torch.float32, device=self.tangents[0].device)
+        results = runner.run(*inputs[: self.primals], one)
+        gradients = tuple(x for x in results[len(results) - self.primals :] if isinstance(x, Tensor))
+        assert runner.loss is not None
+        return Result(loss=runner.loss, gradients=gradients, slopes=runner.slopes)
+
+
+class _Runner(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, touch: Touch) -> None:
+        super().__init__(module)
+        self.touch = touch
+        self.loss: Tensor | None = None
+        self.slopes = Slopes()
+        self.touched: set[str] = set()
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is _PROBE:
+            value, key = args
+            if key == _LOSS:
+                self.loss = value
+            if key.startswith(_LOSS) or key in self.touched:  # a value that enters a checkpointed block has two probes
+                return value
+            self.touched.add(key)
+            return self.touch(value, key)
+        if target is gates.OPERATOR and torch.is_grad_enabled():
+            grad, y, threshold = args
+            return gates.gate(grad, y, threshold, self.slopes)
+        return super().call_function(target, args, kwargs)
+
+
+def _probe_saved(graph: fx.Graph) -> None:
+    """A probe at every activation's copy that waits for the backward pass, where the executor packs it."""
+    waiting: dict[fx.Node, list[fx.Node]] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or _torch.is_backward(node) or not any(map(_torch.is_backward, node.users)):
+            continue
+        source = origin(node)
+        if source.target is _PROBE and not _torch.is_backward(source):
+            waiting.setdefault(source, []).append(node)
+    for source, nodes in waiting.items():
+        with graph.inserting_after(source):
+            copied = graph.call_function(_PROBE, (source, saved_key(str(source.args[1]))))
+        describe(copied, _torch.joint_value(source), source, backward=False)
+        for node in nodes:
+            for reader in [user for user in node.users if _torch.is_backward(user)]:
+                reader.replace_input_with(node, _replay(graph, node, {source: copied}, reader))
+
+
+def _replay(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, fx.Node], reader: fx.Node) -> fx.Node:
+    """``node`` made from what stands for its origin, right before ``reader``."""
+    if node in made:
+        return made[node]
+    parent = _torch.source_of(node)
+    source = _replay(graph, parent, made, reader)
+    with graph.inserting_before(reader):
+        new = graph.node_copy(node, lambda n: source if n is parent else n)
+    describe(new, _torch.joint_value(node), node, backward=True)
+    return new

@@ -1,0 +1,119 @@
+"""Bytes of a step moment by moment, and how they change with one decision: what an integer program needs.
+
+A decision is local. The bytes of an event depend on the formats of the few tensors around it (what its operator reads
+and makes, and who reads that next), so only the events around the tensors that change are replayed.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from assign.plan.assignment import Entry
+from assign.plan.memory import Bytes, Replay, changes_of
+from assign.plan.stored import UpdateRounding
+from assign.plan.tensors import MARK, TensorTable, base_key, saved_key
+
+Complete = Callable[[Mapping[str, Entry]], dict[str, Entry]]
+"""Entries of some tensors → those, and what follows from them: saved copies, what is stored."""
+
+
+class Timeline:
+    """Moments: the slots of a replay in order, then the optimizer's step.
+
+    Args:
+        complete: what else a plan says of the tensors that the search decides about; tensor by tensor.
+        update_rounding: of 16-bit masters, as in ``assign.optimizer``.
+    """
+
+    def __init__(
+        self, table: TensorTable, complete: Complete = dict, update_rounding: str = UpdateRounding.NEAREST
+    ) -> None:
+        self._table, self._complete, self._update_rounding = table, complete, update_rounding
+        self._near = _Neighbours(table)
+
+    def at(self, entries: Mapping[str, Entry]) -> Bytes:
+        """Bytes alive at every moment: ``[moments]``."""
+        return _moments(Replay(self._table, self._complete(entries), self._update_rounding))
+
+    def steps(self, entries: Mapping[str, Entry], changes: Sequence[Mapping[str, Entry]]) -> csr_array:
+        """How each change moves :meth:`at`, as differences from one moment to the next: ``[changes, moments]``.
+
+        The cumulative sum of a row is that change's own effect. Effects of two changes add up, unless they meet in one
+        operator whose dtype depends on both.
+        """
+        base = self._complete(entries)
+        replay = Replay(self._table, base, self._update_rounding)
+        moments = len(_moments(replay))
+        rows, columns, values = [], [], []
+        for row, change in enumerate(changes):
+            events, marks = self._near.of(change)
+            after = replay.replay_events(self._changed(base, change), events, marks)
+            count = len(self._table.schedule.events)
+            difference = changes_of(after, count) - changes_of(replay.of_events(events), count)
+            (found,) = difference.nonzero()
+            rows += [row] * len(found)
+            columns += found.tolist()
+            values += difference[found].tolist()
+            if total := int(difference.sum()):  # the optimizer's step has nothing of it
+                rows, columns, values = [*rows, row], [*columns, moments - 1], [*values, -total]
+        return csr_array((np.array(values, dtype=np.int64), (rows, columns)), shape=(len(changes), moments))
+
+    def _changed(self, base: Mapping[str, Entry], change: Mapping[str, Entry]) -> dict[str, Entry]:
+        changed = dict(base)
+        for key in change:
+            changed.pop(saved_key(key), None)
+        changed.update(self._complete(change))
+        return changed
+
+
+def _moments(replay: Replay) -> Bytes:
+    return np.append(replay.slots, replay.optimizer_peak_bytes)
+
+
+class _Neighbours:
+    """Which events depend on the format of a tensor, and which marks may alias the buffers of an event."""
+
+    def __init__(self, table: TensorTable) -> None:
+        self._rows, self._events = table.by_key, table.schedule.events
+        self._buffers = table.schedule.buffers
+        self._family = self._find_families()
+        self._readers: dict[int, list[int]] = defaultdict(list)
+        self._marks: dict[int, list[int]] = defaultdict(list)
+        self._members: dict[int, list[int]] = defaultdict(list)
+        for buffer, family in enumerate(self._family):
+            self._members[family].append(buffer)
+        for number, event in enumerate(self._events):
+            for buffer in event.reads:
+                self._readers[self._family[buffer]].append(number)
+            if event.op.startswith(MARK) and event.writes:
+                self._marks[self._family[event.writes[0]]].append(number)
+        self._by_key: dict[str, list[int]] = defaultdict(list)
+        for number in range(len(self._events)):
+            for key in self._keys(number):
+                self._by_key[key].append(number)
+
+    def of(self, change: Mapping[str, Entry]) -> tuple[list[int], list[int]]:
+        """Events that depend on one of these keys, and the marks around them, in order."""
+        events = sorted({number for key in change for number in self._by_key.get(base_key(key), ())})
+        families = {self._family[b] for n in events for b in (*self._events[n].reads, *self._events[n].writes)}
+        return events, sorted({number for family in families for number in self._marks.get(family, ())})
+
+    def _find_families(self) -> list[int]:
+        """Buffers that marks connect, by the first of them: any of these may be one and the same."""
+        family = list(range(len(self._buffers)))
+        for event in self._events:
+            if event.op.startswith(MARK) and event.writes and event.reads:
+                family[event.writes[0]] = family[event.reads[0]]
+        return family
+
+    def _keys(self, number: int) -> set[str]:
+        """Forward tensors whose formats say what becomes of an event."""
+        event = self._events[number]
+        families = {self._family[buffer] for buffer in (*event.reads, *event.writes)}
+        written = {self._family[buffer] for buffer in event.writes}
+        names = {event.op} | {self._events[n].op for family in written for n in self._readers.get(family, ())}
+        names |= {self._buffers[b].holds for family in families for b in self._members[family]}
+        keys = {base_key(name.removeprefix(MARK)) for name in names} & self._rows.keys()
+        return keys | {base_key(source) for key in keys for source in self._rows[key].inputs}

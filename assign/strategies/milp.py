@@ -1,0 +1,359 @@
+"""The plan of least noise within a budget, by an exact integer program.
+
+One binary variable per decision and format. Noise adds up over tensors, and so do bytes, moment by moment, as long as
+decisions do not meet in one operator: so both are linear, and HiGHS finds the best plan of the linear model and says
+how far it may be from it. The true bytes of that plan are asked for then; at a moment where they are more than the
+model said and more than the budget, the difference is added to the model, and it is solved again. What is returned is
+always truly within the goals.
+"""
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.sparse import csr_array, hstack
+
+from assign.errors import BudgetError, PlanError, nearest
+from assign.plan.assignment import Entry
+from assign.plan.formats import Format, parse_format
+from assign.plan.recipes import Recipe, candidates_of
+from assign.plan.tensors import TensorTable
+from assign.strategies.goal import Floats, Goal, Integers, PeakBytes, Timeline, over_budget
+from assign.strategies.greedy import greedy
+
+RELATIVE_GAP, LARGE_GAP = 1e-6, 1e-2
+"""Share of its noise by which a plan may miss the best of the linear model; the second where the program is large."""
+
+_SECONDS = 60.0  # for one solution; the gap says what it came to
+_ROUNDS = 10  # solutions, with what was wrong about the bytes put right
+_LARGE = 100_000  # numbers in the program: beyond, the last percent takes HiGHS minutes
+_UNITS, _PARTS, _MOST = 6, 1e3, 1e8  # tries for a unit; units of noise in the best plan; in what no good plan has
+_CHUNK = 256  # decisions whose bytes are looked at at once
+_TRIALS = 16  # plans whose bytes say in most cases that one moment does not cover another
+
+
+class Granularity(StrEnum):
+    """What shares a decision: the tensors of a group, as in the paper, or none."""
+
+    GROUP = "group"
+    TENSOR = "tensor"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """What the program came to.
+
+    Attributes:
+        noise: predicted, of the plan returned.
+        gap: share of it by which a plan of less noise could be better, in the linear model of bytes.
+        rounds: solutions until the true bytes were within the budget.
+        by_greedy: the paper's greedy plan was no worse, and is what was returned.
+        decisions, moments: size of the program, dominated moments left out.
+    """
+
+    noise: float
+    gap: float
+    rounds: int
+    by_greedy: bool
+    decisions: int
+    moments: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Milp:
+    """A strategy, made for one table.
+
+    Args:
+        noise: predicted noise of some entries; of several, the sum.
+        timeline: bytes of a step at every moment; see :class:`assign.strategies.goal.Timeline`.
+        formats: candidates of every tensor in place of the recipe's two, the high one first.
+        granularity: what shares a decision.
+        pins: pattern of keys → format that these have, whatever the noise; of several that match, the last.
+        tell: told of the solution.
+    """
+
+    noise: Callable[[Mapping[str, Entry]], float]
+    timeline: Timeline
+    formats: Sequence[str] = ()
+    granularity: Granularity = Granularity.GROUP
+    pins: Mapping[str, str] = field(default_factory=dict)
+    tell: Callable[[Solution], None] = lambda _: None
+
+    def __call__(
+        self,
+        table: TensorTable,
+        *,
+        recipe: Recipe,
+        peak_bytes: PeakBytes,
+        low_ratio: float | None = None,
+        budget_bytes: int | None = None,
+        seed: int = 0,
+    ) -> dict[str, Entry]:
+        """Entries of least noise; see :class:`assign.strategies.Strategy`.
+
+        Raises:
+            BudgetError: a goal that makes no sense, or that no plan found can meet.
+            PlanError: a pin that matches no tensor. FormatError: unknown formats.
+        """
+        goal = Goal(low_ratio=low_ratio, budget_bytes=budget_bytes)
+        candidates = candidates_of(table, recipe, self.formats)
+        pinned = _pinned(table, candidates, self.pins)
+        program = _Program(table, goal, _decide(table, candidates, pinned, self.granularity), pinned, self)
+        baseline = None if self.formats else self._greedy(table, recipe, peak_bytes, goal, pinned)
+        baseline = baseline if baseline is not None and program.is_within(baseline) else None
+        found, bound, rounds = program.run(self.noise(baseline) if baseline else math.inf)
+        plans = [(self.noise(plan), number, plan) for number, plan in enumerate((found, baseline)) if plan is not None]
+        if not plans:
+            raise program.error()
+        noise, which, plan = min(plans, key=lambda each: each[:2])
+        gap = max(0.0, (noise - bound) / noise) if noise > 0 else 0.0
+        moments, decisions = program.moments, len(program.decisions)
+        self.tell(
+            Solution(noise=noise, gap=gap, rounds=rounds, by_greedy=which == 1, decisions=decisions, moments=moments)
+        )
+        return {row.key: plan[row.key] for row in table.paper_tensors}
+
+    def _greedy(
+        self, table: TensorTable, recipe: Recipe, peak_bytes: PeakBytes, goal: Goal, pinned: dict[str, Entry]
+    ) -> dict[str, Entry] | None:
+        """The greedy plan with the pins; None where it misses a goal."""
+        try:
+            plan = greedy(
+                table,
+                recipe=recipe,
+                peak_bytes=lambda entries: peak_bytes({**entries, **pinned}),
+                low_ratio=goal.low_ratio,
+                budget_bytes=goal.budget_bytes,
+            )
+        except BudgetError:
+            return None
+        return plan | pinned
+
+
+Decision = tuple[dict[str, Entry], ...]
+"""What may be chosen for some tensors together: entries, the high ones first."""
+
+
+def _decide(
+    table: TensorTable,
+    candidates: Mapping[str, Sequence[Format]],
+    pinned: Mapping[str, Entry],
+    granularity: Granularity,
+) -> list[Decision]:
+    shared = [group.keys for group in table.groups] if granularity is Granularity.GROUP else [(k,) for k in candidates]
+    free = [[key for key in keys if key not in pinned] for keys in shared]
+    return [
+        tuple(
+            {key: Entry(candidates[key][place].name, place > 0) for key in keys}
+            for place in range(len(candidates[keys[0]]))
+        )
+        for keys in free
+        if keys
+    ]
+
+
+def _pinned(
+    table: TensorTable, candidates: Mapping[str, Sequence[Format]], pins: Mapping[str, str]
+) -> dict[str, Entry]:
+    pinned: dict[str, Entry] = {}
+    for pattern, name in pins.items():
+        fmt = parse_format(name)
+        matched = [key for key in candidates if fnmatch.fnmatchcase(key, pattern)]
+        if not matched:
+            close = nearest(pattern, candidates)
+            raise PlanError(
+                f"the pin {pattern}={name} matches none of the {len(candidates)} tensors; nearest: {close or 'none'}.\n"
+                "  Allowed: keys as 'assign trace' lists them, with * and ?. Mend the pattern, or leave it out."
+            )
+        pinned |= {key: Entry(fmt.name, fmt.bits < candidates[key][0].bits) for key in matched}
+    return {row.key: pinned[row.key] for row in table.paper_tensors if row.key in pinned}
+
+
+class _Program:
+    """Variables: every option of every decision, one after the other."""
+
+    def __init__(
+        self, table: TensorTable, goal: Goal, decisions: list[Decision], pinned: dict[str, Entry], ask: Milp
+    ) -> None:
+        self.goal, self.decisions, self.pinned, self.ask = goal, decisions, pinned, ask
+        self.options = [option for decision in decisions for option in decision]
+        self.owner = np.repeat(np.arange(len(decisions)), [len(decision) for decision in decisions])
+        self.noise = np.array([ask.noise(option) for option in self.options])
+        self.fixed_noise = ask.noise(pinned) if pinned else 0.0
+        self.moments = 0
+        elements = self.elements_of = {row.key: row.elements for row in table.paper_tensors}
+        self.elements = table.elements
+        self.pinned_low = sum(elements[key] for key, entry in pinned.items() if entry.low)
+        self.low = np.array([sum(elements[key] for key, entry in each.items() if entry.low) for each in self.options])
+        if goal.budget_bytes is not None:
+            base = self.entries(np.flatnonzero(np.diff(self.owner, prepend=-1)))
+            self.base = ask.timeline.at(base).astype(np.float64)
+            self.steps = csr_array(ask.timeline.steps(base, self.options)).astype(np.float64)
+
+    def entries(self, chosen: Iterable[int]) -> dict[str, Entry]:
+        """The plan of one option per decision."""
+        plan = dict(self.pinned)
+        for option in chosen:
+            plan |= self.options[option]
+        return plan
+
+    def run(self, noise_known: float) -> tuple[dict[str, Entry] | None, float, int]:
+        """The best plan that is truly within the goals, a lower bound of noise, and rounds.
+
+        Args:
+            noise_known: of some plan within the goals, infinite if none is known.
+        """
+        if not self.options:
+            return (dict(self.pinned) if self.is_within(self.pinned) else None), self.fixed_noise, 0
+        bound, known = 0.0, noise_known - self.fixed_noise
+        extra = np.zeros(len(self.base)) if self.goal.budget_bytes is not None else None
+        for number in range(1, _ROUNDS + 1):
+            solved, unit = self._solve(extra, known)
+            if extra is None or not extra.any():
+                bound = (solved.mip_dual_bound or 0.0) * unit + self.fixed_noise
+            if solved.x is None:
+                break
+            chosen = np.flatnonzero(solved.x > 0.5)
+            plan = self.entries(chosen)
+            if extra is None:
+                return plan, bound, number
+            true = self.ask.timeline.at(plan)
+            if self.goal.within_budget(int(true.max())):
+                return plan, bound, number
+            assert self.goal.budget_bytes is not None
+            modelled = self.base + np.cumsum(self.steps[chosen].sum(axis=0)) + extra
+            extra += np.where(true > self.goal.budget_bytes, np.maximum(true - modelled, 1), 0)
+        lowest = self._fewest_bytes() if extra is not None else None
+        return (lowest if lowest is not None and self.is_within(lowest) else None), bound, number
+
+    def error(self) -> BudgetError:
+        """For goals that nothing found could meet: names the lowest peak, or the highest low ratio."""
+        lowest = self._fewest_bytes() if self.goal.budget_bytes is not None else None
+        if lowest is not None:
+            floor = int(self.ask.timeline.at(lowest).max())
+            return over_budget(self.goal, floor, f"even with all {len(self.decisions)} decisions for the fewest bytes")
+        most = self.pinned_low + sum(self.low[self.owner == number].max() for number in range(len(self.decisions)))
+        return BudgetError(
+            f"the low ratio is {self.goal.low_ratio}, but with these pins and candidates no more than "
+            f"{most / self.elements:.6f} of the elements can be low.\n  Ask for less, or pin fewer tensors high."
+        )
+
+    def is_within(self, plan: Mapping[str, Entry]) -> bool:
+        """Whether a plan truly meets the goals."""
+        low = sum(self.elements_of[key] for key, entry in plan.items() if entry.low)
+        peak = 0 if self.goal.budget_bytes is None else int(self.ask.timeline.at(plan).max())
+        return self.goal.enough_low(low, self.elements) and self.goal.within_budget(peak)
+
+    # ---- the program ------------------------------------------------------------------------------------------------
+
+    def _solve(self, extra: Floats | None, known: float) -> tuple[OptimizeResult, float]:
+        """What HiGHS says, and the noise in which it counts."""
+        constraints = self._choose_one() + self._enough_low()
+        if extra is not None:
+            assert self.goal.budget_bytes is not None
+            budget = self.goal.budget_bytes
+            rows, base = self._binding(self.base + extra, budget)
+            self.moments = max(self.moments, len(base))
+            if len(base):
+                constraints.append(LinearConstraint(rows / budget, ub=(budget - base) / budget))
+        too_noisy = self.noise > known * (1 + RELATIVE_GAP)  # alone more than a whole plan that is known
+        upper = np.where(too_noisy, 0.0, 1.0)
+        bounds, unit = Bounds(0, upper), float(self.noise.max()) or 1.0
+        for _ in range(_UNITS):  # HiGHS takes a millionth for nothing: count in parts of what any plan has at least
+            relaxed = self._call(self._cost(unit), constraints, bounds, whole=0)
+            if relaxed.x is None or relaxed.fun > 1 or relaxed.fun <= 0:
+                break
+            unit *= max(float(relaxed.fun), 1e-6) / _PARTS
+        return self._call(self._cost(unit), constraints, bounds), unit
+
+    def _cost(self, unit: float) -> Floats:
+        """Noise of every option in this unit, up to what no good plan comes near."""
+        return np.minimum(self.noise / unit, _MOST)
+
+    def _fewest_bytes(self) -> dict[str, Entry] | None:
+        """The plan of the lowest peak in the linear model: one more variable, the peak itself."""
+        if not self.options:
+            return dict(self.pinned)
+        rows, base = self._binding(self.base, 0)
+        unit = max(float(base.max(initial=1)), 1.0)
+        peak = csr_array(-np.ones((len(base), 1)))
+        constraints = [
+            LinearConstraint(hstack([each.A, csr_array((each.A.shape[0], 1))]), each.lb, each.ub)
+            for each in self._choose_one() + self._enough_low()
+        ]
+        constraints.append(LinearConstraint(hstack([rows / unit, peak]), ub=-base / unit))
+        cost = np.append(np.zeros(len(self.options)), 1.0)
+        whole = np.append(np.ones(len(self.options)), 0)
+        bounds = Bounds(0, np.append(np.ones(len(self.options)), np.inf))
+        solved = self._call(cost, constraints, bounds, whole)
+        return None if solved.x is None else self.entries(np.flatnonzero(solved.x[:-1] > 0.5))
+
+    def _call(
+        self, cost: Floats, constraints: list[LinearConstraint], bounds: Bounds, whole: Floats | int = 1
+    ) -> OptimizeResult:
+        size = sum(each.A.nnz for each in constraints)
+        options = {"mip_rel_gap": RELATIVE_GAP if size < _LARGE else LARGE_GAP, "time_limit": _SECONDS}
+        return milp(cost, integrality=whole, bounds=bounds, constraints=constraints, options=options)
+
+    def _choose_one(self) -> list[LinearConstraint]:
+        count = len(self.options)
+        rows = csr_array((np.ones(count), (self.owner, np.arange(count))), shape=(len(self.decisions), count))
+        return [LinearConstraint(rows, lb=1, ub=1)]
+
+    def _enough_low(self) -> list[LinearConstraint]:
+        if self.goal.low_ratio is None or not self.elements:
+            return []
+        share = csr_array(self.low[None, :] / self.elements)
+        return [LinearConstraint(share, lb=self.goal.low_ratio - self.pinned_low / self.elements)]
+
+    def _binding(self, base: Floats, budget: float) -> tuple[Any, Floats]:
+        """Moments that may exceed the budget and that no other moment covers: bytes by option, and without any."""
+        highest = base.copy()
+        for effects, starts in self._effects():
+            highest += np.maximum.reduceat(effects, starts, axis=0).sum(axis=0)
+        kept = np.flatnonzero(highest > budget)
+        rows = np.concatenate([effects[:, kept] for effects, _ in self._effects()]).T
+        places = uncovered(base[kept], rows, np.flatnonzero(np.diff(self.owner, prepend=-1)))
+        return csr_array(rows[places]), base[kept][places]
+
+    def _effects(self) -> Iterator[tuple[Floats, Integers]]:
+        """Chunk by chunk of decisions: bytes by option at every moment, and where in the chunk decisions begin."""
+        for first in range(0, len(self.decisions), _CHUNK):
+            part = np.flatnonzero((self.owner >= first) & (self.owner < first + _CHUNK))
+            starts = np.flatnonzero(np.diff(self.owner[part], prepend=-1))
+            yield np.cumsum(self.steps[part].toarray(), axis=1), starts
+
+
+def uncovered(base: Floats, effects: Floats, starts: Integers) -> Integers:
+    """Places of the moments that no other covers: one with at least as many bytes whatever is chosen.
+
+    Args:
+        base: ``[moments]``; effects: ``[moments, options]``, what an option adds to it.
+        starts: where in the options each decision begins; one option of each decision is chosen. Of moments that are
+            equal, one stays.
+    """
+
+    def covers(first: Any, second: Any) -> Any:
+        worst = np.minimum.reduceat(effects[first] - effects[second], starts, axis=-1).sum(axis=-1)
+        return base[first] - base[second] + worst >= 0
+
+    places = np.arange(len(base))
+    before = len(places) + 1
+    while 1 < len(places) < before:  # most are covered by a neighbour in time
+        before = len(places)
+        places = places[np.append(True, ~covers(places[:-1], places[1:]))]
+        places = places[np.append(~covers(places[1:], places[:-1]), True)]
+    trial = np.random.default_rng(0).integers(0, np.diff(np.append(starts, effects.shape[1])), (_TRIALS, len(starts)))
+    trial[0] = 0
+    bytes_tried = base + effects[:, starts + trial].sum(axis=-1).T
+    kept: list[int] = []
+    for place in sorted(places, key=lambda each: -base[each]):
+        rivals = [other for other in kept if (bytes_tried[:, other] >= bytes_tried[:, place]).all()]
+        if not any(covers(other, place) for other in rivals):
+            kept.append(int(place))
+    return np.array(sorted(kept), dtype=np.int64)
