@@ -63,6 +63,7 @@ from assign.tasks import Task
 from assign.tracing.tracer import trace
 from assign.training.audit import audit_constants, audit_range
 from assign.training.certificate import certify
+from assign.training.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -96,5 +97,6 @@ __all__ = [
     "rehearse",
     "search",
     "trace",
+    "tune",
     "widened_state_dict",
 ]

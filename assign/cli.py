@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import optuna
 import torch
 import typer
 from rich.console import Console
@@ -15,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 
 from assign import _torch
-from assign.errors import AssignError
+from assign.errors import AssignError, BudgetError
 from assign.executor.compile import Backend
 from assign.executor.rehearsal import Rehearsal, rehearse
 from assign.noise.measuring import BATCHES, UNTIL, measure_noise
@@ -27,9 +29,9 @@ from assign.plan.memory import estimate as estimate_plan
 from assign.plan.noise import Method, NoiseTable
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
-from assign.planning import parse_pins, search_table, split_names, summary
+from assign.planning import parse_pins, search_table, split_names, summary, with_provenance
 from assign.report import audits, pictures, tables
-from assign.strategies import MILP
+from assign.strategies import MILP, OPTUNA
 from assign.strategies.milp import Granularity
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
@@ -41,6 +43,8 @@ from assign.training.comparing import compare, load_variants, seed_range
 from assign.training.comparison import Run
 from assign.training.loop import Progress, TrainResult
 from assign.training.loop import train as train_task
+from assign.training.trials import Settings
+from assign.training.tuning import is_maximized, tune
 from assign.training.weights import load_weights
 
 app = typer.Typer(
@@ -68,8 +72,8 @@ Recipe = Annotated[str, typer.Option(help="Candidates per tensor: native, hfp8, 
 Strategy = Annotated[
     str,
     typer.Option(
-        help="greedy, greedy-smallest, greedy-random, uniform, operator, operator-prime; milp: least noise; or "
-        "standalone, with the recipe bf16 or fp16: everything in 16 bit, masters too."
+        help="greedy, greedy-smallest, greedy-random, uniform, operator, operator-prime; milp: least noise; optuna: "
+        "short trainings; or standalone, with the recipe bf16 or fp16: everything in 16 bit, masters too."
     ),
 ]
 OptimizerStates = Annotated[
@@ -99,6 +103,23 @@ Formats = Annotated[
 NoiseFile = Annotated[
     Path | None, typer.Option("--noise", metavar="FILE", help="What 'assign noise' found; measured if left out.")
 ]
+Trials = Annotated[int, typer.Option(help="With --strategy optuna: trainings of the whole study.")]
+Workers = Annotated[int, typer.Option(help="With --strategy optuna: processes here.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="With --strategy optuna: the study's database, postgresql://… for several machines; a file beside the "
+        "plan if left out. The same command goes on, or joins."
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="With --strategy optuna: one of the task's metrics, or loss, of training; accuracy if left out, loss "
+        "where the task does not evaluate."
+    ),
+]
+Sampler = Annotated[str | None, typer.Option(help="With --strategy optuna: tpe or nsga2.")]
 Pins = Annotated[
     list[str] | None, typer.Option("--pin", help="With --strategy milp: PATTERN=FORMAT, e.g. 'head.*=bf16'; several.")
 ]
@@ -240,18 +261,57 @@ def search(
     formats: Formats = "",
     granularity: Shares = Granularity.GROUP,
     pin: Pins = None,
+    trials: Trials = 32,
+    workers: Workers = 1,
+    storage: Storage = None,
+    metric: Metric = None,
+    sampler: Sampler = None,
+    epochs: Epochs = None,
+    backend: BackendName = Backend.EAGER,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
     data: Data = None,
     json_file: Json = None,
 ) -> None:
-    """Choose a format for every tensor and write the plan."""
+    """Choose a format for every tensor and write the plan; with optuna and without a budget, a front of plans."""
     loaded = _task(task, seed, batch_size, device, data, None)
     table = _traced(loaded, device)
     names, pins = split_names(formats), parse_pins(pin or [])
     asked: dict[str, Any] = {"recipe": recipe, "formats": names, "saved": split_names(saved or ""), "pins": pins}
     noise = _noise_for(loaded, table, device, strategy, noise_file, output, seed=seed, **asked)
+    if strategy == OPTUNA:
+        if low_ratio is not None or format_name or names or pins:
+            raise BudgetError(
+                "search: the strategy 'optuna' chooses between the recipe's two formats for whole groups, under a "
+                "budget or for a front.\n  Leave out the low ratio, formats and pins."
+            )
+        stored = {"master": master, "gradients": gradients, "optimizer_states": optimizer_states, "saved": saved}
+        metric = metric or ("accuracy" if loaded.evaluate else "loss")
+        settings = Settings(
+            recipe=recipe,
+            budget=budget,
+            metric=metric,
+            maximize=is_maximized(metric),
+            epochs=epochs,
+            seed=seed,
+            backend=backend,
+            device=device,
+            stored=tuple((name, value) for name, value in stored.items() if value is not None),
+            update_rounding=update_rounding,
+        )
+        _tuned(
+            functools.partial(_task_of_seed, task, batch_size, device, data, epochs),
+            settings,
+            output,
+            json_file,
+            storage=storage or str(output.with_name(f"{output.stem}.study.db")),
+            trials=trials,
+            sampler=sampler,
+            workers=workers,
+            starts=_noise_starts(table, noise, settings) if noise is not None else [],
+        )
+        return
     plan = _searched(
         table,
         output,
@@ -643,6 +703,49 @@ def _measured(
         markup=False,
     )
     return found
+
+
+def _task_of_seed(
+    name: str, batch_size: int | None, device: str, data: Path | None, epochs: int | None, seed: int
+) -> Task:
+    """What another process makes its task of."""
+    return load_task(name, TaskOptions(data=data, batch_size=batch_size, seed=seed, device=device, epochs=epochs))
+
+
+def _noise_starts(table: TensorTable, noise: NoiseTable, settings: Settings) -> list[Assignment]:
+    """Plans of least noise to begin a study with: at its budget, or at three low ratios."""
+    goals: list[dict[str, Any]] = [{"low_ratio": ratio} for ratio in (0.75, 0.5, 0.25)]
+    if settings.budget is not None:
+        goals = [{"budget": settings.budget, **dict(settings.stored)}]
+    return [search_table(table, strategy=MILP, noise=noise, recipe=settings.recipe, **goal) for goal in goals]
+
+
+def _tuned(
+    make_task: Callable[[int], Task], settings: Settings, output: Path, json_file: Path | None, **options: Any
+) -> None:
+    """Search by training; under a budget the plan goes to ``output``, else the front into that directory."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if settings.budget is None and output.suffix:
+        raise BudgetError(
+            f"search: without a budget the strategy 'optuna' finds a front of plans, and {output} is one file.\n"
+            "  Give a budget, or a directory for the plans: -o plans"
+        )
+    found = tune(
+        make_task,
+        settings=settings,
+        on_trial=lambda trial: console.print(tables.trial_line(trial.number, trial.state.name, trial.user_attrs)),
+        **options,
+    )
+    command = " ".join(["assign", *sys.argv[1:]])
+    names = {}
+    for each in found.front:
+        path = output if settings.budget is not None else output / f"trial-{each.trial:04}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with_provenance(each.plan, strategy=OPTUNA, seed=settings.seed, command=command, costs=each.costs).save(path)
+        names[each.trial] = str(path)
+    console.print(tables.front_table(found, names))
+    rows = [{"trial": e.trial, "plan": names[e.trial], found.metric: e.metric, **e.costs} for e in found.front]
+    _write(json_file, {"trained": found.trained, "pruned": found.pruned, "front": rows})
 
 
 def _searched(table: TensorTable, output: Path, **options: Any) -> Assignment:

@@ -192,13 +192,20 @@ def search_table(
             "rounds": solution.rounds,
             "by_greedy": solution.by_greedy,
         }
+    return with_provenance(plan, strategy=strategy, seed=seed, command=command, costs=costs)
+
+
+def with_provenance(
+    plan: Assignment, *, strategy: str, seed: int, command: str, costs: Mapping[str, Any]
+) -> Assignment:
+    """The plan, and where it comes from: of this moment and these versions."""
     return plan.with_provenance(
         Provenance(
             command=command,
             versions={"torch": torch.__version__, "python": platform.python_version()},
             seed=seed,
             strategy=strategy,
-            estimate=costs,
+            estimate=dict(costs),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
     )

@@ -6,6 +6,8 @@ import math
 import pytest
 from shell import fails, run
 
+from assign.plan.assignment import Assignment
+
 TASK = """
 import torch
 from torch import nn
@@ -53,6 +55,20 @@ def test_formats_and_schema(here):
     assert "8.25" in run("formats", "mxfp8:sr")
     schema = json.loads(run("schema"))
     assert "tensors" in schema["properties"]
+
+
+def test_search_by_training(here, capsys, monkeypatch):
+    by_training = ("search", "mine.py", "--strategy", "optuna")
+    run(*by_training, "--trials", "2", "--epochs", "1", "-o", "plans", "--json", "f.json")
+    found = json.loads((here / "f.json").read_text())
+    assert found["trained"] == 2
+    for row in found["front"]:
+        run("estimate", "mine.py", "--plan", row["plan"], "--json", "e.json")
+        assert row["peak_bytes"] == json.loads((here / "e.json").read_text())["peak_bytes"]
+        assert Assignment.load(here / row["plan"]).provenance.strategy == "optuna"
+    assert (here / "plans.study.db").exists()
+    assert "a front of plans" in fails(capsys, monkeypatch, *by_training, "-o", "one.json")
+    assert "whole groups" in fails(capsys, monkeypatch, *by_training, "--low-ratio", "0.5")
 
 
 def test_trace_search_estimate_train_show_diff(here):

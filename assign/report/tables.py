@@ -21,6 +21,7 @@ from assign.plan.noise import NoiseTable
 from assign.plan.tensors import Role, TensorTable
 from assign.training.comparison import Comparison, Spread, Summary
 from assign.training.loop import TrainResult
+from assign.training.tuning import Tuned
 
 _BAR = 30
 _LOWERED = ("makes", "operator", "rounded to", "runs in", "multiplies in", "because")
@@ -151,6 +152,27 @@ def _stretches(timeline: Sequence[tuple[str, str, int]], length: int) -> list[tu
         parts = (phase[start : start + length] for start in range(0, len(phase), length))
         found += [max(part, key=lambda row: row[2]) for part in parts]
     return found
+
+
+def trial_line(number: int, state: str, facts: Mapping[str, Any]) -> str:
+    """What one trial of a search by training came to."""
+    peak = f", {human_bytes(facts['peak_bytes'])}" if "peak_bytes" in facts else ""
+    metric = f": {facts['metric']:.4g}" if "metric" in facts else ""
+    why = f" ({facts['diverged']})" if "diverged" in facts else ""
+    return f"trial {number} {state.lower()}{metric}{peak}{why}"
+
+
+def front_table(found: Tuned, names: Mapping[int, str]) -> Table:
+    """The plans that no other beats, the smallest peak first."""
+    table = new_table(
+        f"{len(found.front)} plans that no other beats; {found.trained} trained, {found.pruned} stopped early",
+        ["plan", found.metric, "peak", "low ratio"],
+        right=1,
+    )
+    for each in found.front:
+        low = f"{each.costs['low_ratio']:.3f}"
+        table.add_row(names[each.trial], f"{each.metric:.4g}", human_bytes(each.peak_bytes), low)
+    return table
 
 
 def plan_table(plan: Assignment, limit: int = 20) -> RenderableType:

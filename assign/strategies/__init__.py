@@ -63,6 +63,10 @@ MILP = "milp"
 """What ``--strategy`` calls the one that is made for a model's noise."""
 
 
+OPTUNA = "optuna"
+"""What ``--strategy`` calls the search by training."""
+
+
 def get_strategy(name: str) -> Strategy:
     """The strategy called ``name``.
 
@@ -70,7 +74,7 @@ def get_strategy(name: str) -> Strategy:
         AssignError: there is none.
     """
     if name not in STRATEGIES:
-        known = [*STRATEGIES, *BASELINES, MILP]
+        known = [*STRATEGIES, *BASELINES, MILP, OPTUNA]
         close = nearest(name, known)
         raise AssignError(
             f"there is no strategy {name!r}; choose from {', '.join(sorted(known))}"

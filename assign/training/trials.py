@@ -6,19 +6,22 @@ A plan is one decision for each group of the table: low or high, in the recipe's
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
 from assign.errors import PlanError, StudyError
 from assign.plan.assignment import Assignment, Entry
-from assign.plan.memory import peak_bytes
+from assign.plan.memory import estimate, peak_bytes
 from assign.plan.recipes import get_recipe, initial
+from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
-from assign.planning import completion, parse_budget, search_table
+from assign.planning import completion, parse_budget, search_table, summary
 from assign.strategies.goal import Goal, over_budget
 from assign.tasks import Task, check_device
 from assign.tasks.batch import move
+from assign.tracing.finiteness import non_finite
 from assign.tracing.tracer import trace
 from assign.training.loop import EpochResult, train
 
@@ -35,7 +38,8 @@ class Settings:
         metric: one of the task's, or ``loss``: that of the last epoch's training.
         maximize: whether more of it is better.
         epochs: of each trial; None: the task's own number.
-        stored: formats of what is stored between steps, as ``assign.search`` names them.
+        stored: formats of what is stored and of what is saved, by the names that ``assign.search`` has for them.
+        update_rounding: of 16-bit masters, as in ``assign.optimizer``.
     """
 
     recipe: str = "native"
@@ -47,6 +51,7 @@ class Settings:
     backend: str = "eager"
     device: str = "cpu"
     stored: tuple[tuple[str, str], ...] = ()
+    update_rounding: str = UpdateRounding.NEAREST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +68,12 @@ class Trainer:
     def make(cls, make_task: Callable[[int], Task], settings: Settings) -> "Trainer":
         where = check_device(settings.device)
         task = make_task(settings.seed)
-        table = trace(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer)
+        model, batch = task.make_model().to(where), move(task.first_batch(), where)
+        table = trace(model, batch, task.loss, task.optimizer)
+        stored = dict(settings.stored)
+        keep = non_finite(model, batch, task.loss) if "saved" in stored else frozenset()
         budget = None if settings.budget is None else parse_budget(settings.budget, peak_bytes(table, {}))
-        complete = completion(table, **dict(settings.stored))
+        complete = completion(table, **stored, non_finite=keep)
         made = cls(make_task=make_task, settings=settings, table=table, complete=complete, budget=budget)
         if budget is not None:
             floor = made.peak(made.everything)
@@ -82,7 +90,13 @@ class Trainer:
         return self.complete(initial(self.table, get_recipe(self.settings.recipe), frozenset(low)))
 
     def peak(self, low: Iterable[int]) -> int:
-        return peak_bytes(self.table, self.entries(low))
+        """Peak bytes of a step with these groups low."""
+        return peak_bytes(self.table, self.entries(low), self.settings.update_rounding)
+
+    def costs(self, low: Iterable[int]) -> dict[str, Any]:
+        """The estimate of the plan with these groups low, as its provenance has it."""
+        found = estimate(self.table, self.plan(low), update_rounding=self.settings.update_rounding)
+        return summary(found, 0.0)
 
     def enqueue(self, study: optuna.Study, starts: Sequence[Assignment]) -> None:
         """Greedy plans and the plans given, to be tried before anything is drawn."""
@@ -159,6 +173,7 @@ class Trainer:
             epochs=s.epochs,
             device=s.device,
             on_epoch=watch,
+            update_rounding=s.update_rounding,
         )
         if result.diverged:
             trial.set_user_attr("diverged", result.message)

@@ -12,9 +12,10 @@ import contextlib
 import dataclasses
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
@@ -35,12 +36,18 @@ _MINIMISED = ("loss", "error", "perplexity")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A plan that was trained: its metric, and the peak of its step in bytes."""
+    """A plan that was trained.
+
+    Attributes:
+        costs: its estimate, as a plan's provenance has it; ``peak_bytes`` is one of them.
+        trial: number of its trial in the study.
+    """
 
     plan: Assignment
     metric: float
     peak_bytes: int
     trial: int
+    costs: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +158,7 @@ def _start(job: _Job, workers: int) -> multiprocessing.process.BaseProcess:
 def _help(job: _Job, threads: int) -> None:
     """A process that does trials of a study that another one began."""
     torch.set_num_threads(threads)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     with job.opened(None) as (trainer, study):
         job.work(trainer, study)
 
@@ -265,6 +273,7 @@ def _result(trainer: Trainer, study: optuna.Study) -> Tuned:
             metric=trial.user_attrs["metric"],
             peak_bytes=trial.user_attrs["peak_bytes"],
             trial=trial.number,
+            costs=trainer.costs(low),
         )
         for low, trial in best.items()
     ]
