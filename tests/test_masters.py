@@ -365,7 +365,7 @@ def test_only_a_master_that_is_trained_has_them():
     assert [p.dtype for p in model.parameters()] == [torch.float32] * 2 + [torch.bfloat16] * 2
     frozen = plan.replace({"0.weight.master": Entry("bf16+8", False)})
     with pytest.raises(
-        PlanError, match="stores the master of '0.weight' with extra bits.*\n  Allowed: fp32, bf16 or fp16"
+        PlanError, match=r"stores the master of '0\.weight' with extra bits.*\n  Allowed: fp32, bf16 or fp16"
     ):
         assign.apply(nn.Sequential(*copy.deepcopy(list(model))), frozen)
     for key in ("0.weight", "1.weight.grad.stored", "1.weight.optim.momentum_buffer"):
