@@ -252,6 +252,10 @@ def test_weights_alone_are_not_gone_on_from_in_silence():
     assert all(parameter.dtype is torch.bfloat16 for parameter in model.parameters())
     optimizer.load_state_dict(saved[1])
     trained(step, optimizer, 1)
+    kept = widened_weights(model, optimizer)
+    with pytest.raises(PlanError, match="values loaded would be rounded"):
+        model.load_state_dict(kept)
+    assert all(torch.equal(value, kept[name]) for name, value in widened_weights(model, optimizer).items())
     model.load_state_dict({name: value.float() for name, value in saved[0].items()})  # float32 says them all
     wide = widened_weights(model, optimizer)
     assert all(torch.equal(wide[name], value.float()) for name, value in saved[0].items())
@@ -371,3 +375,18 @@ def test_only_a_master_that_is_trained_has_them():
     for key in ("0.weight", "1.weight.grad.stored", "1.weight.optim.momentum_buffer"):
         with pytest.raises(PlanError, match=r"'bf16\+8'.*is a format of masters alone"):
             plan.replace({key: Entry("bf16+8", False)})
+
+
+def test_a_model_that_is_bf16_already_begins_with_zeros_and_a_second_optimizer_does_not():
+    model = MLP().to(torch.bfloat16)
+    plan = made()[3]
+    step = planned_step(model, class_loss, plan, backend="eager")
+    first = follow(sgd(model.parameters()), model, plan)
+    assert all(state[EXTRA_BITS].count_nonzero() == 0 for state in first.state.values())
+    trained(step, first, 2)
+    wide = widened_weights(model, first)
+    second = follow(sgd(model.parameters()), model, plan)
+    assert all(torch.equal(value, wide[name]) for name, value in widened_weights(model, second).items())
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    with pytest.raises(PlanError, match="without the 8 extra bits"):
+        trained(step, second, 1)

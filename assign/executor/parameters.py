@@ -8,7 +8,7 @@ from torch import nn
 
 from assign.errors import PlanError, nearest
 from assign.numerics.rounding import torch_dtype
-from assign.optim.masters import check_loaded, store_split
+from assign.optim.masters import extra_bits_of, forget_extra_bits, is_split, note_loaded, store_split
 from assign.optim.states import count_changed
 from assign.plan.assignment import Assignment
 from assign.plan.stored import buffer_format, buffer_of, gradient_format, master_format, stored_dtype
@@ -47,11 +47,16 @@ def store_parameters(model: nn.Module, plan: Assignment) -> None:
     masters = {name: master_dtype(plan, name) for name in named}
     buffers = _stored_buffers(model, plan)
     narrower = [named[name].dtype != dtype for name, dtype in masters.items()]
+    narrower += [not is_split(named[name]) for name in split]
     if any(narrower) or any(buffer.dtype != dtype for buffer, dtype in buffers):
         model.register_load_state_dict_pre_hook(_refuse_loss)  # type: ignore[no-untyped-call]  # torch gives no types
     for name, parameter in named.items():
         gradient_dtype = torch_dtype(stored_dtype(gradient_format(plan.entries, name)))
-        _store(parameter, masters[name], gradient_dtype, is_split=name in split)
+        _store(parameter, masters[name], gradient_dtype, to_split=name in split)
+        if name in split:
+            extra_bits_of(parameter)
+        else:
+            forget_extra_bits(parameter)
     for buffer, dtype in buffers:
         buffer.data = buffer.data.to(dtype)
 
@@ -92,11 +97,11 @@ def _check_buffer(name: str, named: Mapping[str, torch.Tensor], dtype: torch.dty
         )
 
 
-def _store(parameter: nn.Parameter, dtype: torch.dtype, gradient_dtype: torch.dtype, *, is_split: bool) -> None:
+def _store(parameter: nn.Parameter, dtype: torch.dtype, gradient_dtype: torch.dtype, *, to_split: bool) -> None:
     if parameter.dtype == dtype and (parameter.grad_dtype == gradient_dtype or not parameter.requires_grad):
         return
     gradient, parameter.grad = parameter.grad, None
-    if is_split and parameter.dtype != dtype:
+    if to_split and parameter.dtype != dtype:
         store_split(parameter)
     else:
         parameter.data = parameter.data.to(dtype)
@@ -107,11 +112,12 @@ def _store(parameter: nn.Parameter, dtype: torch.dtype, gradient_dtype: torch.dt
 
 def _refuse_loss(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse what ``load_state_dict`` would round without a word; a hook that knows nothing but the model."""
-    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        value = state_dict.get(prefix + name)
-        if isinstance(value, torch.Tensor):
-            check_loaded(parameter, value)
-        if not isinstance(value, torch.Tensor) or value.dtype == parameter.dtype:
+    named: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    given = {name: state_dict.get(prefix + name) for name in named}
+    found = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    for name, value in found.items():
+        parameter = named[name]
+        if value.dtype == parameter.dtype:
             continue
         lost = count_changed(value.to(parameter.dtype), value)
         if lost:
@@ -120,3 +126,5 @@ def _refuse_loss(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
                 f"{lost} of the {value.numel()} values loaded would be rounded.\n"
                 "  Load them into the float32 model first: assign.apply(model, plan) then rounds them as the plan says."
             )
+    for name, value in found.items():
+        note_loaded(named[name], value)

@@ -16,7 +16,7 @@ What writes to a parameter between two steps leaves its extra bits as they are: 
 bf16 step. Weights that are loaded have lost theirs until the optimizer's state is loaded too: a step before refuses.
 A copy of the model alone is one of its parameters; an optimizer for it begins with extra bits of zero.
 
-Source: arXiv 2602.23349 (FlashOptim), section on weight splitting; MS-AMP keeps masters narrow, too.
+Source: FlashOptim (arXiv 2602.23349) splits masters so; the rounding, and what happens at the edges, are ours.
 """
 
 import contextlib
@@ -88,10 +88,21 @@ def load_extra_bits(parameter: Tensor, saved: Tensor) -> Tensor:
     return extra_bits_of(parameter).copy_(saved)
 
 
-def check_loaded(parameter: Tensor, value: Tensor) -> None:
+def is_split(parameter: Tensor) -> bool:
+    """Whether extra bits of it are kept."""
+    return parameter in _EXTRA
+
+
+def forget_extra_bits(parameter: Tensor) -> None:
+    """The parameter is all of its master from now on."""
+    _EXTRA.pop(parameter, None)
+    _LOST.pop(parameter, None)
+
+
+def note_loaded(parameter: Tensor, value: Tensor) -> None:
     """Note that ``value`` is about to be loaded into a parameter: what is wider than bf16 says all extra bits itself.
 
-    The caller makes sure that nothing of ``value`` is rounded: they are all zero then.
+    The caller has made sure that nothing of ``value`` is rounded: they are all zero then.
     """
     if parameter not in _EXTRA:
         return
@@ -127,12 +138,14 @@ def joined(parameter: Tensor, states: MutableMapping[str, Any]) -> Iterator[None
     Args:
         states: the optimizer's, of the parameter; within the context without the extra bits, as the library knows them.
     """
-    extra, narrow, gradient = states.pop(EXTRA_BITS), parameter.data, parameter.grad
+    extra, narrow, gradient = states[EXTRA_BITS], parameter.data, parameter.grad
+    wide = join(narrow, extra)
+    del states[EXTRA_BITS]
     parameter.grad = None
-    parameter.data = join(narrow, extra)
-    if gradient is not None:
-        set_gradient(parameter, gradient if gradient.dtype.itemsize == 1 else gradient.float())
+    parameter.data = wide
     try:
+        if gradient is not None:
+            set_gradient(parameter, gradient if gradient.dtype.itemsize == 1 else gradient.float())
         yield
     finally:
         parameter.grad = None
