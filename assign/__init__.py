@@ -28,7 +28,7 @@ them is pure Python and never imports torch.
 ``executor``          mark → pack → compile → apply: a plan made to run; ``rehearsal``: a compiled step's bytes, before
 ``optim``             ``optimizers`` whose states follow a plan, from three libraries; ``states``: each one's form of
                       them; ``updates``: SGD and AdamW for weights of 16 bits; ``gradients`` that wait in 8;
-                      ``monitor``: updates that rounding lost
+                      ``masters`` of 24 bits, 8 of them beside a bf16 weight; ``monitor``: updates that rounding lost
 ``several``           several processes: DDP and FSDP2 around a planned model
 ``tasks``             what is trained: built-in, from a user's file
 ``training``          ``loop``: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file;
@@ -48,6 +48,7 @@ from assign.noise.measuring import measure_noise
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
 from assign.numerics.rounding import quantize
+from assign.optim.masters import widened_weights
 from assign.optim.monitor import LostUpdates
 from assign.optim.optimizers import optimizer, widened_state_dict
 from assign.plan.assignment import Assignment
@@ -99,4 +100,5 @@ __all__ = [
     "trace",
     "tune",
     "widened_state_dict",
+    "widened_weights",
 ]

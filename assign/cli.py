@@ -84,7 +84,9 @@ Gradients = Annotated[
     str | None,
     typer.Option(help="Store gradients as bf16, fp16, e5m2:pow2 or e4m3:pow2; as their masters if left out."),
 ]
-Master = Annotated[str | None, typer.Option(help="Store the parameters themselves as bf16 or fp16; fp32 if left out.")]
+Master = Annotated[
+    str | None, typer.Option(help="Store parameters as bf16, fp16, or bf16+8 for masters of 24 bits; fp32 if left out.")
+]
 Saved = Annotated[
     str | None,
     typer.Option(
@@ -634,7 +636,7 @@ def certify(
         model = result.model
     else:
         model = loaded.make_model().to(check_device(device))
-        load_weights(checkpoint, model)
+        load_weights(checkpoint, model, loaded.make_optimizer(model))
     with console.status("evaluating in fp32 and under the plan"):
         found = certify_task(loaded, model, chosen, backend=backend, device=device)
     console.print(audits.certificate_table(found))

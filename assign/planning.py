@@ -63,8 +63,8 @@ def search(
         budget: peak bytes of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the all-fp32 peak.
         low_ratio: share of elements to hold low, 0 to 1. One of the two must be given.
         optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states count; None counts none.
-        master: format of the parameters themselves, ``bf16`` or ``fp16``; None leaves them in fp32, or as the strategy
-            says.
+        master: format of the parameters themselves, ``bf16``, ``fp16``, or ``bf16+8``: 24 bits, 8 of them beside the
+            parameter; None leaves them in fp32, or as the strategy says.
         gradients: format in which gradients wait for the optimizer, e.g. ``e5m2:pow2``; None: that of their masters.
         optimizer_states: e.g. ``bf16`` or ``dynamic8``; None: that of their masters.
         saved: format of the copies that wait for the backward pass, e.g. ``int4:block64``, where it takes fewer bytes

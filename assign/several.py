@@ -19,8 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 from assign import _torch
 from assign.errors import PlanError
 from assign.plan.assignment import Assignment
-from assign.plan.stored import gradient_format, has_scaled_gradients, master_format, owner_of, stored_dtype
-from assign.plan.tensors import Role
+from assign.plan.stored import (
+    first_split,
+    gradient_format,
+    has_scaled_gradients,
+    master_format,
+    owner_of,
+    stored_dtype,
+)
+from assign.plan.tensors import Role, master_key
 
 _WRAPPED = "DistributedDataParallel(assign.apply(model, plan))"
 
@@ -143,6 +150,8 @@ def check_sharded(model: nn.Module, plan: Assignment) -> None:
     """
     shards = _shards(model)
     narrow = _narrow_gradient(plan)
+    if is_several():
+        _refuse_split(plan)
     if shards and narrow is not None:
         raise PlanError(
             f"apply: the plan stores the gradient of {narrow!r} as {gradient_format(plan.entries, narrow).name} and "
@@ -169,6 +178,7 @@ def around(compiled: Callable[..., Any], plan: Assignment) -> Callable[..., Any]
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not is_several():
             return compiled(*args, **kwargs)
+        _refuse_split(plan)
         if has_scaled_gradients(plan.entries) and torch.is_grad_enabled():
             raise PlanError(
                 f"several processes: the plan stores the gradient of {narrow!r} in 8 bits with a scale of its own, and "
@@ -192,6 +202,16 @@ def around(compiled: Callable[..., Any], plan: Assignment) -> Callable[..., Any]
         return _torch.fsdp_forward(module, _gathering(module, shards, compiled), args, kwargs)
 
     return call
+
+
+def _refuse_split(plan: Assignment) -> None:
+    split = first_split(plan.entries)
+    if split is not None:
+        raise PlanError(
+            f"several processes: the plan stores {master_key(split)!r} as {master_format(plan.entries, split).name}, "
+            "and its extra bits are in one process's optimizer, which no other one is told of.\n"
+            "  Allowed: masters in fp32, bf16 or fp16; or one process.\n  Search a plan with --master bf16."
+        )
 
 
 def _gathering(module: nn.Module, shards: dict[str, Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,13 +258,13 @@ def _narrow_gradient(plan: Assignment) -> str | None:
     owners = (owner_of(key, plan.entries) for key in plan.entries)
     weights = (owner[0] for owner in owners if owner is not None and owner[1] is not Role.OPTIM_STATE)
     formats = ((key, gradient_format(plan.entries, key), master_format(plan.entries, key)) for key in weights)
-    return next((key for key, gradient, master in formats if stored_dtype(gradient) != master.carrier), None)
+    return next((key for key, gradient, master in formats if stored_dtype(gradient) != stored_dtype(master)), None)
 
 
 def _check_dtypes(model: nn.Module, plan: Assignment) -> None:
     for key, parameter in model.named_parameters():
         master = master_format(plan.entries, key)
-        if parameter.is_floating_point() and str(parameter.dtype) != f"torch.{master.carrier}":
+        if parameter.is_floating_point() and str(parameter.dtype) != f"torch.{stored_dtype(master)}":
             raise PlanError(
                 f"apply: the plan stores the master of {key!r} as {master.name}, but fully_shard has sharded it as "
                 f"{parameter.dtype} already.\n  Allowed: masters that are in their dtype when they are sharded.\n"

@@ -42,8 +42,10 @@ def apply(
 
     Parameters, their names and the ``state_dict`` are the model's own. Where the plan stores masters, gradients or
     buffers in 16 bit, the model's own become so, rounded to nearest, and its ``state_dict`` with them; else they stay
-    in float32. What is called outside the module (a loss on its output) runs as usual: entries under ``loss/`` need
-    :func:`planned_step`. The optimizer's states follow the plan by :func:`assign.optimizer`.
+    in float32. Of masters in ``bf16+8`` the ``state_dict`` has the bf16 part, the optimizer's has the rest:
+    :func:`assign.widened_weights` joins them. What is called outside the module (a loss on its output) runs as usual:
+    entries under ``loss/`` need :func:`planned_step`. The optimizer's states follow the plan by
+    :func:`assign.optimizer`.
 
     The planned module goes into ``DistributedDataParallel`` or, for gradients stored in another dtype than their
     masters, :func:`assign.data_parallel`; or ``fully_shard`` shards it, or has sharded the model before, if masters are

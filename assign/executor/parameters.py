@@ -1,6 +1,6 @@
 """Parameters, their gradients and buffers as a plan stores them: the masters' dtype, ``grad_dtype``, the buffers'."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -8,9 +8,11 @@ from torch import nn
 
 from assign.errors import PlanError, nearest
 from assign.numerics.rounding import torch_dtype
+from assign.optim.masters import extra_bits_of, forget_extra_bits, is_split, note_loaded, store_split
 from assign.optim.states import count_changed
 from assign.plan.assignment import Assignment
 from assign.plan.stored import buffer_format, buffer_of, gradient_format, master_format, stored_dtype
+from assign.plan.tensors import master_key
 from assign.tracing.capture import check_parameters
 
 
@@ -25,27 +27,48 @@ def check_storable(model: nn.Module, plan: Assignment) -> None:
 
 def master_dtype(plan: Assignment, key: str) -> torch.dtype:
     """Dtype of the parameter ``key`` itself."""
-    return torch_dtype(master_format(plan.entries, key).carrier)
+    return torch_dtype(stored_dtype(master_format(plan.entries, key)))
 
 
 def store_parameters(model: nn.Module, plan: Assignment) -> None:
     """Give the model's parameters the dtypes of their masters, rounded to nearest; its gradients and buffers theirs.
 
+    What a master has in extra bits waits for the optimizer (:mod:`assign.optim.masters`).
+
     From then on the model refuses a ``state_dict`` whose values it cannot hold. Doing it twice changes nothing.
 
     Raises:
-        PlanError: the plan stores a buffer that the model does not have, or that is not in float32.
+        PlanError: the plan stores a buffer that the model does not have, or that is not in float32; or extra bits of a
+            frozen parameter.
     """
     named = {name: p for name, p in model.named_parameters() if name in plan.entries}
+    split = {name for name in named if master_format(plan.entries, name).extra_bits}
+    _check_trained(split, named)
     masters = {name: master_dtype(plan, name) for name in named}
     buffers = _stored_buffers(model, plan)
     narrower = [named[name].dtype != dtype for name, dtype in masters.items()]
+    narrower += [not is_split(named[name]) for name in split]
     if any(narrower) or any(buffer.dtype != dtype for buffer, dtype in buffers):
         model.register_load_state_dict_pre_hook(_refuse_loss)  # type: ignore[no-untyped-call]  # torch gives no types
     for name, parameter in named.items():
-        _store(parameter, masters[name], torch_dtype(stored_dtype(gradient_format(plan.entries, name))))
+        gradient_dtype = torch_dtype(stored_dtype(gradient_format(plan.entries, name)))
+        _store(parameter, masters[name], gradient_dtype, to_split=name in split)
+        if name in split:
+            extra_bits_of(parameter)
+        else:
+            forget_extra_bits(parameter)
     for buffer, dtype in buffers:
         buffer.data = buffer.data.to(dtype)
+
+
+def _check_trained(split: Collection[str], named: Mapping[str, nn.Parameter]) -> None:
+    frozen = next((name for name in split if not named[name].requires_grad), None)
+    if frozen is not None:
+        raise PlanError(
+            f"apply: the plan stores the master of {frozen!r} with extra bits, which wait in its optimizer's state, "
+            "but the parameter is frozen and has no optimizer.\n  Allowed: fp32, bf16 or fp16 for a frozen parameter.\n"
+            f"  Leave {master_key(frozen)!r} out of the plan, or set requires_grad."
+        )
 
 
 def _stored_buffers(model: nn.Module, plan: Assignment) -> list[tuple[torch.Tensor, torch.dtype]]:
@@ -74,11 +97,14 @@ def _check_buffer(name: str, named: Mapping[str, torch.Tensor], dtype: torch.dty
         )
 
 
-def _store(parameter: nn.Parameter, dtype: torch.dtype, gradient_dtype: torch.dtype) -> None:
+def _store(parameter: nn.Parameter, dtype: torch.dtype, gradient_dtype: torch.dtype, *, to_split: bool) -> None:
     if parameter.dtype == dtype and (parameter.grad_dtype == gradient_dtype or not parameter.requires_grad):
         return
     gradient, parameter.grad = parameter.grad, None
-    parameter.data = parameter.data.to(dtype)
+    if to_split and parameter.dtype != dtype:
+        store_split(parameter)
+    else:
+        parameter.data = parameter.data.to(dtype)
     if parameter.requires_grad:
         parameter.grad_dtype = gradient_dtype
         parameter.grad = None if gradient is None else gradient.to(gradient_dtype)
@@ -86,9 +112,12 @@ def _store(parameter: nn.Parameter, dtype: torch.dtype, gradient_dtype: torch.dt
 
 def _refuse_loss(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse what ``load_state_dict`` would round without a word; a hook that knows nothing but the model."""
-    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        value = state_dict.get(prefix + name)
-        if not isinstance(value, torch.Tensor) or value.dtype == parameter.dtype:
+    named: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    given = {name: state_dict.get(prefix + name) for name in named}
+    found = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    for name, value in found.items():
+        parameter = named[name]
+        if value.dtype == parameter.dtype:
             continue
         lost = count_changed(value.to(parameter.dtype), value)
         if lost:
@@ -97,3 +126,5 @@ def _refuse_loss(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
                 f"{lost} of the {value.numel()} values loaded would be rounded.\n"
                 "  Load them into the float32 model first: assign.apply(model, plan) then rounds them as the plan says."
             )
+    for name, value in found.items():
+        note_loaded(named[name], value)

@@ -53,12 +53,12 @@ def widened(parameter: Tensor, fmt: Format) -> Iterator[None]:
             "  Call that model, or assign.planned_step, for the loss."
         )
     wide = torch.ops.assign.decode(codes.view(torch.uint8), scale, fmt.name, parameter.dtype)
-    _set_gradient(parameter, wide)
+    set_gradient(parameter, wide)
     del wide
     try:
         yield
     finally:
-        _set_gradient(parameter, codes)
+        set_gradient(parameter, codes)
 
 
 def forget_scale(parameter: Tensor) -> None:
@@ -66,7 +66,8 @@ def forget_scale(parameter: Tensor) -> None:
     _SCALES.pop(parameter, None)
 
 
-def _set_gradient(parameter: Tensor, gradient: Tensor) -> None:
+def set_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """Give a parameter a gradient in whatever dtype."""
     parameter.grad = None
     parameter.grad_dtype = gradient.dtype
     parameter.grad = gradient

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assign.errors import TaskError
-from assign.plan.stored import COMPENSATION
+from assign.plan.stored import COMPENSATION, EXTRA_BITS
 from assign.several import local_part, unwrapped
 
 _DIRECTIONS = ("exp_avg", "momentum_buffer")
 """First moments, by the names that torch's optimizers and ours give them."""
+
+_RESTS = (COMPENSATION, EXTRA_BITS)
+"""States that take what a weight itself cannot."""
 
 
 class LostUpdates:
@@ -30,9 +33,9 @@ class LostUpdates:
         print(lost.share, lost.shares)
 
     An update counts as tried where the first moment, or without one the gradient, is not zero, or weight decay pulls at
-    a weight. With Kahan's sum, what the compensation has taken is not lost. Stochastic rounding leaves most weights
-    where they are, too, and loses nothing in the mean: there the share says how coarse the steps are. Of sharded
-    parameters each process looks at its own parts.
+    a weight. What Kahan's compensation, or a master's extra bits, have taken is not lost. Stochastic rounding leaves
+    most weights where they are, too, and loses nothing in the mean: there the share says how coarse the steps are. Of
+    sharded parameters each process looks at its own parts.
 
     Args:
         model: names the parameters.
@@ -101,7 +104,7 @@ class LostUpdates:
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and group["lr"] != 0:
-                    rest = self._optimizer.state.get(parameter, {}).get(COMPENSATION)
+                    rest = self._rest(parameter)
                     self._before[parameter] = (
                         self._part(parameter).clone(),
                         rest if rest is None else self._part(rest).clone(),
@@ -124,11 +127,16 @@ class LostUpdates:
         if group.get("weight_decay", 0) != 0:
             tried |= before != 0
         kept = self._part(parameter) == before
-        if COMPENSATION in state:
-            kept &= self._part(state[COMPENSATION]) == (0 if rest is None else rest)
+        found = self._rest(parameter)
+        if found is not None:
+            kept &= self._part(found) == (0 if rest is None else rest)
         name = self._names.get(parameter, f"parameter of shape {list(parameter.shape)}")
         count = torch.stack(((tried & kept).sum(), tried.sum()))
         self._counts[name] = self._counts[name] + count if name in self._counts else count
+
+    def _rest(self, parameter: Tensor) -> Tensor | None:
+        state = self._optimizer.state.get(parameter, {})
+        return next((state[name] for name in _RESTS if name in state), None)
 
     def _part(self, tensor: Tensor) -> Tensor:
         flat = local_part(tensor.detach()).reshape(-1)

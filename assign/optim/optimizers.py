@@ -12,6 +12,9 @@ torchao         Adam and AdamW, each state in a format of its own; computes in f
 bitsandbytes    Adam, AdamW and SGD with momentum; states of a parameter all fp32 or all ``dynamic8``
 ==============  ====================================================================================================
 
+Masters in ``bf16+8`` are joined with their extra bits for the step of their parameter, and split again
+(:mod:`assign.optim.masters`): to the library they are float32.
+
 A second moment in bf16 does not decay where ``beta2`` is above 0.998: a step takes off less than half a unit in its
 last place. Blocks decay with their scale.
 """
@@ -33,12 +36,15 @@ from assign.numerics.rounding import torch_dtype
 from assign.optim import updates
 from assign.optim.gradients import forget_scale
 from assign.optim.gradients import widened as widened_gradient
+from assign.optim.masters import check_known, extra_bits_of, joined, load_extra_bits
 from assign.optim.states import count_changed, make_states, restore, unwrapped, widened
 from assign.plan.assignment import Assignment
 from assign.plan.libraries import Library, Stored, check_updates, choose_library
 from assign.plan.stored import (
+    EXTRA_BITS,
     StateFormat,
     UpdateRounding,
+    check_unsplit,
     gradient_format,
     master_format,
     owner_of,
@@ -96,6 +102,7 @@ def follow(
     Raises:
         PlanError: as :func:`optimizer`.
     """
+    check_unsplit(update_rounding, plan.entries, where="optimizer")
     stored = _stored(made, model, plan)
     try:
         chosen = _choose(optimizer_name(made), stored.values(), library)
@@ -107,7 +114,8 @@ def follow(
         own = _MAKERS[chosen](made)
     else:
         own = _from_updates(made, chosen, update_rounding)
-    planned = _planned(own, one_by_one=any(each.gradient.scaled for each in stored.values()))
+    in_parts = any(each.gradient.scaled or each.master.extra_bits for each in stored.values())
+    planned = _planned(own, one_by_one=in_parts)
     planned.assign_library, planned.assign_stored = chosen, stored
     planned.assign_reset()
     return planned
@@ -116,14 +124,20 @@ def follow(
 def widened_state_dict(planned: Optimizer) -> dict[str, Any]:
     """The optimizer's ``state_dict`` in float32 and by torch's names, for a plain optimizer of ``torch.optim``.
 
-    Nothing is lost: float32 holds every value of the narrower formats.
+    Nothing is lost: float32 holds every value of the narrower formats. Extra bits of masters are no state of a plain
+    optimizer: :func:`assign.widened_weights` has them.
     """
     packed = planned.state_dict()
     states = {number: widened(unwrapped(state)) for number, state in packed["state"].items()}
+    states = {number: _without_extra_bits(state) for number, state in states.items()}
     groups = [{**group, "lr": float(group["lr"])} for group in packed["param_groups"]]
     if any("momentum_buffer" in state for state in states.values()):
         groups = [_translated(group, {**group, "momentum": 0.0, "dampening": 0.0}) for group in groups]
     return {"state": states, "param_groups": groups}
+
+
+def _without_extra_bits(states: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in states.items() if name != EXTRA_BITS}
 
 
 # ---- what the plan says
@@ -184,7 +198,7 @@ def _check_states(made: Optimizer, key: str, given: Collection[str], has: tuple[
 
 def _check_dtypes(stored: Stored, parameter: Tensor) -> None:
     found = parameter.dtype, parameter.grad_dtype
-    if found == (torch_dtype(stored.master.carrier), torch_dtype(stored_dtype(stored.gradient))):
+    if found == (torch_dtype(stored_dtype(stored.master)), torch_dtype(stored_dtype(stored.gradient))):
         return
     raise PlanError(
         f"optimizer: the plan stores {stored}, but the parameter is {found[0]} and its gradient {found[1]}. "
@@ -300,9 +314,17 @@ class _Planned(Optimizer):
         """States as before the first step."""
         self.state.clear()
         for parameter, stored in self.assign_stored.items():
-            states = make_states(self.assign_library, parameter, stored)
+            states: dict[str, Any] = {EXTRA_BITS: extra_bits_of(parameter)} if stored.master.extra_bits else {}
+            with self.assign_joined(parameter, states):
+                made = make_states(self.assign_library, parameter, stored)
+            states |= made
             if states:
                 self.state[parameter] = states
+
+    def assign_joined(self, parameter: Tensor, states: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Within the context, the parameter is as its library sees it: a master with extra bits is float32."""
+        is_split = self.assign_stored[parameter].master.extra_bits
+        return joined(parameter, states) if is_split else contextlib.nullcontext()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, lossy: bool = False) -> None:
         """Load states and options; states are converted to the plan's formats.
@@ -332,9 +354,30 @@ class _Planned(Optimizer):
             for mine, theirs in zip(self.param_groups, packed, strict=True)
         ]
         super().load_state_dict({"state": {}, "param_groups": groups})
+        for parameter, states in loaded.items():
+            if EXTRA_BITS in states:
+                states[EXTRA_BITS] = load_extra_bits(parameter, states[EXTRA_BITS])
+            elif self.assign_stored[parameter].master.extra_bits:  # those of the model that the plan was applied to
+                states[EXTRA_BITS] = extra_bits_of(parameter)
         self.state.update({parameter: states for parameter, states in loaded.items() if states})
 
     def _restored(self, parameter: Tensor, saved: Mapping[str, Any], *, lossy: bool) -> dict[str, Any]:
+        """A parameter's states from saved ones; with their extra bits, if the plan stores such and they have them."""
+        stored = self.assign_stored[parameter]
+        extra = {name: value for name, value in saved.items() if name == EXTRA_BITS}
+        if extra and not stored.master.extra_bits and not lossy:
+            raise PlanError(
+                f"load_state_dict: what is loaded has extra bits of the master of {stored.key!r}, which the plan "
+                f"stores as {stored.master.name}.\n  Allowed: states with extra bits for masters in bf16+8.\n"
+                "  Load assign.widened_state_dict(optimizer), and assign.widened_weights(model, optimizer) into the "
+                "float32 model; or leave the bits out: load_state_dict(state, lossy=True)."
+            )
+        own_extra = {EXTRA_BITS: extra_bits_of(parameter)} if stored.master.extra_bits else {}
+        with self.assign_joined(parameter, own_extra):
+            states = self._converted(parameter, _without_extra_bits(saved), lossy=lossy)
+        return states | (extra if stored.master.extra_bits else {})
+
+    def _converted(self, parameter: Tensor, saved: Mapping[str, Any], *, lossy: bool) -> dict[str, Any]:
         stored = self.assign_stored[parameter]
         own = make_states(self.assign_library, parameter, stored)
         wide = widened(saved)
@@ -373,7 +416,7 @@ def _planned(made: Optimizer, *, one_by_one: bool) -> _Planned:
     """``made``, of a class that is also :class:`_Planned`.
 
     Args:
-        one_by_one: whether it steps one parameter after another, so that one gradient is wide at a time.
+        one_by_one: whether it steps one parameter after another, so that one of them, and its gradient, is wide.
     """
     kind = type(made)
     body: dict[str, Any] = {"__module__": kind.__module__}
@@ -387,10 +430,10 @@ def _planned(made: Optimizer, *, one_by_one: bool) -> _Planned:
 
 
 def _stepping_one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The whole step of an optimizer whose ``step`` is called for each parameter alone, its gradient widened.
+    """The whole step of an optimizer whose ``step`` is called for each parameter alone, it and its gradient widened.
 
     Raises (when called):
-        PlanError: a gradient in 8 bits that no planned model made.
+        PlanError: a gradient in 8 bits that no planned model made, or a parameter that was loaded without extra bits.
     """
 
     def whole_step(self: _Planned, closure: Callable[[], float] | None = None) -> float | None:
@@ -404,7 +447,11 @@ def _stepping_one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
                 for parameter in [each for each in group["params"] if each.grad is not None]:
                     fmt = self.assign_stored[parameter].gradient
                     self.param_groups = [{**group, "params": [parameter]}]
-                    with widened_gradient(parameter, fmt) if fmt.scaled else contextlib.nullcontext():
+                    check_known(parameter, "optimizer")
+                    with (
+                        self.assign_joined(parameter, self.state[parameter]),
+                        widened_gradient(parameter, fmt) if fmt.scaled else contextlib.nullcontext(),
+                    ):
                         step(self)
                     forget_scale(parameter)
         finally:

@@ -2,12 +2,12 @@
 
 A *format* is the set of values that a tensor may hold; a *dtype* is what torch stores. No torch in here: dtypes
 are names. A new format is one more row of ``FORMATS``; one that only optimizer states may have, of ``STATE_FORMATS``;
-one that only copies waiting for the backward pass may have, of ``SAVED_FORMATS``.
+one that only copies waiting for the backward pass may have, of ``SAVED_FORMATS``; only masters, of ``MASTER_FORMATS``.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -65,6 +65,7 @@ class Format:
         rounding: what happens between two values. It changes neither the values nor their codes.
         delayed: the scale is that of earlier steps' magnitudes, so that this step's need not be known to begin.
         native: the torch dtype that has exactly these values and codes, e.g. ``float8_e4m3fn``; None if there is none.
+        extra_bits: of the mantissa, those that wait apart from the parameter, which is rounded to the others.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Format:
     scaling: Scaling = Scaling.NONE
     delayed: bool = False
     native: str | None = None
+    extra_bits: int = 0
 
     @property
     def bits(self) -> int:
@@ -230,6 +232,24 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         )
     }
 )
+
+
+# Source: the 24-bit masters of FlashOptim (arXiv 2602.23349); what a code means is in assign.optim.masters.
+MASTER_FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "bf16+8": Format(
+            name="bf16+8",
+            exponent_bits=8,
+            mantissa_bits=15,
+            min_exponent=-126,
+            max_value=math.ldexp(2 - 2**-15, 127),
+            has_inf=True,
+            has_nan=True,
+            extra_bits=8,
+        )
+    }
+)
+"""Formats of masters alone: a bf16 parameter, and beside it the rest of a longer mantissa."""
 
 
 class Shared(StrEnum):
@@ -423,7 +443,12 @@ def _find_plain(name: str, wanted: str) -> Format:
     if wanted in FORMATS:
         return FORMATS[wanted]
     match = _PAPER_NAME.fullmatch(wanted)
-    for table, what in ((STATE_FORMATS, "optimizer states"), (SAVED_FORMATS, "copies that wait for the backward pass")):
+    only: tuple[tuple[Collection[str], str], ...] = (
+        (STATE_FORMATS, "optimizer states"),
+        (SAVED_FORMATS, "copies that wait for the backward pass"),
+        (MASTER_FORMATS, "masters"),
+    )
+    for table, what in only:
         if wanted in table:
             raise FormatError(
                 f"{name!r} is a format of {what} alone; this is none.\n  Allowed: {_ALLOWED}.\n  Choose one of these."

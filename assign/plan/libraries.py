@@ -17,6 +17,7 @@ from assign.plan.stored import (
     item_bytes,
     master_format,
     state_format,
+    stepped_format,
 )
 from assign.plan.tensors import Role, Schedule, TensorTable, grad_key, state_key
 
@@ -40,14 +41,19 @@ class Stored:
     states: Mapping[str, StateFormat]
 
     @property
+    def read_master(self) -> Format:
+        """Format in which the optimizer reads the master: one with extra bits is joined in float32 for it."""
+        return stepped_format(self.master)
+
+    @property
     def read_gradient(self) -> Format:
-        """Format in which the optimizer reads the gradient: one with a scale is widened to its master's for it."""
-        return self.master if self.gradient.scaled else self.gradient
+        """Format in which the optimizer reads the gradient: widened to its master's, if either waits in parts."""
+        return self.read_master if self.gradient.scaled or self.master.extra_bits else self.gradient
 
     @property
     def is_uniform(self) -> bool:
         """Whether master, gradient and states share one dtype when the optimizer steps."""
-        return {self.read_gradient.name, *(fmt.name for fmt in self.states.values())} <= {self.master.name}
+        return {self.read_gradient.name, *(fmt.name for fmt in self.states.values())} <= {self.read_master.name}
 
     def __str__(self) -> str:
         states = "".join(f", {name} {fmt.name}" for name, fmt in self.states.items())
@@ -154,19 +160,30 @@ def optimizer_scratch(
         PlanError: no library can keep what is stored, or none rounds updates so.
     """
     parameters = list(stored)
-    widened = [each.elements * item_bytes(each.master) for each in parameters if each.gradient.scaled]
-    return max(widened, default=0) + _step_scratch(schedule, parameters, update_rounding)
+    widened = max((each.elements * _widened_bytes(each) for each in parameters), default=0)
+    split = max((each.elements * _SPLITTING for each in parameters if each.master.extra_bits), default=0)
+    return max(widened + _step_scratch(schedule, parameters, update_rounding), split)
+
+
+_SPLITTING = 2 * ITEM_BYTES["float32"]
+"""Bytes per element while a master is joined or split: itself in float32, and integers of as many bits."""
+
+
+def _widened_bytes(stored: Stored) -> int:
+    """Per element, of what is wide for the step of its parameter alone: the gradient, and a joined master."""
+    gradient = item_bytes(stored.read_gradient) if stored.read_gradient.name != stored.gradient.name else 0
+    return gradient + (item_bytes(stored.read_master) if stored.master.extra_bits else 0)
 
 
 def _step_scratch(schedule: Schedule, parameters: Sequence[Stored], update_rounding: str) -> int:
-    """The same without the gradient that is widened for its parameter's step."""
+    """The same without what is widened for its parameter's step."""
     if update_rounding != UpdateRounding.NEAREST:
         check_updates(schedule.optimizer, choose_library(schedule.optimizer, parameters), update_rounding)
         narrow, wide = _OWN_SCRATCH[schedule.optimizer]
         sizes = ((each.elements, narrow[update_rounding] if is_narrow(each.master) else wide) for each in parameters)
         return max((elements * size for elements, size in sizes), default=0)
     if all(each.is_uniform for each in parameters):
-        widest = max((item_bytes(each.master) for each in parameters), default=4)
+        widest = max((item_bytes(each.read_master) for each in parameters), default=4)
         return schedule.optimizer_scratch_bytes * widest // ITEM_BYTES["float32"]
     library = choose_library(schedule.optimizer, parameters)
     largest = max(each.elements for each in parameters)
@@ -178,7 +195,7 @@ def _step_scratch(schedule: Schedule, parameters: Sequence[Stored], update_round
             ]
             return int(max(sums))
         case Library.BITSANDBYTES:
-            wide = all({each.master.name, each.read_gradient.name} == {"fp32"} for each in parameters)
+            wide = all({each.read_master.name, each.read_gradient.name} == {"fp32"} for each in parameters)
             return int(largest * (_BITSANDBYTES_SCRATCH[schedule.optimizer] + (0 if wide else 4)))
         case Library.TORCH:
             states = any(fmt.name != "fp32" for each in parameters for fmt in each.states.values())

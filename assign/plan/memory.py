@@ -239,7 +239,7 @@ class Replay:
         if not self._is_weight(key):
             return self._lowered.is_identity(key, backward=backward)
         carrier, fmt = self._lowered.carrier(key), self._lowered.formats(key)[backward]
-        outside = self._kept(key) if backward else master_format(self.entries, key).carrier
+        outside = self._kept(key) if backward else stored_dtype(master_format(self.entries, key))
         return carrier == outside and fmt.native in (carrier, lowering.FLOAT32)
 
     def _is_weight(self, key: str) -> bool:

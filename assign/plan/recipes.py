@@ -18,6 +18,7 @@ from assign.plan.tensors import (
     TensorInfo,
     TensorTable,
     buffer_key,
+    grad_key,
     master_key,
     saved_key,
     stored_grad_key,
@@ -230,7 +231,8 @@ def store(
 ) -> dict[str, Entry]:
     """Entries for all masters, stored gradients, optimizer states and buffers of a table; None leaves a role out.
 
-    A state that is too small for a format in blocks keeps the dtype of its master, as in the libraries.
+    A state that is too small for a format in blocks keeps the dtype of its master, as in the libraries. A frozen
+    weight has no entry for a master with extra bits: no optimizer would keep them.
 
     Raises:
         FormatError: no such format, or not for this role.
@@ -239,8 +241,11 @@ def store(
     entries: dict[str, Entry] = {}
     stored = [row for row in table.tensors if is_stored(row)]
     if master is not None:
-        name = parse_stored(master, Role.MASTER).name
-        entries |= {master_key(row.key): Entry(name, False) for row in stored if row.role is Role.WEIGHT}
+        fmt = parse_stored(master, Role.MASTER)
+        is_split = isinstance(fmt, Format) and fmt.extra_bits
+        weights = [row.key for row in stored if row.role is Role.WEIGHT]
+        trained = [key for key in weights if grad_key(key) in table.by_key or not is_split]
+        entries |= {master_key(key): Entry(fmt.name, False) for key in trained}
     if gradients is not None:
         name = parse_stored(gradients, Role.WEIGHT_GRAD).name
         weights = [row.key.removesuffix(".grad") for row in stored if row.role is Role.WEIGHT_GRAD]

@@ -2,12 +2,14 @@
 
 Entries for them are optional. A master without one is fp32; a stored gradient and an optimizer state without one have
 the dtype of their master, as torch makes them. So a plan without such entries keeps parameters, gradients and states in
-float32, whatever it rounds on the way. Buffers that the step updates, as the running statistics of a batch
-normalisation, have rows of their own; a buffer without an entry is fp32. A step computes them in float32 and rounds
-them to nearest at its end, so that a moving average stands still before it has arrived: with a momentum of 0.1, an
-update of a tenth of the distance is lost where that is less than half a step, which is within 2 % of the value in bf16
-and within 0.25 % in fp16; with a smaller momentum, proportionally earlier. Above 65504 fp16 has no variance.
- Who can keep it, :mod:`assign.plan.libraries` says. No torch in here.
+float32, whatever it rounds on the way. A master in ``bf16+8`` is a parameter in bf16, with gradients in bf16 by
+default, and 8 extra bits in the optimizer's state; the optimizer steps on both joined, in float32, and so are its other
+states. Buffers that the step updates, as the running statistics of a batch normalisation, have rows of their own; a
+buffer without an entry is fp32. A step computes them in float32 and rounds them to nearest at its end, so that a moving
+average stands still before it has arrived: with a momentum of 0.1, an update of a tenth of the distance is lost where
+that is less than half a step, which is within 2 % of the value in bf16 and within 0.25 % in fp16; with a smaller
+momentum, proportionally earlier. Above 65504 fp16 has no variance.
+Who can keep it, :mod:`assign.plan.libraries` says. No torch in here.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,7 +18,15 @@ from enum import StrEnum
 from typing import Protocol
 
 from assign.errors import FormatError, PlanError, nearest
-from assign.plan.formats import FORMATS, ITEM_BYTES, STATE_FORMATS, BlockFormat, Format, parse_format
+from assign.plan.formats import (
+    FORMATS,
+    ITEM_BYTES,
+    MASTER_FORMATS,
+    STATE_FORMATS,
+    BlockFormat,
+    Format,
+    parse_format,
+)
 from assign.plan.tensors import (
     Role,
     TensorInfo,
@@ -39,6 +49,9 @@ GRADIENTS = (*NATIVE, "e5m2:pow2", "e4m3:pow2")
 
 COMPENSATION = "compensation"
 """The state in which Kahan's sum keeps what the weight itself could not take; negative, as in the paper."""
+
+EXTRA_BITS = "extra_bits"
+"""The state that has, for a master in more bits than its parameter, the others: one byte for each weight."""
 
 
 class UpdateRounding(StrEnum):
@@ -93,6 +106,8 @@ def parse_stored(name: str, role: Role) -> StateFormat:
     wanted = "".join(name.split()).lower()
     if role is Role.OPTIM_STATE and wanted in STATE_FORMATS:
         return STATE_FORMATS[wanted]
+    if role is Role.MASTER and wanted in MASTER_FORMATS:
+        return MASTER_FORMATS[wanted]
     if wanted in NATIVE or (role is Role.WEIGHT_GRAD and wanted in GRADIENTS):
         return FORMATS[wanted]
     what, why, allowed = _WORDS[role]
@@ -105,7 +120,7 @@ _WORDS: Mapping[Role, tuple[str, str, tuple[str, ...]]] = {
     Role.MASTER: (
         "a master",
         "training adds its updates to it, and in 8 bits or less almost every update is below half a step and lost",
-        NATIVE,
+        (*NATIVE, *MASTER_FORMATS),
     ),
     Role.WEIGHT_GRAD: (
         "a stored gradient",
@@ -118,19 +133,32 @@ _WORDS: Mapping[Role, tuple[str, str, tuple[str, ...]]] = {
 
 
 def master_format(entries: Mapping[str, Named], key: str) -> Format:
-    """Of the stored parameter behind weight ``key``."""
+    """Of the stored parameter behind weight ``key``, with all that is stored of it."""
     entry = entries.get(master_key(key))
-    return parse_format(entry.format) if entry else FORMATS["fp32"]
+    if entry is None:
+        return FORMATS["fp32"]
+    return MASTER_FORMATS.get(entry.format) or parse_format(entry.format)
+
+
+def parameter_format(master: Format) -> Format:
+    """Of the parameter itself: the master, without extra bits."""
+    return FORMATS["bf16"] if master.extra_bits else master
+
+
+def stepped_format(master: Format) -> Format:
+    """What the optimizer steps on: the master, with its extra bits joined in float32."""
+    return FORMATS["fp32"] if master.extra_bits else master
 
 
 def gradient_format(entries: Mapping[str, Named], key: str) -> Format:
     """Of the gradient of weight ``key`` as it waits for the optimizer."""
     entry = entries.get(stored_grad_key(key))
-    return parse_format(entry.format) if entry else master_format(entries, key)
+    return parse_format(entry.format) if entry else parameter_format(master_format(entries, key))
 
 
 def stored_dtype(fmt: Format) -> str:
-    """Torch dtype of a stored master, gradient or buffer."""
+    """Torch dtype of a stored parameter, gradient or buffer."""
+    fmt = parameter_format(fmt)
     return fmt.native if fmt.scaled and fmt.native else fmt.carrier
 
 
@@ -143,7 +171,7 @@ def has_scaled_gradients(entries: Mapping[str, Named]) -> bool:
 def state_format(entries: Mapping[str, Named], key: str, state: str) -> StateFormat:
     """Of one optimizer state of weight ``key``."""
     entry = entries.get(state_key(key, state))
-    return parse_stored(entry.format, Role.OPTIM_STATE) if entry else master_format(entries, key)
+    return parse_stored(entry.format, Role.OPTIM_STATE) if entry else stepped_format(master_format(entries, key))
 
 
 def buffer_format(entries: Mapping[str, Named], name: str) -> Format:
@@ -182,9 +210,19 @@ def is_narrowed(entries: Mapping[str, Named]) -> bool:
 
 
 def has_narrow_masters(entries: Mapping[str, Named]) -> bool:
-    """Whether any parameter itself is stored in another format than float32."""
-    owners = ((owner_of(key, entries), entry.format) for key, entry in entries.items())
-    return any(owner is not None and owner[1] is Role.MASTER and name != "fp32" for owner, name in owners)
+    """Whether updates of any master are rounded to 16 bits."""
+    return any(is_narrow(fmt) for fmt in _masters(entries).values())
+
+
+def first_split(entries: Mapping[str, Named]) -> str | None:
+    """The first weight whose master has extra bits beside the parameter."""
+    return next((key for key, fmt in _masters(entries).items() if fmt.extra_bits), None)
+
+
+def _masters(entries: Mapping[str, Named]) -> dict[str, Format]:
+    """Formats of masters that have entries, by weight."""
+    owners = (owner_of(key, entries) for key, entry in entries.items() if entry.format != "fp32")
+    return {owner[0]: master_format(entries, owner[0]) for owner in owners if owner and owner[1] is Role.MASTER}
 
 
 def is_narrow(fmt: Format) -> bool:
@@ -204,12 +242,29 @@ def check_rounding(update_rounding: str, entries: Mapping[str, Named], *, where:
             f"{where}: update_rounding {update_rounding!r} is not known{f', did you mean {close}?' if close else '.'} "
             f"Choose one of: {', '.join(UpdateRounding)}."
         )
+    check_unsplit(update_rounding, entries, where=where)
     if update_rounding != UpdateRounding.NEAREST and not has_narrow_masters(entries):
         raise PlanError(
             f"{where}: update_rounding={update_rounding!r} is for masters in 16 bit, and this training has none.\n"
             "  Give a plan that stores them so (--master bf16, or --strategy standalone), or leave it out."
         )
     return str(update_rounding)
+
+
+def check_unsplit(update_rounding: str, entries: Mapping[str, Named], *, where: str) -> None:
+    """Refuse a rounding of updates for masters with extra bits, which take what rounding would lose.
+
+    Raises:
+        PlanError: ``where`` it was asked for, and what to do.
+    """
+    split = first_split(entries)
+    if update_rounding != UpdateRounding.NEAREST and split is not None:
+        raise PlanError(
+            f"{where}: update_rounding={str(update_rounding)!r} was asked for, but {master_key(split)!r} is "
+            f"{entries[master_key(split)].format}, whose extra bits take what rounding to 16 bits would lose.\n"
+            "  Allowed: nearest; the others for masters in bf16 and fp16.\n"
+            "  Leave update_rounding out, or store masters as bf16."
+        )
 
 
 def is_stored(row: TensorInfo) -> bool:
@@ -270,6 +325,8 @@ def resident(
 ) -> Resident:
     """Bytes of masters, stored gradients and optimizer states of a table under some entries.
 
+    A master with extra bits has them among the states.
+
     Args:
         update_rounding: with ``kahan``, each 16-bit master that is trained has one state more.
     """
@@ -281,16 +338,15 @@ def resident(
             key, _, state = row.key.rpartition(".optim.")
             name, fmt = row.key, state_format(entries, key, state)
         elif row.role is Role.WEIGHT:
-            name, fmt = master_key(row.key), master_format(entries, row.key)
+            name, fmt = master_key(row.key), parameter_format(master_format(entries, row.key))
         else:
             name, fmt = row.key, gradient_format(entries, row.key.removesuffix(".grad"))
         sizes[row.role][name] = waiting_bytes(fmt, row.elements)
         wide[row.role] += ITEM_BYTES["float32"] * row.elements
-        if row.role is Role.WEIGHT_GRAD and update_rounding == UpdateRounding.KAHAN:
-            key = row.key.removesuffix(".grad")
-            if is_narrow(master_format(entries, key)):
-                rest = bytes_of(master_format(entries, key), row.elements)
-                sizes[Role.OPTIM_STATE][state_key(key, COMPENSATION)] = rest
+        if row.role is Role.WEIGHT_GRAD:
+            sizes[Role.OPTIM_STATE] |= _beside(
+                row, master_format(entries, row.key.removesuffix(".grad")), update_rounding
+            )
     s = table.schedule
     others = zip((s.parameter_bytes, s.gradient_bytes, s.optimizer_bytes), wide.values(), strict=True)
     parameters, gradients, states = (max(total - known, 0) for total, known in others)
@@ -300,6 +356,16 @@ def resident(
         optimizer_states=sizes[Role.OPTIM_STATE],
         others=(parameters, gradients, states),
     )
+
+
+def _beside(row: TensorInfo, master: Format, update_rounding: str) -> dict[str, int]:
+    """Bytes of what a trained weight keeps beside a master too short for its updates; ``row``: its gradient's."""
+    key = row.key.removesuffix(".grad")
+    if master.extra_bits:
+        return {state_key(key, EXTRA_BITS): row.elements * master.extra_bits // 8}
+    if is_narrow(master) and update_rounding == UpdateRounding.KAHAN:
+        return {state_key(key, COMPENSATION): bytes_of(master, row.elements)}
+    return {}
 
 
 def buffers(table: TensorTable, entries: Mapping[str, Named]) -> tuple[int, int]:

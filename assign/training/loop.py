@@ -25,12 +25,20 @@ from assign.errors import DivergedError, PlanError, TaskError
 from assign.executor.apply import apply, planned_step
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import THRESHOLD, Promoted, Promotion
+from assign.optim.masters import widened_weights
 from assign.optim.optimizers import follow
 from assign.plan.assignment import Assignment
 from assign.plan.formats import parse_format
 from assign.plan.memory import peak_bytes
 from assign.plan.recipes import get_recipe
-from assign.plan.stored import UpdateRounding, check_rounding, has_scaled_gradients, is_narrowed, master_format
+from assign.plan.stored import (
+    UpdateRounding,
+    check_rounding,
+    has_scaled_gradients,
+    is_narrow,
+    is_narrowed,
+    master_format,
+)
 from assign.plan.tensors import TensorTable
 from assign.tasks.batch import Batch, count_bytes, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
@@ -204,7 +212,7 @@ def needs_loss_scaling(plan: Assignment) -> bool:
     A format with a scale of its own does not count; bf16 reaches as low as fp32. Where masters are in 16 bit themselves
     there is none: a scale would have to be divided out of gradients in those 16 bits.
     """
-    if any(master_format(plan.entries, key).name != "fp32" for key in plan.entries):
+    if any(is_narrow(master_format(plan.entries, key)) for key in plan.entries):
         return False
     formats = {entry.format for key, entry in plan.entries.items() if key.endswith(".grad")}
     rows = [parse_format(name) for name in formats]
@@ -406,10 +414,14 @@ class _Run:
         return float(loss.detach())
 
     def _in_float32(self) -> nn.Module:
-        """The model, or a copy of it where what it keeps is in 16 bit."""
+        """The model, or a copy of it with its masters where what it keeps is in 16 bit."""
         kept = (*self.model.parameters(), *self.model.buffers())
         is_wide = all(tensor.dtype == torch.float32 for tensor in kept if tensor.is_floating_point())
-        return self.model if is_wide else copy.deepcopy(self.model).float()
+        if is_wide:
+            return self.model
+        wide = copy.deepcopy(self.model).float()
+        wide.load_state_dict(widened_weights(self.model, self.optimizer))
+        return wide
 
     def _evaluate(self, model: nn.Module) -> Metrics:
         if self.task.evaluate is None:

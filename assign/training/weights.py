@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assign.errors import TaskError, nearest
+from assign.optim.masters import has_extra_bits, joined_checkpoint
 from assign.plan.assignment import Assignment
 from assign.plan.formats import Format
-from assign.plan.stored import buffer_format, master_format
+from assign.plan.stored import buffer_format, master_format, parameter_format
 from assign.tasks.task import Task
 
 _UNREADABLE = (
@@ -33,18 +34,24 @@ _UNREADABLE = (
 def load_weights(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
     """Fill a model from a file: what ``assign train --checkpoint`` wrote, or a ``state_dict`` saved by ``torch.save``.
 
+    Masters of the file that have extra bits are joined with them.
+
     Args:
         optimizer: is filled too, where the file holds its state.
     Raises:
-        TaskError: it cannot be read, or is of another model.
+        TaskError: it cannot be read, or is of another model; or extra bits are in it, and no optimizer says whose.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        weights = state["model"] if isinstance(state.get("model"), Mapping) else state
+        weights, states = state, None
+        if isinstance(state.get("model"), Mapping):
+            weights, states = state["model"], state.get("optimizer")
+        if states is not None and has_extra_bits(states):
+            weights, states = _join(weights, states, model, optimizer)
         model.load_state_dict(weights)
-        if optimizer is not None and weights is not state and "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
+        if optimizer is not None and states is not None:
+            optimizer.load_state_dict(states)
     except FileNotFoundError as error:
         close = nearest(path.name, (file.name for file in path.parent.glob("*"))) if path.parent.is_dir() else ""
         raise TaskError(
@@ -58,6 +65,21 @@ def load_weights(path: Path, model: nn.Module, optimizer: Optimizer | None = Non
         ) from error
 
 
+def _join(
+    weights: Mapping[str, Tensor], states: Mapping[str, Any], model: nn.Module, optimizer: Optimizer | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if optimizer is None:
+        raise TaskError(
+            "its masters have extra bits in the state of its optimizer, by the order of its parameters, and there is "
+            "no optimizer to say that order. Give one, or a file with assign.widened_weights(model, optimizer)."
+        )
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    return joined_checkpoint(weights, states, order)
+
+
 def continue_from(task: Task, model: nn.Module, plan: Assignment | None, weights: Path) -> dict[int, Any]:
     """Fill ``model`` from an fp32 training; the states of that training's optimizer, if the file has them.
 
@@ -68,7 +90,8 @@ def continue_from(task: Task, model: nn.Module, plan: Assignment | None, weights
     load_weights(weights, model, optimizer)
     entries = plan.entries if plan else {}
     stored: list[tuple[str, Tensor, str, Format]] = [
-        (key, parameter, "master", master_format(entries, key)) for key, parameter in model.named_parameters()
+        (key, parameter, "master", parameter_format(master_format(entries, key)))
+        for key, parameter in model.named_parameters()
     ]
     floating = ((key, buffer) for key, buffer in model.named_buffers() if buffer.is_floating_point())
     stored += [(key, buffer, "stored form", buffer_format(entries, key)) for key, buffer in floating]

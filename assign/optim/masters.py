@@ -1,0 +1,203 @@
+"""Masters of 24 bits: the parameter is bf16, and 8 more bits of each weight's mantissa wait in the optimizer's state.
+
+Together they are the float32 master, rounded to sign, 8 bits of exponent and 15 of mantissa. The parameter is that
+value rounded to nearest, and the model computes with it as it is: nothing is copied. An extra byte is what that
+rounding took or gave, in units of 2^-8 of a bf16 step, from -128 to 127, away from zero; stored as two's complement in
+uint8. One parameter after another is joined in float32, stepped on by the library's own optimizer, and split again.
+
+At the edges. A float32 value halfway between two of 24 bits goes to the even one. A 24-bit value halfway between two of
+bf16 goes away from zero, for 127 is the largest correction: so does a float32 value within 2^-9 bf16 steps of there, of
+which alone the parameter is not the nearest. Zeros keep their signs; subnormal values are split as others are; what is
+half a unit of the 24-bit grid or more above its largest value, from 2^128 - 2^111 on, is infinite, as in any format
+that rounds to nearest, and float32's own largest value with it. From 2^128 - 2^119 on the parameter is infinite, its
+master is not. A NaN is NaN again, without its sign and what else its bits say.
+
+What writes to a parameter between two steps leaves its extra bits as they are: the master is then off by up to half a
+bf16 step. Weights that are loaded have lost theirs until the optimizer's state is loaded too: a step before refuses.
+A copy of the model alone is one of its parameters; an optimizer for it begins with extra bits of zero.
+
+Source: FlashOptim (arXiv 2602.23349) splits masters so; the rounding, and what happens at the edges, are ours.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from assign.errors import PlanError
+from assign.optim.gradients import set_gradient
+from assign.plan.stored import EXTRA_BITS
+from assign.several import unwrapped
+
+_EXTRA: Any = WeakIdKeyDictionary()  # it has no types
+# parameter → its extra bits, as long as it lives: from the plan's application on, when there is no optimizer yet
+
+_LOST: Any = WeakIdKeyDictionary()  # parameters that were loaded without their extra bits
+
+
+def split(wide: Tensor, narrow: Tensor, extra: Tensor) -> None:
+    """Round float32 values to 24 bits and write them into two tensors; see the module.
+
+    Args:
+        wide: float32; its memory is worked in, and holds nothing of use afterwards.
+        narrow: bfloat16, of the same shape; extra: uint8, the same.
+    """
+    wide.masked_fill_(wide.isnan(), torch.nan)  # the bits of another NaN might round to infinity
+    bits = wide.view(torch.int32)
+    part = bits.bitwise_right_shift(8)
+    bits += part.bitwise_and_(1).add_(0x7F)  # ties to even: what the lowest 8 bits are is of no use from here on
+    torch.bitwise_right_shift(bits, 8, out=part)
+    extra.copy_(part.bitwise_and_(0xFF))
+    bits += 0x8000
+    narrow.view(torch.int16).copy_(bits.bitwise_right_shift_(16))
+
+
+def join(narrow: Tensor, extra: Tensor) -> Tensor:
+    """The float32 values that bfloat16 ``narrow`` and uint8 ``extra`` are together; exact."""
+    bits = narrow.view(torch.int16).to(torch.int32).bitwise_left_shift_(8)
+    bits += extra.view(torch.int8)
+    return bits.bitwise_left_shift_(8).view(torch.float32)
+
+
+def store_split(parameter: nn.Parameter) -> None:
+    """Make a float32 parameter without a gradient bf16; its extra bits wait for an optimizer."""
+    narrow = torch.empty_like(parameter.data, dtype=torch.bfloat16)
+    extra = torch.empty_like(parameter.data, dtype=torch.uint8)
+    split(parameter.data.clone(), narrow, extra)
+    parameter.data = narrow
+    _EXTRA[parameter] = extra
+    _LOST.pop(parameter, None)
+
+
+def extra_bits_of(parameter: Tensor) -> Tensor:
+    """The extra bits of a parameter, one tensor for all that ask; zeros where it was bf16 before a plan said so."""
+    extra: Tensor | None = _EXTRA.get(parameter)
+    if extra is None or extra.device != parameter.device:
+        kept = torch.zeros_like(parameter, dtype=torch.uint8, requires_grad=False)
+        extra = _EXTRA[parameter] = kept if extra is None else kept.copy_(extra)
+    return extra
+
+
+def load_extra_bits(parameter: Tensor, saved: Tensor) -> Tensor:
+    """:func:`extra_bits_of`, once they are those saved with the parameter's values."""
+    _LOST.pop(parameter, None)
+    return extra_bits_of(parameter).copy_(saved)
+
+
+def is_split(parameter: Tensor) -> bool:
+    """Whether extra bits of it are kept."""
+    return parameter in _EXTRA
+
+
+def forget_extra_bits(parameter: Tensor) -> None:
+    """The parameter is all of its master from now on."""
+    _EXTRA.pop(parameter, None)
+    _LOST.pop(parameter, None)
+
+
+def note_loaded(parameter: Tensor, value: Tensor) -> None:
+    """Note that ``value`` is about to be loaded into a parameter: what is wider than bf16 says all extra bits itself.
+
+    The caller has made sure that nothing of ``value`` is rounded: they are all zero then.
+    """
+    if parameter not in _EXTRA:
+        return
+    if value.dtype == parameter.dtype:
+        _LOST[parameter] = True
+    else:
+        _EXTRA[parameter].zero_()
+        _LOST.pop(parameter, None)
+
+
+def check_known(parameter: Tensor, what: str) -> None:
+    """Make sure that a parameter's values and its extra bits belong together.
+
+    Raises:
+        PlanError: values were loaded without; ``what`` was asked for.
+    """
+    if parameter in _LOST:
+        raise PlanError(
+            f"{what}: a parameter of shape {list(parameter.shape)} was loaded in bfloat16, without the 8 extra bits "
+            "that its master has in the optimizer's state.\n"
+            "  Allowed: the state_dict of the model first, then that of its optimizer; or weights that need none.\n"
+            "  Load the optimizer's state_dict now; or load these weights into the float32 model, and apply the plan "
+            "after that: its extra bits are zero then."
+        )
+
+
+@contextlib.contextmanager
+def joined(parameter: Tensor, states: MutableMapping[str, Any]) -> Iterator[None]:
+    """Within the context, the parameter is its master in float32, and so is its gradient, unless it has a scale.
+
+    Behind it, both are what they were, and the parameter and its extra bits have the master's new value.
+
+    Args:
+        states: the optimizer's, of the parameter; within the context without the extra bits, as the library knows them.
+    """
+    extra, narrow, gradient = states[EXTRA_BITS], parameter.data, parameter.grad
+    wide = join(narrow, extra)
+    del states[EXTRA_BITS]
+    parameter.grad = None
+    parameter.data = wide
+    try:
+        if gradient is not None:
+            set_gradient(parameter, gradient if gradient.dtype.itemsize == 1 else gradient.float())
+        yield
+    finally:
+        parameter.grad = None
+        split(parameter.data, narrow, extra)
+        parameter.data = narrow
+        if gradient is not None:
+            set_gradient(parameter, gradient)
+        states[EXTRA_BITS] = extra
+
+
+def widened_weights(model: nn.Module, planned: Optimizer) -> dict[str, Tensor]:
+    """The model's ``state_dict`` in float32, extra bits of masters included, for the same model without a plan.
+
+    Nothing is lost: float32 holds every value of the narrower formats. Load it with
+    ``plain.load_state_dict(assign.widened_weights(model, optimizer))``.
+
+    Args:
+        model: after :func:`assign.apply`.
+        planned: its optimizer, from :func:`assign.optimizer`.
+    Raises:
+        PlanError: weights were loaded without their extra bits.
+    """
+    module = unwrapped(model)
+    wide = {name: value.float() if value.is_floating_point() else value for name, value in module.state_dict().items()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        extra = planned.state.get(parameter, {}).get(EXTRA_BITS, _EXTRA.get(parameter))
+        if extra is not None and parameter.dtype is torch.bfloat16:
+            check_known(parameter, f"widened_weights: {name!r}")
+            wide[name] = join(parameter.data, extra)
+    return wide
+
+
+def joined_checkpoint(
+    weights: Mapping[str, Tensor], packed: Mapping[str, Any], names: list[list[str]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Saved weights joined with their extra bits in a saved optimizer's state, and that state without them.
+
+    Args:
+        names: of the optimizer's parameters, in its order; one that is tied has several.
+    """
+    numbers = [number for group in packed["param_groups"] for number in group["params"]]
+    joined_weights, states = dict(weights), {}
+    for number, own in zip(numbers, names, strict=True):
+        state = dict(packed["state"].get(number, {}))
+        extra = state.pop(EXTRA_BITS, None)
+        if extra is not None:
+            joined_weights |= {name: join(weights[name], extra) for name in own}
+        if state:
+            states[number] = state
+    return joined_weights, {**packed, "state": states}
+
+
+def has_extra_bits(packed: Mapping[str, Any]) -> bool:
+    """Whether a saved optimizer's state has extra bits of masters."""
+    return any(EXTRA_BITS in state for state in packed["state"].values())
