@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from helpers import adamw, everything, measured_peak, sgd, traced
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from models import MLP, class_loss, vectors
 from torch import nn
@@ -81,6 +81,7 @@ def oracle(value):
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
+@example([1 + 2**-16, 1 + 3 * 2**-16])  # ties
 def test_any_value_is_rounded_to_24_bits_and_its_parameter_to_nearest(values):
     values = [value for value in values if abs(value) < LARGEST] or [0.0]
     narrow, _, wide = parts(values)

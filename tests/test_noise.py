@@ -19,7 +19,6 @@ from assign.numerics.rounding import quantize
 from assign.plan.assignment import Entry
 from assign.plan.formats import parse_format, parse_saved
 from assign.plan.noise import Cell, Method, NoiseTable, Sample
-from assign.plan.tensors import Role
 
 FORMATS = ("bf16", "e4m3:pow2/e5m2:pow2", "fp(3,2,3)")
 STEPS = {
@@ -53,7 +52,7 @@ def test_every_tensor_is_touched_once(name):
     make, batch = STEPS[name][0](), STEPS[name][1]()
     table, seen = traced(make, batch), []
     ProbedStep(make, class_loss, fused=True).run(batch, lambda x, key: (seen.append(key), x)[1], seed=0)
-    rows = [row for row in table.tensors if row.role is not Role.OPTIM_STATE]
+    rows = table.paper_tensors
     assert len(seen) == len(set(seen))
     unread = {"/input.grad"} if name != "in place" else {row.key for row in rows if row.op in ("slice", "mean", "mul")}
     assert {row.key for row in rows} - set(seen) <= unread | {"/input.grad"}  # the batch's gradient, parts overwritten
