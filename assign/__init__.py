@@ -8,7 +8,7 @@ them is pure Python and never imports torch.
                       ``functionalize``: no in-place operators, so every value has one node; ``operators``: the walk
                       that names every tensor, for tracer and executor alike; ``probes`` at them; ``joint``,
                       ``workspace``, ``finiteness``: the backward pass, what kernels need, which tensors must not
-                      be narrowed; ``tracer``: all of it
+                      be narrowed; ``allocations``: bytes counted without data; ``tracer``: all of it
 ``plan``              pure Python. ``tensors``: TensorTable, the first waist: rows by key, groups, the schedule of the
                       step; ``formats`` as rows of data; ``recipes``: candidates per role; ``groups``: shared
                       decisions; ``lowering``, ``lowered``: in which dtype an operator computes; ``memory``:

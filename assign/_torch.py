@@ -26,7 +26,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.graph import _BoxedCodeGen
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import stateless
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -433,11 +432,6 @@ def inner_exception(error: BaseException) -> BaseException:
 def copy_fake_value(source: fx.Node, target: fx.Node) -> None:
     """Let a captured node have the value without data of another."""
     target.meta["example_value"] = source.meta["example_value"]
-
-
-def storage_reference(storage: torch.UntypedStorage) -> Any:
-    """A weak reference with a method ``expired``: the objects that stand for one storage come and go."""
-    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
 def replaced_parameters(

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from assign import _torch
 from assign.errors import TraceError
@@ -24,6 +22,7 @@ from assign.plan.assignment import Assignment
 from assign.plan.memory import Replay
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
+from assign.tracing.allocations import Allocations
 from assign.tracing.capture import Loss
 from assign.tracing.workspace import scratch_of
 
@@ -139,59 +138,23 @@ class _Programs:
             raise TraceError("rehearse: the loss does not use the model, or no parameter of it requires a gradient.")
         mode = next(value.fake_mode for value in self._forward.examples if isinstance(value, _torch.FakeTensor))
         with mode:
-            ledger = _Ledger()
             known = dict(zip(self._forward.arguments, map(_like, self._forward.examples), strict=True))
-            ledger.resident = [value.untyped_storage() for value in known.values() if isinstance(value, Tensor)]
-            forward, results = ledger.watch(self._forward.run, list(known.values()))
-            saved = ledger.alive()
-            known.update(zip(self._forward.results, results, strict=True))
-            pairs = zip(self._backward.arguments, self._backward.examples, strict=True)
-            arguments = [known[name] if name in known else _like(example) for name, example in pairs]
-            del known, results
-            backward, _ = ledger.watch(self._backward.run, arguments)
-        return forward, saved, backward
+            with Allocations(_scratch) as allocations:
+                results = self._forward.run(list(known.values()))
+                forward, saved = allocations.peak, allocations.now
+                known.update(zip(self._forward.results, results, strict=True))
+                pairs = zip(self._backward.arguments, self._backward.examples, strict=True)
+                arguments = [known[name] if name in known else _like(example) for name, example in pairs]
+                del known, results
+                allocations.peak = 0
+                self._backward.run(arguments)
+        return forward, saved, allocations.peak
 
 
 def _like(example: Any) -> Any:
     if not isinstance(example, Tensor):
         return example
     return torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
-
-
-class _Ledger(TorchDispatchMode):
-    """Bytes of the storages that are alive, looked at behind every operator."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
-        self.resident: list[Any] = []  # storages that are not counted
-        self._storages: dict[int, tuple[Any, int]] = {}
-        self._peak = 0
-
-    def watch(self, run: Callable[[list[Any]], Sequence[Any]], arguments: list[Any]) -> tuple[int, Sequence[Any]]:
-        """Most bytes alive while a program runs, and its results; it empties the list of its arguments."""
-        self._peak = 0
-        with self:
-            results = run(arguments)
-        return self._peak, results
-
-    def alive(self) -> int:
-        """Bytes alive now."""
-        self._storages = {key: each for key, each in self._storages.items() if not each[0].expired()}
-        return sum(size for _, size in self._storages.values())
-
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for value in pytree.tree_leaves(found):
-            if isinstance(value, Tensor):
-                self._see(value.untyped_storage())
-        self._peak = max(self._peak, self.alive() + _scratch(func, args, found))
-        return found
-
-    def _see(self, storage: Any) -> None:
-        key = storage._cdata
-        known = self._storages.get(key)
-        if (known is None or known[0].expired()) and all(key != each._cdata for each in self.resident):
-            self._storages[key] = _torch.storage_reference(storage), storage.nbytes()
 
 
 def _scratch(operator: Any, args: Sequence[Any], result: Any) -> int:

@@ -140,7 +140,7 @@ def check_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises, by kind of device
+    except (RuntimeError, AssertionError) as error:  # what torch raises, by kind of device
         allowed = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise TaskError(f"device {name!r} cannot be used here: choose from {', '.join(allowed)}.") from error
     return device

@@ -6,14 +6,12 @@ partitioner say what the backward pass does and which values wait for it. The gr
 
 import contextlib
 import dataclasses
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from assign import _torch
 from assign.errors import TraceError
@@ -30,6 +28,7 @@ from assign.plan.tensors import (
     saved_key,
     state_key,
 )
+from assign.tracing.allocations import Allocations
 from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
@@ -276,31 +275,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
-    """Peak bytes of what operators allocate while the mode is on."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        addresses = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in addresses and tensor.device.type == "meta":
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
 def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> tuple[str, list[TensorInfo], int, int]:
     """Class, rows, bytes and momentary bytes of the optimizer, read off a step on tensors without data."""
     if optimizer is None:
@@ -314,7 +288,7 @@ def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> t
     for _ in range(2):  # the first step makes the states
         for twin in twins:
             twin.grad = torch.empty_like(twin)
-        with _Allocations() as allocations:
+        with Allocations() as allocations:
             instance.step()
     rows, total = [], 0
     for (name, _), twin in zip(named, twins, strict=True):
