@@ -105,8 +105,10 @@ Formats = Annotated[
 NoiseFile = Annotated[
     Path | None, typer.Option("--noise", metavar="FILE", help="What 'assign noise' found; measured if left out.")
 ]
-Trials = Annotated[int, typer.Option(help="With --strategy optuna: trainings of the whole study.")]
-Workers = Annotated[int, typer.Option(help="With --strategy optuna: processes here.")]
+Trials = Annotated[
+    int | None, typer.Option(help="With --strategy optuna: trainings of the whole study; 32 if left out.")
+]
+Workers = Annotated[int | None, typer.Option(help="With --strategy optuna: processes here; 1 if left out.")]
 Storage = Annotated[
     str | None,
     typer.Option(
@@ -120,6 +122,9 @@ Metric = Annotated[
         help="With --strategy optuna: one of the task's metrics, or loss, of training; accuracy if left out, loss "
         "where the task does not evaluate."
     ),
+]
+TrialBackend = Annotated[
+    Backend | None, typer.Option("--backend", help="With --strategy optuna: what trains; eager if left out.")
 ]
 Sampler = Annotated[str | None, typer.Option(help="With --strategy optuna: tpe or nsga2.")]
 Pins = Annotated[
@@ -263,13 +268,13 @@ def search(
     formats: Formats = "",
     granularity: Shares = Granularity.GROUP,
     pin: Pins = None,
-    trials: Trials = 32,
-    workers: Workers = 1,
+    trials: Trials = None,
+    workers: Workers = None,
     storage: Storage = None,
     metric: Metric = None,
     sampler: Sampler = None,
     epochs: Epochs = None,
-    backend: BackendName = Backend.EAGER,
+    trial_backend: TrialBackend = None,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -279,14 +284,11 @@ def search(
     """Choose a format for every tensor and write the plan; with optuna and without a budget, a front of plans."""
     loaded = _task(task, seed, batch_size, device, data, None)
     table = _traced(loaded, device)
-    names, pins = split_names(formats), parse_pins(pin or [])
-    asked: dict[str, Any] = {"recipe": recipe, "formats": names, "saved": split_names(saved or ""), "pins": pins}
-    noise = _noise_for(loaded, table, device, strategy, noise_file, output, seed=seed, **asked)
     if strategy == OPTUNA:
-        if low_ratio is not None or format_name or names or pins:
+        if low_ratio is not None or format_name or formats or pin or granularity is not Granularity.GROUP:
             raise BudgetError(
                 "search: the strategy 'optuna' chooses between the recipe's two formats for whole groups, under a "
-                "budget or for a front.\n  Leave out the low ratio, formats and pins."
+                "budget or for a front.\n  Leave out the low ratio, formats, granularity and pins."
             )
         stored = {"master": master, "gradients": gradients, "optimizer_states": optimizer_states, "saved": saved}
         metric = metric or ("accuracy" if loaded.evaluate else "loss")
@@ -297,7 +299,7 @@ def search(
             maximize=is_maximized(metric),
             epochs=epochs,
             seed=seed,
-            backend=backend,
+            backend=trial_backend or Backend.EAGER,
             device=device,
             stored=tuple((name, value) for name, value in stored.items() if value is not None),
             update_rounding=update_rounding,
@@ -308,14 +310,26 @@ def search(
             output,
             json_file,
             storage=storage or str(output.with_name(f"{output.stem}.study.db")),
-            trials=trials,
+            trials=32 if trials is None else trials,
             sampler=sampler,
-            workers=workers,
-            starts=_noise_starts(table, noise, settings) if noise is not None else [],
+            workers=1 if workers is None else workers,
+            starts=_noise_starts(table, NoiseTable.load(noise_file), settings) if noise_file else [],
         )
         return
+    _refuse_options(
+        f"search: only the strategy 'optuna' trains, and {strategy!r} does not take",
+        trials=trials,
+        workers=workers,
+        storage=storage,
+        metric=metric,
+        sampler=sampler,
+        epochs=epochs,
+        backend=trial_backend,
+    )
     plan = _searched(
+        loaded,
         table,
+        device,
         output,
         budget=budget,
         low_ratio=low_ratio,
@@ -326,17 +340,13 @@ def search(
         gradients=gradients,
         master=master,
         saved=saved,
-        non_finite=_non_finite(loaded, device) if saved else (),
         update_rounding=update_rounding,
-        noise=noise,
-        formats=names,
+        noise_file=noise_file,
+        formats=formats,
         granularity=granularity,
-        pins=pins,
+        pin=pin,
         seed=seed,
     )
-    console.print(tables.estimate_table(estimate_plan(table, plan, update_rounding=update_rounding)))
-    if noise is not None:
-        console.print(tables.noise_line(plan.provenance.estimate))
     _write(json_file, plan.provenance.estimate)
 
 
@@ -458,11 +468,10 @@ def run(
     """The main job: trace, search, train in fp32 and under the plan, print both side by side."""
     loaded = _task(task, seed, batch_size, device, data, epochs)
     table = _traced(loaded, device)
-    names, pins = split_names(formats), parse_pins(pin or [])
-    asked: dict[str, Any] = {"recipe": recipe, "formats": names, "saved": split_names(saved or ""), "pins": pins}
-    noise = _noise_for(loaded, table, device, strategy, noise_file, output, seed=seed, **asked)
     plan = _searched(
+        loaded,
         table,
+        device,
         output,
         budget=budget,
         low_ratio=low_ratio,
@@ -473,17 +482,13 @@ def run(
         gradients=gradients,
         master=master,
         saved=saved,
-        non_finite=_non_finite(loaded, device) if saved else (),
         update_rounding=update_rounding,
-        noise=noise,
-        formats=names,
+        noise_file=noise_file,
+        formats=formats,
         granularity=granularity,
-        pins=pins,
+        pin=pin,
         seed=seed,
     )
-    console.print(tables.estimate_table(estimate_plan(table, plan, update_rounding=update_rounding)))
-    if noise is not None:
-        console.print(tables.noise_line(plan.provenance.estimate))
     options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
     baseline = _trained("fp32", loaded, None, table, **options)
     options |= {"promote_every": promote_every, "promote_threshold": promote_threshold, "promoted": _promoted(output)}
@@ -750,12 +755,55 @@ def _tuned(
     _write(json_file, {"trained": found.trained, "pruned": found.pruned, "front": rows})
 
 
-def _searched(table: TensorTable, output: Path, **options: Any) -> Assignment:
+def _searched(
+    task: Task,
+    table: TensorTable,
+    device: str,
+    output: Path,
+    *,
+    strategy: str,
+    recipe: str,
+    saved: str | None,
+    update_rounding: str,
+    noise_file: Path | None,
+    formats: str,
+    pin: list[str] | None,
+    seed: int,
+    **options: Any,
+) -> Assignment:
+    """Search, write the plan and print what it costs; noise from its file, or measured where the strategy needs it."""
+    names, pins = split_names(formats), parse_pins(pin or [])
+    asked: dict[str, Any] = {"recipe": recipe, "formats": names, "saved": split_names(saved or ""), "pins": pins}
+    noise = _noise_for(task, table, device, strategy, noise_file, output, seed=seed, **asked)
+    non_finite = _non_finite(task, device) if saved else frozenset()
     with console.status("searching"):
-        plan = search_table(table, command=" ".join(["assign", *sys.argv[1:]]), **options)
+        plan = search_table(
+            table,
+            strategy=strategy,
+            recipe=recipe,
+            saved=saved,
+            non_finite=non_finite,
+            update_rounding=update_rounding,
+            noise=noise,
+            formats=names,
+            pins=pins,
+            seed=seed,
+            command=" ".join(["assign", *sys.argv[1:]]),
+            **options,
+        )
     plan.save(output)
     console.print(f"wrote {output}: {len(plan.entries)} tensors", markup=False)
+    console.print(tables.estimate_table(estimate_plan(table, plan, update_rounding=update_rounding)))
+    if noise is not None:
+        console.print(tables.noise_line(plan.provenance.estimate))
     return plan
+
+
+def _refuse_options(why: str, **given: Any) -> None:
+    """Options that would do nothing here."""
+    named = [f"--{name}" for name, value in given.items() if value is not None]
+    if named:
+        raise BudgetError(f"{why} {', '.join(named)}.\n  Leave them out, or use --strategy optuna.")
 
 
 def _promoted(plan: Path) -> Path:

@@ -68,7 +68,14 @@ def test_search_by_training(here, capsys, monkeypatch):
         assert Assignment.load(here / row["plan"]).provenance.strategy == "optuna"
     assert (here / "plans.study.db").exists()
     assert "a front of plans" in fails(capsys, monkeypatch, *by_training, "-o", "one.json")
-    assert "whole groups" in fails(capsys, monkeypatch, *by_training, "--low-ratio", "0.5")
+    assert "Give at least one of each" in fails(capsys, monkeypatch, *by_training, "--trials", "0", "-o", "plans")
+    for option in ("--low-ratio=0.5", "--granularity=tensor", "--pin=*=bf16"):
+        assert "whole groups" in fails(capsys, monkeypatch, *by_training, option)
+    needless = fails(
+        capsys, monkeypatch, "search", "mine.py", "--low-ratio", "1", "--trials", "4", "--backend", "eager"
+    )
+    assert "--trials, --backend" in needless
+    assert "assign search TASK" in fails(capsys, monkeypatch, "run", *by_training[1:])
 
 
 def test_trace_search_estimate_train_show_diff(here):

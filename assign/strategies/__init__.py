@@ -73,6 +73,11 @@ def get_strategy(name: str) -> Strategy:
     Raises:
         AssignError: there is none.
     """
+    if name == OPTUNA:
+        raise AssignError(
+            "the strategy 'optuna' trains, so it needs a task, and searches on its own.\n"
+            "  Allowed: 'assign search TASK --strategy optuna', or assign.tune(make_task, storage=…)."
+        )
     if name not in STRATEGIES:
         known = [*STRATEGIES, *BASELINES, MILP, OPTUNA]
         close = nearest(name, known)
