@@ -16,7 +16,7 @@ them is pure Python and never imports torch.
                       who can keep it; ``timeline``: bytes moment by moment, and by decision; ``noise``: the table of
                       what was measured; ``assignment``: **Assignment**, the second waist, ``plan.json``
 ``strategies``        searches: (table, recipe, goal) → entries; ``milp``: that of least noise;
-                      ``planning``: trace, strategy, provenance in one call
+                      ``planning``: trace, strategy, provenance in one call; ``fronts``: a plan for every budget
 ``noise``             ``stepping``: a step in which every tensor can be touched; ``sampling``: what rounding one
                       perturbs, measured or from derivatives; ``gates``: of relu, which has none;
                       ``measuring``: over batches, into a file
@@ -45,6 +45,7 @@ them is pure Python and never imports torch.
 from assign.errors import AssignError
 from assign.executor.apply import apply, autocast, planned_step
 from assign.executor.rehearsal import Rehearsal, rehearse
+from assign.fronts import Front, search_front
 from assign.noise.measuring import measure_noise
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
@@ -78,6 +79,7 @@ __all__ = [
     "DelayedScales",
     "Estimate",
     "Format",
+    "Front",
     "LostUpdates",
     "NoiseTable",
     "Promotion",
@@ -98,6 +100,7 @@ __all__ = [
     "quantize",
     "rehearse",
     "search",
+    "search_front",
     "trace",
     "tune",
     "widened_state_dict",

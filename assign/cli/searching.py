@@ -44,15 +44,17 @@ from assign.cli.options import (
 from assign.cli.shell import app, console, open_task, traced, write_json
 from assign.errors import BudgetError
 from assign.executor.compile import Backend
+from assign.fronts import Front, check_empty, search_front
 from assign.noise.measuring import BATCHES, UNTIL, measure_noise
 from assign.plan.assignment import Assignment
 from assign.plan.memory import estimate as estimate_plan
 from assign.plan.noise import Method, NoiseTable
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
-from assign.planning import parse_pins, search_table, split_names, with_provenance
+from assign.planning import search_table, with_provenance
 from assign.report import tables
 from assign.strategies import MILP, OPTUNA
+from assign.strategies.goal import parse_pins, split_names
 from assign.strategies.milp import Granularity
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
@@ -80,6 +82,12 @@ def search(
     formats: Formats = "",
     granularity: Shares = Granularity.GROUP,
     pin: Pins = None,
+    pareto: Annotated[
+        int | None, typer.Option(metavar="N", help="Write a front of up to N plans into the directory of --output.")
+    ] = None,
+    front: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pick from this front where one of its plans fits the budget.")
+    ] = None,
     trials: Trials = None,
     workers: Workers = None,
     storage: Storage = None,
@@ -93,16 +101,21 @@ def search(
     data: Data = None,
     json_file: Json = None,
 ) -> None:
-    """Choose a format for every tensor and write the plan; with optuna and without a budget, a front of plans."""
+    """Choose a format for every tensor and write the plan; or, with --pareto, a front of plans."""
     loaded = open_task(task, seed, batch_size, device, data, None)
     table = traced(loaded, device)
+    stored = {"master": master, "gradients": gradients, "optimizer_states": optimizer_states, "saved": saved}
     if strategy == OPTUNA:
         if low_ratio is not None or format_name or formats or pin or granularity is not Granularity.GROUP:
             raise BudgetError(
                 "search: the strategy 'optuna' chooses between the recipe's two formats for whole groups, under a "
                 "budget or for a front.\n  Leave out the low ratio, formats, granularity and pins."
             )
-        stored = {"master": master, "gradients": gradients, "optimizer_states": optimizer_states, "saved": saved}
+        _refuse_options(
+            "search: the strategy 'optuna' finds a front of its own where no budget is given, and does not take",
+            pareto=pareto,
+            front=front,
+        )
         metric = metric or ("accuracy" if loaded.evaluate else "loss")
         settings = Settings(
             recipe=recipe,
@@ -138,7 +151,11 @@ def search(
         epochs=epochs,
         backend=trial_backend,
     )
-    plan = searched(
+    picked = _picked(front, table, budget, update_rounding, output) if front else None
+    if picked is not None:
+        write_json(json_file, picked.provenance.estimate)
+        return
+    asked = prepare_search(
         loaded,
         table,
         device,
@@ -148,17 +165,18 @@ def search(
         strategy=strategy,
         recipe=recipe,
         format_name=format_name,
-        optimizer_states=optimizer_states,
-        gradients=gradients,
-        master=master,
-        saved=saved,
         update_rounding=update_rounding,
         noise_file=noise_file,
         formats=formats,
         granularity=granularity,
         pin=pin,
         seed=seed,
+        **stored,
     )
+    if pareto is not None:
+        _search_front(table, output, pareto, json_file, asked)
+        return
+    plan = searched(table, output, asked)
     write_json(json_file, plan.provenance.estimate)
 
 
@@ -204,7 +222,7 @@ def measure(
     write_json(json_file, tables.noise_rows(found))
 
 
-def searched(
+def prepare_search(
     task: Task,
     table: TensorTable,
     device: str,
@@ -213,38 +231,74 @@ def searched(
     strategy: str,
     recipe: str,
     saved: str | None,
-    update_rounding: str,
     noise_file: Path | None,
     formats: str,
     pin: list[str] | None,
     seed: int,
     **options: Any,
-) -> Assignment:
-    """Search, write the plan and print what it costs; noise from its file, or measured where the strategy needs it."""
+) -> dict[str, Any]:
+    """What ``search_table`` is asked; noise from its file, or measured beside the plan where the strategy needs it."""
     names, pins = split_names(formats), parse_pins(pin or [])
     asked: dict[str, Any] = {"recipe": recipe, "formats": names, "saved": split_names(saved or ""), "pins": pins}
     noise = _noise_for(task, table, device, strategy, noise_file, output, seed=seed, **asked)
-    non_finite = _non_finite(task, device) if saved else frozenset()
+    return {
+        **options,
+        "strategy": strategy,
+        "recipe": recipe,
+        "saved": saved,
+        "non_finite": _non_finite(task, device) if saved else frozenset(),
+        "noise": noise,
+        "formats": names,
+        "pins": pins,
+        "seed": seed,
+        "command": " ".join(["assign", *sys.argv[1:]]),
+    }
+
+
+def searched(table: TensorTable, output: Path, asked: dict[str, Any]) -> Assignment:
+    """Search, write the plan and print what it costs."""
     with console.status("searching"):
-        plan = search_table(
-            table,
-            strategy=strategy,
-            recipe=recipe,
-            saved=saved,
-            non_finite=non_finite,
-            update_rounding=update_rounding,
-            noise=noise,
-            formats=names,
-            pins=pins,
-            seed=seed,
-            command=" ".join(["assign", *sys.argv[1:]]),
-            **options,
-        )
+        plan = search_table(table, **asked)
     plan.save(output)
     console.print(f"wrote {output}: {len(plan.entries)} tensors", markup=False)
+    _tell(table, plan, asked["update_rounding"])
+    return plan
+
+
+def _tell(table: TensorTable, plan: Assignment, update_rounding: str) -> None:
     console.print(tables.estimate_table(estimate_plan(table, plan, update_rounding=update_rounding)))
-    if noise is not None:
+    if "noise" in plan.provenance.estimate:
         console.print(tables.noise_line(plan.provenance.estimate))
+
+
+def _search_front(
+    table: TensorTable, directory: Path, plans: int, json_file: Path | None, asked: dict[str, Any]
+) -> None:
+    if directory.suffix:
+        raise BudgetError(f"search: --pareto writes several plans, and {directory} is one file. Give -o plans.")
+    check_empty(directory)
+    with console.status("searching"):
+        front = search_front(table, plans, **asked)
+    paths = front.save(directory)
+    rows = [{"plan": str(path), **plan.provenance.estimate} for path, plan in zip(paths, front.plans, strict=True)]
+    console.print(tables.searched_front_table(rows))
+    write_json(json_file, {"front": rows})
+
+
+def _picked(
+    directory: Path, table: TensorTable, budget: str | None, update_rounding: str, output: Path
+) -> Assignment | None:
+    """The plan of a stored front that the budget allows, written to ``output``; None where all take more."""
+    if budget is None:
+        raise BudgetError("search: --front picks for a budget. Give one, e.g. --budget 6GiB.")
+    front = Front.load(directory)
+    plan = front.pick(table, budget, update_rounding=update_rounding)
+    if plan is None:
+        console.print(f"none of the {len(front.plans)} plans in {directory} fits: searching", markup=False)
+        return None
+    plan.save(output)
+    console.print(f"wrote {output}: the best of {len(front.plans)} plans in {directory} that fits", markup=False)
+    _tell(table, plan, update_rounding)
     return plan
 
 
@@ -323,7 +377,8 @@ def _tuned(
     for each in found.front:
         path = output if settings.budget is not None else output / f"trial-{each.trial:04}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with_provenance(each.plan, strategy=OPTUNA, seed=settings.seed, command=command, costs=each.costs).save(path)
+        costs = {**each.costs, f"trained_{found.metric}": each.metric}
+        with_provenance(each.plan, strategy=OPTUNA, seed=settings.seed, command=command, costs=costs).save(path)
         names[each.trial] = str(path)
     console.print(tables.front_table(found, names))
     rows = [{"trial": e.trial, "plan": names[e.trial], found.metric: e.metric, **e.costs} for e in found.front]
@@ -341,4 +396,4 @@ def _refuse_options(why: str, **given: Any) -> None:
     """Options that would do nothing here."""
     named = [f"--{name}" for name, value in given.items() if value is not None]
     if named:
-        raise BudgetError(f"{why} {', '.join(named)}.\n  Leave them out, or use --strategy optuna.")
+        raise BudgetError(f"{why} {', '.join(named)}.\n  Leave them out, or use another strategy.")

@@ -34,7 +34,7 @@ from assign.cli.options import (
     Strategy,
     TaskName,
 )
-from assign.cli.searching import searched
+from assign.cli.searching import prepare_search, searched
 from assign.cli.shell import app, bar, console, open_task, promoted_path, traced, trained, write_json
 from assign.executor.compile import Backend
 from assign.numerics.promotion import THRESHOLD
@@ -123,7 +123,7 @@ def run(
     """The main job: trace, search, train in fp32 and under the plan, print both side by side."""
     loaded = open_task(task, seed, batch_size, device, data, epochs)
     table = traced(loaded, device)
-    plan = searched(
+    asked = prepare_search(
         loaded,
         table,
         device,
@@ -144,6 +144,7 @@ def run(
         pin=pin,
         seed=seed,
     )
+    plan = searched(table, output, asked)
     options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
     baseline = trained("fp32", loaded, None, table, **options)
     options |= {
