@@ -387,7 +387,8 @@ def noise_line(figures: Mapping[str, Any]) -> str:
     gap = figures.get("optimality_gap")
     words = "" if gap is None else f"; at most {gap:.2%} of it could be saved at these bytes"
     greedy = " (the greedy plan was no worse)" if figures.get("by_greedy") else ""
-    return f"predicted noise of the gradient {figures['noise']:.4g}{words}{greedy}"
+    time = f"; a step takes {figures['step_seconds']:.4g} s" if "step_seconds" in figures else ""
+    return f"predicted noise of the gradient {figures['noise']:.4g}{words}{greedy}{time}"
 
 
 def _share(error: float, mean: float) -> float | None:
