@@ -23,7 +23,7 @@ from assign.plan.timeline import Timeline
 from assign.plan.times import TimeTable, parse_step_time
 from assign.strategies import BASELINES, MILP, Strategy, get_strategy
 from assign.strategies.baselines import uniform_in
-from assign.strategies.goal import parse_budget
+from assign.strategies.goal import parse_budget, split_names
 from assign.strategies.milp import Granularity, Milp, Solution
 from assign.tracing.capture import Loss
 from assign.tracing.finiteness import non_finite as find_non_finite
@@ -70,6 +70,7 @@ def search(
         optimizer_states: e.g. ``bf16`` or ``dynamic8``; None: that of their masters.
         saved: format of the copies that wait for the backward pass, e.g. ``int4:block64``, where it takes fewer bytes
             than the activation's own, and where the activation is all finite on this batch; None: all have their own.
+            With ``milp`` and a budget, one or more (with commas) that it chooses from, copy by copy or group by group.
         update_rounding: of 16-bit masters, as in :func:`assign.optimizer`: ``kahan`` keeps something more.
         noise: for the strategy ``milp``: what :func:`assign.measure_noise` found; None measures it, on this batch.
         formats, granularity, pins: for the same; see :class:`assign.strategies.milp.Milp`.
@@ -83,15 +84,13 @@ def search(
     """
     table = trace(model, batch, loss, optimizer)
     if strategy == MILP and noise is None:
-        waiting = [] if saved is None else [saved]
+        waiting = split_names(saved or "")
         noise = measure_noise(model, [batch], loss, recipe=recipe, formats=formats, pins=pins, saved=waiting, seed=seed)
     finite = find_non_finite(model, batch, loss) if saved is not None else frozenset[str]()
     times = None
     if max_step_time is not None:
-        waiting_too = completion(table, saved=saved, non_finite=finite)
-        times = measure_times(
-            model, batch, loss, recipe=recipe, formats=formats, pins=pins, complete=waiting_too, table=table
-        )
+        copies: dict[str, Any] = {"saved": split_names(saved or ""), "non_finite": finite}
+        times = measure_times(model, batch, loss, recipe=recipe, formats=formats, pins=pins, table=table, **copies)
     return search_table(
         table,
         budget=budget,
@@ -147,9 +146,24 @@ def search_table(
     """
     start = time.perf_counter()
     rules = get_recipe(recipe)
+    chosen_copies = split_names(saved or "") if strategy == MILP and budget is not None else []
+    if len(split_names(saved or "")) > 1 and not chosen_copies:
+        raise BudgetError(
+            f"search: {saved!r} are several formats for what waits for the backward pass, and nothing chooses among "
+            "them.\n  Give one, or the strategy 'milp' and a budget."
+        )
     whole = completion(
-        table, master=master, gradients=gradients, optimizer_states=optimizer_states, saved=saved, non_finite=non_finite
+        table,
+        master=master,
+        gradients=gradients,
+        optimizer_states=optimizer_states,
+        saved=None if chosen_copies else saved,
+        non_finite=non_finite,
     )
+
+    def waiting(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:
+        return [save(table, entries, name, keep=non_finite) for name in chosen_copies]
+
     if noise is not None:
         noise.check(table)
     if times is not None:
@@ -184,6 +198,7 @@ def search_table(
                 noise,
                 formats=formats,
                 granularity=granularity,
+                waiting=waiting,
                 pins=pins,
                 tell=solutions.append,
                 **_time_limit(table, rules, formats, times, max_step_time),
@@ -201,7 +216,7 @@ def search_table(
         )
     plan = Assignment(entries=whole(entries), recipe=rules.name, fingerprint=table.fingerprint)
     check_rounding(update_rounding, plan.entries, where="search")
-    if saved is not None and not any(map(is_saved_key, plan.entries)):
+    if saved is not None and not chosen_copies and not any(map(is_saved_key, plan.entries)):
         raise PlanError(
             f"search: what waits for the backward pass is asked for in {saved!r}, but nothing that waits takes fewer "
             "bytes in it than in its activation's own format.\n"
@@ -219,7 +234,7 @@ def search_table(
             "by_greedy": solution.by_greedy,
         }
         if times is not None:
-            of_step = {row.key: plan.entries[row.key] for row in table.paper_tensors}
+            of_step = {key: plan.entries[key] for key in plan.entries if key in entries}
             costs["step_seconds"] = times.of(of_step) + times.rest
     return with_provenance(plan, strategy=strategy, seed=seed, command=command, costs=costs)
 

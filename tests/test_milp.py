@@ -1,5 +1,6 @@
 """The integer program: against exhaustive search on small tables, on traced models, and its pins, gap and errors."""
 
+import contextlib
 import itertools
 import re
 
@@ -16,6 +17,7 @@ from assign.noise.measuring import measure_noise
 from assign.plan.assignment import Entry
 from assign.plan.memory import peak_bytes
 from assign.plan.recipes import candidates_of, get_recipe, save
+from assign.plan.tensors import is_saved_key
 from assign.plan.timeline import Timeline
 from assign.planning import search_table
 from assign.strategies.goal import parse_pins, split_names
@@ -151,6 +153,57 @@ def test_bytes_of_one_change_are_those_of_a_whole_replay(measured, saved):
         for change, effect in zip(changes, steps, strict=True):
             assert (timeline.at({**base, **change}) - before == effect).all()
         assert steps.any()
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+def test_copies_are_chosen_one_by_one_or_group_by_group(measured, granularity):
+    """No noisier than with all copies narrow or none, in as many bytes; at plenty of bytes none is narrow."""
+    table, noise = measured
+    asked = {"recipe": "hfp8", "noise": noise, "strategy": "milp", "granularity": granularity}
+    every = search_table(table, **asked, low_ratio=1.0, saved="int4:block64")
+    none = search_table(table, **asked, low_ratio=0.0)
+    low, high = (peak_bytes(table, plan.entries) for plan in (every, none))
+    some = 0
+    for share in (0.0, 0.4, 0.8, 1.0):
+        budget = round(low + share * (high - low))
+        plan = search_table(table, **asked, budget=budget, saved="int4:block64")
+        assert peak_bytes(table, plan.entries) <= budget
+        assert plan.provenance.estimate["noise"] == pytest.approx(noise.of(plan.entries))
+        for saved in (None, "int4:block64"):
+            with contextlib.suppress(BudgetError):
+                by_greedy = search_table(table, recipe="hfp8", noise=noise, budget=budget, saved=saved)
+                assert plan.provenance.estimate["noise"] <= by_greedy.provenance.estimate["noise"]
+        copies = {key for key in plan.entries if key.endswith(".saved")}
+        assert all(key in every.entries for key in copies)
+        some += bool(copies) and not plan.provenance.estimate["by_greedy"]
+    assert not copies
+    narrow = {**none.entries, **save(table, none.entries, "int4:block64")}
+    assert some or peak_bytes(table, narrow) == high  # an MLP's peak is its weights
+
+
+def test_copies_of_pinned_tensors_are_chosen_too(measured):
+    table, noise = measured
+    high = {row.key: HFP8.candidates(row).hi.name for row in table.paper_tensors}
+    pinned = search_table(table, recipe="hfp8", noise=noise, strategy="milp", low_ratio=0.0)
+    copies = save(table, pinned.entries, "int4:block64")
+    least, most = peak_bytes(table, {**pinned.entries, **copies}), peak_bytes(table, pinned.entries)
+    budget = (least + most) // 2
+    asked = {
+        "recipe": "hfp8",
+        "noise": noise,
+        "strategy": "milp",
+        "pins": high,
+        "budget": budget,
+        "granularity": "tensor",
+    }
+    plan = search_table(table, **asked, saved="int4:block64")
+    assert peak_bytes(table, plan.entries) <= budget
+    assert (
+        sum(map(is_saved_key, plan.entries)) in range(1, len(copies)) or least == most
+    )  # an MLP's peak is its weights
+    assert {key: entry.format for key, entry in plan.entries.items() if not key.endswith(".saved")} == high
+    with pytest.raises(BudgetError, match="nothing chooses"):
+        search_table(table, recipe="hfp8", budget=budget, saved="int4:block64,int8:block64")
 
 
 def test_saved_copies_count_in_bytes_and_noise(measured):

@@ -45,7 +45,7 @@ Saved = Annotated[
     str | None,
     typer.Option(
         help="Keep what waits for the backward pass as int4:block64, mxfp8, … (see 'assign formats') where that takes "
-        "fewer bytes; as it is computed with if left out."
+        "fewer bytes; as it is computed with if left out. With --strategy milp, several with commas to choose from."
     ),
 ]
 Format = Annotated[str | None, typer.Option("--format", help="With --strategy uniform: every tensor in this format.")]

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,13 +48,13 @@ from assign.executor.compile import Backend
 from assign.executor.timing import measure_times
 from assign.fronts import Front, check_empty, search_front
 from assign.noise.measuring import BATCHES, UNTIL, measure_noise
-from assign.plan.assignment import Assignment, Entry
+from assign.plan.assignment import Assignment
 from assign.plan.memory import estimate as estimate_plan
 from assign.plan.noise import Method, NoiseTable
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.plan.times import TimeTable
-from assign.planning import completion, search_table, with_provenance
+from assign.planning import search_table, with_provenance
 from assign.report import tables
 from assign.strategies import MILP, OPTUNA
 from assign.strategies.goal import parse_pins, split_names
@@ -251,8 +251,7 @@ def prepare_search(
     finite = _non_finite(task, device) if saved else frozenset[str]()
     times = None
     if max_step_time is not None and strategy == MILP:
-        complete = completion(table, saved=saved, non_finite=finite)
-        times = _timed(task, table, device, complete, recipe=recipe, formats=names, pins=pins)
+        times = _timed(task, table, device, non_finite=finite, **asked)
     return {
         **options,
         "strategy": strategy,
@@ -322,17 +321,11 @@ def _non_finite(task: Task, device: str) -> frozenset[str]:
         return non_finite(task.make_model().to(where), move(task.first_batch(), where), task.loss)
 
 
-def _timed(
-    task: Task,
-    table: TensorTable,
-    device: str,
-    complete: Callable[[Mapping[str, Entry]], dict[str, Entry]],
-    **asked: Any,
-) -> TimeTable:
+def _timed(task: Task, table: TensorTable, device: str, **asked: Any) -> TimeTable:
     where = check_device(device)
     with console.status("timing a step in every format"):
         model, batch = task.make_model().to(where), move(task.first_batch(), where)
-        return measure_times(model, batch, task.loss, table=table, complete=complete, **asked)
+        return measure_times(model, batch, task.loss, table=table, **asked)
 
 
 def _noise_for(

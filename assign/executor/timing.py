@@ -12,7 +12,7 @@ import operator
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -26,7 +26,7 @@ from assign.executor.compile import Backend, make_backend
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import Format, parse_format
 from assign.plan.noise import Cell
-from assign.plan.recipes import candidates_of, get_recipe
+from assign.plan.recipes import candidates_of, get_recipe, save
 from assign.plan.tensors import MARK, TensorTable, base_key, grad_key
 from assign.plan.times import TimeTable
 from assign.tracing.capture import Loss
@@ -38,8 +38,6 @@ REPEATS = 5
 _ROUNDING = (torch.ops.assign.quantize.default, torch.ops.assign.scale_quantize.default)
 _UNPACKING = (torch.ops.assign.decode.default, torch.ops.assign.decode_blocks.default)
 
-Complete = Callable[[Mapping[str, Entry]], dict[str, Entry]]
-
 
 def measure_times(
     model: nn.Module,
@@ -49,7 +47,8 @@ def measure_times(
     recipe: str = "native",
     formats: Sequence[str] = (),
     pins: Mapping[str, str] = MappingProxyType({}),
-    complete: Complete = dict,
+    saved: Sequence[str] = (),
+    non_finite: Collection[str] = frozenset(),
     repeats: int = REPEATS,
     table: TensorTable | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -60,7 +59,8 @@ def measure_times(
         model: in float32; nothing of it is changed: a copy runs.
         batch: what ``loss`` takes; ``loss``: ``loss(model, batch)`` → scalar tensor.
         recipe, formats, pins: which formats each tensor may have, as in :func:`assign.search`.
-        complete: what else a plan says of the tensors: of their saved copies.
+        saved, non_finite: formats of the copies that wait for the backward pass, each timed with all tensors in the
+            first of their formats; and the activations whose copies have none of these.
         repeats: timed steps for each format, after one that is not.
         table: of the model, if it was traced before.
         clock: seconds.
@@ -73,13 +73,25 @@ def measure_times(
     candidates = candidates_of(table, get_recipe(recipe), formats)
     seconds: dict[Cell, float] = {}
     rest: list[float] = []
+
+    def run(entries: Mapping[str, Entry]) -> dict[str, float]:
+        plan = Assignment(entries=entries, recipe=recipe, fingerprint=table.fingerprint)
+        by_key = _time_step(copy.deepcopy(model), batch, loss, plan, frozenset(candidates), repeats, clock)
+        rest.append(by_key.pop("", 0.0))
+        return by_key
+
     for chosen in _passes(candidates, pins):
         entries = {key: Entry(fmt.name, low=False) for key, fmt in chosen.items()}
-        plan = Assignment(entries=complete(entries), recipe=recipe, fingerprint=table.fingerprint)
-        by_key = _time_step(copy.deepcopy(model), batch, loss, plan, frozenset(chosen), repeats, clock)
-        rest.append(by_key.pop("", 0.0))
+        by_key = run(entries)
         for key, fmt in chosen.items():
             seconds.setdefault(Cell(key, fmt.name), by_key.get(key, 0.0))
+    high = {key: Entry(each[0].name, low=False) for key, each in candidates.items()}
+    for name in saved:
+        copies = save(table, high, name, keep=non_finite)
+        by_key = run({**high, **copies})
+        for key, entry in copies.items():
+            own = seconds[Cell(base_key(key), high[base_key(key)].format)]
+            seconds[Cell(key, entry.format)] = max(0.0, by_key.get(base_key(key), 0.0) - own)
     return TimeTable(fingerprint=table.fingerprint, seconds=seconds, rest=min(rest))
 
 

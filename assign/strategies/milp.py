@@ -37,6 +37,10 @@ _CHUNK = 256  # decisions whose bytes are looked at at once
 _TRIALS = 16  # plans whose bytes say in most cases that one moment does not cover another
 
 
+Waiting = Callable[[Mapping[str, Entry]], Sequence[Mapping[str, Entry]]]
+"""Entries of some tensors → entries of their saved copies, one mapping for each format these may have."""
+
+
 class Granularity(StrEnum):
     """What shares a decision: the tensors of a group, as in the paper, or none."""
 
@@ -73,6 +77,8 @@ class Milp:
         timeline: bytes of a step at every moment; see :class:`assign.strategies.goal.Timeline`.
         formats: candidates of every tensor in place of the recipe's two, the high one first.
         granularity: what shares a decision.
+        waiting: entries of some tensors → what their copies that wait for the backward pass may have in place of the
+            tensors' own formats; one mapping for each format, of all copies that take fewer bytes in it.
         pins: pattern of keys → format that these have, whatever the noise; of several that match, the last.
         seconds: of a step, predicted of some entries; of several, the sum. Asked only with ``most_seconds``.
         other_seconds: of a step, whatever is chosen.
@@ -84,6 +90,7 @@ class Milp:
     timeline: Timeline
     formats: Sequence[str] = ()
     granularity: Granularity = Granularity.GROUP
+    waiting: Waiting = lambda _: ()
     pins: Mapping[str, str] = field(default_factory=dict)
     seconds: Callable[[Mapping[str, Entry]], float] = lambda _: 0.0
     other_seconds: float = 0.0
@@ -111,7 +118,8 @@ class Milp:
         goal = Goal(low_ratio=low_ratio, budget_bytes=budget_bytes)
         candidates = candidates_of(table, recipe, self.formats)
         pinned = _pinned(table, candidates, self.pins)
-        program = _Program(table, goal, _decide(table, candidates, pinned, self.granularity), pinned, self)
+        decisions = _decide(table, candidates, pinned, self.granularity, self.waiting)
+        program = _Program(table, goal, decisions, pinned, self)
         baseline = None if self.formats else self._greedy(table, recipe, peak_bytes, goal, pinned)
         baseline = baseline if baseline is not None and program.is_within(baseline) else None
         found, bound, rounds = program.run(self.noise(baseline) if baseline else math.inf)
@@ -120,11 +128,10 @@ class Milp:
             raise program.error()
         noise, which, plan = min(plans, key=lambda each: each[:2])
         gap = max(0.0, (noise - bound) / noise) if noise > 0 else 0.0
-        moments, decisions = program.moments, len(program.decisions)
-        self.tell(
-            Solution(noise=noise, gap=gap, rounds=rounds, by_greedy=which == 1, decisions=decisions, moments=moments)
-        )
-        return {row.key: plan[row.key] for row in table.paper_tensors}
+        moments, size = program.moments, len(decisions)
+        self.tell(Solution(noise=noise, gap=gap, rounds=rounds, by_greedy=which == 1, decisions=size, moments=moments))
+        ordered = {row.key: plan[row.key] for row in table.paper_tensors}
+        return ordered | {key: entry for key, entry in plan.items() if key not in ordered}
 
     def _greedy(
         self, table: TensorTable, recipe: Recipe, peak_bytes: PeakBytes, goal: Goal, pinned: dict[str, Entry]
@@ -152,17 +159,29 @@ def _decide(
     candidates: Mapping[str, Sequence[Format]],
     pinned: Mapping[str, Entry],
     granularity: Granularity,
+    waiting: Waiting,
 ) -> list[Decision]:
+    """The choices: formats of tensors, each with its copies as they are or in a format of their own."""
     shared = [group.keys for group in table.groups] if granularity is Granularity.GROUP else [(k,) for k in candidates]
-    free = [[key for key in keys if key not in pinned] for keys in shared]
-    return [
-        tuple(
-            {key: Entry(candidates[key][place].name, place > 0) for key in keys}
-            for place in range(len(candidates[keys[0]]))
-        )
-        for keys in free
-        if keys
-    ]
+    decisions = []
+    for keys in shared:
+        free = [key for key in keys if key not in pinned]
+        formats = [
+            {key: Entry(candidates[key][place].name, place > 0) for key in free}
+            for place in range(len(candidates[free[0]]) if free else 0)
+        ]
+        decisions.append([{**each, **copies} for each in formats for copies in ({}, *waiting(each))])
+        held = {key: pinned[key] for key in keys if key in pinned}
+        decisions.append([{}, *map(dict, waiting(held))] if held else [])
+    return [tuple(_distinct(options)) for options in decisions if len(options) > 1 or (options and options[0])]
+
+
+def _distinct(options: Iterable[dict[str, Entry]]) -> list[dict[str, Entry]]:
+    kept: list[dict[str, Entry]] = []
+    for option in options:
+        if option not in kept:
+            kept.append(option)
+    return kept
 
 
 def _pinned(
