@@ -13,8 +13,9 @@ them is pure Python and never imports torch.
                       step; ``formats`` as rows of data; ``recipes``: candidates per role; ``groups``: shared
                       decisions; ``lowering``, ``lowered``: in which dtype an operator computes; ``memory``:
                       (table, assignment) → peak and timeline; ``stored``: what stays between steps; ``libraries``:
-                      who can keep it; ``timeline``: bytes moment by moment, and by decision; ``noise``: the table of
-                      what was measured; ``assignment``: **Assignment**, the second waist, ``plan.json``
+                      who can keep it; ``timeline``: bytes moment by moment, and by decision; ``moments``: by role, and
+                      what they are; ``noise``: the table of what was measured; ``assignment``: **Assignment**, the
+                      second waist, ``plan.json``
 ``strategies``        searches: (table, recipe, goal) → entries; ``milp``: that of least noise;
                       ``planning``: trace, strategy, provenance in one call
 ``noise``             ``stepping``: a step in which every tensor can be touched; ``sampling``: what rounding one
@@ -36,7 +37,7 @@ them is pure Python and never imports torch.
                       ``certificate``: predictions that a plan cannot change; ``comparing``: several plans on one
                       task, run by run; ``comparison``: what they came to, and its file; ``tuning``: search by
                       training, an Optuna study; ``trials``: what it proposes, trained
-``report``            tables and pictures for people; ``cli``: the shell
+``report``            tables and pictures for people, and in ``report/page`` a page for a browser; ``cli``: the shell
 ``errors``            AssignError, what a user can mend; ``files``: written whole; ``_torch``: all private torch names
 ====================  ==========================================================================================
 """

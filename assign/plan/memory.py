@@ -38,23 +38,24 @@ from assign.plan.tensors import MARK, Buffer, Event, Role, TensorTable, base_key
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
 
 
-_SLOTS = 4
+SLOTS = 4
+"""Slots of time of one event."""
 
 
 def _decoding(number: int) -> int:
-    return _SLOTS * number
+    return SLOTS * number
 
 
 def _widening(number: int) -> int:
-    return _SLOTS * number + 1
+    return SLOTS * number + 1
 
 
 def _running(number: int) -> int:
-    return _SLOTS * number + 2
+    return SLOTS * number + 2
 
 
 def _behind(number: int) -> int:
-    return _SLOTS * number + 3
+    return SLOTS * number + 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +176,7 @@ Bytes = np.ndarray[Any, np.dtype[np.int64]]
 
 def changes_of(segments: Iterable[Segment], events: int) -> Bytes:
     """Bytes that each slot of a step has more than the one before it: ``[slots + 1]``."""
-    change = np.zeros(_SLOTS * events + 1, dtype=np.int64)
+    change = np.zeros(SLOTS * events + 1, dtype=np.int64)
     for segment in segments:
         if segment.end >= segment.start:
             change[max(segment.start, 0)] += segment.bytes
@@ -435,7 +436,7 @@ class Replay:
 
     @cached_property
     def slots(self) -> Bytes:
-        """Bytes alive in each slot, without the optimizer's step."""
+        """Bytes alive in each slot, without the optimizer's step: ``SLOTS`` of an event, one behind the last."""
         alive: Bytes = np.cumsum(changes_of(self.segments, len(self.schedule.events))) + self.resident_bytes
         return alive
 
@@ -453,25 +454,36 @@ class Replay:
         """Operator that runs at the peak."""
         if self._peak_slot is None:
             return "optimizer"
-        event = self.schedule.events[min(self._peak_slot // _SLOTS, len(self.schedule.events) - 1)]
+        event = self.schedule.events[min(self._peak_slot // SLOTS, len(self.schedule.events) - 1)]
         return event.op.removeprefix(MARK) + (" (backward)" if event.backward else " (forward)")
 
     @property
-    def alive(self) -> tuple[tuple[str, str, int], ...]:
-        """What is alive at the peak: (key, role, bytes), largest first."""
+    def lasting(self) -> tuple[tuple[str, str, int], ...]:
+        """What is alive all the time: (key, role, bytes)."""
         s, stored = self.schedule, self._resident
         found = [(name, "parameters", size) for name, size in stored.masters.items()]
         found += [(name, "optimizer states", size) for name, size in stored.optimizer_states.items()]
         found += [("buffers", "buffers", self._buffer_bytes), ("batch", "batch", s.batch_bytes)]
         found += [("unused", "parameters", stored.others[0]), ("unused", "optimizer states", stored.others[2])]
-        if self._peak_slot is None:
-            found += [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]
-            found.append(("unused", str(Role.WEIGHT_GRAD), stored.others[1]))
-            found.append(("optimizer scratch", "scratch", self.optimizer_scratch_bytes))
-        else:
-            slot = self._peak_slot
-            found += [(x.key, str(x.role), x.bytes) for x in self.segments if x.start <= slot <= x.end]
-        return tuple(sorted((row for row in found if row[2]), key=lambda row: -row[2]))
+        return tuple(row for row in found if row[2])
+
+    @property
+    def stepping(self) -> tuple[tuple[str, str, int], ...]:
+        """What is alive beside it while the optimizer steps: (key, role, bytes)."""
+        stored = self._resident
+        found = [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]
+        found.append(("unused", str(Role.WEIGHT_GRAD), stored.others[1]))
+        found.append(("optimizer scratch", "scratch", self.optimizer_scratch_bytes))
+        return tuple(row for row in found if row[2])
+
+    @property
+    def alive(self) -> tuple[tuple[str, str, int], ...]:
+        """What is alive at the peak: (key, role, bytes), largest first."""
+        slot = self._peak_slot
+        passing: Iterable[tuple[str, str, int]] = self.stepping
+        if slot is not None:
+            passing = ((x.key, str(x.role), x.bytes) for x in self.segments if x.start <= slot <= x.end and x.bytes)
+        return tuple(sorted((*self.lasting, *passing), key=lambda row: -row[2]))
 
     @property
     def by_role(self) -> dict[str, int]:
