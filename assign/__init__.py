@@ -17,7 +17,7 @@ them is pure Python and never imports torch.
                       what they are; ``noise``: the table of what was measured; ``assignment``: **Assignment**, the
                       second waist, ``plan.json``
 ``strategies``        searches: (table, recipe, goal) → entries; ``milp``: that of least noise;
-                      ``planning``: trace, strategy, provenance in one call
+                      ``planning``: trace, strategy, provenance in one call; ``fronts``: a plan for every budget
 ``noise``             ``stepping``: a step in which every tensor can be touched; ``sampling``: what rounding one
                       perturbs, measured or from derivatives; ``gates``: of relu, which has none;
                       ``measuring``: over batches, into a file
@@ -37,7 +37,8 @@ them is pure Python and never imports torch.
                       ``certificate``: predictions that a plan cannot change; ``comparing``: several plans on one
                       task, run by run; ``comparison``: what they came to, and its file; ``tuning``: search by
                       training, an Optuna study; ``trials``: what it proposes, trained
-``report``            tables and pictures for people, and in ``report/page`` a page for a browser; ``cli``: the shell
+``report``            tables and pictures for people, and in ``report/page`` a page for a browser
+``cli``               the shell: a file for each kind of command; ``options`` and ``shell``: what they share
 ``errors``            AssignError, what a user can mend; ``files``: written whole; ``_torch``: all private torch names
 ====================  ==========================================================================================
 """
@@ -45,6 +46,7 @@ them is pure Python and never imports torch.
 from assign.errors import AssignError
 from assign.executor.apply import apply, autocast, planned_step
 from assign.executor.rehearsal import Rehearsal, rehearse
+from assign.fronts import Front, search_front
 from assign.noise.measuring import measure_noise
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
@@ -78,6 +80,7 @@ __all__ = [
     "DelayedScales",
     "Estimate",
     "Format",
+    "Front",
     "LostUpdates",
     "NoiseTable",
     "Promotion",
@@ -98,6 +101,7 @@ __all__ = [
     "quantize",
     "rehearse",
     "search",
+    "search_front",
     "trace",
     "tune",
     "widened_state_dict",

@@ -24,7 +24,15 @@ class PlanError(AssignError):
 
 
 class BudgetError(AssignError):
-    """A limit on memory or on the low ratio that no assignment can meet."""
+    """A limit on memory, time or the low ratio that no assignment can meet, or none where one is needed.
+
+    Attributes:
+        floor: the fewest bytes found for a step's peak, where a budget was below; else None.
+    """
+
+    def __init__(self, message: str, *, floor: int | None = None) -> None:
+        super().__init__(message)
+        self.floor = floor
 
 
 class TaskError(AssignError):

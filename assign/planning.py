@@ -2,9 +2,8 @@
 
 import datetime
 import platform
-import re
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,12 +21,11 @@ from assign.plan.tensors import TensorTable, is_saved_key
 from assign.plan.timeline import Timeline
 from assign.strategies import BASELINES, MILP, Strategy, get_strategy
 from assign.strategies.baselines import uniform_in
+from assign.strategies.goal import parse_budget
 from assign.strategies.milp import Granularity, Milp, Solution
 from assign.tracing.capture import Loss
 from assign.tracing.finiteness import non_finite as find_non_finite
 from assign.tracing.tracer import OptimizerFactory, trace
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def search(
@@ -262,26 +260,6 @@ def _milp(
     )
 
 
-def split_names(text: str) -> list[str]:
-    """Names of formats in a text with commas; those inside ``fp(e,m,b)`` belong to the name."""
-    return [name.strip() for name in re.split(r",(?![^(]*\))", text) if name.strip()]
-
-
-def parse_pins(texts: Iterable[str]) -> dict[str, str]:
-    """Pattern → format, of pins like ``head.*=bf16``.
-
-    Raises:
-        PlanError: one is no such pin.
-    """
-    pins = {}
-    for text in texts:
-        pattern, equals, name = text.rpartition("=")
-        if not (pattern and equals and name):
-            raise PlanError(f"search: {text!r} is no pin. Write PATTERN=FORMAT, e.g. 'head.*=bf16'.")
-        pins[pattern] = name
-    return pins
-
-
 def summary(costs: Estimate, seconds: float) -> dict[str, Any]:
     """The figures of an estimate that the shell's JSON promises."""
     return {
@@ -293,22 +271,3 @@ def summary(costs: Estimate, seconds: float) -> dict[str, Any]:
         "baseline_peak_bytes": costs.baseline_peak_bytes,
         "seconds": seconds,
     }
-
-
-def parse_budget(text: str | int, baseline: int) -> int:
-    """Bytes from ``512MiB``, ``6GB``, ``1000000`` or ``50%`` (of ``baseline`` bytes).
-
-    Raises:
-        BudgetError: none of these.
-    """
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)\s*", text)
-    if match and match[2] == "%":
-        return int(float(match[1]) / 100 * baseline)
-    if match and match[2].upper() in _UNITS:
-        return int(float(match[1]) * _UNITS[match[2].upper()])
-    raise BudgetError(
-        f"search: {text!r} is not a budget. Write bytes ('512MiB', '6GB', '1000000') "
-        "or a share of the all-fp32 peak ('50%')."
-    )

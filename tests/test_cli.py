@@ -78,6 +78,23 @@ def test_search_by_training(here, capsys, monkeypatch):
     assert "assign search TASK" in fails(capsys, monkeypatch, "run", *by_training[1:])
 
 
+def test_a_front_and_a_plan_picked_from_it(here, capsys, monkeypatch):
+    """Three plans; a budget that one of them fits; one below all of them, which is searched, and has no plan either."""
+    asked = ("search", "mine.py", "--strategy", "milp")
+    run(*asked, "--pareto", "3", "-o", "plans", "--json", "front.json")
+    rows = json.loads((here / "front.json").read_text())["front"]
+    assert [(here / row["plan"]).exists() for row in rows] == [True] * len(rows)
+    assert rows[0]["peak_bytes"] < rows[-1]["peak_bytes"]
+    assert rows[0]["noise"] > rows[-1]["noise"]
+    text = run("search", "mine.py", "--budget", str(rows[0]["peak_bytes"]), "--front", "plans", "-o", "p.json")
+    assert "that fits" in text
+    assert Assignment.load(here / "p.json") == Assignment.load(here / rows[0]["plan"])
+    assert "needs" in fails(capsys, monkeypatch, "search", "mine.py", "--budget", "1KB", "--front", "plans")
+    assert "Give one" in fails(capsys, monkeypatch, "search", "mine.py", "--front", "plans")
+    assert "is one file" in fails(capsys, monkeypatch, "search", "mine.py", "--pareto", "3")
+    assert "holds files" in fails(capsys, monkeypatch, "search", "mine.py", "--pareto", "3", "-o", "plans")
+
+
 def test_trace_search_estimate_train_show_diff(here):
     run("trace", "mine.py:task", "--json", "table.json")
     table = json.loads((here / "table.json").read_text())

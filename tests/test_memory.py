@@ -14,7 +14,8 @@ from assign.plan.assignment import Entry
 from assign.plan.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
 from assign.plan.recipes import get_recipe
 from assign.plan.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable, saved_key
-from assign.planning import parse_budget, search, search_table
+from assign.planning import search, search_table
+from assign.strategies.goal import parse_budget
 
 
 def chain():

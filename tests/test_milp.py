@@ -17,7 +17,8 @@ from assign.plan.assignment import Entry
 from assign.plan.memory import peak_bytes
 from assign.plan.recipes import candidates_of, get_recipe, save
 from assign.plan.timeline import Timeline
-from assign.planning import parse_pins, search_table, split_names
+from assign.planning import search_table
+from assign.strategies.goal import parse_pins, split_names
 from assign.strategies.greedy import greedy
 from assign.strategies.milp import Granularity, Milp, uncovered
 from assign.tracing.tracer import trace

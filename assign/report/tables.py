@@ -175,6 +175,19 @@ def front_table(found: Tuned, names: Mapping[int, str]) -> Table:
     return table
 
 
+def searched_front_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The plans of a front, the lowest peak first: rows are estimates, and the plan's file."""
+    noisy = all("noise" in row for row in rows)
+    table = new_table(
+        f"{len(rows)} plans", ["plan", "peak", "× fp32's", "low ratio", *(["noise"] if noisy else [])], right=1
+    )
+    for row in rows:
+        share = row["peak_bytes"] / row["baseline_peak_bytes"]
+        noise = [f"{row['noise']:.3g}"] if noisy else []
+        table.add_row(row["plan"], human_bytes(row["peak_bytes"]), f"{share:.3f}", f"{row['low_ratio']:.3f}", *noise)
+    return table
+
+
 def plan_table(plan: Assignment, limit: int = 20) -> RenderableType:
     """A plan's provenance, its formats by share of tensors, and its entries."""
     head = new_table("Plan", ["", ""], right=2)
@@ -188,7 +201,8 @@ def plan_table(plan: Assignment, limit: int = 20) -> RenderableType:
     )
     for name, value in source.estimate.items():
         text = human_bytes(float(str(value))) if name.endswith("bytes") else f"{float(str(value)):.4g}"
-        head.add_row(f"predicted {name.removesuffix('_bytes').replace('_', ' ')}", text)
+        words = name.removesuffix("_bytes").replace("_", " ")
+        head.add_row(words if words.startswith("trained") else f"predicted {words}", text)
     counts = Counter(entry.format for entry in plan.entries.values())
     formats = new_table(f"Formats of {len(plan.entries)} tensors", ["format", "tensors", "share", ""])
     for name, count in counts.most_common():

@@ -1,14 +1,15 @@
 """What a search is asked for, and the words for what cannot be had. Shared by every strategy."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from scipy.sparse import csr_array
 
-from assign.errors import BudgetError
+from assign.errors import BudgetError, PlanError
 from assign.plan.assignment import Entry
 
 PeakBytes = Callable[[Mapping[str, Entry]], int]
@@ -18,6 +19,8 @@ Integers = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 MIB = 2**20
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Timeline(Protocol):
@@ -70,5 +73,45 @@ def over_budget(goal: Goal, floor: int, tried: str) -> BudgetError:
         f"the budget is {asked} bytes ({asked / MIB:.1f} MiB), but {tried} a training step still needs "
         f"{floor} bytes ({floor / MIB:.1f} MiB) at its peak.\n"
         f"  Ask for at least {floor} bytes, make the batch smaller, choose a recipe with narrower low "
-        "formats, or store less between steps: narrower optimizer states, gradients or masters."
+        "formats, or store less between steps: narrower optimizer states, gradients or masters.",
+        floor=floor,
+    )
+
+
+def split_names(text: str) -> list[str]:
+    """Names of formats in a text with commas; those inside ``fp(e,m,b)`` belong to the name."""
+    return [name.strip() for name in re.split(r",(?![^(]*\))", text) if name.strip()]
+
+
+def parse_pins(texts: Iterable[str]) -> dict[str, str]:
+    """Pattern → format, of pins like ``head.*=bf16``.
+
+    Raises:
+        PlanError: one is no such pin.
+    """
+    pins = {}
+    for text in texts:
+        pattern, equals, name = text.rpartition("=")
+        if not (pattern and equals and name):
+            raise PlanError(f"search: {text!r} is no pin. Write PATTERN=FORMAT, e.g. 'head.*=bf16'.")
+        pins[pattern] = name
+    return pins
+
+
+def parse_budget(text: str | int, baseline: int) -> int:
+    """Bytes from ``512MiB``, ``6GB``, ``1000000`` or ``50%`` (of ``baseline`` bytes).
+
+    Raises:
+        BudgetError: none of these.
+    """
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)\s*", text)
+    if match and match[2] == "%":
+        return int(float(match[1]) / 100 * baseline)
+    if match and match[2].upper() in _UNITS:
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+    raise BudgetError(
+        f"search: {text!r} is not a budget. Write bytes ('512MiB', '6GB', '1000000') "
+        "or a share of the all-fp32 peak ('50%')."
     )

@@ -17,8 +17,8 @@ from assign.plan.memory import estimate, peak_bytes
 from assign.plan.recipes import get_recipe, initial
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
-from assign.planning import completion, parse_budget, search_table, summary
-from assign.strategies.goal import Goal, over_budget
+from assign.planning import completion, search_table, summary
+from assign.strategies.goal import Goal, over_budget, parse_budget
 from assign.tasks import Task, check_device
 from assign.tasks.batch import move
 from assign.tracing.finiteness import non_finite

@@ -40,12 +40,20 @@ def curves_figure(runs: Sequence[TrainedRun]) -> Figure | None:
 def scale_figure(runs: Sequence[TrainedRun]) -> Figure | None:
     """Loss scale at the end of each epoch, as a power of two, and steps skipped in it; None where no run has one."""
     scaled = [run for run in runs if any(epoch.loss_scale for epoch in run.facts.epochs)]
-    whole = {"rangemode": "nonnegative", "tickformat": "d"}
+    skipped = max((epoch.skipped_steps for run in scaled for epoch in run.facts.epochs), default=0)
+    powers = [math.log2(epoch.loss_scale) for run in scaled for epoch in run.facts.epochs if epoch.loss_scale]
+    scale = {"tickformat": "d", "dtick": _whole_steps(max(powers, default=0) - min(powers, default=0))}
+    count = {"rangemode": "nonnegative", "dtick": _whole_steps(skipped)}
     rows: dict[str, Callable[[Epoch], float | None]] = {
         "loss scale (log2)": lambda epoch: math.log2(epoch.loss_scale) if epoch.loss_scale else None,
         "steps skipped in the epoch": lambda epoch: epoch.skipped_steps,
     }
-    return _by_epoch(scaled, rows, looks_of(runs), **whole)
+    return _by_epoch(scaled, rows, looks_of(runs), [scale, count])
+
+
+def _whole_steps(reach: float) -> int:
+    """Between two ticks of an axis of whole numbers: about five of them over its reach."""
+    return max(1, math.ceil(reach / 5))
 
 
 def _metric(name: str, epoch: Epoch) -> float | None:
@@ -85,9 +93,9 @@ def _by_epoch(
     runs: Sequence[TrainedRun],
     rows: Mapping[str, Callable[[Epoch], float | None]],
     looks: Mapping[str, Mapping[str, Any]],
-    **heights: Any,
+    heights: Sequence[Mapping[str, Any]] = (),
 ) -> Figure | None:
-    """One chart for each row, above each other, over the same epochs; ``heights``: options of their axes."""
+    """One chart for each row, above each other, over the same epochs; ``heights``: options of their axes, if any."""
     if not any(run.facts.epochs for run in runs):
         return None
     data, axes, headings = [], {}, []
@@ -95,7 +103,7 @@ def _by_epoch(
         suffix = "" if number == 0 else str(number + 1)
         top = 1 - number / len(rows)
         place = [top - 0.78 / len(rows), top - 0.04 / len(rows)]
-        axes[f"yaxis{suffix}"] = axis("", domain=place, anchor="x", nticks=6, **heights)
+        axes[f"yaxis{suffix}"] = axis("", domain=place, anchor="x", nticks=6, **(heights[number] if heights else {}))
         headings.append(titled(f"<b>{plain(title)}</b>", top - 0.04 / len(rows)))
         data += [_curve(run, value, f"y{suffix}", looks[run.variant], title) for run in runs if run.facts.epochs]
     last = max(len(run.facts.epochs) for run in runs)
@@ -116,5 +124,6 @@ def _curve(
         "mode": "lines+markers",
         "line": {"color": look["color"], "dash": look["dash"], "width": 2},
         "marker": {"size": 7, "symbol": look["symbol"], "line": {"width": 0.5, "color": INK}},
+        "cliponaxis": False,
         "hovertemplate": f"{plain(short(run.name))}<br>epoch %{{x}}: {plain(title)} %{{y:.4g}}<extra></extra>",
     }

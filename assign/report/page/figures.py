@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from assign.plan.moments import OPTIMIZER, Moments
+from assign.report.page.beside import LOW_RATIO, TRAINED, Point, best_of, measure_of
 from assign.report.page.colours import BLUE, BRANCH, GREY, GRID, INK, ROLES, VERMILLION, Look
-from assign.report.page.fronts import MEASURED, Front, Point
 from assign.report.page.rows import Row
 from assign.report.tables import human_bytes
 
@@ -244,25 +244,20 @@ def _about(row: Row) -> str:
 # ---- the front -----------------------------------------------------------------------------------------------------
 
 
-def front_figure(front: Front, this: Point | None) -> Figure:
+def front_figure(points: Sequence[Point], this: Point | None) -> Figure:
     """Peak against what plans are judged by; those that no other beats are joined, this plan is the star.
 
     Where the plan's own file does not say its measure, its peak is a line.
     """
-    measure = front.measure or "low_ratio"
-    divisor, unit = unit_of(max(point.peak_bytes for point in front.points))
-    best = front.best
-    beaten = [point for point in front.points if point not in best]
+    measure = measure_of(points)
+    divisor, unit = unit_of(max(point.peak_bytes for point in points))
+    best = best_of(points, measure)
+    beaten = [point for point in points if point not in best]
+    hollow = {"size": 9, "color": GREY, "symbol": "circle-open"}
+    line = {"color": BLUE, "width": 1.5}
     data = [
-        _points(beaten, measure, divisor, mode="markers", marker={"size": 9, "color": GREY, "symbol": "circle-open"}),
-        _points(
-            best,
-            measure,
-            divisor,
-            mode="lines+markers",
-            marker={"size": 9, "color": BLUE},
-            line={"color": BLUE, "width": 1.5},
-        ),
+        _points(beaten, measure, divisor, mode="markers", marker=hollow),
+        _points(best, measure, divisor, mode="lines+markers", marker={"size": 9, "color": BLUE}, line=line),
     ]
     shapes = []
     if this is not None and measure in this.costs:
@@ -270,8 +265,8 @@ def front_figure(front: Front, this: Point | None) -> Figure:
         data.append(_points([this], measure, divisor, mode="markers", marker=star))
     elif this is not None:
         x = this.peak_bytes / divisor
-        line = {"color": VERMILLION, "width": 2, "dash": "dash"}
-        shapes.append({"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line})
+        dashed = {"color": VERMILLION, "width": 2, "dash": "dash"}
+        shapes.append({"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": dashed})
     return {
         "data": [trace for trace in data if trace["x"]],
         "layout": layout(
@@ -285,10 +280,8 @@ def front_figure(front: Front, this: Point | None) -> Figure:
 
 def words_of(measure: str) -> str:
     """What a measure is, and its unit."""
-    known = {"noise": "noise (relative squared error of the gradient)", "low_ratio": "low ratio (share)"}
-    if measure.startswith(MEASURED):
-        return f"{measure.removeprefix(MEASURED)} after a short training"
-    return known.get(measure, measure)
+    known = {"noise": "noise (relative squared error of the gradient)", LOW_RATIO: "low ratio (share of the elements)"}
+    return known.get(measure, f"{measure.removeprefix(TRAINED)} after a short training")
 
 
 def _points(points: Sequence[Point], measure: str, divisor: float, **look: Any) -> dict[str, Any]:
@@ -297,5 +290,6 @@ def _points(points: Sequence[Point], measure: str, divisor: float, **look: Any) 
         "y": [point.costs.get(measure) for point in points],
         "text": [plain(short(point.name)) for point in points],
         "hovertemplate": "%{text}<br>%{x:.2f}, %{y:.4g}<extra></extra>",
+        "cliponaxis": False,
         **look,
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 from assign.errors import PlanError, ReportError
 from assign.files import write_whole
+from assign.fronts import Front
 from assign.plan.assignment import Assignment
 from assign.plan.memory import Estimate, estimate
 from assign.plan.moments import Moments, moments
@@ -18,8 +19,8 @@ from assign.plan.noise import NoiseTable
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.report.page import colours, curves, figures
+from assign.report.page.beside import LOW_RATIO, measure_of, point_of, points_of
 from assign.report.page.figures import Figure
-from assign.report.page.fronts import Front, point_of
 from assign.report.page.rows import Row, formats_of, tensor_rows
 from assign.report.page.runs import TrainedRun
 from assign.report.tables import human_bytes
@@ -52,12 +53,17 @@ class Report:
         """Make sure that all of it is of one model.
 
         Raises:
-            PlanError: plan or noise are of another model than the table.
+            PlanError: plan, front or noise are of another model than the table.
         """
         if self.plan.fingerprint != self.table.fingerprint:
             raise PlanError(
                 f"{self.name} is a plan of another model: its fingerprint is {self.plan.fingerprint}, this model's "
                 f"{self.table.fingerprint}.\n  Give the task that the plan was made for, with its own options: --task."
+            )
+        if self.front is not None and self.front.plans[0].fingerprint != self.plan.fingerprint:
+            raise PlanError(
+                f"the front has plans of another model: their fingerprint is {self.front.plans[0].fingerprint}, that "
+                f"of {self.name} {self.plan.fingerprint}.\n  Give the directory of a front for the plan's own model."
             )
         if self.noise is not None:
             self.noise.check(self.table)
@@ -109,10 +115,12 @@ def context(report: Report) -> dict[str, Any]:
     before, after = moments(table, {}), moments(table, plan.entries, report.update_rounding)
     rows = tensor_rows(table, plan, after, report.noise, report.update_rounding)
     looks = colours.of_formats(formats_of(rows))
+    points, this = points_of(report.front.plans) if report.front else [], point_of(plan, report.name)
+    measure = measure_of(points)
     drawn = {
         "memory": figures.memory_figure(before, after),
         "model": figures.model_figure(rows, looks),
-        "front": _front(report),
+        "front": figures.front_figure(points, this) if points else None,
         "curves": curves.curves_figure(report.runs),
         "promotions": curves.promotions_figure(report.runs),
         "scale": curves.scale_figure(report.runs),
@@ -124,6 +132,8 @@ def context(report: Report) -> dict[str, Any]:
         "rows": rows,
         "most": {name: max((getattr(row, name) or 0 for row in rows), default=0) or 1 for name in _MEASURES},
         "looks": looks,
+        "measure": None if measure == LOW_RATIO else measure,
+        "starred": this is not None and measure in this.costs,
         "shares": _shares(rows),
         "roles": _roles(before, after),
         "run_looks": curves.looks_of(report.runs),
@@ -147,12 +157,6 @@ def _library(name: str) -> Any:
             f"a report needs {name.partition('.')[0]}, which is not installed. "
             "Run: pip install 'precision-assign[report]'"
         ) from error
-
-
-def _front(report: Report) -> Figure | None:
-    if report.front is None:
-        return None
-    return figures.front_figure(report.front, point_of(report.plan, report.name))
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, float]:

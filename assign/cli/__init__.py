@@ -1,0 +1,25 @@
+"""The shell: arguments in, tables and JSON out; no logic of its own."""
+
+import sys
+
+from rich.console import Console
+
+from assign.cli import looking, searching, training, verifying
+from assign.cli.shell import app
+from assign.errors import AssignError
+
+__all__ = ["app", "looking", "main", "searching", "training", "verifying"]
+
+
+def main() -> None:
+    """Entry point: an AssignError is one message and exit status 2, not a traceback."""
+    try:
+        app()
+    except AssignError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            "\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]),
+            style="red",
+            markup=False,
+            highlight=False,
+        )
+        sys.exit(2)

@@ -1,0 +1,152 @@
+"""Commands that look: at formats, at a step before it runs, at plans."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from assign import _torch
+from assign.cli.options import BackendName, BatchSize, Data, Device, Json, PlanFile, Rounding, Seed, TaskName
+from assign.cli.shell import app, console, open_task, traced, write_json
+from assign.executor.compile import Backend
+from assign.executor.rehearsal import Rehearsal, rehearse
+from assign.plan.assignment import Assignment
+from assign.plan.formats import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
+from assign.plan.lowered import Lowered
+from assign.plan.memory import estimate as estimate_plan
+from assign.plan.stored import UpdateRounding
+from assign.plan.tensors import TensorTable
+from assign.planning import search_table, summary
+from assign.report import tables
+from assign.tasks import Task, check_device
+from assign.tasks.batch import move
+
+
+@app.command()
+def formats(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Formats to show, e.g. 'fp(4,3,4)' or 'bf16:sr'; the table if none.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """List the number formats: range, precision, and how each is stored."""
+    rows = map(parse_saved, names or (*FORMATS, *SAVED_FORMATS))
+    elements, blocks = [], []
+    for row in rows:
+        if isinstance(row, BlockFormat):
+            blocks.append(row)
+        else:
+            elements.append(row)
+    if elements:
+        console.print(tables.format_table(elements))
+    if blocks:
+        console.print(tables.block_table(blocks))
+    facts = (
+        "bits",
+        "exponent_bits",
+        "mantissa_bits",
+        "max_value",
+        "min_normal",
+        "min_subnormal",
+        "code_bytes",
+        "carrier",
+    )
+    found = {row.name: {fact: getattr(row, fact) for fact in facts} | {"storage": str(row.storage)} for row in elements}
+    shared = ("bits", "block", "bits_per_element", "code")
+    found |= {row.name: {fact: getattr(row, fact) for fact in shared} | {"shared": str(row.shared)} for row in blocks}
+    write_json(json_file, found)
+
+
+@app.command()
+def schema(json_file: Json = None) -> None:
+    """Print the JSON schema of a plan's file."""
+    typer.echo(json.dumps(Assignment.schema(), indent=2))
+    write_json(json_file, Assignment.schema())
+
+
+@app.command()
+def trace(
+    task: TaskName,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """List every tensor of one training step; nothing is computed."""
+    table = traced(open_task(task, seed, batch_size, device, data, None), device)
+    console.print(tables.trace_table(table))
+    write_json(json_file, table.to_json())
+
+
+@app.command()
+def estimate(
+    task: TaskName,
+    plan: PlanFile = None,
+    backend: BackendName = Backend.EAGER,
+    update_rounding: Rounding = UpdateRounding.NEAREST,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """Predict the memory of one training step under a plan (or all in fp32), before anything runs."""
+    loaded = open_task(task, seed, batch_size, device, data, None)
+    table = traced(loaded, device)
+    chosen = Assignment.load(plan) if plan else search_table(table, strategy="uniform", format_name="fp32")
+    costs = estimate_plan(table, chosen, update_rounding=update_rounding)
+    compiled = _rehearsed(loaded, device, chosen, table, update_rounding) if backend is Backend.INDUCTOR else None
+    console.print(tables.estimate_table(costs, compiled))
+    more = {"compiled": dataclasses.asdict(compiled)} if compiled else {}
+    write_json(json_file, {**summary(costs, 0.0), **costs.to_json(), **more})
+
+
+@app.command()
+def show(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
+    everything: Annotated[bool, typer.Option("--all", help="Every entry.")] = False,
+    lowered: Annotated[
+        str | None,
+        typer.Option(metavar="TASK", help="Which operators of this task's step run in 16 bit, which in 32, and why."),
+    ] = None,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """Print a plan: where it came from, its formats, its entries; or what it makes of a task's operators."""
+    chosen = Assignment.load(plan)
+    if lowered is None:
+        console.print(tables.plan_table(chosen, limit=len(chosen.entries) if everything else 20))
+        write_json(json_file, json.loads(chosen.to_json()))
+        return
+    table = traced(open_task(lowered, 0, batch_size, device, data, None), device)
+    chosen.check_covers([info.key for info in table.paper_tensors], where=str(plan), buffers=table.buffers)
+    operators = Lowered(table, chosen.entries).operators(fp8=_torch.multiplies_fp8(check_device(device)))
+    console.print(tables.lowered_table(operators))
+    write_json(json_file, [dataclasses.asdict(each) for each in operators])
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
+    second: Annotated[Path, typer.Argument(metavar="PLAN", help="Another.")],
+    json_file: Json = None,
+) -> None:
+    """Print what differs between two plans."""
+    found = Assignment.load(first).diff(Assignment.load(second))
+    console.print(tables.diff_table(found))
+    changed = {key: [a.format, b.format] for key, (a, b) in found.changed.items()}
+    write_json(
+        json_file, {"changed": changed, "only_first": list(found.only_here), "only_second": list(found.only_there)}
+    )
+
+
+def _rehearsed(task: Task, device: str, plan: Assignment, table: TensorTable, update_rounding: str) -> Rehearsal:
+    where = check_device(device)
+    model, batch = task.make_model().to(where), move(task.first_batch(), where)
+    with console.status("asking Inductor for its program"):
+        return rehearse(model, batch, task.loss, plan, table, update_rounding=update_rounding)

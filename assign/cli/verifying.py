@@ -1,0 +1,66 @@
+"""Commands that say what fewer bits would lose or change."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from assign.cli.options import BackendName, BatchSize, Data, Device, Epochs, Json, Seed, TaskName, Weights
+from assign.cli.shell import app, console, open_task, trained, write_json
+from assign.executor.compile import Backend
+from assign.plan.assignment import Assignment
+from assign.report import audits
+from assign.tasks import check_device
+from assign.training.audit import audit_task
+from assign.training.certificate import certify_task
+from assign.training.weights import load_weights
+
+
+@app.command()
+def audit(
+    task: TaskName,
+    format_name: Annotated[str, typer.Option("--format", help="In which training is to go on: fp16, bf16, …")] = "fp16",
+    checkpoint: Weights = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """Say what a 16-bit format would lose of a task's constants, weights, gradients and updates, before it does."""
+    loaded = open_task(task, seed, batch_size, device, data, None)
+    with console.status("one forward and backward pass in fp32"):
+        constants, report = audit_task(loaded, format=format_name, checkpoint=checkpoint, device=device)
+    console.print(audits.constants_table(constants), audits.range_table(report))
+    write_json(json_file, {"constants": [dataclasses.asdict(each) for each in constants], "range": report.to_json()})
+    if not report.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def certify(
+    task: TaskName,
+    plan: Annotated[Path, typer.Option("--plan", metavar="PLAN", help="A plan's file.")],
+    checkpoint: Weights = None,
+    epochs: Epochs = None,
+    backend: BackendName = Backend.EAGER,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    data: Data = None,
+    json_file: Json = None,
+) -> None:
+    """Certify which predictions of an fp32 model cannot change under a plan; trains it first without a checkpoint."""
+    chosen = Assignment.load(plan)
+    loaded = open_task(task, seed, batch_size, device, data, epochs)
+    if checkpoint is None:
+        result = trained("fp32", loaded, None, None, seed=seed, epochs=epochs, device=device)
+        model = result.model
+    else:
+        model = loaded.make_model().to(check_device(device))
+        load_weights(checkpoint, model, loaded.make_optimizer(model))
+    with console.status("evaluating in fp32 and under the plan"):
+        found = certify_task(loaded, model, chosen, backend=backend, device=device)
+    console.print(audits.certificate_table(found))
+    write_json(json_file, found.to_json())

@@ -1,0 +1,139 @@
+"""Fronts of plans, from the fewest bytes to the best: searched once, kept in a directory, there for any budget."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from assign.errors import BudgetError, PlanError
+from assign.plan.assignment import Assignment
+from assign.plan.memory import peak_bytes
+from assign.plan.stored import UpdateRounding
+from assign.plan.tensors import TensorTable
+from assign.planning import search_table
+from assign.strategies import BASELINES
+from assign.strategies.goal import parse_budget
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """Plans for one model, the lowest peak first; each further one takes more bytes and is better for them."""
+
+    plans: tuple[Assignment, ...]
+
+    def save(self, directory: str | os.PathLike[str]) -> list[Path]:
+        """Write every plan into ``directory``, which is made: ``plan-01.json`` has the lowest peak.
+
+        Raises:
+            PlanError: something is in it already, or a file cannot be written.
+        """
+        check_empty(directory)
+        digits = max(2, len(str(len(self.plans))))
+        paths = [Path(directory) / f"plan-{number:0{digits}}.json" for number in range(1, len(self.plans) + 1)]
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for path, plan in zip(paths, self.plans, strict=True):
+            plan.save(path)
+        return paths
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "Front":
+        """Read every plan in ``directory``: what :meth:`save` wrote, or a search by training.
+
+        Raises:
+            PlanError: there is none, one cannot be read, or they are not all of one model.
+        """
+        found = {path: Assignment.load(path) for path in sorted(Path(directory).glob("*.json"))}
+        if not found:
+            raise PlanError(
+                f"there are no plans in {directory}. Give what 'assign search TASK --pareto N -o DIR' wrote."
+            )
+        first, plan = next(iter(found.items()))
+        for path, other in found.items():
+            if other.fingerprint != plan.fingerprint:
+                raise PlanError(
+                    f"{first} and {path} are plans for different models: fingerprints {plan.fingerprint} and "
+                    f"{other.fingerprint}.\n  Keep the fronts of different models in directories of their own."
+                )
+        return cls(tuple(sorted(found.values(), key=_peak)))
+
+    def pick(
+        self, table: TensorTable, budget: str | int, *, update_rounding: str = UpdateRounding.NEAREST
+    ) -> Assignment | None:
+        """The best plan whose step fits, of a table that may have another batch size; None where none does.
+
+        Args:
+            budget: as in :func:`assign.search`.
+        Raises:
+            PlanError: the plans are for another model. BudgetError: no budget.
+        """
+        limit = parse_budget(budget, peak_bytes(table, {}))
+        for plan in reversed(self.plans):
+            plan.check_covers([row.key for row in table.paper_tensors], where="the front", buffers=table.buffers)
+            if peak_bytes(table, plan.entries, update_rounding) <= limit:
+                return plan
+        return None
+
+
+def search_front(table: TensorTable, plans: int, **asked: Any) -> Front:
+    """Plans between the lowest peak that a strategy reaches and the one where nothing is narrowed.
+
+    The budgets lie at equal distances. Of two plans, one that takes no fewer bytes and is no better is left out: the
+    one of more predicted noise, or, where that was not measured, of a larger low ratio.
+
+    Args:
+        plans: how many to search, 2 or more; fewer may be left.
+        asked: as :func:`assign.planning.search_table` takes it, without a budget or a low ratio.
+    Raises:
+        BudgetError: fewer than two plans, a goal, or a strategy that has none. Else as ``search_table``.
+    """
+    if plans < 2:
+        raise BudgetError(f"search: a front of {plans} plans is asked for; give 2 or more.")
+    if any(asked.pop(goal, None) is not None for goal in ("budget", "low_ratio", "format_name")):
+        raise BudgetError("search: a front has every budget. Leave out the budget, the low ratio and the format.")
+    if asked.get("strategy") in BASELINES:
+        raise BudgetError(f"search: the strategy {asked['strategy']!r} makes one plan. Use 'milp' or 'greedy'.")
+    widest = search_table(table, low_ratio=0.0, **asked)
+    top, floor = _peak(widest), _floor(table, asked)
+    steps = [floor + (top - floor) * number // (plans - 1) for number in range(plans - 1)]
+    found = [search_table(table, budget=budget, **asked) for budget in steps]
+    return Front(_best([*found, widest]))
+
+
+def check_empty(directory: str | os.PathLike[str]) -> None:
+    """Make sure that a front may go into ``directory``, before it is searched.
+
+    Raises:
+        PlanError: it is a file, or holds something.
+    """
+    target = Path(directory)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        what = "holds files already" if target.is_dir() else "is a file"
+        raise PlanError(f"{target} {what}; a front goes into a directory of its own. Give another, e.g. -o plans.")
+
+
+def _floor(table: TensorTable, asked: dict[str, Any]) -> int:
+    """The lowest peak that the strategy reaches: what it says of a budget that nothing meets."""
+    try:
+        search_table(table, budget=1, **asked)
+    except BudgetError as error:
+        if error.floor is None:
+            raise
+        return error.floor
+    raise AssertionError("a step in one byte")
+
+
+def _best(plans: list[Assignment]) -> tuple[Assignment, ...]:
+    kept: list[Assignment] = []
+    for plan in sorted(plans, key=lambda plan: (_peak(plan), _cost(plan))):
+        if not kept or _cost(plan) < _cost(kept[-1]):
+            kept.append(plan)
+    return tuple(kept)
+
+
+def _cost(plan: Assignment) -> float:
+    estimate = plan.provenance.estimate
+    return float(str(estimate.get("noise", estimate["low_ratio"])))
+
+
+def _peak(plan: Assignment) -> int:
+    return int(str(plan.provenance.estimate.get("peak_bytes", 0)))
