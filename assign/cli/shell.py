@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,6 +93,11 @@ def bar(title: str) -> Iterator[Callable[[str, Progress], None]]:
             bar.update(line, completed=step.step, total=total, description=words)
 
         yield advance
+
+
+def command_line() -> str:
+    """What the user ran, so that a shell takes it again."""
+    return shlex.join(["assign", *sys.argv[1:]])
 
 
 def write_json(path: Path | None, data: Any) -> None:

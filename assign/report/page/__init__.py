@@ -5,6 +5,6 @@
 ``script.js`` are the page itself.
 """
 
-from assign.report.page.page import write_report
+from assign.report.page.page import Report, check_libraries, write_report
 
-__all__ = ["write_report"]
+__all__ = ["Report", "check_libraries", "write_report"]

@@ -69,6 +69,16 @@ class Report:
             self.noise.check(self.table)
 
 
+def check_libraries() -> None:
+    """Make sure, before anything is loaded, that a page can be made.
+
+    Raises:
+        ReportError: a library is missing.
+    """
+    for name in _LIBRARIES:
+        _library(name)
+
+
 def write_report(path: Path, report: Report) -> None:
     """Write the page to ``path``, whole.
 
@@ -145,6 +155,7 @@ def context(report: Report) -> dict[str, Any]:
     }
 
 
+_LIBRARIES = ("jinja2", "markupsafe", "plotly.offline")
 _MEASURES = ("bytes", "fp32_bytes", "peak_bytes", "noise")
 
 
@@ -191,5 +202,5 @@ def _words(found: Moments) -> list[str]:
 
 
 def _unowned(costs: Estimate, rows: Sequence[Row]) -> int:
-    """Bytes at the peak that belong to none of the rows: the batch, what operators need for a moment."""
+    """Bytes at the peak that belong to none of the rows: the batch, integers, what operators need for a moment."""
     return costs.peak_bytes - sum(row.peak_bytes for row in rows)
