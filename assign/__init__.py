@@ -14,8 +14,8 @@ them is pure Python and never imports torch.
                       decisions; ``lowering``, ``lowered``: in which dtype an operator computes; ``memory``:
                       (table, assignment) → peak and timeline; ``stored``: what stays between steps; ``libraries``:
                       who can keep it; ``timeline``: bytes moment by moment, and by decision; ``moments``: by role, and
-                      what they are; ``noise``: the table of what was measured; ``assignment``: **Assignment**, the
-                      second waist, ``plan.json``
+                      what they are; ``noise``, ``times``: tables of what was measured; ``display``: what a notebook
+                      shows of any of these; ``assignment``: **Assignment**, the second waist, ``plan.json``
 ``strategies``        searches: (table, recipe, goal) → entries; ``milp``: that of least noise;
                       ``planning``: trace, strategy, provenance in one call; ``fronts``: a plan for every budget
 ``noise``             ``stepping``: a step in which every tensor can be touched; ``sampling``: what rounding one
@@ -26,7 +26,8 @@ them is pure Python and never imports torch.
                       an integer; ``blocks``: a few bits and a scale per block; ``products`` of narrow matrices;
                       ``promotion``: low tensors that overflow go back to high; ``delayed``: scales that the steps
                       before gave; ``registry``: a function made an operator
-``executor``          mark → pack → compile → apply: a plan made to run; ``rehearsal``: a compiled step's bytes, before
+``executor``          mark → pack → compile → apply: a plan made to run; ``rehearsal``: a compiled step's bytes, before;
+                      ``timing``: seconds, choice by choice
 ``optim``             ``optimizers`` whose states follow a plan, from three libraries; ``states``: each one's form of
                       them; ``updates``: SGD and AdamW for weights of 16 bits; ``gradients`` that wait in 8;
                       ``masters`` of 24 bits, 8 of them beside a bf16 weight; ``monitor``: updates that rounding lost
@@ -37,7 +38,8 @@ them is pure Python and never imports torch.
                       ``certificate``: predictions that a plan cannot change; ``comparing``: several plans on one
                       task, run by run; ``comparison``: what they came to, and its file; ``tuning``: search by
                       training, an Optuna study; ``trials``: what it proposes, trained
-``report``            tables and pictures for people, and in ``report/page`` a page for a browser
+``report``            tables and pictures for people, and in ``report/page`` a page for a browser; ``plotting``: its
+                      charts in a notebook
 ``cli``               the shell: a file for each kind of command; ``options`` and ``shell``: what they share
 ``errors``            AssignError, what a user can mend; ``files``: written whole; ``_torch``: all private torch names
 ====================  ==========================================================================================
@@ -46,6 +48,7 @@ them is pure Python and never imports torch.
 from assign.errors import AssignError
 from assign.executor.apply import apply, autocast, planned_step
 from assign.executor.rehearsal import Rehearsal, rehearse
+from assign.executor.timing import measure_times
 from assign.fronts import Front, search_front
 from assign.noise.measuring import measure_noise
 from assign.numerics.delayed import DelayedScales
@@ -60,7 +63,9 @@ from assign.plan.memory import Estimate, estimate
 from assign.plan.noise import NoiseTable
 from assign.plan.recipes import RECIPES
 from assign.plan.tensors import TensorTable
+from assign.plan.times import TimeTable
 from assign.planning import search
+from assign.report.plotting import plot
 from assign.several import data_parallel
 from assign.strategies import STRATEGIES
 from assign.tasks import Task
@@ -87,6 +92,7 @@ __all__ = [
     "Rehearsal",
     "Task",
     "TensorTable",
+    "TimeTable",
     "apply",
     "audit_constants",
     "audit_range",
@@ -95,9 +101,11 @@ __all__ = [
     "data_parallel",
     "estimate",
     "measure_noise",
+    "measure_times",
     "optimizer",
     "parse_format",
     "planned_step",
+    "plot",
     "quantize",
     "rehearse",
     "search",

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from assign.errors import BudgetError, PlanError
+from assign.executor.timing import measure_times
 from assign.noise.measuring import measure_noise
 from assign.plan.assignment import Assignment, Entry, Provenance
 from assign.plan.memory import Estimate, estimate, peak_bytes
 from assign.plan.noise import NoiseTable
-from assign.plan.recipes import get_recipe, save, store
+from assign.plan.recipes import Recipe, candidates_of, get_recipe, save, store
 from assign.plan.stored import UpdateRounding, check_rounding
 from assign.plan.tensors import TensorTable, is_saved_key
 from assign.plan.timeline import Timeline
+from assign.plan.times import TimeTable, parse_step_time
 from assign.strategies import BASELINES, MILP, Strategy, get_strategy
 from assign.strategies.baselines import uniform_in
 from assign.strategies.goal import parse_budget
@@ -47,6 +49,7 @@ def search(
     formats: Sequence[str] = (),
     granularity: Granularity | str = Granularity.GROUP,
     pins: Mapping[str, str] = MappingProxyType({}),
+    max_step_time: str | float | None = None,
     seed: int = 0,
 ) -> Assignment:
     """A plan for one training step of ``loss(model, batch)``.
@@ -70,6 +73,8 @@ def search(
         update_rounding: of 16-bit masters, as in :func:`assign.optimizer`: ``kahan`` keeps something more.
         noise: for the strategy ``milp``: what :func:`assign.measure_noise` found; None measures it, on this batch.
         formats, granularity, pins: for the same; see :class:`assign.strategies.milp.Milp`.
+        max_step_time: for the same: of a forward and backward pass, as :func:`assign.measure_times` predicts it:
+            seconds, ``"200ms"``, or ``"1.3x"`` of what it takes with all tensors in their high formats.
         seed: for strategies that draw.
     Raises:
         BudgetError: no goal, one that makes no sense, or a budget below the floor (says the floor).
@@ -80,6 +85,13 @@ def search(
     if strategy == MILP and noise is None:
         waiting = [] if saved is None else [saved]
         noise = measure_noise(model, [batch], loss, recipe=recipe, formats=formats, pins=pins, saved=waiting, seed=seed)
+    finite = find_non_finite(model, batch, loss) if saved is not None else frozenset[str]()
+    times = None
+    if max_step_time is not None:
+        waiting_too = completion(table, saved=saved, non_finite=finite)
+        times = measure_times(
+            model, batch, loss, recipe=recipe, formats=formats, pins=pins, complete=waiting_too, table=table
+        )
     return search_table(
         table,
         budget=budget,
@@ -90,12 +102,14 @@ def search(
         gradients=gradients,
         optimizer_states=optimizer_states,
         saved=saved,
-        non_finite=find_non_finite(model, batch, loss) if saved is not None else frozenset(),
+        non_finite=finite,
         update_rounding=update_rounding,
         noise=noise,
         formats=formats,
         granularity=granularity,
         pins=pins,
+        times=times,
+        max_step_time=max_step_time,
         seed=seed,
         command="assign.search",
     )
@@ -119,6 +133,8 @@ def search_table(
     formats: Sequence[str] = (),
     granularity: Granularity | str = Granularity.GROUP,
     pins: Mapping[str, str] = MappingProxyType({}),
+    times: TimeTable | None = None,
+    max_step_time: str | float | None = None,
     seed: int = 0,
     command: str = "",
 ) -> Assignment:
@@ -126,8 +142,8 @@ def search_table(
 
     ``format_name`` puts every tensor in one format; it takes no goal, nor do the strategies that follow from the model
     alone (``operator``, ``operator-prime``, ``standalone``). ``non_finite`` are the activations whose copies ``saved``
-    does not narrow. ``milp`` needs ``noise``; with any strategy, the plan's predicted noise is written down where it is
-    given.
+    does not narrow. ``milp`` needs ``noise``, and ``times`` for a ``max_step_time``; with any strategy, the
+    plan's predicted noise is written down where it is given.
     """
     start = time.perf_counter()
     rules = get_recipe(recipe)
@@ -136,10 +152,12 @@ def search_table(
     )
     if noise is not None:
         noise.check(table)
-    if strategy != MILP and (formats or pins or granularity != Granularity.GROUP):
+    if times is not None:
+        times.check(table)
+    if strategy != MILP and (formats or pins or granularity != Granularity.GROUP or max_step_time is not None):
         raise BudgetError(
-            f"search: the strategy {strategy!r} takes no formats, pins or granularity of its own: it chooses between "
-            "the recipe's two for whole groups.\n  Leave them out, or use the strategy 'milp'."
+            f"search: the strategy {strategy!r} takes no formats, pins or granularity of its own, nor a limit on time: "
+            "it chooses between the recipe's two for whole groups.\n  Leave them out, or use the strategy 'milp'."
         )
     solutions: list[Solution] = []
 
@@ -159,7 +177,17 @@ def search_table(
         entries = BASELINES[strategy](table, rules)
     else:
         chosen = (
-            _milp(table, whole, update_rounding, noise, formats, granularity, pins, solutions.append)
+            _milp(
+                table,
+                whole,
+                update_rounding,
+                noise,
+                formats=formats,
+                granularity=granularity,
+                pins=pins,
+                tell=solutions.append,
+                **_time_limit(table, rules, formats, times, max_step_time),
+            )
             if strategy == MILP
             else get_strategy(strategy)
         )
@@ -190,6 +218,9 @@ def search_table(
             "rounds": solution.rounds,
             "by_greedy": solution.by_greedy,
         }
+        if times is not None:
+            of_step = {row.key: plan.entries[row.key] for row in table.paper_tensors}
+            costs["step_seconds"] = times.of(of_step) + times.rest
     return with_provenance(plan, strategy=strategy, seed=seed, command=command, costs=costs)
 
 
@@ -237,10 +268,9 @@ def _milp(
     whole: Callable[[Mapping[str, Entry]], dict[str, Entry]],
     update_rounding: str,
     noise: NoiseTable | None,
-    formats: Sequence[str],
+    *,
     granularity: Granularity | str,
-    pins: Mapping[str, str],
-    tell: Callable[[Solution], None],
+    **asked: Any,
 ) -> Strategy:
     if noise is None:
         raise PlanError(
@@ -253,11 +283,25 @@ def _milp(
     return Milp(
         noise=lambda entries: noise.of(whole(entries)),
         timeline=Timeline(table, whole, update_rounding),
-        formats=formats,
         granularity=Granularity(granularity),
-        pins=pins,
-        tell=tell,
+        **asked,
     )
+
+
+def _time_limit(
+    table: TensorTable, rules: Recipe, formats: Sequence[str], times: TimeTable | None, most: str | float | None
+) -> dict[str, Any]:
+    """What the integer program is told of seconds: those that choices take, and what they may take together."""
+    if most is None:
+        return {}
+    if times is None:
+        raise PlanError(
+            "search: a limit on the time of a step is given, and no times.\n"
+            "  Allowed: what assign.measure_times found for this model. Give it: times=."
+        )
+    high = {key: Entry(each[0].name, low=False) for key, each in candidates_of(table, rules, formats).items()}
+    limit = parse_step_time(most, times.of(high) + times.rest)
+    return {"seconds": times.of, "other_seconds": times.rest, "most_seconds": limit}
 
 
 def summary(costs: Estimate, seconds: float) -> dict[str, Any]:

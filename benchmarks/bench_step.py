@@ -23,13 +23,10 @@ AdamW; fp32 products are full fp32, no TF32; our plans under ``hfp8`` run with l
 """
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,9 +40,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import facts
 from benchmarks.steps.configurations import BASELINE, CONFIGURATIONS
+from benchmarks.steps.processes import start_worker
 from benchmarks.steps.workloads import DEFAULTS, WORKLOADS
 
-WORKER = Path(__file__).parent / "steps" / "worker.py"
 FIRST = next(name for name, row in CONFIGURATIONS.items() if row.name == BASELINE)
 _MB = 1e6
 
@@ -127,53 +124,15 @@ def run_one(
     left = deadline - time.monotonic()
     if left <= 0:
         return {**run, "status": "skipped", "reason": "the total time was over"}
-    place = directory / f"{model}-{name}"
-    place.mkdir(exist_ok=True)
     job = {
         key: getattr(options, key) for key in ("device", "threads", "seed", "steps", "small", "batch", "step_seconds")
     }
     job["data"] = str(options.data.resolve()) if options.data else None
-    (place / "job.json").write_text(json.dumps({**job, "model": model, "configuration": name}))
-    (place / "result.json").unlink(missing_ok=True)
     start = time.monotonic()
-    outcome = start_worker(place, options.threads, min(options.run_seconds, left))
+    outcome = start_worker(directory, {**job, "model": model, "configuration": name}, min(options.run_seconds, left))
     if left < options.run_seconds and outcome["status"] == "failed" and time.monotonic() >= deadline:
         outcome["reason"] = f"the total time was over: {outcome['reason']}"
     return {**run, **outcome, "process_seconds": time.monotonic() - start}
-
-
-def start_worker(place: Path, threads: int, limit: float) -> dict[str, Any]:
-    """Run the worker on the job in ``place``; its caches are there too, so that the next round finds them."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TORCHINDUCTOR_CACHE_DIR": str(place / "cache"),
-        "TRITON_CACHE_DIR": str(place / "triton"),
-    }
-    command = [sys.executable, str(WORKER), str(place / "job.json"), str(place / "result.json")]
-    with (place / "log.txt").open("w+") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            return {"status": "failed", "reason": f"not done after {limit:.0f} s"}
-        finally:
-            end(process)
-        log.seek(0)
-        lines = [line.strip() for line in log if line.strip()]
-    if process.returncode or not (place / "result.json").exists():
-        errors = [line for line in lines if "Error" in line or "error:" in line] or lines
-        return {"status": "failed", "reason": f"exit {process.returncode}: {' … '.join(errors[-2:])[:400]}"}
-    found: dict[str, Any] = json.loads((place / "result.json").read_text())
-    return found
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a worker with the compiler's processes that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 # ---- what is printed

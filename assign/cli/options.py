@@ -108,3 +108,11 @@ From = Annotated[
     typer.Option("--from", help="Go on from these fp32 weights: what 'train --checkpoint' wrote, or a state_dict."),
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")]
+StepTime = Annotated[
+    str | None,
+    typer.Option(
+        "--max-step-time",
+        help="With --strategy milp: what a forward and backward pass may take, operator by operator: 200ms, or 1.3x of "
+        "what it takes with all tensors high.",
+    ),
+]

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_group
 
-from assign.cli.options import BatchSize, Data
-from assign.cli.shell import app, command_line, console, open_task, traced
+from assign.cli.options import BatchSize, Data, Json
+from assign.cli.shell import app, command_line, console, open_task, traced, write_json
 from assign.errors import ReportError
 from assign.fronts import Front
 from assign.plan.assignment import Assignment
+from assign.plan.memory import estimate
 from assign.plan.noise import NoiseTable
 from assign.plan.stored import UpdateRounding
 from assign.report.page import Report, check_libraries, write_report
@@ -42,6 +43,7 @@ def report(
     batch_size: BatchSize = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; as searched if left out.")] = None,
     data: Data = None,
+    json_file: Json = None,
 ) -> None:
     """Write one page about a plan, for a browser: its memory, its tensors, its trainings. It needs no network."""
     check_libraries()
@@ -74,6 +76,8 @@ def report(
     with console.status("writing the page"):
         write_report(output, page)
     console.print(f"wrote {output}: open it in a browser", markup=False)
+    costs = estimate(page.table, chosen, update_rounding=page.update_rounding)
+    write_json(json_file, {"report": str(output), **costs.to_json()})
 
 
 def _noise_beside(plan: Path) -> Path | None:

@@ -1,7 +1,7 @@
 """Commands that search a plan, and what a search asks for first."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ from assign.cli.options import (
     Saved,
     Seed,
     Shares,
+    StepTime,
     Storage,
     Strategy,
     TaskName,
@@ -43,14 +44,16 @@ from assign.cli.options import (
 from assign.cli.shell import app, command_line, console, open_task, traced, write_json
 from assign.errors import BudgetError
 from assign.executor.compile import Backend
+from assign.executor.timing import measure_times
 from assign.fronts import Front, check_empty, search_front
 from assign.noise.measuring import BATCHES, UNTIL, measure_noise
-from assign.plan.assignment import Assignment
+from assign.plan.assignment import Assignment, Entry
 from assign.plan.memory import estimate as estimate_plan
 from assign.plan.noise import Method, NoiseTable
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
-from assign.planning import search_table, with_provenance
+from assign.plan.times import TimeTable
+from assign.planning import completion, search_table, with_provenance
 from assign.report import tables
 from assign.strategies import MILP, OPTUNA
 from assign.strategies.goal import parse_pins, split_names
@@ -81,6 +84,7 @@ def search(
     formats: Formats = "",
     granularity: Shares = Granularity.GROUP,
     pin: Pins = None,
+    max_step_time: StepTime = None,
     pareto: Annotated[
         int | None, typer.Option(metavar="N", help="Write a front of up to N plans into the directory of --output.")
     ] = None,
@@ -105,10 +109,11 @@ def search(
     table = traced(loaded, device)
     stored = {"master": master, "gradients": gradients, "optimizer_states": optimizer_states, "saved": saved}
     if strategy == OPTUNA:
-        if low_ratio is not None or format_name or formats or pin or granularity is not Granularity.GROUP:
+        others = (low_ratio is not None, format_name, formats, pin, max_step_time, granularity is not Granularity.GROUP)
+        if any(others):
             raise BudgetError(
                 "search: the strategy 'optuna' chooses between the recipe's two formats for whole groups, under a "
-                "budget or for a front.\n  Leave out the low ratio, formats, granularity and pins."
+                "budget or for a front.\n  Leave out the low ratio, formats, granularity, pins and time."
             )
         _refuse_options(
             "search: the strategy 'optuna' finds a front of its own where no budget is given, and does not take",
@@ -169,6 +174,7 @@ def search(
         formats=formats,
         granularity=granularity,
         pin=pin,
+        max_step_time=max_step_time,
         seed=seed,
         **stored,
     )
@@ -233,6 +239,7 @@ def prepare_search(
     noise_file: Path | None,
     formats: str,
     pin: list[str] | None,
+    max_step_time: str | None,
     seed: int,
     **options: Any,
 ) -> dict[str, Any]:
@@ -240,12 +247,19 @@ def prepare_search(
     names, pins = split_names(formats), parse_pins(pin or [])
     asked: dict[str, Any] = {"recipe": recipe, "formats": names, "saved": split_names(saved or ""), "pins": pins}
     noise = _noise_for(task, table, device, strategy, noise_file, output, seed=seed, **asked)
+    finite = _non_finite(task, device) if saved else frozenset[str]()
+    times = None
+    if max_step_time is not None and strategy == MILP:
+        complete = completion(table, saved=saved, non_finite=finite)
+        times = _timed(task, table, device, complete, recipe=recipe, formats=names, pins=pins)
     return {
         **options,
         "strategy": strategy,
         "recipe": recipe,
         "saved": saved,
-        "non_finite": _non_finite(task, device) if saved else frozenset(),
+        "non_finite": finite,
+        "times": times,
+        "max_step_time": max_step_time,
         "noise": noise,
         "formats": names,
         "pins": pins,
@@ -305,6 +319,19 @@ def _non_finite(task: Task, device: str) -> frozenset[str]:
     where = check_device(device)
     with console.status("looking for values that are not finite"):
         return non_finite(task.make_model().to(where), move(task.first_batch(), where), task.loss)
+
+
+def _timed(
+    task: Task,
+    table: TensorTable,
+    device: str,
+    complete: Callable[[Mapping[str, Entry]], dict[str, Entry]],
+    **asked: Any,
+) -> TimeTable:
+    where = check_device(device)
+    with console.status("timing a step in every format"):
+        model, batch = task.make_model().to(where), move(task.first_batch(), where)
+        return measure_times(model, batch, task.loss, table=table, complete=complete, **asked)
 
 
 def _noise_for(

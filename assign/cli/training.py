@@ -31,6 +31,7 @@ from assign.cli.options import (
     Saved,
     Seed,
     Shares,
+    StepTime,
     Strategy,
     TaskName,
 )
@@ -109,6 +110,7 @@ def run(
     formats: Formats = "",
     granularity: Shares = Granularity.GROUP,
     pin: Pins = None,
+    max_step_time: StepTime = None,
     epochs: Epochs = None,
     backend: BackendName = Backend.EAGER,
     promote_every: PromoteEvery = None,
@@ -142,6 +144,7 @@ def run(
         formats=formats,
         granularity=granularity,
         pin=pin,
+        max_step_time=max_step_time,
         seed=seed,
     )
     plan = searched(table, output, asked)

@@ -33,7 +33,7 @@ class Backend(StrEnum):
 def make_backend(
     plan: Assignment, backend: Backend, compiler: Callable[..., Callable[..., Any]] | None = None
 ) -> _torch.GraphBackend:
-    """A Dynamo backend for graphs that are marked with ``plan``; a ``compiler`` takes the place of Inductor's own."""
+    """A Dynamo backend for graphs that are marked with ``plan``; a ``compiler`` stands in for the backend's own."""
     compiled = backend is Backend.INDUCTOR
 
     def partition(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
@@ -49,7 +49,7 @@ def make_backend(
         return graphs
 
     if not compiled:
-        return _torch.eager_backend(partition)
+        return _torch.eager_backend(partition, compiler) if compiler else _torch.eager_backend(partition)
     entries = "\n".join(f"{key} {entry.format}" for key, entry in sorted(plan.entries.items()))
     house = Path(__file__).parents[1]
     passes = [*sorted(house.glob("executor/*.py")), *sorted(house.glob("numerics/*.py")), house / "tracing/joint.py"]

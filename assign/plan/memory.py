@@ -19,6 +19,7 @@ import numpy as np
 
 from assign.plan import lowering
 from assign.plan.assignment import Assignment, Entry
+from assign.plan.display import frame, human_bytes, table_html
 from assign.plan.formats import parse_format, parse_saved
 from assign.plan.libraries import optimizer_scratch, stored_in
 from assign.plan.lowered import Lowered
@@ -97,6 +98,20 @@ class Estimate:
     by_role: Mapping[str, int]
     timeline: tuple[tuple[str, str, int], ...]
     alive: tuple[tuple[str, str, int], ...]
+
+    def to_pandas(self) -> Any:
+        """A frame of the timeline: operator, pass, bytes alive. Needs pandas."""
+        names = ["operator", "pass", "bytes"]
+        return frame((dict(zip(names, row, strict=True)) for row in self.timeline), names)
+
+    def _repr_html_(self) -> str:
+        """What is alive at the peak by role, for a notebook."""
+        most = max(self.by_role.values(), default=1)
+        found = sorted(self.by_role.items(), key=lambda item: -item[1])
+        rows = [((role.replace("_", " "), human_bytes(size)), size / most) for role, size in found]
+        share = self.peak_bytes / max(self.baseline_peak_bytes, 1)
+        title = f"peak {human_bytes(self.peak_bytes)}, {share:.1%} of fp32's, in {self.peak_at}"
+        return table_html(title, ["alive at the peak", "bytes"], rows)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, the timeline included."""

@@ -74,6 +74,9 @@ class Milp:
         formats: candidates of every tensor in place of the recipe's two, the high one first.
         granularity: what shares a decision.
         pins: pattern of keys → format that these have, whatever the noise; of several that match, the last.
+        seconds: of a step, predicted of some entries; of several, the sum. Asked only with ``most_seconds``.
+        other_seconds: of a step, whatever is chosen.
+        most_seconds: that a step may take. A goal of its own: with it the low ratio and the budget may be left out.
         tell: told of the solution.
     """
 
@@ -82,6 +85,9 @@ class Milp:
     formats: Sequence[str] = ()
     granularity: Granularity = Granularity.GROUP
     pins: Mapping[str, str] = field(default_factory=dict)
+    seconds: Callable[[Mapping[str, Entry]], float] = lambda _: 0.0
+    other_seconds: float = 0.0
+    most_seconds: float | None = None
     tell: Callable[[Solution], None] = lambda _: None
 
     def __call__(
@@ -100,6 +106,8 @@ class Milp:
             BudgetError: a goal that makes no sense, or that no plan found can meet.
             PlanError: a pin that matches no tensor. FormatError: unknown formats.
         """
+        if self.most_seconds is not None and budget_bytes is None and low_ratio is None:
+            low_ratio = 0.0
         goal = Goal(low_ratio=low_ratio, budget_bytes=budget_bytes)
         candidates = candidates_of(table, recipe, self.formats)
         pinned = _pinned(table, candidates, self.pins)
@@ -189,6 +197,10 @@ class _Program:
         elements = self.elements_of = {row.key: row.elements for row in table.paper_tensors}
         self.elements = table.elements
         self.pinned_low = sum(elements[key] for key, entry in pinned.items() if entry.low)
+        self.most_seconds, self.seconds = math.inf, np.zeros(len(self.options))
+        if ask.most_seconds is not None:
+            self.most_seconds = ask.most_seconds - ask.other_seconds - ask.seconds(pinned)
+            self.seconds = np.array([ask.seconds(option) for option in self.options])
         self.low = np.array([sum(elements[key] for key, entry in each.items() if entry.low) for each in self.options])
         if goal.budget_bytes is not None:
             base = self.entries(np.flatnonzero(np.diff(self.owner, prepend=-1)))
@@ -232,28 +244,42 @@ class _Program:
         return (lowest if lowest is not None and self.is_within(lowest) else None), bound, number
 
     def error(self) -> BudgetError:
-        """For goals that nothing found could meet: names the lowest peak, or the highest low ratio."""
+        """For goals that nothing found could meet: names the least time, the lowest peak, or the highest low ratio."""
         lowest = self._fewest_bytes() if self.goal.budget_bytes is not None else None
+        fastest = sum(self.seconds[self.owner == number].min() for number in range(len(self.decisions)))
+        if fastest > self.most_seconds:
+            asked = self.ask.most_seconds or 0.0
+            return BudgetError(
+                f"a step may take {asked:.4g} s, but even in the fastest formats it takes "
+                f"{asked + fastest - self.most_seconds:.4g} s.\n"
+                "  Allow more time, pin fewer tensors, or make the batch smaller."
+            )
         if lowest is not None:
             floor = int(self.ask.timeline.at(lowest).max())
             return over_budget(self.goal, floor, f"even with all {len(self.decisions)} decisions for the fewest bytes")
         most = self.pinned_low + sum(self.low[self.owner == number].max() for number in range(len(self.decisions)))
         return BudgetError(
-            f"the low ratio is {self.goal.low_ratio}, but with these pins and candidates no more than "
-            f"{most / self.elements:.6f} of the elements can be low.\n  Ask for less, or pin fewer tensors high."
+            f"the low ratio is {self.goal.low_ratio}, but with these pins, candidates and limits no more than "
+            f"{most / self.elements:.6f} of the elements can be low.\n"
+            "  Ask for less, pin fewer tensors high, or allow more time."
         )
 
     def is_within(self, plan: Mapping[str, Entry]) -> bool:
         """Whether a plan truly meets the goals."""
         low = sum(self.elements_of[key] for key, entry in plan.items() if entry.low)
         peak = 0 if self.goal.budget_bytes is None else int(self.ask.timeline.at(plan).max())
-        return self.goal.enough_low(low, self.elements) and self.goal.within_budget(peak)
+        return self._is_fast(plan) and self.goal.enough_low(low, self.elements) and self.goal.within_budget(peak)
+
+    def _is_fast(self, plan: Mapping[str, Entry]) -> bool:
+        if self.ask.most_seconds is None:
+            return True
+        return self.ask.seconds(plan) + self.ask.other_seconds <= self.ask.most_seconds * (1 + RELATIVE_GAP)
 
     # ---- the program ------------------------------------------------------------------------------------------------
 
     def _solve(self, extra: Floats | None, known: float) -> tuple[OptimizeResult, float]:
         """What HiGHS says, and the noise in which it counts."""
-        constraints = self._choose_one() + self._enough_low()
+        constraints = self._always()
         if extra is not None:
             assert self.goal.budget_bytes is not None
             budget = self.goal.budget_bytes
@@ -284,7 +310,7 @@ class _Program:
         peak = csr_array(-np.ones((len(base), 1)))
         constraints = [
             LinearConstraint(hstack([each.A, csr_array((each.A.shape[0], 1))]), each.lb, each.ub)
-            for each in self._choose_one() + self._enough_low()
+            for each in self._always()
         ]
         constraints.append(LinearConstraint(hstack([rows / unit, peak]), ub=-base / unit))
         cost = np.append(np.zeros(len(self.options)), 1.0)
@@ -299,6 +325,15 @@ class _Program:
         size = sum(each.A.nnz for each in constraints)
         options = {"mip_rel_gap": RELATIVE_GAP if size < _LARGE else LARGE_GAP, "time_limit": _SECONDS}
         return milp(cost, integrality=whole, bounds=bounds, constraints=constraints, options=options)
+
+    def _always(self) -> list[LinearConstraint]:
+        return self._choose_one() + self._enough_low() + self._fast_enough()
+
+    def _fast_enough(self) -> list[LinearConstraint]:
+        if self.ask.most_seconds is None:
+            return []
+        unit = float(self.seconds.max()) or 1.0
+        return [LinearConstraint(csr_array(self.seconds[None, :] / unit), ub=self.most_seconds / unit)]
 
     def _choose_one(self) -> list[LinearConstraint]:
         count = len(self.options)

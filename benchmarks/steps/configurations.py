@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from assign.executor.apply import planned_step
+from assign.optim.optimizers import follow
 from assign.plan.assignment import Assignment
 from assign.planning import search
 from benchmarks.steps.workloads import Workload
@@ -39,7 +40,7 @@ class Configuration:
         fp8_pass: Inductor's ``activation_quantization_aten_pass``.
         float8_linear: torchao's ``convert_to_float8_training``.
         recipe, low_ratio, backend: a plan, and how it runs; recipe ``''`` means no plan.
-        saved, gradients: formats of the plan's saved copies and stored gradients.
+        saved, gradients, states: formats of the plan's saved copies, stored gradients and AdamW's states.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Configuration:
     backend: str = ""
     saved: str | None = None
     gradients: str | None = None
+    states: str | None = None
 
     @property
     def uses_inductor(self) -> bool:
@@ -88,7 +90,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "greedy-eager": _ours("plan: native, low ratio 0.5", "native", 0.5, "eager"),
     "low-inductor": _ours("plan: native, all low", "native", 1.0, "inductor"),
     "low-eager": _ours("plan: native, all low", "native", 1.0, "eager"),
-    "low-adam8": _ours("plan: native, all low + 8-bit AdamW (torchao)", "native", 1.0, "inductor", adam="torchao"),
+    "low-adam8": _ours("plan: native, all low + 8-bit AdamW (torchao)", "native", 1.0, "inductor", states="dynamic8"),
     "delayed-inductor": _ours("plan: native-delayed, all low", "native-delayed", 1.0, "inductor"),
     "saved8-adam8": _ours(
         "plan: bf16, saved e4m3:block64, bf16 gradients + 8-bit AdamW",
@@ -97,7 +99,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         "inductor",
         saved="e4m3:block64",
         gradients="bf16",
-        adam="torchao",
+        states="dynamic8",
     ),
     "saved4-adam8": _ours(
         "plan: bf16, saved int4:block64, bf16 gradients + 8-bit AdamW",
@@ -106,7 +108,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         "inductor",
         saved="int4:block64",
         gradients="bf16",
-        adam="torchao",
+        states="dynamic8",
     ),
     "saved4-adamfp8": _ours(
         "plan: bf16, saved int4:block64, bf16 gradients + fp8 AdamW",
@@ -115,7 +117,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         "inductor",
         saved="int4:block64",
         gradients="bf16",
-        adam="torchao-fp8",
+        states="e4m3:block256",
     ),
     "low-adamfp8": _ours(
         "plan: native, all low, bf16 gradients + fp8 AdamW",
@@ -123,7 +125,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         1.0,
         "inductor",
         gradients="bf16",
-        adam="torchao-fp8",
+        states="e4m3:block256",
     ),
     "hfp8-inductor": _ours("plan: hfp8 (emulated), all low", "hfp8", 1.0, "inductor"),
     "hfp8-eager": _ours("plan: hfp8 (emulated), all low", "hfp8", 1.0, "eager"),
@@ -143,7 +145,7 @@ def check_available(configuration: Configuration, device: torch.device) -> None:
         if torch.cuda.get_device_capability(device) < (8, 9):
             raise UnavailableError(f"{torch.cuda.get_device_name(device)} has no fp8 products")
         _need("torchao.float8")
-    if configuration.adam != "torch":
+    if configuration.adam != "torch" or configuration.states:
         _need("bitsandbytes" if configuration.adam == "bitsandbytes" else "torchao.optim")
 
 
@@ -154,10 +156,15 @@ def _need(module: str) -> Any:
         raise UnavailableError(f"{module} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def make_optimizer(configuration: Configuration, parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW with states of 32 or 8 bits; torch's in its fused form, which needs no room of its own."""
+def make_optimizer(
+    configuration: Configuration, model: nn.Module, plan: Assignment | None, learning_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW with states of 32 or 8 bits, the plan's own where it has some; torch's is the fused one."""
     made: torch.optim.Optimizer
-    if configuration.adam == "torch":
+    parameters: Any = list(model.parameters())
+    if plan is not None and configuration.states:
+        made = follow(adamw(parameters, learning_rate), model, plan)
+    elif configuration.adam == "torch":
         made = torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
     elif configuration.adam.startswith("torchao"):
         kind = "AdamWFp8" if configuration.adam == "torchao-fp8" else "AdamW8bit"
@@ -165,6 +172,11 @@ def make_optimizer(configuration: Configuration, parameters: Any, learning_rate:
     else:
         made = _need("bitsandbytes").optim.AdamW8bit(parameters, lr=learning_rate, weight_decay=0.01)
     return made
+
+
+def adamw(parameters: Any, learning_rate: float = 1e-3) -> torch.optim.Optimizer:
+    """The optimizer whose states a plan stores; it has none itself until it steps."""
+    return torch.optim.AdamW(parameters, lr=learning_rate)
 
 
 def make_plan(configuration: Configuration, model: nn.Module, batch: Any, workload: Workload) -> Assignment | None:
@@ -179,7 +191,8 @@ def make_plan(configuration: Configuration, model: nn.Module, batch: Any, worklo
         low_ratio=configuration.low_ratio,
         saved=configuration.saved,
         gradients=configuration.gradients,
-        optimizer=torch.optim.SGD,  # one without states: those of AdamW are the configuration's, not the plan's
+        optimizer_states=configuration.states,
+        optimizer=adamw,
     )
 
 

@@ -8,11 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from assign.plan.display import human_bytes
 from assign.plan.moments import OPTIMIZER, Moments
 from assign.report.page.beside import LOW_RATIO, TRAINED, Point, best_of, measure_of
 from assign.report.page.colours import BLUE, BRANCH, GREY, GRID, INK, ROLES, VERMILLION, Look
 from assign.report.page.rows import Row
-from assign.report.tables import human_bytes
 
 Figure = dict[str, Any]
 """``data``: traces; ``layout``."""

@@ -13,6 +13,7 @@ from assign.errors import PlanError, ReportError
 from assign.files import write_whole
 from assign.fronts import Front
 from assign.plan.assignment import Assignment
+from assign.plan.display import human_bytes
 from assign.plan.memory import Estimate, estimate
 from assign.plan.moments import Moments, moments
 from assign.plan.noise import NoiseTable
@@ -23,7 +24,6 @@ from assign.report.page.beside import LOW_RATIO, measure_of, point_of, points_of
 from assign.report.page.figures import Figure
 from assign.report.page.rows import Row, formats_of, tensor_rows
 from assign.report.page.runs import TrainedRun
-from assign.report.tables import human_bytes
 
 _CHART_PIXELS, _TALL_PIXELS, _ROW_PIXELS = 340, 520, 190
 

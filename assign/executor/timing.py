@@ -1,0 +1,156 @@
+"""Seconds of every node of a step, in each format that its tensors may have: one real run for each, clock in hand.
+
+All tensors take the first of their formats, then all the second, and so on; the packed graphs run node by node, as in
+the eager backend. A node's seconds go to the tensor it is labelled with: forward to the tensor, backward to its
+gradient, what packs and unpacks a copy to the tensor whose copy it is. So an operator that computes in another dtype
+because of its neighbours' formats is counted as if these had changed along with it.
+"""
+
+import copy
+import fnmatch
+import operator
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from assign import _torch
+from assign.errors import PlanError
+from assign.executor.apply import compile_planned, store
+from assign.executor.compile import Backend, make_backend
+from assign.plan.assignment import Assignment, Entry
+from assign.plan.formats import Format, parse_format
+from assign.plan.noise import Cell
+from assign.plan.recipes import candidates_of, get_recipe
+from assign.plan.tensors import MARK, TensorTable, base_key, grad_key
+from assign.plan.times import TimeTable
+from assign.tracing.capture import Loss
+from assign.tracing.tracer import trace
+
+REPEATS = 5
+"""Timed steps for each format; of every node the median counts."""
+
+_ROUNDING = (torch.ops.assign.quantize.default, torch.ops.assign.scale_quantize.default)
+_UNPACKING = (torch.ops.assign.decode.default, torch.ops.assign.decode_blocks.default)
+
+Complete = Callable[[Mapping[str, Entry]], dict[str, Entry]]
+
+
+def measure_times(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    *,
+    recipe: str = "native",
+    formats: Sequence[str] = (),
+    pins: Mapping[str, str] = MappingProxyType({}),
+    complete: Complete = dict,
+    repeats: int = REPEATS,
+    table: TensorTable | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> TimeTable:
+    """Seconds of a forward and backward pass, by tensor and format.
+
+    Args:
+        model: in float32; nothing of it is changed: a copy runs.
+        batch: what ``loss`` takes; ``loss``: ``loss(model, batch)`` → scalar tensor.
+        recipe, formats, pins: which formats each tensor may have, as in :func:`assign.search`.
+        complete: what else a plan says of the tensors: of their saved copies.
+        repeats: timed steps for each format, after one that is not.
+        table: of the model, if it was traced before.
+        clock: seconds.
+    Raises:
+        PlanError: no repeats. FormatError: unknown formats. TraceError: as :func:`assign.trace`.
+    """
+    if repeats < 1:
+        raise PlanError(f"times: {repeats} timed steps are asked for; give 1 or more.")
+    table = table or trace(model, batch, loss)
+    candidates = candidates_of(table, get_recipe(recipe), formats)
+    seconds: dict[Cell, float] = {}
+    rest: list[float] = []
+    for chosen in _passes(candidates, pins):
+        entries = {key: Entry(fmt.name, low=False) for key, fmt in chosen.items()}
+        plan = Assignment(entries=complete(entries), recipe=recipe, fingerprint=table.fingerprint)
+        by_key = _time_step(copy.deepcopy(model), batch, loss, plan, frozenset(chosen), repeats, clock)
+        rest.append(by_key.pop("", 0.0))
+        for key, fmt in chosen.items():
+            seconds.setdefault(Cell(key, fmt.name), by_key.get(key, 0.0))
+    return TimeTable(fingerprint=table.fingerprint, seconds=seconds, rest=min(rest))
+
+
+def _passes(candidates: Mapping[str, Sequence[Format]], pins: Mapping[str, str]) -> list[dict[str, Format]]:
+    """A format for every tensor: the first of all, the second of all, …; and the pins."""
+    places = max(map(len, candidates.values()), default=0)
+    passes = [{key: each[min(place, len(each) - 1)] for key, each in candidates.items()} for place in range(places)]
+    pinned = {key: parse_format(name) for pattern, name in pins.items() for key in fnmatch.filter(candidates, pattern)}
+    return [*passes, {**passes[0], **pinned}] if pinned else passes
+
+
+def _time_step(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    plan: Assignment,
+    keys: frozenset[str],
+    repeats: int,
+    clock: Callable[[], float],
+) -> dict[str, float]:
+    """Seconds by key, those of nodes without one under ``''``."""
+    store(model, plan)
+    timers: list[_Timer] = []
+
+    def compiler(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+        timer = _Timer(graph, clock)
+        timers.append(timer)
+        return _torch.boxed(lambda inputs: timer.run(*inputs))
+
+    step = compile_planned(model, loss, plan, make_backend(plan, Backend.EAGER, compiler))
+    with torch.random.fork_rng():
+        for number in range(repeats + 1):
+            step(model, batch).backward()
+            if number == 0:
+                for timer in timers:
+                    timer.seconds.clear()
+    found: dict[str, float] = defaultdict(float)
+    for timer in timers:
+        for node, each in timer.seconds.items():
+            found[_key_of(node, keys)] += statistics.median(each)
+    return found
+
+
+class _Timer(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule, clock: Callable[[], float]) -> None:
+        super().__init__(graph)
+        self.clock = clock
+        self.seconds: dict[fx.Node, list[float]] = defaultdict(list)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op in ("placeholder", "output"):
+            return super().run_node(n)
+        start = self.clock()
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and result.is_cuda:
+            torch.cuda.synchronize(result.device)
+        self.seconds[n].append(self.clock() - start)
+        return result
+
+
+def _key_of(node: fx.Node, keys: frozenset[str]) -> str:
+    key = base_key(_torch.label_of(node).removeprefix(MARK))
+    if _torch.is_backward(node) and grad_key(key) in keys and not _restores(node):
+        return grad_key(key)
+    return key if key in keys else ""
+
+
+def _restores(node: fx.Node) -> bool:
+    """Whether a backward node makes a forward value once more: a copy unpacked, or an input's mark computed again."""
+    maker = _torch.source_of(node) if node.target is operator.getitem else node
+    if maker.target not in _ROUNDING:
+        return maker.target in _UNPACKING
+    source = _torch.source_of(maker)
+    return source.op == "placeholder" and not _torch.is_tangent(source)
