@@ -147,6 +147,11 @@ def test_every_kind_is_drawn_in_greys_of_both_schemes(things, table):
         assert isinstance(figure, plotly.graph_objects.Figure)
         assert len(figure.data) >= 1
         assert '"$' not in figure.to_json()
+    legend = [trace.legendgroup for trace in assign.plot(things["plan"], table).data if trace.showlegend is not False]
+    assert set(things["estimate"].by_role) <= set(legend)
+    assert len(set(legend)) == len(legend)
+    tree = assign.plot(table).data[0]
+    assert len({colour for colour in tree.marker.colors if colour.startswith("#")}) > 4  # one for each role
     timeline = assign.plot(things["estimate"])
     unit = {"KiB": 1024, "MiB": 2**20}[timeline.layout.yaxis.title.text.partition("(")[2].rstrip(")")]
     assert max(timeline.data[0].y) * unit == max(size for _, _, size in things["estimate"].timeline)

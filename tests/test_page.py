@@ -169,7 +169,7 @@ def test_noise_stands_where_it_was_measured(table, low):
 def test_the_tree_has_every_byte_in_its_formats_colour(table, plan):
     rows = rows_of(table, plan)
     looks = of_formats(formats_of(rows))
-    (tree,) = model_figure(rows, looks)["data"]
+    (tree,) = model_figure(rows, lambda row: looks[row.format])["data"]
     assert len(set(tree["ids"])) == len(tree["ids"])
     assert set(tree["parents"]) - {""} <= set(tree["ids"])
     assert sum(tree["values"]) == sum(row.bytes for row in rows)

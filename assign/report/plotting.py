@@ -14,9 +14,9 @@ from assign.plan.tensors import TensorTable
 from assign.planning import search_table
 from assign.report.page import figures
 from assign.report.page.beside import TRAINED, Point, points_of
-from assign.report.page.colours import BLUE, of_formats
+from assign.report.page.colours import BLUE, ROLES
 from assign.report.page.figures import Figure
-from assign.report.page.rows import formats_of, tensor_rows
+from assign.report.page.rows import tensor_rows
 from assign.training.tuning import Tuned
 
 _GREYS = {
@@ -49,7 +49,7 @@ def plot(thing: object, table: TensorTable | None = None) -> Any:
 def _(thing: TensorTable, table: TensorTable | None = None) -> Any:
     plain = search_table(thing, strategy="uniform", format_name="fp32")
     rows = tensor_rows(thing, plain, moments(thing, plain.entries))
-    return _figure(figures.model_figure(rows, of_formats(formats_of(rows))))
+    return _figure(figures.model_figure(rows, lambda row: ROLES[row.alive_as][1]))
 
 
 @plot.register
@@ -57,7 +57,8 @@ def _(thing: Assignment, table: TensorTable | None = None) -> Any:
     if table is None:
         raise ReportError("plot: a plan needs the table of its model. Give it: assign.plot(plan, table)")
     thing.check_covers([info.key for info in table.paper_tensors], where="plot", buffers=table.buffers)
-    return _figure(figures.memory_figure(moments(table, {}), moments(table, thing.entries)), height=560)
+    figure = _figure(figures.memory_figure(moments(table, {}), moments(table, thing.entries)), height=620)
+    return figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.08, "yanchor": "bottom"})
 
 
 @plot.register

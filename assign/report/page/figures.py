@@ -5,7 +5,7 @@ Colours that begin with ``$`` are the page's; ``script.js`` puts in those of lig
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from assign.plan.display import human_bytes
@@ -79,7 +79,7 @@ def memory_figure(before: Moments, after: Moments) -> Figure:
     edges = _edges(len(after.operators))
     data = [
         *_stack(before, edges, divisor, "y2", f"all in fp32, {unit}"),
-        *_stack(after, edges, divisor, "y", f"under the plan, {unit}"),
+        *_stack(after, edges, divisor, "y", f"under the plan, {unit}", named=before.by_role),
     ]
     height = {"range": [0, _HEADROOM * most / divisor], "rangemode": "tozero"}
     return {
@@ -112,7 +112,15 @@ def _edges(count: int) -> list[float]:
     return [*map(float, range(count)), count - 1 + max(1.0, round(_OPTIMIZER_SHARE * count, 1))]
 
 
-def _stack(moments: Moments, edges: Sequence[float], divisor: float, axis_name: str, name: str) -> list[dict[str, Any]]:
+def _stack(
+    moments: Moments,
+    edges: Sequence[float],
+    divisor: float,
+    axis_name: str,
+    name: str,
+    named: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Areas, their sum and its peak; a legend has the roles that are not ``named`` in it already."""
     where = {"x": list(edges), "yaxis": axis_name, "mode": "lines", "line": {"shape": "hv", "width": 0}}
     traces: list[dict[str, Any]] = []
     for role in sorted(moments.by_role, key=[*ROLES].index):
@@ -122,12 +130,14 @@ def _stack(moments: Moments, edges: Sequence[float], divisor: float, axis_name: 
             fill |= {"fillpattern": {"shape": look.pattern, "fgcolor": look.colour, "bgcolor": BRANCH, "size": 5}}
         height = _heights(moments.by_role[role], divisor)
         traces.append(where | {"y": height, "name": title, "stackgroup": axis_name, "hoverinfo": "skip", **fill})
+        traces[-1] |= {"legendgroup": role, "showlegend": role not in named}
     labels = [f"{plain(short(words(moments, number)))}<br>" for number in range(len(moments.operators))]
     traces.append(
         where
         | {
             "y": _heights(moments.total, divisor),
             "name": name,
+            "showlegend": False,
             "line": {"shape": "hv", "width": 0.7, "color": INK},
             "text": [*labels, labels[-1]] if axis_name == "y" else [""] * (len(labels) + 1),
             "hovertemplate": "%{text}%{y:.2f} " + name.replace(", ", " ") + "<extra></extra>",
@@ -144,6 +154,7 @@ def _peak(moments: Moments, edges: Sequence[float], divisor: float, axis_name: s
         "y": [round(size / divisor, 4)],
         "yaxis": axis_name,
         "name": "peak",
+        "showlegend": False,
         "mode": "markers+text",
         "marker": {"symbol": "diamond", "size": 9, "color": INK},
         "text": [f"peak {human_bytes(size)}"],
@@ -188,8 +199,8 @@ def _borders(moments: Moments, edges: Sequence[float]) -> list[dict[str, Any]]:
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
-def model_figure(rows: Sequence[Row], looks: Mapping[str, Look]) -> Figure:
-    """Every tensor as a rectangle as large as its bytes, in its module, in its format's colour."""
+def model_figure(rows: Sequence[Row], look_of: Callable[[Row], Look]) -> Figure:
+    """Every tensor as a rectangle as large as its bytes, in its module; its look says its format, say, or its role."""
     modules = dict.fromkeys(part for row in rows for part in _with_parents(row.path))
     # an id never looks like another's: a module's ends with a slash, as no tensor's key does
     nodes: list[tuple[str, str, str, int, str, str, str, str]] = [("/", "", "model", 0, BRANCH, "", INK, "all tensors")]
@@ -197,7 +208,7 @@ def model_figure(rows: Sequence[Row], looks: Mapping[str, Look]) -> Figure:
         parent, _, name = path.rpartition(".")
         nodes.append((f"{path}/", f"{parent}/", name, 0, BRANCH, "", INK, plain(path)))
     for row in rows:
-        look = looks[row.format]
+        look = look_of(row)
         whole = (row.key, f"{row.path}/", row.name, row.bytes, look.colour, look.pattern, look.text, _about(row))
         nodes.append(whole)
     ids, parents, labels, values, colours, patterns, inks, words = map(list, zip(*nodes, strict=True))

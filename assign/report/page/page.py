@@ -129,7 +129,7 @@ def context(report: Report) -> dict[str, Any]:
     measure = measure_of(points)
     drawn = {
         "memory": figures.memory_figure(before, after),
-        "model": figures.model_figure(rows, looks),
+        "model": figures.model_figure(rows, lambda row: looks[row.format]),
         "front": figures.front_figure(points, this) if points else None,
         "curves": curves.curves_figure(report.runs),
         "promotions": curves.promotions_figure(report.runs),

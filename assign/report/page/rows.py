@@ -21,7 +21,7 @@ from assign.plan.stored import (
 )
 from assign.plan.tensors import PAPER_ROLES, Role, TensorInfo, TensorTable, base_key, master_key, stored_grad_key
 
-_ALIVE_AS = {Role.MASTER: "parameters", Role.OPTIM_STATE: "optimizer states"}
+_ALIVE_AS = {Role.MASTER: "parameters", Role.OPTIM_STATE: "optimizer states", Role.BUFFER: "buffers"}
 _ROUNDED = PAPER_ROLES | {Role.SAVED}
 
 
@@ -47,6 +47,11 @@ class Row:
     fp32_bytes: int
     peak_bytes: int
     noise: float | None
+
+    @property
+    def alive_as(self) -> str:
+        """What the memory model calls bytes of this role."""
+        return _ALIVE_AS.get(self.role, str(self.role))
 
     @property
     def name(self) -> str:
