@@ -22,7 +22,7 @@ from assign.training.tuning import Tuned
 _GREYS = {
     "$ink": "#7f8790",
     "$grid": "rgba(128,128,128,0.3)",
-    "$branch": "rgba(128,128,128,0.2)",
+    "$branch": "rgba(128,128,128,0.08)",
     "$paper": "rgba(0,0,0,0)",
 }
 """In the place of the page's colours: readable on light and dark."""

@@ -78,8 +78,8 @@ def memory_figure(before: Moments, after: Moments) -> Figure:
     divisor, unit = unit_of(most)
     edges = _edges(len(after.operators))
     data = [
-        *_stack(before, edges, divisor, "y2", f"all in fp32, {unit}"),
-        *_stack(after, edges, divisor, "y", f"under the plan, {unit}", named=before.by_role),
+        *_stack(before, edges, divisor, "y2", f"{unit}, all in fp32"),
+        *_stack(after, edges, divisor, "y", f"{unit}, under the plan", named=before.by_role),
     ]
     height = {"range": [0, _HEADROOM * most / divisor], "rangemode": "tozero"}
     return {
@@ -140,7 +140,7 @@ def _stack(
             "showlegend": False,
             "line": {"shape": "hv", "width": 0.7, "color": INK},
             "text": [*labels, labels[-1]] if axis_name == "y" else [""] * (len(labels) + 1),
-            "hovertemplate": "%{text}%{y:.2f} " + name.replace(", ", " ") + "<extra></extra>",
+            "hovertemplate": f"%{{text}}%{{y:.2f}} {name}<extra></extra>",
         }
     )
     return [*traces, _peak(moments, edges, divisor, axis_name)]
