@@ -65,7 +65,7 @@ class Front:
         """Each plan's peak and what it costs, for a notebook."""
         most = max(map(_peak, self.plans), default=1) or 1
         rows = [
-            ((f"{number}", human_bytes(_peak(plan)), f"{_cost(plan):.3g}"), _peak(plan) / most)
+            ((f"{number}", human_bytes(_peak(plan)), _cost_in_words(plan)), _peak(plan) / most)
             for number, plan in enumerate(self.plans, 1)
         ]
         return table_html(f"front of {len(rows)} plans", ["plan", "peak", "noise or low ratio"], rows)
@@ -147,6 +147,11 @@ def _best(plans: list[Assignment]) -> tuple[Assignment, ...]:
 def _cost(plan: Assignment) -> float:
     estimate = plan.provenance.estimate
     return float(str(estimate.get("noise", estimate["low_ratio"])))
+
+
+def _cost_in_words(plan: Assignment) -> str:
+    """'' for a plan whose file says nothing of it."""
+    return f"{_cost(plan):.3g}" if {"noise", "low_ratio"} & plan.provenance.estimate.keys() else ""
 
 
 def _peak(plan: Assignment) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 import assign
 from assign.errors import PlanError, ReportError
 from assign.fronts import search_front
+from assign.plan.assignment import Provenance
 from assign.plan.display import human_bytes, table_html
 from assign.plan.memory import estimate
 from assign.plan.noise import Cell, Method, NoiseTable, Sample
@@ -94,7 +95,7 @@ def test_a_plan_shows_its_formats_and_its_peak(things):
     plan, found = things["plan"], read(things["plan"])
     assert sum(int(row[1]) for row in found.rows[1:]) == len(plan.entries)
     assert human_bytes(plan.provenance.estimate["peak_bytes"]) in plan._repr_html_()
-    bare = dataclasses.replace(plan, provenance=assign.plan.assignment.Provenance())
+    bare = dataclasses.replace(plan, provenance=Provenance())
     assert "predicted peak" not in bare._repr_html_()
 
 
@@ -107,6 +108,8 @@ def test_an_estimate_shows_what_is_alive_at_its_peak(things):
 def test_noise_and_fronts_show_their_rows(things):
     assert read(things["noise"]).rows[1:] == [["0.weight", "bf16", "2"], ["0/linear", "bf16", "0.5"]]
     assert len(read(things["front"]).rows) == 1 + len(things["front"].plans)
+    bare = assign.Front((dataclasses.replace(things["plan"], provenance=Provenance()),))
+    assert read(bare).rows[1:] == [["1", "0 B"]]
     (row,) = read(things["tuned"]).rows[1:]
     assert row == ["3", "0.75", human_bytes(things["plan"].provenance.estimate["peak_bytes"])]
 

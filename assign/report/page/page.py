@@ -60,9 +60,10 @@ class Report:
                 f"{self.name} is a plan of another model: its fingerprint is {self.plan.fingerprint}, this model's "
                 f"{self.table.fingerprint}.\n  Give the task that the plan was made for, with its own options: --task."
             )
-        if self.front is not None and self.front.plans[0].fingerprint != self.plan.fingerprint:
+        others = {plan.fingerprint for plan in self.front.plans} if self.front else set()
+        if others - {self.plan.fingerprint}:
             raise PlanError(
-                f"the front has plans of another model: their fingerprint is {self.front.plans[0].fingerprint}, that "
+                f"the front has plans of another model: their fingerprint is {', '.join(sorted(others))}, that "
                 f"of {self.name} {self.plan.fingerprint}.\n  Give the directory of a front for the plan's own model."
             )
         if self.noise is not None:
