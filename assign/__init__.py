@@ -38,6 +38,7 @@ them is pure Python and never imports torch.
                       ``certificate``: predictions that a plan cannot change; ``comparing``: several plans on one
                       task, run by run; ``comparison``: what they came to, and its file; ``tuning``: search by
                       training, an Optuna study; ``trials``: what it proposes, trained
+``integrations``      plans in the trainers of other libraries: ``transformers``, ``lightning``
 ``report``            tables and pictures for people, and in ``report/page`` a page for a browser; ``plotting``: its
                       charts in a notebook
 ``cli``               the shell: a file for each kind of command; ``options`` and ``shell``: what they share

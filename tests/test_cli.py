@@ -1,12 +1,16 @@
 """The shell as a user meets it: exit status, tables, JSON fields, and what bad input says."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 from shell import fails, run
 
+from assign.cli.shell import Meter
+from assign.numerics.promotion import Promoted
 from assign.plan.assignment import Assignment
+from assign.training.loop import EpochResult, Progress
 
 TASK = """
 import torch
@@ -55,6 +59,20 @@ def test_formats_and_schema(here):
     assert "8.25" in run("formats", "mxfp8:sr")
     schema = json.loads(run("schema"))
     assert "tensors" in schema["properties"]
+
+
+def test_a_bar_says_where_training_stands():
+    """Loss, the last epoch's metrics, the median step's time, evaluation left out, and promotions so far."""
+    times = iter([0.0, 0.1, 0.3, 5.0, 5.2])
+    meter = Meter(peak=3 * 2**20, clock=lambda: next(times))
+    past = Promoted(step=2, key="a", overflow_ratio=0.5, from_format="e4m3", to_format="bf16")
+    step = Progress(epoch=1, epochs=2, step=1, steps_per_epoch=2, loss=0.25)
+    assert meter.after(step) == "loss 0.2500, 100 ms a step, peak 3.0 MiB"
+    assert meter.after(dataclasses.replace(step, promoted=(past,))).endswith("150 ms a step, peak 3.0 MiB, 1 promoted")
+    meter.after_epoch(
+        1, EpochResult(loss=0.2, metrics={"accuracy": 0.5}, fp32_metrics={}, loss_scale=None, skipped_steps=0)
+    )
+    assert meter.after(step) == "loss 0.2500, accuracy 0.5, 200 ms a step, peak 3.0 MiB, 1 promoted"
 
 
 def test_search_by_training(here, capsys, monkeypatch):

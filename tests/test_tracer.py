@@ -6,12 +6,14 @@ import networkx
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import sgd, traced
+from helpers import measured_peak, sgd, traced
 from models import GPT, MLP, InPlace, ResNet, class_loss, images, tokens, vectors
 from torch import nn
 
 from assign.errors import PlanError, TraceError
+from assign.plan.memory import estimate
 from assign.plan.tensors import Role, TensorTable
+from assign.planning import search_table
 from assign.tracing.tracer import trace
 
 
@@ -139,6 +141,26 @@ def test_optimizer_states_are_rows():
     assert keys(table, Role.OPTIM_STATE)[:2] == ["first.weight.optim.exp_avg", "first.weight.optim.exp_avg_sq"]
     weights = sum(p.numel() for p in MLP().parameters())
     assert table.schedule.optimizer_bytes == 2 * 4 * weights
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_optimizer_has_the_same_states_and_no_scratch(kind):
+    """Its step cannot run on tensors without data; what it keeps can be said all the same, and what it needs."""
+    more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    model = nn.Sequential(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 4))
+    batch = torch.randn(8, 8), torch.randint(4, (8,))
+    plain, fused = (
+        trace(model, batch, class_loss, lambda p, fused=fused: kind(p, lr=0.1, fused=fused, **more))
+        for fused in (False, True)
+    )
+    assert fused.tensors == plain.tensors
+    assert fused.schedule.optimizer_bytes == plain.schedule.optimizer_bytes
+    assert fused.schedule.optimizer_scratch_bytes == 0
+    assert (plain.schedule.optimizer_scratch_bytes > 0) == (kind is torch.optim.AdamW)
+    optimizer = kind(model.parameters(), lr=0.1, fused=True, **more)
+    measured = measured_peak(model, batch, lambda batch: class_loss(model, batch), optimizer)
+    plan = search_table(fused, strategy="uniform", format_name="fp32")
+    assert estimate(fused, plan).peak_bytes == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("wrap", [tuple, lambda pair: {"x": pair[0], "y": pair[1]}, lambda pair: [{"z": pair}]])

@@ -3,8 +3,11 @@
 import contextlib
 import json
 import shlex
+import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 
 from assign.plan.assignment import Assignment
+from assign.plan.memory import peak_bytes
 from assign.plan.tensors import TensorTable
 from assign.report import tables
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
 from assign.tracing.tracer import trace as trace_step
-from assign.training.loop import Progress, TrainResult
+from assign.training.loop import EpochResult, Progress, TrainResult
 from assign.training.loop import train as train_task
+
+_RECENT = 20  # steps whose median time is shown
 
 app = typer.Typer(
     help="Find the cheapest number format for every tensor of a PyTorch training step, and train with it.",
@@ -54,19 +60,55 @@ def trained(
     **options: Any,
 ) -> TrainResult:
     """Train with a bar, and tell of each promotion; the plan as promoted so far stands in ``promoted``."""
+    meter = Meter(None if table is None else peak_bytes(table, plan.entries if plan else {}))
     with bar(f"training {name}") as advance:
 
         def tell(step: Progress) -> None:
-            advance(name, step)
+            advance(f"{name}, {meter.after(step)}", step)
             for past in step.promoted:
                 console.print(tables.promotion_line(past), markup=False, highlight=False)
             if step.promoted and step.plan and promoted:
                 step.plan.save(promoted)
 
-        result = train_task(task, plan, table=table, on_step=tell, **options)
+        result = train_task(task, plan, table=table, on_step=tell, on_epoch=meter.after_epoch, **options)
     if result.promotions and promoted:
         console.print(f"wrote {promoted}: {len(result.promotions)} tensors promoted", markup=False)
     return result
+
+
+class Meter:
+    """What a bar says of a training: loss, metrics, seconds per step, peak, promotions.
+
+    Args:
+        peak: predicted bytes of a step; None where they are not known.
+        clock: seconds.
+    """
+
+    def __init__(self, peak: int | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._peak, self._clock = peak, clock
+        self._last = clock()
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self._metrics: Mapping[str, float] = {}
+        self._promoted = 0
+
+    def after(self, step: Progress) -> str:
+        """Words on where training stands after a step."""
+        now = self._clock()
+        self._seconds.append(now - self._last)
+        self._last = now
+        self._promoted += len(step.promoted)
+        parts = [f"loss {step.loss:.4f}", *(f"{name} {value:.4g}" for name, value in self._metrics.items())]
+        parts.append(f"{statistics.median(self._seconds) * 1e3:.0f} ms a step")
+        if self._peak is not None:
+            parts.append(f"peak {tables.human_bytes(self._peak)}")
+        if self._promoted:
+            parts.append(f"{self._promoted} promoted")
+        return ", ".join(parts)
+
+    def after_epoch(self, _number: int, epoch: EpochResult) -> None:
+        """What the epoch's end says; the next step's time begins here."""
+        self._metrics = epoch.metrics
+        self._last = self._clock()
 
 
 def promoted_path(plan: Path) -> Path:
@@ -76,7 +118,7 @@ def promoted_path(plan: Path) -> Path:
 
 @contextlib.contextmanager
 def bar(title: str) -> Iterator[Callable[[str, Progress], None]]:
-    """A bar of progress on a terminal; yields what moves it: ``advance(name, step)``."""
+    """A bar of progress on a terminal; yields what moves it: ``advance(words, step)``."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -87,10 +129,9 @@ def bar(title: str) -> Iterator[Callable[[str, Progress], None]]:
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         line = bar.add_task(title, total=None)
 
-        def advance(name: str, step: Progress) -> None:
+        def advance(words: str, step: Progress) -> None:
             total = step.steps_per_epoch and step.steps_per_epoch * step.epochs
-            words = f"training {name}, loss {step.loss:.4f}"
-            bar.update(line, completed=step.step, total=total, description=words)
+            bar.update(line, completed=step.step, total=total, description=f"training {words}")
 
         yield advance
 

@@ -210,7 +210,7 @@ def compare_plans(
                 backend=backend,
                 device=device,
                 epochs=epochs,
-                on_step=lambda variant, seed, step: advance(f"{variant.name}, seed {seed}", step),
+                on_step=lambda variant, seed, step: advance(f"{variant.name}, seed {seed}, loss {step.loss:.4f}", step),
                 on_run=tell,
             )
         except KeyboardInterrupt:

@@ -85,16 +85,19 @@ def apply(
     return planned
 
 
-_PLANNED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, str], tuple[Assignment, type]]] = (
+_Applied = tuple[Assignment, Promotion | None, type]
+_PLANNED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, str], _Applied]] = (
     weakref.WeakKeyDictionary()
 )  # what autocast compiled, as long as its model lives
 
 
 @contextlib.contextmanager
-def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -> Iterator[None]:
+def autocast(
+    model: nn.Module, plan: Assignment, *, backend: str = "inductor", promotion: Promotion | None = None
+) -> Iterator[None]:
     """Within the context, calling ``model`` itself computes under ``plan``.
 
-    Entering again with the same model and plan reuses what was compiled.
+    Entering again with the same model, plan and promotion reuses what was compiled.
 
     Raises:
         PlanError: as for :func:`apply`; or the plan stores masters, gradients or buffers in 16 bit, which would
@@ -108,11 +111,11 @@ def autocast(model: nn.Module, plan: Assignment, *, backend: str = "inductor") -
             "change back behind the context. Use assign.apply(model, plan)."
         )
     cache = _PLANNED.setdefault(model, {})
-    key = (id(plan), backend)
+    key = (id(plan), id(promotion), backend)
     if key not in cache:
-        cache[key] = (plan, type(apply(model, plan, backend=backend)))
+        cache[key] = (plan, promotion, type(apply(model, plan, backend=backend, promotion=promotion)))
     original = type(model)
-    object.__setattr__(model, "__class__", cache[key][1])
+    object.__setattr__(model, "__class__", cache[key][-1])
     try:
         yield
     finally:

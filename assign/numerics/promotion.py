@@ -165,6 +165,15 @@ class Promotion:
             slot.measuring = self._measures() and not slot.promoted
         return found
 
+    def scalars(self) -> dict[str, float]:
+        """What to log: how many tensors were promoted, and the largest and mean share that last overflowed."""
+        shares = list(self.overflow.values()) or [0.0]
+        return {
+            "assign/promoted": float(len(self.promoted)),
+            "assign/overflow_max": max(shares),
+            "assign/overflow_mean": sum(shares) / len(shares),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """What going on needs, as plain data."""
         return {"steps": self._steps, "promoted": [asdict(past) for past in self.promoted]}

@@ -276,14 +276,20 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> tuple[str, list[TensorInfo], int, int]:
-    """Class, rows, bytes and momentary bytes of the optimizer, read off a step on tensors without data."""
+    """Class, rows, bytes and momentary bytes of the optimizer, read off a step on tensors without data.
+
+    A fused one updates in place, element by element, and has no momentary bytes.
+    """
     if optimizer is None:
         return "", [], 0, 0
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     twins = [nn.Parameter(torch.empty_like(p, device="meta")) for _, p in named]
     instance = optimizer(twins)
-    if any(p.device.type == "cuda" for _, p in named):
-        for group in instance.param_groups:
+    fused = all(group.get("fused") for group in instance.param_groups)
+    for group in instance.param_groups:
+        if group.get("fused"):  # refuses tensors without data; its states are the same
+            group["fused"] = False
+        elif any(p.device.type == "cuda" for _, p in named):
             group["foreach"] = True
     for _ in range(2):  # the first step makes the states
         for twin in twins:
@@ -306,7 +312,7 @@ def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> t
                         module=name.rpartition(".")[0],
                     )
                 )
-    return optimizer_name(instance), rows, total, allocations.peak
+    return optimizer_name(instance), rows, total, 0 if fused else allocations.peak
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer) -> str:

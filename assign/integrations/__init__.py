@@ -1,0 +1,1 @@
+"""Plans in other people's training loops: one module for each library, imported only where it is installed."""
