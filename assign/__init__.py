@@ -13,9 +13,9 @@ them is pure Python and never imports torch.
                       step; ``formats`` as rows of data; ``recipes``: candidates per role; ``groups``: shared
                       decisions; ``lowering``, ``lowered``: in which dtype an operator computes; ``memory``:
                       (table, assignment) → peak and timeline; ``stored``: what stays between steps; ``libraries``:
-                      who can keep it; ``timeline``: bytes moment by moment, and by decision; ``noise``,
-                      ``times``: tables of what was measured; ``assignment``: **Assignment**, the second waist,
-                      ``plan.json``
+                      who can keep it; ``timeline``: bytes moment by moment, and by decision; ``moments``: by role, and
+                      what they are; ``noise``, ``times``: tables of what was measured; ``display``: what a notebook
+                      shows of any of these; ``assignment``: **Assignment**, the second waist, ``plan.json``
 ``strategies``        searches: (table, recipe, goal) → entries; ``milp``: that of least noise;
                       ``planning``: trace, strategy, provenance in one call; ``fronts``: a plan for every budget
 ``noise``             ``stepping``: a step in which every tensor can be touched; ``sampling``: what rounding one
@@ -39,7 +39,8 @@ them is pure Python and never imports torch.
                       task, run by run; ``comparison``: what they came to, and its file; ``tuning``: search by
                       training, an Optuna study; ``trials``: what it proposes, trained
 ``integrations``      plans in the trainers of other libraries: ``transformers``, ``lightning``
-``report``            tables and pictures for people
+``report``            tables and pictures for people, and in ``report/page`` a page for a browser; ``plotting``: its
+                      charts in a notebook
 ``cli``               the shell: a file for each kind of command; ``options`` and ``shell``: what they share
 ``errors``            AssignError, what a user can mend; ``files``: written whole; ``_torch``: all private torch names
 ====================  ==========================================================================================
@@ -65,6 +66,7 @@ from assign.plan.recipes import RECIPES
 from assign.plan.tensors import TensorTable
 from assign.plan.times import TimeTable
 from assign.planning import search
+from assign.report.plotting import plot
 from assign.several import data_parallel
 from assign.strategies import STRATEGIES
 from assign.tasks import Task
@@ -104,6 +106,7 @@ __all__ = [
     "optimizer",
     "parse_format",
     "planned_step",
+    "plot",
     "quantize",
     "rehearse",
     "search",

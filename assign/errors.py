@@ -43,6 +43,10 @@ class ComparisonError(AssignError):
     """Nothing that can be compared, or a comparison's file that cannot be read or is of another comparison."""
 
 
+class ReportError(AssignError):
+    """A report that cannot be made: a file of it that cannot be read or is of another model, or a missing library."""
+
+
 class StudyError(AssignError):
     """A search by training that cannot begin or go on: its storage, its settings, its model, or its metric."""
 

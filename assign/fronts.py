@@ -7,6 +7,7 @@ from typing import Any
 
 from assign.errors import BudgetError, PlanError
 from assign.plan.assignment import Assignment
+from assign.plan.display import frame, human_bytes, table_html
 from assign.plan.memory import peak_bytes
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
@@ -55,6 +56,19 @@ class Front:
                     f"{other.fingerprint}.\n  Keep the fronts of different models in directories of their own."
                 )
         return cls(tuple(sorted(found.values(), key=_peak)))
+
+    def to_pandas(self) -> Any:
+        """A frame with a row for each plan: what its file says it costs. Needs pandas."""
+        return frame(dict(plan.provenance.estimate) for plan in self.plans)
+
+    def _repr_html_(self) -> str:
+        """Each plan's peak and what it costs, for a notebook."""
+        most = max(map(_peak, self.plans), default=1) or 1
+        rows = [
+            ((f"{number}", human_bytes(_peak(plan)), _cost_in_words(plan)), _peak(plan) / most)
+            for number, plan in enumerate(self.plans, 1)
+        ]
+        return table_html(f"front of {len(rows)} plans", ["plan", "peak", "noise or low ratio"], rows)
 
     def pick(
         self, table: TensorTable, budget: str | int, *, update_rounding: str = UpdateRounding.NEAREST
@@ -133,6 +147,11 @@ def _best(plans: list[Assignment]) -> tuple[Assignment, ...]:
 def _cost(plan: Assignment) -> float:
     estimate = plan.provenance.estimate
     return float(str(estimate.get("noise", estimate["low_ratio"])))
+
+
+def _cost_in_words(plan: Assignment) -> str:
+    """'' for a plan whose file says nothing of it."""
+    return f"{_cost(plan):.3g}" if {"noise", "low_ratio"} & plan.provenance.estimate.keys() else ""
 
 
 def _peak(plan: Assignment) -> int:

@@ -4,11 +4,11 @@ import sys
 
 from rich.console import Console
 
-from assign.cli import looking, searching, training, verifying
+from assign.cli import looking, reporting, searching, training, verifying
 from assign.cli.shell import app
 from assign.errors import AssignError
 
-__all__ = ["app", "looking", "main", "searching", "training", "verifying"]
+__all__ = ["app", "looking", "main", "reporting", "searching", "training", "verifying"]
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Commands that search a plan, and what a search asks for first."""
 
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +41,7 @@ from assign.cli.options import (
     Weights,
     Workers,
 )
-from assign.cli.shell import app, console, open_task, traced, write_json
+from assign.cli.shell import app, command_line, console, open_task, traced, write_json
 from assign.errors import BudgetError
 from assign.executor.compile import Backend
 from assign.executor.timing import measure_times
@@ -264,7 +263,7 @@ def prepare_search(
         "formats": names,
         "pins": pins,
         "seed": seed,
-        "command": " ".join(["assign", *sys.argv[1:]]),
+        "command": command_line(),
     }
 
 
@@ -392,7 +391,7 @@ def _tuned(
         on_trial=lambda trial: console.print(tables.trial_line(trial.number, trial.state.name, trial.user_attrs)),
         **options,
     )
-    command = " ".join(["assign", *sys.argv[1:]])
+    command = command_line()
     names = {}
     for each in found.front:
         path = output if settings.budget is not None else output / f"trial-{each.trial:04}.json"

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 
 from assign.plan.assignment import Assignment
+from assign.plan.display import human_bytes
 from assign.plan.memory import peak_bytes
 from assign.plan.tensors import TensorTable
 from assign.report import tables
@@ -99,7 +101,7 @@ class Meter:
         parts = [f"loss {step.loss:.4f}", *(f"{name} {value:.4g}" for name, value in self._metrics.items())]
         parts.append(f"{statistics.median(self._seconds) * 1e3:.0f} ms a step")
         if self._peak is not None:
-            parts.append(f"peak {tables.human_bytes(self._peak)}")
+            parts.append(f"peak {human_bytes(self._peak)}")
         if self._promoted:
             parts.append(f"{self._promoted} promoted")
         return ", ".join(parts)
@@ -133,6 +135,11 @@ def bar(title: str) -> Iterator[Callable[[str, Progress], None]]:
             bar.update(line, completed=step.step, total=total, description=f"training {words}")
 
         yield advance
+
+
+def command_line() -> str:
+    """What the user ran, so that a shell takes it again."""
+    return shlex.join(["assign", *sys.argv[1:]])
 
 
 def write_json(path: Path | None, data: Any) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from assign.errors import FormatError, PlanError, nearest
 from assign.files import write_whole
+from assign.plan.display import frame, human_bytes, table_html
 from assign.plan.formats import BlockFormat, Format, parse_format, parse_saved
 from assign.plan.stored import buffer_of, check_stored, owner_of, parse_stored
 from assign.plan.tensors import Role, base_key, grad_key, is_saved_key, saved_key
@@ -209,6 +211,22 @@ class Assignment:
             lines += _named(extra, missing or wanted, "nearest in the model")
         lines.append("Use the plan with the model it was made for, or search a plan for this model.")
         raise PlanError("\n  ".join(lines))
+
+    def to_pandas(self) -> Any:
+        """A frame with a row for each entry: key, format, low. Needs pandas."""
+        rows = ({"key": key, "format": entry.format, "low": entry.low} for key, entry in self.entries.items())
+        return frame(rows, ["key", "format", "low"])
+
+    def _repr_html_(self) -> str:
+        """The formats and how many tensors each has, for a notebook."""
+        counts = Counter(entry.format for entry in self.entries.values())
+        rows = [((name, f"{count:,}"), count / len(self.entries)) for name, count in counts.most_common()]
+        facts = self.provenance.estimate
+        peak = facts.get("peak_bytes")
+        words = "" if not isinstance(peak, (int, float)) else f", predicted peak {human_bytes(peak)}"
+        return table_html(
+            f"plan for {len(self.entries)} tensors, recipe {self.recipe}{words}", ["format", "tensors"], rows
+        )
 
     def to_json(self) -> str:
         """The file's text: one line per tensor, in the order of the entries."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from assign.plan import lowering
 from assign.plan.assignment import Assignment, Entry
+from assign.plan.display import frame, human_bytes, table_html
 from assign.plan.formats import parse_format, parse_saved
 from assign.plan.libraries import optimizer_scratch, stored_in
 from assign.plan.lowered import Lowered
@@ -38,23 +39,24 @@ from assign.plan.tensors import MARK, Buffer, Event, Role, TensorTable, base_key
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
 
 
-_SLOTS = 4
+SLOTS = 4
+"""Slots of time of one event."""
 
 
 def _decoding(number: int) -> int:
-    return _SLOTS * number
+    return SLOTS * number
 
 
 def _widening(number: int) -> int:
-    return _SLOTS * number + 1
+    return SLOTS * number + 1
 
 
 def _running(number: int) -> int:
-    return _SLOTS * number + 2
+    return SLOTS * number + 2
 
 
 def _behind(number: int) -> int:
-    return _SLOTS * number + 3
+    return SLOTS * number + 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,20 @@ class Estimate:
     by_role: Mapping[str, int]
     timeline: tuple[tuple[str, str, int], ...]
     alive: tuple[tuple[str, str, int], ...]
+
+    def to_pandas(self) -> Any:
+        """A frame of the timeline: operator, pass, bytes alive. Needs pandas."""
+        names = ["operator", "pass", "bytes"]
+        return frame((dict(zip(names, row, strict=True)) for row in self.timeline), names)
+
+    def _repr_html_(self) -> str:
+        """What is alive at the peak by role, for a notebook."""
+        most = max(self.by_role.values(), default=1)
+        found = sorted(self.by_role.items(), key=lambda item: -item[1])
+        rows = [((role.replace("_", " "), human_bytes(size)), size / most) for role, size in found]
+        share = self.peak_bytes / max(self.baseline_peak_bytes, 1)
+        title = f"peak {human_bytes(self.peak_bytes)}, {share:.1%} of fp32's, in {self.peak_at}"
+        return table_html(title, ["alive at the peak", "bytes"], rows)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, the timeline included."""
@@ -175,7 +191,7 @@ Bytes = np.ndarray[Any, np.dtype[np.int64]]
 
 def changes_of(segments: Iterable[Segment], events: int) -> Bytes:
     """Bytes that each slot of a step has more than the one before it: ``[slots + 1]``."""
-    change = np.zeros(_SLOTS * events + 1, dtype=np.int64)
+    change = np.zeros(SLOTS * events + 1, dtype=np.int64)
     for segment in segments:
         if segment.end >= segment.start:
             change[max(segment.start, 0)] += segment.bytes
@@ -435,7 +451,7 @@ class Replay:
 
     @cached_property
     def slots(self) -> Bytes:
-        """Bytes alive in each slot, without the optimizer's step."""
+        """Bytes alive in each slot, without the optimizer's step: ``SLOTS`` of an event, one behind the last."""
         alive: Bytes = np.cumsum(changes_of(self.segments, len(self.schedule.events))) + self.resident_bytes
         return alive
 
@@ -453,25 +469,36 @@ class Replay:
         """Operator that runs at the peak."""
         if self._peak_slot is None:
             return "optimizer"
-        event = self.schedule.events[min(self._peak_slot // _SLOTS, len(self.schedule.events) - 1)]
+        event = self.schedule.events[min(self._peak_slot // SLOTS, len(self.schedule.events) - 1)]
         return event.op.removeprefix(MARK) + (" (backward)" if event.backward else " (forward)")
 
     @property
-    def alive(self) -> tuple[tuple[str, str, int], ...]:
-        """What is alive at the peak: (key, role, bytes), largest first."""
+    def lasting(self) -> tuple[tuple[str, str, int], ...]:
+        """What is alive all the time: (key, role, bytes)."""
         s, stored = self.schedule, self._resident
         found = [(name, "parameters", size) for name, size in stored.masters.items()]
         found += [(name, "optimizer states", size) for name, size in stored.optimizer_states.items()]
         found += [("buffers", "buffers", self._buffer_bytes), ("batch", "batch", s.batch_bytes)]
         found += [("unused", "parameters", stored.others[0]), ("unused", "optimizer states", stored.others[2])]
-        if self._peak_slot is None:
-            found += [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]
-            found.append(("unused", str(Role.WEIGHT_GRAD), stored.others[1]))
-            found.append(("optimizer scratch", "scratch", self.optimizer_scratch_bytes))
-        else:
-            slot = self._peak_slot
-            found += [(x.key, str(x.role), x.bytes) for x in self.segments if x.start <= slot <= x.end]
-        return tuple(sorted((row for row in found if row[2]), key=lambda row: -row[2]))
+        return tuple(row for row in found if row[2])
+
+    @property
+    def stepping(self) -> tuple[tuple[str, str, int], ...]:
+        """What is alive beside it while the optimizer steps: (key, role, bytes)."""
+        stored = self._resident
+        found = [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]
+        found.append(("unused", str(Role.WEIGHT_GRAD), stored.others[1]))
+        found.append(("optimizer scratch", "scratch", self.optimizer_scratch_bytes))
+        return tuple(row for row in found if row[2])
+
+    @property
+    def alive(self) -> tuple[tuple[str, str, int], ...]:
+        """What is alive at the peak: (key, role, bytes), largest first."""
+        slot = self._peak_slot
+        passing: Iterable[tuple[str, str, int]] = self.stepping
+        if slot is not None:
+            passing = ((x.key, str(x.role), x.bytes) for x in self.segments if x.start <= slot <= x.end and x.bytes)
+        return tuple(sorted((*self.lasting, *passing), key=lambda row: -row[2]))
 
     @property
     def by_role(self) -> dict[str, int]:

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from assign.errors import PlanError, nearest
 from assign.files import write_whole
 from assign.plan.assignment import Entry
+from assign.plan.display import SHOWN, frame, table_html
 from assign.plan.formats import parse_saved
 from assign.plan.stored import owner_of
 from assign.plan.tensors import TensorTable, base_key, is_saved_key
@@ -145,6 +146,23 @@ class NoiseTable:
                 f"{table.fingerprint}.\n  Allowed: a file that was measured on this very model, at any batch size.\n"
                 "  Give that file, or measure again: assign noise TASK -o noise.json"
             )
+
+    def to_pandas(self) -> Any:
+        """A frame with a row for each choice: key, format, noise, standard_error, cosine, loss. Needs pandas."""
+        names = ["noise", "standard_error", "cosine", "loss"]
+        rows = (
+            {"key": cell.key, "format": cell.format, **{n: getattr(self, n)(*cell) for n in names}}
+            for cell in self.cells
+        )
+        return frame(rows, ["key", "format", *names])
+
+    def _repr_html_(self) -> str:
+        """The noisiest choices, for a notebook."""
+        found = sorted(((self.noise(*cell), cell) for cell in self.cells), key=lambda row: -row[0])
+        most = max((noise for noise, _ in found), default=0.0) or 1.0
+        rows = [((cell.key, cell.format, f"{noise:.3g}"), noise / most) for noise, cell in found[:SHOWN]]
+        title = f"noise of {len(found)} choices, {self.method}, batches: {self.batches}"
+        return table_html(title, ["tensor", "format", "noise"], rows, len(found))
 
     def to_json(self) -> str:
         """The file's text: one line per tensor."""

@@ -16,6 +16,7 @@ from typing import Any
 import networkx
 
 from assign.errors import PlanError
+from assign.plan.display import SHOWN, frame, table_html
 
 
 class Role(StrEnum):
@@ -268,6 +269,26 @@ class TensorTable:
             raise PlanError(
                 f"table: not a tensor table ({error}). Make one with 'assign trace TASK --json FILE'."
             ) from error
+
+    def to_pandas(self) -> Any:
+        """A frame with a row for each tensor, its fields the columns. Needs pandas."""
+        names = [field.name for field in dataclasses.fields(TensorInfo)]
+        rows = ({name: getattr(info, name) for name in names} | {"role": str(info.role)} for info in self.tensors)
+        return frame(rows, names)
+
+    def _repr_html_(self) -> str:
+        """The largest tensors, for a notebook."""
+        largest = sorted(self.paper_tensors, key=lambda info: -info.elements)
+        most = max((info.elements for info in largest), default=1) or 1
+        rows = [
+            (
+                (i.key, i.role.replace("_", " "), "×".join(map(str, i.shape)) or "scalar", f"{i.elements:,}"),
+                i.elements / most,
+            )
+            for i in largest[:SHOWN]
+        ]
+        title = f"{len(self.tensors)} tensors of one step, {self.elements:,} elements, {len(self.groups)} groups"
+        return table_html(title, ["tensor", "role", "shape", "elements"], rows, len(largest))
 
     def save(self, path: str) -> None:
         """Write the table as JSON."""

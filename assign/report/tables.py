@@ -14,6 +14,7 @@ from rich.table import Table
 from assign.executor.rehearsal import Rehearsal
 from assign.numerics.promotion import Promoted
 from assign.plan.assignment import Assignment, Diff
+from assign.plan.display import human_bytes
 from assign.plan.formats import FORMATS, BlockFormat, Format
 from assign.plan.lowered import Operator
 from assign.plan.memory import Estimate
@@ -25,15 +26,6 @@ from assign.training.tuning import Tuned
 
 _BAR = 30
 _LOWERED = ("makes", "operator", "rounded to", "runs in", "multiplies in", "because")
-
-
-def human_bytes(size: float) -> str:
-    """``12.3 MiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 def new_table(title: str, columns: Sequence[str], right: int = 1) -> Table:

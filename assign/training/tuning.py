@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from assign.errors import StudyError, nearest
 from assign.plan.assignment import Assignment
+from assign.plan.display import frame, human_bytes, table_html
 from assign.tasks import Task
 from assign.training.trials import Settings, Trainer
 
@@ -64,6 +65,20 @@ class Tuned:
     front: tuple[Candidate, ...]
     trained: int
     pruned: int
+
+    def to_pandas(self) -> Any:
+        """A frame with a row for each plan of the front: trial, the metric, and its estimate. Needs pandas."""
+        return frame({"trial": each.trial, self.metric: each.metric, **each.costs} for each in self.front)
+
+    def _repr_html_(self) -> str:
+        """The front, for a notebook."""
+        most = max((each.peak_bytes for each in self.front), default=1)
+        rows = [
+            ((f"{each.trial}", f"{each.metric:.4g}", human_bytes(each.peak_bytes)), each.peak_bytes / most)
+            for each in self.front
+        ]
+        title = f"{len(rows)} plans that no other beats; {self.trained} trained, {self.pruned} stopped early"
+        return table_html(title, ["trial", self.metric, "peak"], rows)
 
 
 def tune(

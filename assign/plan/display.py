@@ -1,0 +1,68 @@
+"""What a notebook shows of plain data: a small table in HTML, readable on light and dark, and a pandas frame."""
+
+import html
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from assign.errors import ReportError
+
+SHOWN = 12
+"""Rows of a table before "and n more"."""
+
+_LINE = "border-top:1px solid rgba(128,128,128,.3);padding:2px 10px;text-align:"
+_BAR = "background:rgba(86,180,233,.6);height:.7em;border-radius:2px;width:"
+
+
+def human_bytes(size: float) -> str:
+    """``12.3 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def table_html(title: str, columns: Sequence[str], rows: Iterable[tuple[Sequence[str], float]], total: int = 0) -> str:
+    """A table whose rows end in a bar. Texts are escaped; what is not the first of a row stands right.
+
+    Args:
+        rows: texts, and the length of the bar, 0 to 1.
+        total: how many rows there would be.
+    """
+    body = [
+        "<tr>" + "".join(map(_cell, texts, range(len(texts)))) + f"<td style='{_LINE}left;min-width:8em'>"
+        f"<div style='{_BAR}{100 * min(max(share, 0.0), 1.0):.1f}%'></div></td></tr>"
+        for texts, share in rows
+    ]
+    head = "".join(
+        f"<th style='text-align:{_side(n)};padding:2px 10px'>{html.escape(c)}</th>" for n, c in enumerate(columns)
+    )
+    more = f"<div>and {total - len(body)} more</div>" if total > len(body) else ""
+    return (
+        f"<div><b>{html.escape(title)}</b><table style='border-collapse:collapse'>"
+        f"<thead><tr>{head}<th></th></tr></thead><tbody>{''.join(body)}</tbody></table>{more}</div>"
+    )
+
+
+def frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> Any:
+    """A ``pandas.DataFrame`` of these rows.
+
+    Raises:
+        ReportError: pandas is not installed.
+    """
+    try:
+        pandas = importlib.import_module("pandas")
+    except ImportError as error:
+        raise ReportError(
+            "to_pandas needs pandas, which is not installed. Run: pip install 'precision-assign[report]'"
+        ) from error
+    return pandas.DataFrame(list(rows), columns=columns)
+
+
+def _cell(text: str, number: int) -> str:
+    return f"<td style='{_LINE}{_side(number)}'>{html.escape(text)}</td>"
+
+
+def _side(number: int) -> str:
+    return "right" if number else "left"

@@ -1,0 +1,52 @@
+"""Plans beside this one: what each needs, what each is judged by, and which of them no other beats in both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from assign.plan.assignment import Assignment
+
+TRAINED = "trained_"
+"""Prefix of a metric that a search by training measured, in a plan's estimate."""
+
+LOW_RATIO = "low_ratio"
+_LESS_IS_BETTER = ("noise", LOW_RATIO, "loss", "error", "perplexity")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A plan, and what its file says of it by name: ``costs``."""
+
+    name: str
+    peak_bytes: int
+    costs: dict[str, float]
+
+
+def point_of(plan: Assignment, name: str) -> Point | None:
+    """What a plan's file says of it; None where it does not say its peak."""
+    facts = plan.provenance.estimate
+    costs = {key: float(value) for key, value in facts.items() if isinstance(value, (int, float))}
+    peak = costs.get("peak_bytes")
+    return None if peak is None else Point(name=name, peak_bytes=int(peak), costs=costs)
+
+
+def points_of(plans: Sequence[Assignment]) -> list[Point]:
+    """A point for each plan that says its peak, by its number."""
+    found = [point_of(plan, f"plan {number} of {len(plans)}") for number, plan in enumerate(plans, 1)]
+    return [point for point in found if point is not None]
+
+
+def measure_of(points: Sequence[Point]) -> str:
+    """What all of these plans say of themselves: a metric that was trained for, else noise, else the low ratio."""
+    shared = set.intersection(*(set(point.costs) for point in points)) if points else set()
+    trained = sorted(name for name in shared if name.startswith(TRAINED))
+    return next(iter([*trained, *({"noise"} & shared)]), LOW_RATIO)
+
+
+def best_of(points: Sequence[Point], measure: str) -> list[Point]:
+    """Points that no other beats in both peak and measure, the lowest peak first."""
+    sign = 1 if any(word in measure for word in _LESS_IS_BETTER) else -1
+    found: list[Point] = []
+    for point in sorted(points, key=lambda each: (each.peak_bytes, sign * each.costs.get(measure, 0.0))):
+        if not found or sign * point.costs.get(measure, 0.0) < sign * found[-1].costs.get(measure, 0.0):
+            found.append(point)
+    return found

@@ -1,0 +1,207 @@
+"""The page put together: what the template is given, and the file."""
+
+import base64
+import gzip
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from assign.errors import PlanError, ReportError
+from assign.files import write_whole
+from assign.fronts import Front
+from assign.plan.assignment import Assignment
+from assign.plan.display import human_bytes
+from assign.plan.memory import Estimate, estimate
+from assign.plan.moments import Moments, moments
+from assign.plan.noise import NoiseTable
+from assign.plan.stored import UpdateRounding
+from assign.plan.tensors import TensorTable
+from assign.report.page import colours, curves, figures
+from assign.report.page.beside import LOW_RATIO, measure_of, point_of, points_of
+from assign.report.page.figures import Figure
+from assign.report.page.rows import Row, formats_of, tensor_rows
+from assign.report.page.runs import TrainedRun
+
+_CHART_PIXELS, _TALL_PIXELS, _ROW_PIXELS = 340, 520, 190
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a page is made of.
+
+    Attributes:
+        name: of the plan, for people: its file.
+        table: of the plan's model, at the batch size that the page is to speak of.
+        runs: trainings to draw; front: plans to put this one beside; noise: of the tensors.
+        update_rounding: as in ``assign.estimate``.
+        command: what made the page, ``''`` where there was none.
+    """
+
+    name: str
+    plan: Assignment
+    table: TensorTable
+    runs: tuple[TrainedRun, ...] = ()
+    front: Front | None = None
+    noise: NoiseTable | None = None
+    update_rounding: str = UpdateRounding.NEAREST
+    command: str = ""
+
+    def check(self) -> None:
+        """Make sure that all of it is of one model.
+
+        Raises:
+            PlanError: plan, front or noise are of another model than the table.
+        """
+        if self.plan.fingerprint != self.table.fingerprint:
+            raise PlanError(
+                f"{self.name} is a plan of another model: its fingerprint is {self.plan.fingerprint}, this model's "
+                f"{self.table.fingerprint}.\n  Give the task that the plan was made for, with its own options: --task."
+            )
+        others = {plan.fingerprint for plan in self.front.plans} if self.front else set()
+        if others - {self.plan.fingerprint}:
+            raise PlanError(
+                f"the front has plans of another model: their fingerprint is {', '.join(sorted(others))}, that "
+                f"of {self.name} {self.plan.fingerprint}.\n  Give the directory of a front for the plan's own model."
+            )
+        if self.noise is not None:
+            self.noise.check(self.table)
+
+
+def check_libraries() -> None:
+    """Make sure, before anything is loaded, that a page can be made.
+
+    Raises:
+        ReportError: a library is missing.
+    """
+    for name in _LIBRARIES:
+        _library(name)
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the page to ``path``, whole.
+
+    Raises:
+        ReportError: the file cannot be written, or a library is missing (the extra ``report`` has them).
+        PlanError: plan, table and noise are of different models.
+    """
+    text = render(report)
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise ReportError(
+            f"cannot write the report {path}: {error.strerror or error}. "
+            "Give a file in a directory that exists and that you may write to."
+        ) from error
+
+
+def render(report: Report) -> str:
+    """The page's text. Raises as :func:`write_report`."""
+    jinja2, markup = _library("jinja2"), _library("markupsafe").Markup
+
+    def breakable(key: str) -> Any:
+        """A key that a browser may break behind its dots and slashes."""
+        return markup("<wbr>").join(re.split(r"(?<=[./])", key))
+
+    plotly = gzip.compress(_library("plotly.offline").get_plotlyjs().encode(), mtime=0)  # a third of its bytes
+    report.check()
+    loader = jinja2.PackageLoader("assign.report.page", "")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"bytes": human_bytes, "breakable": breakable}
+    own = {name: environment.loader.get_source(environment, name)[0] for name in ("style.css", "script.js")}
+    page: str = environment.get_template("template.html").render(
+        **context(report), own=own, plotly=base64.b64encode(plotly).decode()
+    )
+    return page
+
+
+def context(report: Report) -> dict[str, Any]:
+    """What the template is given: figures, rows and words."""
+    plan, table = report.plan, report.table
+    costs = estimate(table, plan, update_rounding=report.update_rounding)
+    before, after = moments(table, {}), moments(table, plan.entries, report.update_rounding)
+    rows = tensor_rows(table, plan, after, report.noise, report.update_rounding)
+    looks = colours.of_formats(formats_of(rows))
+    points, this = points_of(report.front.plans) if report.front else [], point_of(plan, report.name)
+    measure = measure_of(points)
+    drawn = {
+        "memory": figures.memory_figure(before, after),
+        "model": figures.model_figure(rows, lambda row: looks[row.format]),
+        "front": figures.front_figure(points, this) if points else None,
+        "curves": curves.curves_figure(report.runs),
+        "promotions": curves.promotions_figure(report.runs),
+        "scale": curves.scale_figure(report.runs),
+    }
+    return {
+        "report": report,
+        "costs": costs,
+        "ratio": costs.peak_bytes / max(costs.baseline_peak_bytes, 1),
+        "rows": rows,
+        "most": {name: max((getattr(row, name) or 0 for row in rows), default=0) or 1 for name in _MEASURES},
+        "looks": looks,
+        "measure": None if measure == LOW_RATIO else measure,
+        "starred": this is not None and measure in this.costs,
+        "shares": _shares(rows),
+        "roles": _roles(before, after),
+        "run_looks": curves.looks_of(report.runs),
+        "metrics": list(dict.fromkeys(name for run in report.runs for name in run.facts.metrics)),
+        "figures": {name: figure for name, figure in drawn.items() if figure},
+        "heights": {name: _height(name, figure) for name, figure in drawn.items() if figure},
+        "alive": {"before": _alive(before), "after": _alive(after), "words": _words(after), "peak": after.peak},
+        "unowned": _unowned(costs, rows),
+    }
+
+
+_LIBRARIES = ("jinja2", "markupsafe", "plotly.offline")
+_MEASURES = ("bytes", "fp32_bytes", "peak_bytes", "noise")
+
+
+def _library(name: str) -> Any:
+    """Looked for when a page is made: nothing else needs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ReportError(
+            f"a report needs {name.partition('.')[0]}, which is not installed. "
+            "Run: pip install 'precision-assign[report]'"
+        ) from error
+
+
+def _shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Format → share of all elements, the widest format first."""
+    total = sum(row.elements for row in rows) or 1
+    return {name: sum(row.elements for row in rows if row.format == name) / total for name in formats_of(rows)}
+
+
+def _roles(*found: Moments) -> dict[str, tuple[str, colours.Look]]:
+    """Roles that any of them has, from the bottom of the chart to its top."""
+    return {role: look for role, look in colours.ROLES.items() if any(role in each.by_role for each in found)}
+
+
+def _height(name: str, figure: Figure) -> int:
+    """Pixels: more where charts stand above each other."""
+    if name in ("memory", "model"):
+        return _TALL_PIXELS
+    rows = sum(key.startswith("yaxis") for key in figure["layout"])
+    return _CHART_PIXELS if rows == 1 else 70 + _ROW_PIXELS * rows
+
+
+def _alive(found: Moments) -> dict[str, Any]:
+    """What comes and goes, for the list of what is alive at a moment: each as start, end, bytes, key, role."""
+    keys = {key: number for number, key in enumerate(dict.fromkeys(each.key for each in found.alive))}
+    roles = [*colours.ROLES]
+    rows = [[s.start, s.end, s.bytes, keys[s.key], roles.index(s.role)] for s in found.alive]
+    return {"keys": [*keys], "roles": [title for title, _ in colours.ROLES.values()], "segments": rows}
+
+
+def _words(found: Moments) -> list[str]:
+    return [figures.words(found, number) for number in range(len(found.operators))]
+
+
+def _unowned(costs: Estimate, rows: Sequence[Row]) -> int:
+    """Bytes at the peak that belong to none of the rows: the batch, integers, what operators need for a moment."""
+    return costs.peak_bytes - sum(row.peak_bytes for row in rows)

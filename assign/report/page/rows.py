@@ -1,0 +1,147 @@
+"""Every tensor of a step under a plan: its format, its bytes, what of them is alive at the peak, its noise."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from assign.plan.assignment import Assignment
+from assign.plan.formats import ITEM_BYTES
+from assign.plan.moments import Moments
+from assign.plan.noise import EXACT, Cell, NoiseTable
+from assign.plan.stored import (
+    StateFormat,
+    UpdateRounding,
+    buffer_format,
+    is_stored,
+    master_format,
+    owner_of,
+    resident,
+    state_format,
+    waiting_bytes,
+)
+from assign.plan.tensors import PAPER_ROLES, Role, TensorInfo, TensorTable, base_key, master_key, stored_grad_key
+
+_ALIVE_AS = {Role.MASTER: "parameters", Role.OPTIM_STATE: "optimizer states", Role.BUFFER: "buffers"}
+_ROUNDED = PAPER_ROLES | {Role.SAVED}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One tensor.
+
+    Attributes:
+        path: of its module, ``''`` for the model itself.
+        bytes: in its format, scales included; fp32_bytes: as float32.
+        peak_bytes: of it alive at the plan's peak.
+        noise: that this format adds to the gradient; None where it was not measured, or is no rounding of its own.
+    """
+
+    key: str
+    role: Role
+    path: str
+    group: int
+    shape: tuple[int, ...]
+    elements: int
+    format: str
+    bytes: int
+    fp32_bytes: int
+    peak_bytes: int
+    noise: float | None
+
+    @property
+    def alive_as(self) -> str:
+        """What the memory model calls bytes of this role."""
+        return _ALIVE_AS.get(self.role, str(self.role))
+
+    @property
+    def name(self) -> str:
+        """The key without its path."""
+        rest = self.key.removeprefix(self.path) if self.path else self.key
+        return rest.lstrip("./") or self.key
+
+
+def tensor_rows(
+    table: TensorTable,
+    plan: Assignment,
+    after: Moments,
+    noise: NoiseTable | None = None,
+    update_rounding: str = UpdateRounding.NEAREST,
+) -> tuple[Row, ...]:
+    """A row for each of the table's tensors, each master, and each state that the plan adds.
+
+    Args:
+        after: the plan's moments.
+        update_rounding: as in ``estimate``.
+    """
+    at_peak: dict[tuple[str, str], int] = defaultdict(int)
+    for segment in after.alive:
+        if segment.start <= after.peak <= segment.end:
+            at_peak[segment.key, segment.role] += segment.bytes
+    found = []
+    for info, key, role, fmt, size in _tensors(table, plan, update_rounding):
+        alive = at_peak.get((base_key(key) if role is Role.SAVED else key, _ALIVE_AS.get(role, role)), 0)
+        found.append(
+            Row(
+                key=key,
+                role=role,
+                path=_path(info),
+                group=info.group,
+                shape=info.shape,
+                elements=info.elements,
+                format=fmt,
+                bytes=size,
+                fp32_bytes=info.elements * ITEM_BYTES["float32"],
+                peak_bytes=size if role is Role.BUFFER else alive,
+                noise=_noise(noise, plan, key) if role in _ROUNDED else None,
+            )
+        )
+    return tuple(found)
+
+
+def formats_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Names of all formats, the widest first."""
+    bits: dict[str, float] = {}
+    for row in rows:
+        bits[row.format] = min(8 * row.bytes / max(row.elements, 1), bits.get(row.format, float("inf")))
+    return tuple(sorted(bits, key=lambda name: (-bits[name], name)))
+
+
+def _tensors(
+    table: TensorTable, plan: Assignment, update_rounding: str
+) -> Iterator[tuple[TensorInfo, str, Role, str, int]]:
+    """Row of the table, key, role, format and bytes of each tensor."""
+    stored = resident(table, plan.entries, update_rounding)
+    for info in table.tensors:
+        fmt = _format(info, plan)
+        yield info, info.key, info.role, fmt.name, waiting_bytes(fmt, info.elements)
+        if info.role is Role.WEIGHT and is_stored(info):
+            key = master_key(info.key)
+            yield info, key, Role.MASTER, master_format(plan.entries, info.key).name, stored.masters[key]
+        if (key := stored_grad_key(base_key(info.key))) in plan.entries and info.role is Role.WEIGHT_GRAD:
+            yield info, key, info.role, plan.entries[key].format, stored.stored_gradients[info.key]
+    for key, size in stored.optimizer_states.items():
+        weight = owner_of(key, table.by_key)
+        if weight and key not in table.by_key:  # what the plan itself adds
+            yield table.by_key[weight[0]], key, Role.OPTIM_STATE, master_format(plan.entries, weight[0]).name, size
+
+
+def _format(info: TensorInfo, plan: Assignment) -> StateFormat:
+    if info.role is Role.SAVED:
+        return plan.saved_format(base_key(info.key))
+    if info.role is Role.OPTIM_STATE:
+        owner, _, state = info.key.rpartition(".optim.")
+        return state_format(plan.entries, owner, state)
+    if info.role is Role.BUFFER:
+        return buffer_format(plan.entries, info.key.removesuffix(".buffer"))
+    return plan.format_of(info.key)
+
+
+def _path(info: TensorInfo) -> str:
+    return info.key.partition("/")[0] if "/" in info.key else info.module
+
+
+def _noise(noise: NoiseTable | None, plan: Assignment, key: str) -> float | None:
+    if noise is None or key not in plan.entries:
+        return None
+    name = plan.entries[key].format
+    return noise.noise(key, name) if name == EXACT or Cell(key, name) in noise.cells else None

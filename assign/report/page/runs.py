@@ -1,0 +1,125 @@
+"""What ``assign train``, ``run`` and ``compare`` wrote with ``--json``, read again."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from assign.errors import ReportError
+from assign.training.comparison import Comparison, EpochFacts
+
+_ALLOWED = "what 'assign train', 'assign run' or 'assign compare' wrote with --json"
+
+
+class Epoch(EpochFacts):
+    """One finished epoch of a run; skipped steps are those whose gradients were not finite."""
+
+    fp32_metrics: dict[str, float | None] = Field(default_factory=dict)
+    loss_scale: float | None = None
+    skipped_steps: int = 0
+
+
+class Promotion(BaseModel):
+    """A tensor that got its high format back, at the step from which on it overflowed too often."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    step: int
+    key: str
+    overflow_ratio: float
+    from_format: str
+    to_format: str
+
+
+class Facts(BaseModel):
+    """What the page reads of a training's result; None is a number that was not finite, or is not known."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    metrics: dict[str, float | None]
+    fp32_metrics: dict[str, float | None] = Field(default_factory=dict)
+    loss: float | None
+    measured_peak_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
+    step_seconds: float | None = None
+    diverged: bool = False
+    message: str = ""
+    steps: int | None = None
+    skipped_steps: int | None = None
+    epochs: list[Epoch]
+    promotions: list[Promotion] = Field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedRun:
+    """One training.
+
+    Attributes:
+        variant: what it shares with those that differ in the seed alone.
+        seed: None where the file does not say.
+    """
+
+    variant: str
+    seed: int | None
+    facts: Facts
+
+    @property
+    def name(self) -> str:
+        """Variant and seed."""
+        return self.variant if self.seed is None else f"{self.variant}, seed {self.seed}"
+
+
+def load_runs(paths: Sequence[Path], fingerprint: str) -> tuple[TrainedRun, ...]:
+    """All trainings in these files; where there are several files, a run's name begins with its file's.
+
+    Args:
+        fingerprint: of the model that a comparison must be of; other files do not say theirs.
+    Raises:
+        ReportError: a file cannot be read, holds no training, or one of another model.
+    """
+    found = []
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ReportError(f"cannot read the run {path}: {error}.\n  Give {_ALLOWED}.") from error
+        prefix = f"{path.stem}: " if len(paths) > 1 else ""
+        found += [
+            TrainedRun(variant=prefix + (variant or path.stem), seed=seed, facts=_facts(result, path))
+            for variant, seed, result in _results(text, path, fingerprint)
+        ]
+    return tuple(found)
+
+
+def _results(text: str, path: Path, fingerprint: str) -> Iterator[tuple[str, int | None, Any]]:
+    """Variant, seed and result of each training in a file."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON: {error}.\n  Give {_ALLOWED}.") from None
+    if not isinstance(data, dict):
+        raise ReportError(f"{path} holds no training, but a {type(data).__name__}.\n  Give {_ALLOWED}.")
+    if "assign_comparison" in data:
+        comparison = Comparison.from_json(text, where=str(path))
+        if comparison.fingerprint != fingerprint:
+            raise ReportError(
+                f"{path} compares plans of another model: its fingerprint is {comparison.fingerprint}, the plan's "
+                f"{fingerprint}.\n  Give a comparison of the plan's own model, or leave it out."
+            )
+        yield from ((run.variant, run.seed, run.result) for run in comparison.runs)
+    elif {"baseline", "plan"} <= data.keys():
+        yield from (("fp32", None, data["baseline"]), ("plan", None, data["plan"]))
+    else:
+        yield "", None, data
+
+
+def _facts(result: Any, path: Path) -> Facts:
+    try:
+        return Facts.model_validate(result)
+    except ValidationError as error:
+        fact = error.errors(include_url=False)[0]
+        place = " → ".join(map(str, fact["loc"])) or "the file"
+        raise ReportError(f"{path} holds no training: {place}: {fact['msg']}.\n  Give {_ALLOWED}.") from None

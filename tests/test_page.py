@@ -1,0 +1,501 @@
+"""The page about a plan: its numbers are the memory model's, nothing is left out, and a real browser shows it."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from comparisons import by_hand, compared
+from helpers import adamw, all_low, traced
+from markupsafe import escape
+from shell import fails, run
+from torch import nn
+
+from assign.errors import PlanError, ReportError
+from assign.fronts import Front
+from assign.plan.assignment import Assignment, Provenance
+from assign.plan.display import human_bytes
+from assign.plan.memory import estimate
+from assign.plan.moments import moments
+from assign.plan.noise import Cell, Method, NoiseTable, Sample
+from assign.plan.stored import UpdateRounding
+from assign.plan.tensors import Role, TensorTable
+from assign.planning import search_table
+from assign.report.page import Report, write_report
+from assign.report.page.beside import best_of, measure_of, points_of
+from assign.report.page.colours import of_formats
+from assign.report.page.curves import curves_figure, promotions_figure, scale_figure
+from assign.report.page.figures import front_figure, memory_figure, model_figure, words
+from assign.report.page.page import context, render
+from assign.report.page.rows import formats_of, tensor_rows
+from assign.report.page.runs import load_runs
+
+EVIL = "<img src=x onerror=evil()>"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PLANS = {
+    "fp32": {"strategy": "uniform", "format_name": "fp32"},
+    "low": {"low_ratio": 1.0},
+    "emulated": {"low_ratio": 0.5, "recipe": "hfp8"},
+    "blocks": {"low_ratio": 0.0, "saved": "int4:block64"},
+    "stored": {"low_ratio": 0.0, "master": "bf16+8", "optimizer_states": "bf16"},
+    "16 bit": {"strategy": "standalone", "recipe": "bf16"},
+}
+
+
+class Net(nn.Module):
+    def __init__(self, depth=2, width=16):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(depth)))
+        self.norm = nn.BatchNorm1d(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.layers(x)))
+
+
+def trace_net(depth):
+    return traced(Net(depth), (torch.randn(64, 16), torch.randint(0, 4, (64,))), optimizer=adamw)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return trace_net(2)
+
+
+@pytest.fixture(params=PLANS)
+def plan(request, table):
+    return search_table(table, **PLANS[request.param])
+
+
+@pytest.fixture
+def low(table):
+    return search_table(table, **PLANS["low"])
+
+
+def rows_of(table, plan, **options):
+    return tensor_rows(table, plan, moments(table, plan.entries), **options)
+
+
+def data_of(page):
+    """The JSON that a page carries."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
+
+
+# ---- numbers
+
+
+def test_moments_are_those_of_the_memory_model(table, plan):
+    found, costs = moments(table, plan.entries), estimate(table, plan)
+    assert found.total[found.peak] == found.total.max() == costs.peak_bytes
+    assert {role: int(size[found.peak]) for role, size in found.by_role.items() if size[found.peak]} == costs.by_role
+    assert words(found, found.peak).replace("rounding, ", "") == costs.peak_at
+    alive = np.zeros_like(found.total)
+    for each in found.alive:
+        alive[each.start : each.end + 1] += each.bytes
+    assert (alive == found.total).all()
+    run = [n for n, rounds in enumerate(found.rounds) if not rounds]
+    timeline = [bytes for _, _, bytes in costs.timeline]
+    assert [found.operators[n] for n in run] == [name for name, _, _ in costs.timeline]
+    assert all(found.total[n] >= bytes for n, bytes in zip(run, timeline, strict=True))
+    assert found.total[-1] == timeline[-1]
+
+
+def test_update_rounding_counts(table):
+    plan = search_table(table, **PLANS["16 bit"])
+    kahan = moments(table, plan.entries, UpdateRounding.KAHAN)
+    assert kahan.total.max() == estimate(table, plan, update_rounding="kahan").peak_bytes
+    assert kahan.total.max() > moments(table, plan.entries).total.max()
+    rows = tensor_rows(table, plan, kahan, update_rounding=UpdateRounding.KAHAN)
+    assert sum(row.key.endswith(".optim.compensation") for row in rows) == sum(
+        row.role is Role.WEIGHT for row in table.tensors
+    )
+
+
+def test_the_memory_chart_stacks_to_the_totals_and_marks_the_peaks(table, plan):
+    before, after = moments(table, {}), moments(table, plan.entries)
+    figure, costs = memory_figure(before, after), estimate(table, plan)
+    divisor = {"KiB": 1024, "MiB": 2**20}[re.search(r"\((.*)\)", figure["layout"]["yaxis"]["title"]["text"])[1]]
+    for axis, found, peak in (("y2", before, costs.baseline_peak_bytes), ("y", after, costs.peak_bytes)):
+        traces = [trace for trace in figure["data"] if trace["yaxis"] == axis]
+        stacked = np.sum([trace["y"] for trace in traces if "stackgroup" in trace], axis=0)
+        (total,) = [trace for trace in traces if "hovertemplate" in trace]
+        (mark,) = [trace for trace in traces if trace["name"] == "peak"]
+        assert len(stacked) == len(found.total) + 1 == len(total["x"])
+        assert stacked[:-1] * divisor == pytest.approx(found.total, abs=len(traces) * divisor * 1e-4)
+        assert total["y"][:-1] == pytest.approx(found.total / divisor, abs=1e-4)
+        assert (mark["x"], mark["text"]) == ([total["x"][found.peak]], [f"peak {human_bytes(peak)}"])
+    layout = figure["layout"]
+    assert layout["yaxis"]["range"] == layout["yaxis2"]["range"]
+    assert layout["yaxis"]["range"][1] * divisor > costs.baseline_peak_bytes
+    assert layout["xaxis"]["ticktext"] == ["forward", "backward", "optimizer"]
+
+
+def test_every_tensor_has_a_row_and_its_bytes_at_the_peak(table, plan):
+    rows, found = rows_of(table, plan), moments(table, plan.entries)
+    keys = [row.key for row in rows]
+    assert len(set(keys)) == len(keys)
+    weights = [info for info in table.tensors if info.role is Role.WEIGHT]
+    masters = {f"{info.key}.master" for info in weights}
+    assert {info.key for info in table.tensors} | masters <= set(keys)
+    extra = {f"{info.key}.optim.extra_bits" for info in weights if "bf16+8" in str(plan.entries.values())}
+    extra |= {key for key in plan.entries if key.endswith(".stored")}
+    assert set(keys) == {info.key for info in table.tensors} | masters | extra
+    of_nobody = sum(int(size[found.peak]) for role, size in found.by_role.items() if role in ("scratch", "batch"))
+    of_nobody += int(found.by_role["buffers"][0]) - sum(row.bytes for row in rows if row.role is Role.BUFFER)
+    assert sum(row.peak_bytes for row in rows) + of_nobody == estimate(table, plan).peak_bytes
+    for row in rows:
+        assert row.fp32_bytes == 4 * row.elements
+        if row.key in plan.entries:
+            assert row.format == plan.entries[row.key].format
+    assert context(Report(name="p", plan=plan, table=table))["unowned"] == of_nobody
+
+
+def test_noise_stands_where_it_was_measured(table, low):
+    key = "head/linear"
+    cells = {Cell(key, low.entries[key].format): (Sample(0.25, 1.0, 0.0),)}
+    noise = NoiseTable(fingerprint=table.fingerprint, method=Method.MEASURED, cells=cells)
+    by_key = {row.key: row.noise for row in rows_of(table, low, noise=noise)}
+    assert by_key.pop(key) == 0.25
+    exact = {name for name, entry in low.entries.items() if entry.format == "fp32"}
+    assert {by_key[name] for name in exact} == {0.0}
+    assert {by_key[name] for name in by_key.keys() - exact} == {None}
+    assert "over 1 batch, measured" in render(Report(name="p", plan=low, table=table, noise=noise))
+
+
+def test_the_tree_has_every_byte_in_its_formats_colour(table, plan):
+    rows = rows_of(table, plan)
+    looks = of_formats(formats_of(rows))
+    (tree,) = model_figure(rows, lambda row: looks[row.format])["data"]
+    assert len(set(tree["ids"])) == len(tree["ids"])
+    assert set(tree["parents"]) - {""} <= set(tree["ids"])
+    assert sum(tree["values"]) == sum(row.bytes for row in rows)
+    colours = dict(zip(tree["ids"], tree["marker"]["colors"], strict=True))
+    assert all(colours[row.key] == looks[row.format].colour for row in rows)
+    assert "layers.0.0/" in tree["ids"]
+
+
+def test_formats_are_told_apart_beyond_the_number_of_colours():
+    names = ["fp32", "bf16", "fp16", *map(str, range(18))]
+    looks = of_formats(names)
+    assert len({(look.colour, look.pattern) for look in looks.values()}) == len(names)
+
+
+# ---- other plans
+
+
+def test_front_says_which_plans_are_beaten_and_where_this_one_is(table):
+    def at(peak, **costs):
+        return Assignment(
+            entries={}, recipe="native", fingerprint="f", provenance=Provenance(estimate={"peak_bytes": peak, **costs})
+        )
+
+    plans = [at(2**20, noise=9.0), at(2 * 2**20, noise=4.0), at(3 * 2**20, noise=5.0), at(4 * 2**20, noise=1.0)]
+    points = points_of(plans)
+    assert measure_of(points) == "noise"
+    assert [point.costs["noise"] for point in best_of(points, "noise")] == [9.0, 4.0, 1.0]
+    beaten, best, star = front_figure(points, points[2])["data"]
+    assert (beaten["x"], beaten["y"]) == ([3.0], [5.0])
+    assert (best["x"], best["y"]) == ([1.0, 2.0, 4.0], [9.0, 4.0, 1.0])
+    assert (star["x"], star["y"], star["marker"]["symbol"]) == ([3.0], [5.0], "star")
+    figure = front_figure(points, points_of([at(2**19)])[0])
+    assert len(figure["data"]) == 2
+    assert [shape["x0"] for shape in figure["layout"]["shapes"]] == [0.5]
+    assert "(MiB)" in figure["layout"]["xaxis"]["title"]["text"]
+    assert measure_of(points_of([*plans, at(1)])) == "low_ratio"
+    trained = points_of([at(1, noise=1.0, trained_accuracy=0.5), at(2, noise=2.0, trained_accuracy=0.75)])
+    assert measure_of(trained) == "trained_accuracy"
+    assert len(best_of(trained, "trained_accuracy")) == 2
+    assert measure_of([]) == "low_ratio"
+
+
+def test_a_front_of_the_page_is_of_its_model(table, low):
+    page = render(Report(name="low.json", plan=low, table=table, front=Front((low,))))
+    assert "so the low ratio stands for what they cost" in page
+    assert "The star is low.json" in page
+    other = dataclasses.replace(low, fingerprint="other")
+    with pytest.raises(PlanError, match="the front has plans of another model"):
+        render(Report(name="low.json", plan=low, table=table, front=Front((other,))))
+
+
+# ---- trainings
+
+
+def trained(**changes):
+    epochs = [
+        {"loss": 2.0, "metrics": {"accuracy": 0.5}, "fp32_metrics": {}, "loss_scale": 65536.0, "skipped_steps": 0},
+        {"loss": None, "metrics": {"accuracy": None}, "fp32_metrics": {}, "loss_scale": 32768.0, "skipped_steps": 2},
+    ]
+    past = {"step": 7, "key": EVIL, "overflow_ratio": 0.02, "from_format": "fp(4,3,4)", "to_format": "fp(6,9,0)"}
+    return {"metrics": {"accuracy": 0.5}, "loss": 2.0, "epochs": epochs, "promotions": [past], **changes}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """One file of each kind: of ``train``, of ``run``, of ``compare``."""
+    made = compared(by_hand("fp32", 0, 0.9), by_hand("low", 0, 0.5), by_hand("low", 1, 0.75, diverged=True))
+    bare = [dataclasses.replace(each, result={**each.result, "promotions": []}) for each in made.runs]
+    plain = trained(promotions=[], epochs=[{"loss": 1.0, "metrics": {"accuracy": 1.0}}])
+    files = {
+        "train": trained(),
+        "run": {"baseline": plain, "plan": trained(), "search": {}},
+        "compare": dataclasses.replace(made, runs=tuple(bare)).to_json(),
+    }
+    for name, data in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    return tmp_path
+
+
+def test_runs_are_read_from_all_three_kinds_of_file(results):
+    paths = [results / f"{name}.json" for name in ("train", "run", "compare")]
+    names = ["train: train", "run: fp32", "run: plan"]
+    names += ["compare: fp32, seed 0", "compare: low, seed 0", "compare: low, seed 1"]
+    assert [each.name for each in load_runs(paths, "f")] == names
+    assert [each.name for each in load_runs(paths[:1], "any")] == ["train"]
+
+
+def test_files_that_hold_no_run_are_refused(results):
+    (results / "list.json").write_text("[]")
+    (results / "cut.json").write_text('{"metrics": ')
+    (results / "plan.json").write_text('{"assign_plan": 1}')
+    messages = {
+        "compare": "compares plans of another model: its fingerprint is f, the plan's g",
+        "list": "holds no training, but a list",
+        "cut": "is not JSON",
+        "plan": "holds no training: metrics: Field required",
+        "none": "cannot read the run",
+    }
+    for name, message in messages.items():
+        with pytest.raises(ReportError, match=message):
+            load_runs([results / f"{name}.json"], "g")
+
+
+def test_curves_are_the_runs_own_numbers(results):
+    runs = load_runs([results / "run.json"], "f")
+    figure = curves_figure(runs)
+    found = {(trace["name"], trace["yaxis"]): trace["y"] for trace in figure["data"]}
+    assert found == {
+        ("fp32", "y"): [1.0],
+        ("plan", "y"): [2.0, None],
+        ("fp32", "y2"): [1.0],
+        ("plan", "y2"): [0.5, None],
+    }
+    headings = [note["text"] for note in figure["layout"]["annotations"]]
+    assert headings == ["<b>mean training loss</b>", "<b>accuracy</b>"]
+    scale = scale_figure(runs)
+    assert [trace["y"] for trace in scale["data"]] == [[16.0, 15.0], [0, 2]]
+    assert {trace["line"]["color"] for trace in scale["data"]} == {figure["data"][1]["line"]["color"]}
+    (past,) = promotions_figure(runs)["data"]
+    assert (past["x"], past["y"]) == ([7], [2.0])
+    assert "%" in promotions_figure(runs)["layout"]["yaxis"]["title"]["text"]
+    quiet = runs[:1]
+    assert (scale_figure(quiet), promotions_figure(quiet), curves_figure([])) == (None, None, None)
+
+
+# ---- the page
+
+
+@pytest.fixture(scope="module")
+def many():
+    """A table of more than 500 tensors, and a plan for it."""
+    table = trace_net(45)
+    assert len(table.tensors) > 500
+    return table, all_low(table)
+
+
+def test_a_page_of_500_tensors_is_small_and_loads_nothing(many, tmp_path):
+    table, plan = many
+    write_report(tmp_path / "report.html", Report(name="plan.json", plan=plan, table=table))
+    text = (tmp_path / "report.html").read_text()
+    assert len(text) < 6e6
+    assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//|@import|url\(""", text)
+    assert text.count('id="plotly"') == 1
+    assert len(re.findall(r"<tr data-bytes", text)) == len(rows_of(table, plan))
+    assert all(escape(info.key) in text.replace("<wbr>", "") for info in table.tensors)
+
+
+def test_a_page_says_what_it_has_not(table, low):
+    page = render(Report(name="low.json", plan=dataclasses.replace(low, provenance=Provenance()), table=table))
+    for note in ("No noise was given", "No other plans were given", "No run was given", "does not say which command"):
+        assert note in page
+
+
+def test_a_page_says_how_to_reproduce_it(table, low):
+    source = Provenance(command="assign search x --budget '1 & 2'", versions={"torch": "2.0"}, seed=3, created="today")
+    page = render(Report(name="p", plan=low.with_provenance(source), table=table, command="assign report p"))
+    for text in (escape(source.command), "assign report p", "2.0", "today", low.fingerprint):
+        assert text in page
+
+
+def evil_report(table, runs=()):
+    """A report of a model that has mark-up for a name."""
+    text = json.dumps(table.to_json()).replace('"head', f'"{EVIL}</script>')
+    renamed = TensorTable.from_json(json.loads(text))
+    return Report(name=EVIL, plan=all_low(renamed), table=renamed, runs=runs)
+
+
+def test_names_are_shown_not_run(table, results):
+    page = render(evil_report(table, load_runs([results / "train.json"], "")))
+    assert "<img" not in page.replace("<wbr>", "")
+    assert escape(f"{EVIL}</script>/linear") in page.replace("<wbr>", "")
+    keys = data_of(page)["alive"]["after"]["keys"]
+    assert f"{EVIL}</script>/linear" in keys
+    figures = data_of(page)["figures"]
+    (tree,), (past,) = figures["model"]["data"], figures["promotions"]["data"]
+    totals = [trace["text"] for trace in figures["memory"]["data"] if "hovertemplate" in trace]
+    read_by_plotly = json.dumps([tree["labels"], tree["hovertext"], past["text"], totals])
+    assert "&lt;img" in read_by_plotly
+    assert "<img" not in read_by_plotly
+
+
+def test_another_models_plan_is_refused(table, low, tmp_path):
+    other = dataclasses.replace(low, fingerprint="other")
+    with pytest.raises(PlanError, match=r"low\.json is a plan of another model: its fingerprint is other"):
+        render(Report(name="low.json", plan=other, table=table))
+    with pytest.raises(ReportError, match="cannot write the report"):
+        write_report(tmp_path / "nowhere" / "r.html", Report(name="low.json", plan=low, table=table))
+
+
+def test_without_plotly_it_says_what_to_install(table, low, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ReportError, match=r"needs plotly, which is not installed.*precision-assign\[report\]"):
+        render(Report(name="low.json", plan=low, table=table))
+
+
+# ---- the shell
+
+
+TASK = """
+import torch
+from torch import nn
+import assign
+
+def task(batch_size: int = 32):
+    data = [(torch.randn(batch_size, 8), torch.randn(batch_size, 1)) for _ in range(2)]
+    return assign.Task(
+        model=lambda: nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 1)),
+        loss=lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]),
+        train=data,
+        evaluate=None,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+        epochs=1,
+    )
+
+def other(batch_size: int = 32):
+    import dataclasses
+    return dataclasses.replace(task(batch_size), model=lambda: nn.Sequential(nn.Linear(8, 1)))
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def search(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["assign", "search", *arguments])
+    run("search", *arguments)
+
+
+def test_report_finds_the_plans_task_and_its_options(here, monkeypatch, capsys):
+    search(monkeypatch, "mine.py", "--low-ratio", "1", "--batch-size", "48", "-o", "my plan.json")
+    run("train", "mine.py", "--plan", "my plan.json", "--json", "run.json")
+    assert "wrote report.html" in run("report", "my plan.json", "--run", "run.json")
+    page = (here / "report.html").read_text()
+    peak = Assignment.load("my plan.json").provenance.estimate["peak_bytes"]
+    found = data_of(page)["alive"]
+    assert sum(s[2] for s in found["after"]["segments"] if s[0] <= found["peak"] <= s[1]) == peak
+    assert "assign search mine.py --low-ratio 1 --batch-size 48 -o &#39;my plan.json&#39;" in page
+    assert "another model" in fails(capsys, monkeypatch, "report", "my plan.json", "--task", "mine.py:other")
+    run("report", "my plan.json", "--batch-size", "96", "-o", "larger.html")
+    found = data_of((here / "larger.html").read_text())["alive"]
+    assert sum(s[2] for s in found["after"]["segments"] if s[0] <= found["peak"] <= s[1]) > peak
+
+
+def test_report_asks_for_the_task_of_a_plan_that_does_not_say_it(here, monkeypatch, capsys):
+    search(monkeypatch, "mine.py", "--low-ratio", "1")
+    plan = Assignment.load("plan.json")
+    for command in ("", "assign.search", "assign search 'mine.py", "assign dance mine.py"):
+        plan.with_provenance(dataclasses.replace(plan.provenance, command=command)).save("bare.json")
+        assert "does not say which task" in fails(capsys, monkeypatch, "report", "bare.json")
+    assert "wrote r.html" in run("report", "bare.json", "--task", "mine.py", "-o", "r.html")
+
+
+# ---- a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine (Debian: apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as player:
+        chromium = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def opened(browser, path, **options):
+    """A page that is drawn; what it said and what it asked for besides itself."""
+    page = browser.new_context(**options).new_page()
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-drawn=yes]")
+    return page, said, [url for url in asked if url != path.as_uri()]
+
+
+def shown(page):
+    """Keys of the rows that are seen, in their order."""
+    return page.eval_on_selector_all("#tensors tbody tr:not([hidden]) th", "cells => cells.map(c => c.textContent)")
+
+
+def test_a_browser_shows_it_searches_and_sorts(browser, table, results, tmp_path):
+    report = evil_report(table, load_runs([results / "run.json"], ""))
+    write_report(tmp_path / "report.html", report)
+    rows = {row.key: row for row in rows_of(report.table, report.plan)}
+    page, said, asked = opened(browser, tmp_path / "report.html", viewport={"width": 1280, "height": 800})
+    assert len(page.query_selector_all(".chart svg.main-svg")) >= 5
+    page.fill("#search", "LAYERS grad")
+    assert set(shown(page)) == {key for key in rows if "layers" in key and "grad" in key}
+    assert f"{len(shown(page))} of {len(rows)} tensors" in page.text_content("#shown")
+    page.fill("#search", "")
+    page.select_option("#role", "weight")
+    assert set(shown(page)) == {row.key for row in rows.values() if row.role is Role.WEIGHT}
+    page.select_option("#role", "")
+    for order in (-1, 1):
+        if order == 1:
+            page.click("#tensors th:has-text('bytes')")
+        sizes = [rows[key].bytes for key in shown(page)]
+        assert sizes == sorted(sizes, key=lambda size: order * size)
+    page.click("#tensors th:has-text('tensor')")
+    assert len(shown(page)) == len(rows)
+    peak = page.text_content("#moment")
+    assert human_bytes(estimate(report.table, report.plan).peak_bytes) in page.text_content("#alive")
+    page.locator("#chart-memory .nsewdrag").first.hover(position={"x": 5, "y": 50})
+    page.wait_for_function("peak => document.getElementById('moment').textContent !== peak", arg=peak)
+    assert (said, asked) == ([], [])
+
+
+def test_a_phone_shows_it_light_and_dark(browser, many, tmp_path):
+    table, plan = many
+    write_report(tmp_path / "report.html", Report(name="plan.json", plan=plan, table=table))
+    size = {"width": 390, "height": 844}
+    page, said, asked = opened(browser, tmp_path / "report.html", viewport=size, color_scheme="light")
+    ink = "getComputedStyle(document.querySelector('#chart-memory .xtitle')).fill"
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    light = page.evaluate(ink), page.evaluate(paper)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"light => {ink} !== light", arg=light[0])  # the charts are drawn anew
+    dark = page.evaluate(ink), page.evaluate(paper)
+    brightness = [int(re.findall(r"\d+", colour)[0]) for colour in (*light, *dark)]
+    assert [value > 150 for value in brightness] == [False, True, True, False]
+    assert (said, asked) == ([], [])
