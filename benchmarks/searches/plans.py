@@ -1,5 +1,6 @@
 """Plans that no search of ours makes: drawn ones, and those of GACT's rule. Pure: numbers in, entries out."""
 
+import itertools
 import random
 import string
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -77,7 +78,7 @@ def gact(
     moves = sorted(
         (sensitivity[key] * (4.0**-fewer - 4.0**-more) / (size[key] * (more - fewer)), -more, key, fewer)
         for key in sensitivity
-        for more, fewer in zip(bits, bits[1:], strict=False)
+        for more, fewer in itertools.pairwise(bits)
     )
 
     def after(count: int) -> dict[str, int]:

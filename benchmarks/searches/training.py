@@ -1,10 +1,11 @@
 """Plans trained, and their gradients beside those of fp32."""
 
 import copy
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,48 +29,49 @@ def train(subject: Subject, plan: Assignment | None, seeds: Sequence[int]) -> li
     runs = []
     for seed in seeds:
         model.load_state_dict(subject.model(seed).state_dict())
-        losses, seconds = fit(subject, model, step, subject.batches(seed))
+        losses, seconds = zip(*fit(subject, model, step, subject.batches(seed)), strict=True)
         diverged = not math.isfinite(losses[-1])
         if diverged:
             model.load_state_dict(subject.model(seed).state_dict())
-        run = {"seed": seed, "loss": losses[0] if diverged else statistics.fmean(losses[-LAST:])}
-        run |= {"diverged_at": len(losses) if diverged else None, "step_seconds": statistics.median(seconds)}
-        runs.append({**run, **judge(subject, model)})
+        judged = judge(subject, model)
+        first = losses[0] if math.isfinite(losses[0]) else judged["held_out_loss"]
+        runs.append(
+            {
+                "seed": seed,
+                "loss": first if diverged else statistics.fmean(losses[-LAST:]),
+                "diverged_at": len(losses) if diverged else None,
+                "step_seconds": statistics.median(seconds),
+                **judged,
+            }
+        )
     return runs
 
 
 def fit(
-    subject: Subject, model: nn.Module, step: Callable[[Any], Tensor], batches: Sequence[Any]
-) -> tuple[list[float], list[float]]:
-    """Loss and seconds of every step, until one is not finite."""
+    subject: Subject, model: nn.Module, step: Callable[[Any], Tensor], batches: Iterable[Any]
+) -> Iterator[tuple[float, float]]:
+    """Loss and seconds of one step after the other, until a loss is not finite."""
     optimizer = subject.task.make_optimizer(model)
-    losses, seconds = [], []
     for batch in batches:
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         loss = step(batch)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
-        seconds.append(time.perf_counter() - start)
-        if not math.isfinite(losses[-1]):
+        value = float(loss.detach())
+        yield value, time.perf_counter() - start
+        if not math.isfinite(value):
             break
-    return losses, seconds
 
 
-def along(subject: Subject, seed: int, places: Sequence[int]) -> dict[int, nn.Module]:
-    """Copies of a model in training in fp32, after so many steps each."""
-    model, found = subject.model(seed), {}
-    step = _step(subject, model, None)
-    optimizer = subject.task.make_optimizer(model)
-    batches = subject.batches(seed)
-    for number in range(max(places) + 1):
-        if number in places:
-            found[number] = copy.deepcopy(model)
-        if number < len(batches):
-            optimizer.zero_grad(set_to_none=True)
-            step(batches[number]).backward()
-            optimizer.step()
+def along(subject: Subject, seed: int, places: Sequence[int]) -> list[nn.Module]:
+    """Copies of a model in training in fp32, after so many steps each, ``places`` in order."""
+    model = subject.model(seed)
+    steps = fit(subject, model, _step(subject, model, None), subject.batches(seed))
+    found, done = [], 0
+    for place in places:
+        done += len(list(itertools.islice(steps, place - done)))
+        found.append(copy.deepcopy(model))
     return found
 
 
@@ -108,5 +110,5 @@ def _step(subject: Subject, model: nn.Module, plan: Assignment | None) -> Callab
 def step_seconds(subject: Subject, count: int = 20) -> float:
     """Median of a step in fp32, now and here."""
     model = subject.model(0)
-    _, seconds = fit(subject, model, _step(subject, model, None), subject.batches(0, min(count, subject.steps)))
-    return statistics.median(seconds)
+    steps = fit(subject, model, _step(subject, model, None), subject.batches(0, min(count, subject.steps)))
+    return statistics.median(seconds for _, seconds in steps)
