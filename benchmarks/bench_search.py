@@ -91,13 +91,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices="abc", default=[*"abc"], help="c comes with the searches of b")
     parser.add_argument("--plans", type=int, help="drawn for (a): 32, or 3 if --small")
     parser.add_argument("--seeds", type=int, help="3, or 2 if --small")
-    parser.add_argument("--steps", type=int, help="of each training: 150, or 4 if --small")
-    parser.add_argument("--trials", type=int, help="of optuna: 10, or 1 if --small")
+    parser.add_argument("--steps", type=int, help="of each training: 120, or 4 if --small")
+    parser.add_argument("--trials", type=int, help="of optuna: 8, or 1 if --small")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="tiny models; writes nothing without --output")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
-    usual = {"plans": (32, 3), "seeds": (3, 2), "steps": (150, 4), "trials": (10, 1)}
+    usual = {"plans": (32, 3), "seeds": (3, 2), "steps": (120, 4), "trials": (8, 1)}
     for name, pair in usual.items():
         if getattr(options, name) is None:
             setattr(options, name, pair[options.small])

@@ -10,7 +10,7 @@ from assign.plan.assignment import Entry
 from assign.plan.recipes import NATIVE, candidates_of
 from assign.plan.tensors import Role, TensorTable, is_saved_key
 
-RUNGS = ("bf16", "e4m3:pow2/e5m2:pow2", "fp(4,1,3)/fp(5,1,14)", "fp(4,0,3)/fp(5,0,14)")
+RUNGS = ("bf16", "e4m3:pow2/e5m2:pow2", "fp(4,1,3)/fp(5,1,10)", "fp(4,0,3)/fp(5,0,10)")
 """Formats of values and of gradients, down to two and to one significant bit, as 4 and 2 bits with a scale have."""
 
 SAVED = ("int8:block64", "int4:block64", "int2:block64")
@@ -23,7 +23,7 @@ COARSE = replace(
     by_role={
         **NATIVE.by_role,
         Role.ACTIVATION: ("bf16", "fp(4,0,3)"),
-        Role.ACTIVATION_GRAD: ("bf16", "fp(5,0,14)"),
+        Role.ACTIVATION_GRAD: ("bf16", "fp(5,0,10)"),
         Role.WEIGHT: ("bf16", "fp(4,0,3)"),
     },
 )
