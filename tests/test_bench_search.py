@@ -118,6 +118,8 @@ def test_a_plan_without_rounding_trains_as_no_plan_does(subject):
     for one, other in zip(plain, planned, strict=True):
         assert {**one, "step_seconds": 0} == {**other, "step_seconds": 0}
     assert plain[0]["loss"] != plain[1]["loss"]
+    (alone,) = training.train(subject, None, [1])
+    assert {**alone, "step_seconds": 0} == {**plain[1], "step_seconds": 0}
 
 
 def test_a_training_that_diverges_has_learned_nothing(subject):
@@ -145,7 +147,7 @@ def test_a_gradient_errs_by_what_is_rounded_and_the_model_stays(subject):
 
 
 def test_models_along_a_training_are_those_of_shorter_ones(subject):
-    first, second = training.along(subject, 0, [0, 2])
+    first, _, second = training.along(subject, 0, [0, 1, 2])
     assert torch.equal(first.linear.weight, subject.model(0).linear.weight)
     model = subject.model(0)
     list(training.fit(subject, model, lambda batch: subject.task.loss(model, batch), subject.batches(0)[:2]))
