@@ -27,7 +27,8 @@ that takes is told apart. What ``gact`` takes is its rule alone.
     python benchmarks/bench_search.py --data DIR            # half an hour on one core
     python benchmarks/bench_search.py --data DIR --small    # a smoke test
 
-A run that was killed goes on from its JSON: start the same command again.
+A run that was killed goes on from its JSON: start the same command again; on another day, or after a commit, name the
+file, --output.
 """
 
 import argparse

@@ -27,7 +27,8 @@ COARSE = replace(
         Role.WEIGHT: ("bf16", "fp(4,0,3)"),
     },
 )
-"""As many bytes as ``native``, and a loss that shows which tensors were low."""
+"""A loss that shows which tensors were low. Copies that wait take a byte, as in ``native``; what is computed with has
+the width of bf16."""
 
 NAMES = ("fp32", *dict.fromkeys(part for rung in RUNGS for part in rung.split("/")), *SAVED)
 """Every format that a plan in here may have."""
@@ -73,7 +74,7 @@ def gact(
     Args:
         sensitivity: C of each key; bits: what there is, the most first; size: elements.
         fits: whether these bits fit the budget; fewer bits never take more bytes.
-    Source: arXiv 2206.11357, section 4; its greedy solution, written anew.
+    Source: arXiv 2206.11357, what it minimises; written anew.
     """
     moves = sorted(
         (sensitivity[key] * (4.0**-fewer - 4.0**-more) / (size[key] * (more - fewer)), -more, key, fewer)

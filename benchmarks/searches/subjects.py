@@ -63,8 +63,6 @@ def gpt(data: Path, small: bool) -> Task:
 
 
 MODELS: Mapping[str, Callable[[Path, bool], Task]] = {"resnet18": resnet18, "gpt": gpt}
-
-
 WARM_UP = 20  # steps
 
 
@@ -132,7 +130,7 @@ class Subject:
 
     @cached_property
     def free(self) -> frozenset[str]:
-        """Tensors that drawn plans may round, with the copies that wait: not the loss, and what is finite."""
+        """Tensors that drawn plans may round, with the copies that wait: not the loss's, and none with infinities."""
         infinite = non_finite(self.model(0), self.batches(0, 1)[0], self.task.loss)
         spared = {row.key for row in self.table.tensors if row.op in EXPONENTIATED | LOSS_OPS} | infinite
         rows = [*self.table.paper_tensors, *(row for row in self.table.tensors if row.role is Role.SAVED)]
