@@ -21,6 +21,8 @@ one significant bit in its 8-bit formats, so that a loss shows which tensors wer
 after GACT's rule. ``optuna`` is ``assign.tune``, on the held-out loss, with a seed of its own; it knows the recipes of
 the package alone. Accuracy and held-out loss are of the trained weights in fp32.
 
+"With copies", ``milp`` also chooses which saved copies wait in 8, 4 or 2 bits, as GACT's rule does.
+
 (c) Seconds of each search over the median fp32 training step, in the same process. ``milp`` has its noise already; what
 that takes is told apart. What ``gact`` takes is its rule alone.
 
@@ -54,6 +56,7 @@ from assign.plan.assignment import Assignment, Entry
 from assign.plan.memory import peak_bytes
 from assign.plan.noise import NoiseTable
 from assign.plan.recipes import NATIVE, Recipe, initial, save
+from assign.plan.tensors import base_key, is_saved_key
 from assign.plan.timeline import Timeline
 from assign.strategies import BASELINES, STRATEGIES
 from assign.strategies.milp import Granularity, Milp
@@ -234,6 +237,10 @@ class Bench:
             known = {
                 "milp": partial(self.milp, recipe, budget),
                 "milp by tensor": partial(self.milp, recipe, budget, granularity=Granularity.TENSOR),
+                "milp with copies": partial(self.milp, recipe, budget, copies=True),
+                "milp by tensor with copies": partial(
+                    self.milp, recipe, budget, granularity=Granularity.TENSOR, copies=True
+                ),
                 "milp, noise at the start": partial(self.milp, recipe, budget, noise="start"),
                 **{name: partial(self.simple, name, recipe, budget) for name in STRATEGIES},
                 "operator": partial(BASELINES["operator"], self.subject.table, recipe),
@@ -249,10 +256,23 @@ class Bench:
         return STRATEGIES[name](table, recipe=recipe, peak_bytes=partial(peak_bytes, table), budget_bytes=budget)
 
     def milp(
-        self, recipe: Recipe, budget: int, *, granularity: Granularity = Granularity.GROUP, noise: str = "along"
+        self,
+        recipe: Recipe,
+        budget: int,
+        *,
+        granularity: Granularity = Granularity.GROUP,
+        noise: str = "along",
+        copies: bool = False,
     ) -> Entries:
-        table = self.subject.table
-        strategy = Milp(noise=self.noise[noise].of, timeline=Timeline(table), granularity=granularity)
+        """The plan of least noise; with ``copies`` it also says which of them wait in 8, 4 or 2 bits."""
+        table, keep = self.subject.table, set(self.subject.table.by_key) - set(self.subject.free)
+        keep = {base_key(key) for key in keep if is_saved_key(key)}
+        strategy = Milp(
+            noise=self.noise[noise].of,
+            timeline=Timeline(table),
+            granularity=granularity,
+            waiting=lambda chosen: [save(table, chosen, name, keep=keep) for name in plans.SAVED if copies],
+        )
         return strategy(table, recipe=recipe, peak_bytes=partial(peak_bytes, table), budget_bytes=budget)
 
     def gact(self, budget: int) -> Entries:
