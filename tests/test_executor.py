@@ -13,8 +13,9 @@ from torch import nn
 from assign import _torch
 from assign.errors import PlanError, TraceError
 from assign.executor.apply import apply, autocast, planned_step
+from assign.executor.compile import Backend, make_backend
 from assign.numerics.rounding import quantize
-from assign.plan.assignment import Entry
+from assign.plan.assignment import Assignment, Entry
 from assign.plan.recipes import store
 from assign.plan.tensors import saved_key
 
@@ -484,3 +485,14 @@ def test_hooks_run_once_in_each_forward_pass_whenever_they_are_registered():
         handle.remove()
     planned(batch[0])
     assert len(seen) == 6
+
+
+def test_the_compiler_caches_by_the_passes_that_are_there(monkeypatch):
+    """A file that moves must not fall out of the key of Inductor's cache: a changed pass would run as it was."""
+    taken = {}
+    monkeypatch.setattr(_torch, "inductor_backend", lambda *_, passes, **__: taken.update(passes=passes))
+    plan = Assignment(entries={"/input": Entry("bf16", low=False)}, recipe="native", fingerprint="")
+    make_backend(plan, Backend.INDUCTOR)
+    assert all(path.is_file() for path in taken["passes"])
+    named = {f"{path.parent.name}/{path.stem}" for path in taken["passes"]}
+    assert {"executor/pack", "executor/reuse", "numerics/kernels", "numerics/rounding", "tracing/joint"} <= named
