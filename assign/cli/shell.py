@@ -19,6 +19,7 @@ from rich.progress import Progress as Bar
 from assign.plan.assignment import Assignment
 from assign.plan.display import human_bytes
 from assign.plan.memory import peak_bytes
+from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.report import tables
 from assign.tasks import Task, TaskOptions, check_device, load_task
@@ -61,7 +62,8 @@ def trained(
     **options: Any,
 ) -> TrainResult:
     """Train with a bar, and tell of each promotion; the plan as promoted so far stands in ``promoted``."""
-    meter = Meter(None if table is None else peak_bytes(table, plan.entries if plan else {}))
+    rounding = options.get("update_rounding", UpdateRounding.NEAREST)
+    meter = Meter(None if table is None else peak_bytes(table, plan.entries if plan else {}, rounding))
     with bar(f"training {name}") as advance:
 
         def tell(step: Progress) -> None:
