@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+import sys
 
 import pytest
 from shell import fails, run
@@ -139,7 +141,9 @@ def test_trace_search_estimate_train_show_diff(here):
     assert trained["diverged"] is False
     assert "e4m3:pow2" in run("show", "low.json", "--all")
     run("search", "mine.py", "--strategy", "uniform", "--format", "bf16", "-o", "bf16.json")
-    assert "0.weight" in run("diff", "low.json", "bf16.json", "--json", "diff.json")
+    printed = run("diff", "low.json", "bf16.json", "--json", "diff.json")
+    assert re.search(r"e4m3:pow2 \(low\) │ bf16 +│ +8 │", printed)  # 3 activations, 4 parameters, input
+    assert "0.weight" in printed
     assert json.loads((here / "diff.json").read_text())["changed"]["0.weight"] == ["e4m3:pow2", "bf16"]
     assert "same" in run("diff", "low.json", "low.json")
 
@@ -246,9 +250,45 @@ def test_promotions_are_printed_and_saved_beside_the_plan(here):
     assert (here / "p.promoted.json").exists()
 
 
+def test_show_draws_where_the_memory_goes(here, monkeypatch, capsys):
+    search = ("search", "mine.py:task", "--low-ratio", "0.5", "--seed", "3", "-o", "p.json")
+    monkeypatch.setattr(sys, "argv", ["assign", *search])
+    run(*search)
+    printed = run("show", "p.json", "--json", "show.json")
+    found = json.loads((here / "show.json").read_text())
+    assert found["plan"] == json.loads((here / "p.json").read_text())
+    step, predicted = found["step"], found["plan"]["provenance"]["estimate"]
+    for name, peak in (("plan", "peak_bytes"), ("fp32", "baseline_peak_bytes")):
+        assert sum(sizes[name] for sizes in step["by_role"].values()) == step[peak] == predicted[peak]
+    sizes = [row["bytes"] for row in step["largest"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert (len(sizes), sizes[0]) == (10, 32 * 64 + 4)  # codes of the first activation, and their scale
+    row = next(line for line in printed.splitlines() if "saved for the backward pass" in line)
+    kept = step["by_role"]["saved"]["plan"] / step["by_role"]["saved"]["fp32"]
+    assert 0.05 < kept < 0.95
+    assert row.count("█") / (row.count("█") + row.count("░")) == pytest.approx(kept, abs=0.1)
+    assert "The 10 largest of" in printed
+    assert "Entries" not in printed
+
+
+def test_show_says_why_it_draws_no_memory(here, monkeypatch, capsys):
+    run("search", "mine.py:task", "--low-ratio", "0.5", "-o", "p.json")
+    plan = Assignment.load("p.json")
+    for command, why in (("", "does not say which task"), ("assign search gone.py --low-ratio 1", "gone.py")):
+        plan.with_provenance(dataclasses.replace(plan.provenance, command=command)).save("q.json")
+        printed = run("show", "q.json", "--all", "--json", "show.json")
+        assert json.loads((here / "show.json").read_text())["step"] is None
+        assert "No memory by role: " in printed
+        assert why in printed
+        assert "0.weight.grad" in printed
+        assert "The 10 largest" in run("show", "q.json", "--task", "mine.py")
+    assert "gone.py" in fails(capsys, monkeypatch, "show", "p.json", "--task", "gone.py")
+    assert "gone.py" in fails(capsys, monkeypatch, "show", "q.json", "--lowered")
+
+
 def test_show_lowered_says_where_operators_run_and_why(here):
     run("search", "mine.py:task", "--low-ratio", "0.5", "-o", "p.json")
-    printed = run("show", "p.json", "--lowered", "mine.py:task", "--json", "lowered.json")
+    printed = run("show", "p.json", "--lowered", "--task", "mine.py:task", "--json", "lowered.json")
     rows = {row["key"]: row for row in json.loads((here / "lowered.json").read_text())}
     assert list(rows) == ["0/linear", "1/gelu", "2/linear", "loss/mse_loss"]
     assert [row["dtype"] for row in rows.values()] == ["bfloat16", "bfloat16", "bfloat16", "float32"]
@@ -258,7 +298,7 @@ def test_show_lowered_says_where_operators_run_and_why(here):
     plan["tensors"]["0.weight"]["format"] = plan["tensors"]["0.weight.grad"]["format"] = "fp32"
     plan["tensors"]["1/gelu"]["format"] = "fp(4,3,4)"
     (here / "q.json").write_text(json.dumps(plan))
-    run("show", "q.json", "--lowered", "mine.py:task", "--json", "lowered.json")
+    run("show", "q.json", "--lowered", "--task", "mine.py:task", "--json", "lowered.json")
     rows = {row["key"]: row for row in json.loads((here / "lowered.json").read_text())}
     assert rows["0/linear"]["why"] == "it reads 0.weight, which lives in float32"
     assert rows["1/gelu"]["why"].startswith("its result, fp(4,3,4) and its gradient ")

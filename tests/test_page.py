@@ -31,8 +31,8 @@ from assign.report.page.colours import of_formats
 from assign.report.page.curves import curves_figure, promotions_figure, scale_figure
 from assign.report.page.figures import front_figure, memory_figure, model_figure, words
 from assign.report.page.page import context, render
-from assign.report.page.rows import formats_of, tensor_rows
 from assign.report.page.runs import load_runs
+from assign.report.rows import formats_of, tensor_rows
 
 EVIL = "<img src=x onerror=evil()>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -412,7 +412,10 @@ def test_report_finds_the_plans_task_and_its_options(here, monkeypatch, capsys):
     assert sum(s[2] for s in found["after"]["segments"] if s[0] <= found["peak"] <= s[1]) == peak
     assert "assign search mine.py --low-ratio 1 --batch-size 48 -o &#39;my plan.json&#39;" in page
     assert "another model" in fails(capsys, monkeypatch, "report", "my plan.json", "--task", "mine.py:other")
-    run("report", "my plan.json", "--batch-size", "96", "-o", "larger.html")
+    (here / "mine.py").rename(here / "moved.py")
+    run("report", "my plan.json", "--task", "moved.py", "-o", "moved.html")
+    assert data_of((here / "moved.html").read_text())["alive"] == found
+    run("report", "my plan.json", "--task", "moved.py", "--batch-size", "96", "-o", "larger.html")
     found = data_of((here / "larger.html").read_text())["alive"]
     assert sum(s[2] for s in found["after"]["segments"] if s[0] <= found["peak"] <= s[1]) > peak
 

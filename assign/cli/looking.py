@@ -9,7 +9,9 @@ import typer
 
 from assign import _torch
 from assign.cli.options import BackendName, BatchSize, Data, Device, Json, PlanFile, Rounding, Seed, TaskName
+from assign.cli.origin import Origin, PlanDevice, PlanRounding, PlanTask, origin_of
 from assign.cli.shell import app, console, open_task, traced, write_json
+from assign.errors import AssignError
 from assign.executor.compile import Backend
 from assign.executor.rehearsal import Rehearsal, rehearse
 from assign.plan.assignment import Assignment
@@ -20,6 +22,7 @@ from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table, summary
 from assign.report import tables
+from assign.report.plans import diff_table, plan_table, planned_step
 from assign.tasks import Task, check_device
 from assign.tasks.batch import move
 
@@ -109,23 +112,46 @@ def show(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
     everything: Annotated[bool, typer.Option("--all", help="Every entry.")] = False,
     lowered: Annotated[
-        str | None,
-        typer.Option(metavar="TASK", help="Which operators of this task's step run in 16 bit, which in 32, and why."),
-    ] = None,
+        bool, typer.Option("--lowered", help="Which operators of a step run in 16 bit, which in 32, and why.")
+    ] = False,
+    task: PlanTask = None,
+    update_rounding: PlanRounding = None,
     batch_size: BatchSize = None,
-    device: Device = "cpu",
+    device: PlanDevice = None,
     data: Data = None,
     json_file: Json = None,
 ) -> None:
-    """Print a plan: where it came from, its formats, its entries; or what it makes of a task's operators."""
+    """Print a plan: where it came from, where its memory goes, its formats, its largest tensors."""
     chosen = Assignment.load(plan)
-    if lowered is None:
-        console.print(tables.plan_table(chosen, limit=len(chosen.entries) if everything else 20))
-        write_json(json_file, json.loads(chosen.to_json()))
+    origin = origin_of(
+        plan,
+        chosen,
+        task=task,
+        batch_size=batch_size,
+        device=device,
+        data=data,
+        update_rounding=update_rounding,
+    )
+    if lowered:
+        _show_lowered(chosen, origin, json_file)
         return
-    table = traced(open_task(lowered, 0, batch_size, device, data, None), device)
-    chosen.check_covers([info.key for info in table.paper_tensors], where=str(plan), buffers=table.buffers)
-    operators = Lowered(table, chosen.entries).operators(fp8=_torch.multiplies_fp8(check_device(device)))
+    step, why = None, ""
+    try:
+        step = planned_step(origin.table(), chosen, origin.update_rounding)
+    except AssignError as error:
+        if task is not None:  # as asked for
+            raise
+        why = f"No memory by role: {error}"
+    console.print(plan_table(chosen, step, everything=everything))
+    console.print(why, markup=False, highlight=False, end="\n" if why else "")
+    facts = {"plan": json.loads(chosen.to_json()), "step": step and step.to_json()}
+    write_json(json_file, facts)
+
+
+def _show_lowered(plan: Assignment, origin: Origin, json_file: Path | None) -> None:
+    table = origin.table()
+    plan.check_covers([info.key for info in table.paper_tensors], where=str(origin.plan), buffers=table.buffers)
+    operators = Lowered(table, plan.entries).operators(fp8=_torch.multiplies_fp8(check_device(origin.device)))
     console.print(tables.lowered_table(operators))
     write_json(json_file, [dataclasses.asdict(each) for each in operators])
 
@@ -138,7 +164,7 @@ def diff(
 ) -> None:
     """Print what differs between two plans."""
     found = Assignment.load(first).diff(Assignment.load(second))
-    console.print(tables.diff_table(found))
+    console.print(diff_table(found))
     changed = {key: [a.format, b.format] for key, (a, b) in found.changed.items()}
     write_json(
         json_file, {"changed": changed, "only_first": list(found.only_here), "only_second": list(found.only_there)}

@@ -1,20 +1,17 @@
-"""The command that writes a page about a plan, and how it finds the plan's task."""
+"""The command that writes a page about a plan."""
 
-import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.main import get_group
 
 from assign.cli.options import BatchSize, Data, Json
-from assign.cli.shell import app, command_line, console, open_task, traced, write_json
-from assign.errors import ReportError
+from assign.cli.origin import PlanDevice, PlanRounding, PlanTask, origin_of
+from assign.cli.shell import app, command_line, console, write_json
 from assign.fronts import Front
 from assign.plan.assignment import Assignment
 from assign.plan.memory import estimate
 from assign.plan.noise import NoiseTable
-from assign.plan.stored import UpdateRounding
 from assign.report.page import Report, check_libraries, write_report
 from assign.report.page.runs import load_runs
 
@@ -33,15 +30,10 @@ def report(
     noise: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What 'assign noise' found; PLAN.noise.json if it is there.")
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(metavar="TASK", help="The plan's task; the one it was searched for if left out.")
-    ] = None,
-    update_rounding: Annotated[
-        UpdateRounding | None, typer.Option(help="How updates of 16-bit masters are rounded; as searched if left out.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the model; as searched if left out.")] = None,
+    task: PlanTask = None,
+    update_rounding: PlanRounding = None,
     batch_size: BatchSize = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; as searched if left out.")] = None,
+    device: PlanDevice = None,
     data: Data = None,
     json_file: Json = None,
 ) -> None:
@@ -51,26 +43,23 @@ def report(
     runs = load_runs(run or [], chosen.fingerprint)
     beside = Front.load(front) if front else None
     found = noise or _noise_beside(plan)
-    given = {"task": task, "seed": seed, "batch_size": batch_size, "device": device, "data": data}
-    asked = _asked(chosen) if task is None else {}
-    options: dict[str, Any] = {name: asked.get(name) if value is None else value for name, value in given.items()}
-    if options["task"] is None:
-        raise ReportError(
-            f"{plan} does not say which task it was searched for"
-            + (f": it was made by {chosen.provenance.command!r}" if chosen.provenance.command else "")
-            + ".\n  A report traces one step of that task. Give it: --task digits, or --task train.py:task"
-        )
-    where = options["device"] or "cpu"
-    folder = None if options["data"] is None else Path(options["data"])
-    opened = open_task(options["task"], options["seed"] or 0, options["batch_size"], where, folder, None)
+    origin = origin_of(
+        plan,
+        chosen,
+        task=task,
+        batch_size=batch_size,
+        device=device,
+        data=data,
+        update_rounding=update_rounding,
+    )
     page = Report(
         name=str(plan),
         plan=chosen,
-        table=traced(opened, where),
+        table=origin.table(),
         runs=runs,
         front=beside,
         noise=NoiseTable.load(found) if found else None,
-        update_rounding=update_rounding or asked.get("update_rounding") or UpdateRounding.NEAREST,
+        update_rounding=origin.update_rounding,
         command=command_line(),
     )
     with console.status("writing the page"):
@@ -84,15 +73,3 @@ def _noise_beside(plan: Path) -> Path | None:
     """Where a search puts the noise that it measures itself, if it is there."""
     path = plan.with_name(f"{plan.stem}.noise.json")
     return path if path.is_file() else None
-
-
-def _asked(plan: Assignment) -> dict[str, Any]:
-    """What the command that made a plan was given, by the names of its options; nothing if it was none of these."""
-    try:
-        name, *arguments = shlex.split(plan.provenance.command.removeprefix("assign "))
-    except ValueError:  # no command, or one with a quote that does not end
-        return {}
-    command = get_group(app).commands.get(name)
-    if command is None:
-        return {}
-    return dict(command.make_context(name, arguments, resilient_parsing=True).params)

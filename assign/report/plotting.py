@@ -16,7 +16,7 @@ from assign.report.page import figures
 from assign.report.page.beside import TRAINED, Point, points_of
 from assign.report.page.colours import BLUE, ROLES
 from assign.report.page.figures import Figure
-from assign.report.page.rows import tensor_rows
+from assign.report.rows import tensor_rows
 from assign.training.tuning import Tuned
 
 _GREYS = {

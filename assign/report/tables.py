@@ -13,18 +13,19 @@ from rich.table import Table
 
 from assign.executor.rehearsal import Rehearsal
 from assign.numerics.promotion import Promoted
-from assign.plan.assignment import Assignment, Diff
 from assign.plan.display import human_bytes
 from assign.plan.formats import FORMATS, BlockFormat, Format
 from assign.plan.lowered import Operator
 from assign.plan.memory import Estimate
 from assign.plan.noise import NoiseTable
 from assign.plan.tensors import Role, TensorTable
+from assign.report.page.colours import ROLES
 from assign.training.comparison import Comparison, Spread, Summary
 from assign.training.loop import TrainResult
 from assign.training.tuning import Tuned
 
-_BAR = 30
+BAR = 30
+"""Characters of the longest bar."""
 _LOWERED = ("makes", "operator", "rounded to", "runs in", "multiplies in", "because")
 
 
@@ -114,11 +115,11 @@ def estimate_table(costs: Estimate, compiled: Rehearsal | None = None, limit: in
     roles = new_table("Alive at the peak, by role", ["role", "bytes", "share", ""])
     for role, size in sorted(costs.by_role.items(), key=lambda item: -item[1]):
         share = size / max(costs.peak_bytes, 1)
-        roles.add_row(role, human_bytes(size), f"{share:.1%}", "█" * round(_BAR * share))
+        roles.add_row(ROLES[role][0], human_bytes(size), f"{share:.1%}", "█" * round(BAR * share))
     roles.columns[-1].justify = "left"
     alive = new_table("Largest at the peak", ["tensor", "role", "bytes"], right=2)
     for key, role, size in costs.alive[:limit]:
-        alive.add_row(key, role, human_bytes(size))
+        alive.add_row(key, ROLES[role][0], human_bytes(size))
     return Rows(head, roles, timeline_table(costs), alive)
 
 
@@ -130,7 +131,7 @@ def timeline_table(costs: Estimate, limit: int = 24) -> Table:
     for operator, phase, size in stretches:
         peak = " ← peak" if size == most else ""
         table.add_row(
-            phase, operator or "sum of gradients", human_bytes(size), "█" * round(_BAR * size / max(most, 1)) + peak
+            phase, operator or "sum of gradients", human_bytes(size), "█" * round(BAR * size / max(most, 1)) + peak
         )
     table.columns[-1].justify = "left"
     return table
@@ -178,53 +179,6 @@ def searched_front_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         noise = [f"{row['noise']:.3g}"] if noisy else []
         table.add_row(row["plan"], human_bytes(row["peak_bytes"]), f"{share:.3f}", f"{row['low_ratio']:.3f}", *noise)
     return table
-
-
-def plan_table(plan: Assignment, limit: int = 20) -> RenderableType:
-    """A plan's provenance, its formats by share of tensors, and its entries."""
-    head = new_table("Plan", ["", ""], right=2)
-    source = plan.provenance
-    head.add_row("recipe", plan.recipe)
-    head.add_row("model's fingerprint", plan.fingerprint)
-    head.add_row("strategy", f"{source.strategy or 'unknown'}, seed {source.seed}")
-    head.add_row("made by", source.command or "unknown")
-    head.add_row(
-        "made on", f"{source.created or 'unknown'}; " + ", ".join(f"{k} {v}" for k, v in source.versions.items())
-    )
-    for name, value in source.estimate.items():
-        text = human_bytes(float(str(value))) if name.endswith("bytes") else f"{float(str(value)):.4g}"
-        words = name.removesuffix("_bytes").replace("_", " ")
-        head.add_row(words if words.startswith("trained") else f"predicted {words}", text)
-    counts = Counter(entry.format for entry in plan.entries.values())
-    formats = new_table(f"Formats of {len(plan.entries)} tensors", ["format", "tensors", "share", ""])
-    for name, count in counts.most_common():
-        share = count / len(plan.entries)
-        formats.add_row(name, str(count), f"{share:.1%}", "█" * round(_BAR * share))
-    formats.columns[-1].justify = "left"
-    entries = new_table("Entries", ["tensor", "format", "low"], right=3)
-    for key, entry in [*plan.entries.items()][:limit]:
-        entries.add_row(key, entry.format, "low" if entry.low else "")
-    if len(plan.entries) > limit:
-        entries.add_row(f"and {len(plan.entries) - limit} more (--all shows them)", "", "")
-    return Rows(head, formats, entries)
-
-
-def diff_table(diff: Diff) -> RenderableType:
-    """What changes from one plan to another."""
-    if not diff:
-        return "The two plans are the same."
-    table = new_table("Differences", ["tensor", "first", "second"], right=3)
-    for key, (first, second) in diff.changed.items():
-        table.add_row(key, _entry(first), _entry(second))
-    for key in diff.only_here:
-        table.add_row(key, "in this one only", "")
-    for key in diff.only_there:
-        table.add_row(key, "", "in this one only")
-    return table
-
-
-def _entry(entry: Any) -> str:
-    return f"{entry.format}{' (low)' if entry.low else ''}"
 
 
 def lowered_table(operators: Sequence[Operator]) -> RenderableType:

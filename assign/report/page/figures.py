@@ -12,7 +12,7 @@ from assign.plan.display import human_bytes
 from assign.plan.moments import OPTIMIZER, Moments
 from assign.report.page.beside import LOW_RATIO, TRAINED, Point, best_of, measure_of
 from assign.report.page.colours import BLUE, BRANCH, GREY, GRID, INK, ROLES, VERMILLION, Look
-from assign.report.page.rows import Row
+from assign.report.rows import Row
 
 Figure = dict[str, Any]
 """``data``: traces; ``layout``."""

@@ -22,8 +22,8 @@ from assign.plan.tensors import TensorTable
 from assign.report.page import colours, curves, figures
 from assign.report.page.beside import LOW_RATIO, measure_of, point_of, points_of
 from assign.report.page.figures import Figure
-from assign.report.page.rows import Row, formats_of, tensor_rows
 from assign.report.page.runs import TrainedRun
+from assign.report.rows import Row, formats_of, tensor_rows
 
 _CHART_PIXELS, _TALL_PIXELS, _ROW_PIXELS = 340, 520, 190
 

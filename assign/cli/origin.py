@@ -1,0 +1,94 @@
+"""What a plan was made for: its task, as the command that its file remembers named it."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_group
+
+from assign.cli.shell import app, open_task, traced
+from assign.errors import TaskError
+from assign.plan.assignment import Assignment
+from assign.plan.stored import UpdateRounding
+from assign.plan.tensors import TensorTable
+
+PlanTask = Annotated[
+    str | None,
+    typer.Option("--task", metavar="TASK", help="The plan's task; the one it was searched for if left out."),
+]
+PlanDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, …; as searched if left out.")]
+PlanRounding = Annotated[
+    UpdateRounding | None,
+    typer.Option("--update-rounding", help="How updates of 16-bit masters are rounded; as searched if left out."),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """The task that a plan was searched for, or that the user names in its place.
+
+    Attributes:
+        task: None where neither says one; the others are as given, or as searched.
+    """
+
+    plan: Path
+    task: str | None
+    batch_size: int | None
+    device: str
+    data: Path | None
+    update_rounding: UpdateRounding
+    command: str
+
+    def table(self) -> TensorTable:
+        """Every tensor of one step of the task.
+
+        Raises:
+            TaskError: no task is known.
+            AssignError: it cannot be loaded or traced.
+        """
+        if self.task is None:
+            made = f": it was made by {self.command!r}" if self.command else ""
+            raise TaskError(
+                f"{self.plan} does not say which task it was searched for{made}.\n"
+                "  One step of that task must be traced. Give it: --task digits, or --task train.py:task"
+            )
+        opened = open_task(self.task, 0, self.batch_size, self.device, self.data, None)
+        return traced(opened, self.device)
+
+
+def origin_of(
+    path: Path,
+    plan: Assignment,
+    *,
+    task: str | None,
+    batch_size: int | None,
+    device: str | None,
+    data: Path | None,
+    update_rounding: UpdateRounding | None = None,
+) -> Origin:
+    """What is given, and for the rest what the command that made the plan was given."""
+    asked = _asked(plan)
+    folder = data or asked.get("data")
+    return Origin(
+        plan=path,
+        task=task or asked.get("task"),
+        batch_size=batch_size or asked.get("batch_size"),
+        device=device or asked.get("device") or "cpu",
+        data=None if folder is None else Path(folder),
+        update_rounding=update_rounding or asked.get("update_rounding") or UpdateRounding.NEAREST,
+        command=plan.provenance.command,
+    )
+
+
+def _asked(plan: Assignment) -> dict[str, Any]:
+    """What the command that made a plan was given, by the names of its options; nothing if it was none of these."""
+    try:
+        name, *arguments = shlex.split(plan.provenance.command.removeprefix("assign "))
+    except ValueError:  # no command, or one with a quote that does not end
+        return {}
+    command = get_group(app).commands.get(name)
+    if command is None:
+        return {}
+    return dict(command.make_context(name, arguments, resilient_parsing=True).params)

@@ -1,0 +1,186 @@
+"""Plans in the shell: where one came from, where its memory goes, its formats and largest tensors; what differs."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group as Rows
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from assign.plan.assignment import Assignment, Diff, Entry
+from assign.plan.display import human_bytes
+from assign.plan.moments import Moments, moments
+from assign.plan.tensors import TensorTable
+from assign.report.page.colours import ROLES
+from assign.report.rows import Row, formats_of, tensor_rows
+from assign.report.tables import BAR, new_table
+
+LARGEST = 10
+"""Tensors that are shown of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStep:
+    """One step all in fp32 and under a plan.
+
+    Attributes:
+        rows: every tensor of it, the most bytes under the plan first.
+    """
+
+    before: Moments
+    after: Moments
+    rows: tuple[Row, ...]
+
+    @property
+    def by_role(self) -> dict[str, tuple[int, int]]:
+        """Role → bytes alive at the peak all in fp32, and at the plan's peak; the largest of either first."""
+        found = {
+            role: (_at_peak(self.before, role), _at_peak(self.after, role))
+            for role in dict.fromkeys([*self.before.by_role, *self.after.by_role])
+        }
+        return {role: sizes for role, sizes in sorted(found.items(), key=lambda each: -max(each[1])) if max(sizes)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: bytes by role, and of the largest tensors."""
+        facts = ("key", "role", "shape", "format", "fp32_bytes", "bytes", "peak_bytes")
+        return {
+            "peak_bytes": int(self.after.total.max()),
+            "baseline_peak_bytes": int(self.before.total.max()),
+            "by_role": {role: {"fp32": first, "plan": second} for role, (first, second) in self.by_role.items()},
+            "largest": [{fact: getattr(row, fact) for fact in facts} for row in self.rows[:LARGEST]],
+        }
+
+
+def planned_step(table: TensorTable, plan: Assignment, update_rounding: str) -> PlannedStep:
+    """What a plan makes of a step.
+
+    Raises:
+        PlanError: no library can keep what the plan stores, or it is of another model.
+    """
+    plan.check_covers([info.key for info in table.paper_tensors], where="show", buffers=table.buffers)
+    before, after = moments(table, {}), moments(table, plan.entries, update_rounding)
+    rows = tensor_rows(table, plan, after, None, update_rounding)
+    return PlannedStep(before=before, after=after, rows=tuple(sorted(rows, key=lambda row: -row.bytes)))
+
+
+def plan_table(plan: Assignment, step: PlannedStep | None = None, *, everything: bool = False) -> RenderableType:
+    """A plan's provenance, its formats by share; with a step its memory by role and its largest tensors; all entries.
+
+    Args:
+        step: what the plan makes of a step, if its task is known.
+        everything: list every entry.
+    """
+    parts: list[RenderableType] = [_provenance(plan)]
+    if step is not None:
+        parts += [_roles(step), _formats(step.rows), _largest(step.rows)]
+    else:
+        parts.append(_counts(plan))
+    return Rows(*parts, *([_entries(plan)] if everything else []))
+
+
+def diff_table(diff: Diff) -> RenderableType:
+    """What changes from one plan to another: how often from what to what, and each tensor."""
+    if not diff:
+        return "The two plans are the same."
+    changes = Counter((_entry(first), _entry(second)) for first, second in diff.changed.values())
+    counts = new_table("Changes", ["first", "second", "tensors"], right=2)
+    for (first, second), count in changes.most_common():
+        counts.add_row(first, second, str(count))
+    for title, keys in (("in the first only", diff.only_here), ("in the second only", diff.only_there)):
+        if keys:
+            counts.add_row(*((title, "") if keys is diff.only_here else ("", title)), str(len(keys)))
+    table = new_table("Differences", ["tensor", "first", "second"], right=3)
+    for key, (one, other) in diff.changed.items():
+        table.add_row(escape(key), _entry(one), _entry(other))
+    for key in diff.only_here:
+        table.add_row(escape(key), "in this one only", "")
+    for key in diff.only_there:
+        table.add_row(escape(key), "", "in this one only")
+    return Rows(counts, table)
+
+
+def _at_peak(found: Moments, role: str) -> int:
+    return int(found.by_role[role][found.peak]) if role in found.by_role else 0
+
+
+def _provenance(plan: Assignment) -> Table:
+    head = new_table("Plan", ["", ""], right=2)
+    source = plan.provenance
+    head.add_row("recipe", plan.recipe)
+    head.add_row("model's fingerprint", plan.fingerprint)
+    head.add_row("strategy", f"{source.strategy or 'unknown'}, seed {source.seed}")
+    head.add_row("made by", escape(source.command or "unknown"))
+    versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
+    head.add_row("made on", f"{source.created or 'unknown'}; {versions}")
+    for name, value in source.estimate.items():
+        text = human_bytes(float(str(value))) if name.endswith("bytes") else f"{float(str(value)):.4g}"
+        words = name.removesuffix("_bytes").replace("_", " ")
+        head.add_row(words if words.startswith("trained") else f"predicted {words}", text)
+    return head
+
+
+def _roles(step: PlannedStep) -> Table:
+    first, second = int(step.before.total.max()), int(step.after.total.max())
+    title = "Memory at the peak of a step: █ under the plan, ░ what it saves"
+    table = new_table(title, ["role", "all in fp32", "under the plan", ""])
+    most = max((max(sizes) for sizes in step.by_role.values()), default=1)
+    for role, (before, after) in step.by_role.items():
+        full = round(BAR * after / most)
+        bar = "█" * full + "░" * (round(BAR * before / most) - full)
+        table.add_row(ROLES[role][0], human_bytes(before), human_bytes(after), bar)
+    table.add_section()
+    table.add_row("together", human_bytes(first), human_bytes(second), f"{second / max(first, 1):.1%} of it")
+    table.columns[-1].justify = "left"
+    return table
+
+
+def _formats(rows: Sequence[Row]) -> Table:
+    """By share of the bytes that a float32 would take, which is the share of the elements."""
+    total = sum(row.elements for row in rows) or 1
+    table = new_table(f"Formats of {len(rows)} tensors", ["format", "tensors", "bytes", "elements", ""])
+    for name in formats_of(rows):
+        found = [row for row in rows if row.format == name]
+        share = sum(row.elements for row in found) / total
+        size = human_bytes(sum(row.bytes for row in found))
+        table.add_row(name, str(len(found)), size, f"{share:.1%}", "█" * round(BAR * share))
+    table.columns[-1].justify = "left"
+    return table
+
+
+def _counts(plan: Assignment) -> Table:
+    counts = Counter(entry.format for entry in plan.entries.values())
+    table = new_table(f"Formats of {len(plan.entries)} tensors", ["format", "tensors", "share", ""])
+    for name, count in counts.most_common():
+        share = count / len(plan.entries)
+        table.add_row(name, str(count), f"{share:.1%}", "█" * round(BAR * share))
+    table.columns[-1].justify = "left"
+    return table
+
+
+def _largest(rows: Sequence[Row]) -> Table:
+    shown = rows[:LARGEST]
+    most = max((row.fp32_bytes for row in shown), default=1) or 1
+    columns = ["tensor", "role", "shape", "format", "in fp32", "under the plan", ""]
+    table = new_table(f"The {len(shown)} largest of {len(rows)} tensors", columns, right=4)
+    for row in shown:
+        shape = "×".join(map(str, row.shape)) or "scalar"
+        full = round(BAR * row.bytes / most)
+        bar = "█" * full + "░" * (round(BAR * row.fp32_bytes / most) - full)
+        sizes = (human_bytes(row.fp32_bytes), human_bytes(row.bytes))
+        table.add_row(escape(row.key), row.role.replace("_", " "), shape, row.format, *sizes, bar)
+    table.columns[-1].justify = "left"
+    return table
+
+
+def _entries(plan: Assignment) -> Table:
+    table = new_table("Entries", ["tensor", "format", "low"], right=3)
+    for key, entry in plan.entries.items():
+        table.add_row(escape(key), entry.format, "low" if entry.low else "")
+    return table
+
+
+def _entry(entry: Entry) -> str:
+    return f"{entry.format}{' (low)' if entry.low else ''}"
