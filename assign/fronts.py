@@ -78,7 +78,8 @@ class Front:
         Args:
             budget: as in :func:`assign.search`.
         Raises:
-            PlanError: the plans are for another model. BudgetError: no budget.
+            PlanError: the plans are for another model.
+            BudgetError: no budget.
         """
         limit = parse_budget(budget, peak_bytes(table, {}))
         for plan in reversed(self.plans):

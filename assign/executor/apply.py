@@ -142,7 +142,8 @@ def planned_step(
     ``DistributedDataParallel`` reduces gradients only of what is called through it: there, use :func:`apply`.
 
     Raises:
-        PlanError, TraceError: as for :func:`apply`.
+        PlanError: as for :func:`apply`.
+        TraceError: as for :func:`apply`.
     """
     store(model, plan)
     compiled = compile_planned(model, loss, plan, _graph_backend(plan, backend), promotion, scales)

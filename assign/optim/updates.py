@@ -170,7 +170,10 @@ class SGD(_Optimizer16):
     Args:
         params: parameters or groups of them: bfloat16, float16, or float32, which is updated by the plain rule.
         lr: a number, or a tensor without axes, which a compiled step reads anew.
-        momentum, dampening, weight_decay, nesterov: as torch's.
+        momentum: as torch's.
+        dampening: as torch's.
+        weight_decay: as torch's.
+        nesterov: as torch's.
         rounding: of the weight update; see the module. ``kahan`` keeps one more state, 2 bytes per element.
     Raises:
         FormatError: a rounding that does not exist, a parameter's dtype, or nothing stored in 16 bits to round.
@@ -222,7 +225,9 @@ class AdamW(_Optimizer16):
     Args:
         params: parameters or groups of them: bfloat16, float16, or float32, which is updated by the plain rule.
         lr: a number, or a tensor without axes, which a compiled step reads anew.
-        betas, eps, weight_decay: as torch's.
+        betas: as torch's.
+        eps: as torch's.
+        weight_decay: as torch's.
         rounding: of the weight update; see the module. ``kahan`` keeps one more state, 2 bytes per element.
     Raises:
         FormatError: a rounding that does not exist, a parameter's dtype, or nothing stored in 16 bits to round.

@@ -79,7 +79,8 @@ class Estimate:
         low_ratio: share of those elements that are low.
         low_ratio_bits: the same by bits, 2·(1 − bits / bits with all high); negative for a plan wider than that.
         groups_low: groups in which everything is low.
-        peak_bytes: every byte alive at the worst moment of one whole step; baseline_peak_bytes: the same in fp32.
+        peak_bytes: every byte alive at the worst moment of one whole step.
+        baseline_peak_bytes: the same in fp32.
         saved_bytes: what waits for the backward pass when the forward pass ends.
         peak_at: operator at the peak, ``optimizer`` if the peak is in its step.
         by_role: bytes alive at the peak, by what they are for.

@@ -33,7 +33,8 @@ class Certificate:
         certified: those with Γ > 2δ.
         disagreements: those that both predict differently; ``violations`` of them are certified, which cannot be.
         non_finite: those with a probability that is not finite in either; never certified, always a disagreement.
-        margins, deviations: Γ and δ of each sample: float64 [samples].
+        margins: Γ of each sample: float64 [samples].
+        deviations: δ of each sample, the same way.
     """
 
     samples: int

@@ -1,0 +1,58 @@
+"""Docstrings as ``help()`` shows them best, made into what mkdocstrings reads."""
+
+import ast
+import re
+from typing import Any
+
+import griffe
+
+ROLE = re.compile(r":(?:class|func|meth|mod):`([\w.]+)`")
+SECTION = re.compile(r"(?<!\n)\n(?=(?:Args|Attributes|Example|Raises|Returns|Source|Yields):)")
+logger = griffe.get_logger("docstrings")
+
+
+class House(griffe.Extension):
+    """Of every object: sections apart, roles as links, and defaults by their values, not by a constant's name."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """All objects are known by now."""
+        for each in _all(pkg):
+            if each.docstring:
+                each.docstring.value = SECTION.sub("\n\n", ROLE.sub(_linker(each), each.docstring.value))
+            if isinstance(each, griffe.Function):
+                for parameter in each.parameters:
+                    parameter.default = _value(parameter.default, pkg)
+
+
+def _all(thing: griffe.Object) -> list[griffe.Object]:
+    members = [each for each in thing.members.values() if isinstance(each, griffe.Object)]  # no aliases: seen elsewhere
+    return [thing, *(each for member in members for each in _all(member))]
+
+
+def _linker(scope: griffe.Object) -> Any:
+    """A role becomes a link, or, where the site has no page for the object, its name; a typing error, a warning."""
+
+    def link(found: re.Match[str]) -> str:
+        name = found[1]
+        try:
+            path = name if name.startswith("assign.") else scope.resolve(name)
+            _ = scope.package[path.removeprefix("assign.")]
+        except (griffe.NameResolutionError, KeyError):
+            logger.warning("%s: there is no %r", scope.path, name)
+            return f"`{name}`"
+        return f'<autoref optional identifier="{path}"><code>{name}</code></autoref>'
+
+    return link
+
+
+def _value(default: Any, package: griffe.Module) -> Any:
+    """A default; of a constant's name the constant, where that is a literal."""
+    if not isinstance(default, griffe.ExprName | griffe.ExprAttribute):
+        return default
+    try:
+        constant = package[default.canonical_path.removeprefix("assign.")]
+        value = str(constant.value) if constant.is_attribute else ""
+        ast.literal_eval(value)
+    except (KeyError, ValueError, SyntaxError):
+        return default
+    return value
