@@ -63,6 +63,9 @@ def search(
         loss: ``loss(model, batch)`` → scalar tensor.
         budget: peak bytes of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the all-fp32 peak.
         low_ratio: share of elements to hold low, 0 to 1. One of the two must be given.
+        strategy: which search: ``greedy`` or another of ``assign.STRATEGIES``, or ``milp``, the least noise; or, with
+            no goal, ``operator``, ``operator-prime`` or ``standalone``.
+        recipe: which formats a tensor may have, by its role: one of ``assign.RECIPES``.
         optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states count; None counts none.
         master: format of the parameters themselves, ``bf16``, ``fp16``, or ``bf16+8``: 24 bits, 8 of them beside the
             parameter; None leaves them in fp32, or as the strategy says.
@@ -86,6 +89,11 @@ def search(
         FormatError: formats that do not exist, or that cannot be stored.
         PlanError: formats that no library's optimizer can keep.
         TraceError: a graph break, a loss that is no scalar, a model that is not in float32.
+    Examples:
+        ```python
+        plan = assign.search(model, batch, loss, budget="90%", optimizer=adamw)
+        plan.save("plan.json")
+        ```
     """
     table = trace(model, batch, loss, optimizer)
     if strategy == MILP and noise is None:

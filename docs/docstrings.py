@@ -7,21 +7,26 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|mod):`([\w.]+)`")
-SECTION = re.compile(r"(?<!\n)\n(?=(?:Args|Attributes|Example|Raises|Returns|Source|Yields):)")
+SECTION = re.compile(r"(?<!\n)\n(?=(?:Args|Attributes|Examples|Raises|Returns|Source|Yields):)")
+SOURCE = re.compile(r"^Source: .*(?:\n .*)*", re.M)
 logger = griffe.get_logger("docstrings")
 
 
 class House(griffe.Extension):
-    """Of every object: sections apart, roles as links, and defaults by their values, not by a constant's name."""
+    """Of every object: sections apart, roles as links, an enumeration's values, and those of constant defaults."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """All objects are known by now."""
+        errors = {name: each.path for name, each in pkg["errors"].classes.items()}
         for each in _all(pkg):
-            if each.docstring:
-                each.docstring.value = SECTION.sub("\n\n", ROLE.sub(_linker(each), each.docstring.value))
+            if isinstance(each, griffe.Module) and each is not pkg["errors"]:
+                each.imports = errors | each.imports  # raised further down, they are named here all the same
             if isinstance(each, griffe.Function):
                 for parameter in each.parameters:
                     parameter.default = _value(parameter.default, pkg)
+            if each.docstring:
+                text = SOURCE.sub(lambda found: re.sub(r"\n +", " ", found[0]), each.docstring.value)
+                each.docstring.value = SECTION.sub("\n\n", ROLE.sub(_linker(each), text)) + _values(each)
 
 
 def _all(thing: griffe.Object) -> list[griffe.Object]:
@@ -30,7 +35,7 @@ def _all(thing: griffe.Object) -> list[griffe.Object]:
 
 
 def _linker(scope: griffe.Object) -> Any:
-    """A role becomes a link, or, where the site has no page for the object, its name; a typing error, a warning."""
+    """A role becomes a link, or, where the site has no place for the object, its name; one of nothing, a warning."""
 
     def link(found: re.Match[str]) -> str:
         name = found[1]
@@ -43,6 +48,14 @@ def _linker(scope: griffe.Object) -> Any:
         return f'<autoref optional identifier="{path}"><code>{name}</code></autoref>'
 
     return link
+
+
+def _values(thing: griffe.Object) -> str:
+    """What a ``StrEnum`` can be, in a sentence; '' for anything else."""
+    if not isinstance(thing, griffe.Class) or "StrEnum" not in map(str, thing.bases):
+        return ""
+    values = [ast.literal_eval(str(each.value)) for each in thing.attributes.values()]
+    return "\n\nOne of " + ", ".join(f"`{each}`" for each in values) + "."
 
 
 def _value(default: Any, package: griffe.Module) -> Any:

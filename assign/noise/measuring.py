@@ -65,6 +65,14 @@ def measure_noise(
         FormatError: unknown formats.
         TraceError: as :func:`assign.trace`; or torch has no second derivative of the step, which ``first-order`` needs.
         DivergedError: the unrounded step's gradient is zero or not finite.
+    Examples:
+        ```python
+        noise = assign.measure_noise(model, [batch], loss)
+        print(noise.noise("0.weight", "e4m3:pow2"))
+        plan = assign.search(
+            model, batch, loss, low_ratio=0.5, strategy="milp", noise=noise
+        )
+        ```
     """
     iterator = iter(batches)
     first = next(iterator, None)

@@ -174,7 +174,8 @@ class SGD(_Optimizer16):
         dampening: as torch's.
         weight_decay: as torch's.
         nesterov: as torch's.
-        rounding: of the weight update; see the module. ``kahan`` keeps one more state, 2 bytes per element.
+        rounding: of the weight update: with ``nearest`` any below half of a weight's last bit is lost; ``stochastic``
+            keeps it in the mean; ``kahan`` in one more state, 2 bytes per element.
     Raises:
         FormatError: a rounding that does not exist, a parameter's dtype, or nothing stored in 16 bits to round.
         ValueError: a number that torch refuses too.
@@ -228,7 +229,8 @@ class AdamW(_Optimizer16):
         betas: as torch's.
         eps: as torch's.
         weight_decay: as torch's.
-        rounding: of the weight update; see the module. ``kahan`` keeps one more state, 2 bytes per element.
+        rounding: of the weight update: with ``nearest`` any below half of a weight's last bit is lost; ``stochastic``
+            keeps it in the mean; ``kahan`` in one more state, 2 bytes per element.
     Raises:
         FormatError: a rounding that does not exist, a parameter's dtype, or nothing stored in 16 bits to round.
         ValueError: a number that torch refuses too.

@@ -40,6 +40,7 @@ class Candidate:
     """A plan that was trained.
 
     Attributes:
+        metric: what it came to.
         costs: its estimate, as a plan's provenance has it; ``peak_bytes`` is one of them.
         trial: number of its trial in the study.
     """
@@ -56,6 +57,7 @@ class Tuned:
     """What a study came to.
 
     Attributes:
+        metric: name of what was judged by.
         front: the plans that no other beats in both metric and peak, the smallest peak first; under a budget the one
             plan with the best metric.
         trained: trials to the end.
