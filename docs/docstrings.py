@@ -13,14 +13,14 @@ logger = griffe.get_logger("docstrings")
 
 
 class House(griffe.Extension):
-    """Of every object: sections apart, roles as links, an enumeration's values, and those of constant defaults."""
+    """Sections apart, roles and errors as links, what an enumeration can be, defaults by value and not by name."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """All objects are known by now."""
-        errors = {name: each.path for name, each in pkg["errors"].classes.items()}
+        for name, error in pkg["errors"].classes.items():  # named in docstrings of modules that import none
+            if name not in pkg.members:
+                pkg.set_member(name, griffe.Alias(name, error, parent=pkg))
         for each in _all(pkg):
-            if isinstance(each, griffe.Module) and each is not pkg["errors"]:
-                each.imports = errors | each.imports  # raised further down, they are named here all the same
             if isinstance(each, griffe.Function):
                 for parameter in each.parameters:
                     parameter.default = _value(parameter.default, pkg)
