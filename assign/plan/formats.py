@@ -406,6 +406,7 @@ def parse_format(name: str) -> Format:
         30.0
         >>> parse_format("e4m3:pow2:sr").rounding
         <Rounding.STOCHASTIC: 'stochastic'>
+
     Source: arXiv 2301.13464, section 2, and the authors' code.
     """
     wanted = "".join(name.split()).lower()
