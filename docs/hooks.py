@@ -15,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the README with its pictures, and the commands."""
+    """Add the README with its pictures and the files that it links to, and the commands."""
     readme = (ROOT / "README.md").read_text()
     files.append(File.generated(config, "index.md", content=readme))
-    for picture in re.findall(r"!\[[^]]*\]\(([^):]+)\)", readme):
-        files.append(File.generated(config, picture, abs_src_path=str(ROOT / picture)))
+    for target in {each for each in re.findall(r"\]\(([^)#]+)", readme) if (ROOT / each).is_file()}:
+        files.append(File.generated(config, target, abs_src_path=str(ROOT / target)))
     files.append(File.generated(config, "commands.md", content=commands()))
     return files
 
