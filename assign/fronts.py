@@ -76,9 +76,12 @@ class Front:
         """The best plan whose step fits, of a table that may have another batch size; None where none does.
 
         Args:
+            table: of the plans' model.
             budget: as in :func:`assign.search`.
+            update_rounding: of 16-bit masters, as in :func:`assign.optimizer`.
         Raises:
-            PlanError: the plans are for another model. BudgetError: no budget.
+            PlanError: the plans are for another model.
+            BudgetError: no budget.
         """
         limit = parse_budget(budget, peak_bytes(table, {}))
         for plan in reversed(self.plans):
@@ -95,10 +98,18 @@ def search_front(table: TensorTable, plans: int, **asked: Any) -> Front:
     one of more predicted noise, or, where that was not measured, of a larger low ratio.
 
     Args:
+        table: of the model: what :func:`assign.trace` found.
         plans: how many to search, 2 or more; fewer may be left.
         asked: as :func:`assign.planning.search_table` takes it, without a budget or a low ratio.
     Raises:
-        BudgetError: fewer than two plans, a goal, or a strategy that has none. Else as ``search_table``.
+        BudgetError: fewer than two plans, a goal, or a strategy that has none.
+        AssignError: as :func:`assign.planning.search_table`.
+    Examples:
+        ```python
+        front = assign.search_front(table, 4)
+        front.save("plans")
+        plan = front.pick(table, "95%")
+        ```
     """
     if plans < 2:
         raise BudgetError(f"search: a front of {plans} plans is asked for; give 2 or more.")

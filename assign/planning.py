@@ -63,6 +63,9 @@ def search(
         loss: ``loss(model, batch)`` → scalar tensor.
         budget: peak bytes of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the all-fp32 peak.
         low_ratio: share of elements to hold low, 0 to 1. One of the two must be given.
+        strategy: which search: ``greedy`` or another of ``assign.STRATEGIES``, or ``milp``, the least noise; or, with
+            no goal, ``operator``, ``operator-prime`` or ``standalone``.
+        recipe: which formats a tensor may have, by its role: one of ``assign.RECIPES``.
         optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states count; None counts none.
         master: format of the parameters themselves, ``bf16``, ``fp16``, or ``bf16+8``: 24 bits, 8 of them beside the
             parameter; None leaves them in fp32, or as the strategy says.
@@ -73,14 +76,24 @@ def search(
             With ``milp`` and a budget, one or more (with commas) that it chooses from, copy by copy or group by group.
         update_rounding: of 16-bit masters, as in :func:`assign.optimizer`: ``kahan`` keeps something more.
         noise: for the strategy ``milp``: what :func:`assign.measure_noise` found; None measures it, on this batch.
-        formats, granularity, pins: for the same; see :class:`assign.strategies.milp.Milp`.
+        formats: for the same: candidates of every tensor in place of the recipe's two, the widest first;
+            ``e4m3:pow2/e5m2:pow2`` means the first for values, the second for gradients.
+        granularity: for the same: what shares a decision, a ``group`` of tensors or none, each ``tensor``.
+        pins: for the same: pattern of keys → format that these have, e.g. ``{"head.*": "bf16"}``; of several that
+            match, the last.
         max_step_time: for the same: of a forward and backward pass, as :func:`assign.measure_times` predicts it:
             seconds, ``"200ms"``, or ``"1.3x"`` of what it takes with all tensors in their high formats.
         seed: for strategies that draw.
     Raises:
         BudgetError: no goal, one that makes no sense, or a budget below the floor (says the floor).
-        FormatError, PlanError: formats that cannot be stored, or that no library's optimizer can keep.
+        FormatError: formats that do not exist, or that cannot be stored.
+        PlanError: formats that no library's optimizer can keep.
         TraceError: a graph break, a loss that is no scalar, a model that is not in float32.
+    Examples:
+        ```python
+        plan = assign.search(model, batch, loss, budget="90%", optimizer=adamw)
+        plan.save("plan.json")
+        ```
     """
     table = trace(model, batch, loss, optimizer)
     if strategy == MILP and noise is None:

@@ -59,6 +59,11 @@ def apply(
     Raises:
         PlanError: the plan belongs to another model; names the nearest keys. Or the promotion to another plan.
         TraceError: the model is not in float32; or, at the first call, it breaks the graph.
+    Examples:
+        ```python
+        planned = assign.apply(model, plan, backend="eager")
+        loss(planned, batch).backward()
+        ```
     """
     store(model, plan)
     compiled = compile_planned(model, call_model, plan, _graph_backend(plan, backend), promotion, scales)
@@ -103,6 +108,11 @@ def autocast(
         PlanError: as for :func:`apply`; or the plan stores masters, gradients or buffers in 16 bit, which would
             outlast the context.
         TraceError: as for :func:`apply`.
+    Examples:
+        ```python
+        with assign.autocast(model, plan, backend="eager"):
+            loss(model, batch).backward()
+        ```
     """
     lasting = first_lasting(plan)
     if lasting is not None:
@@ -142,7 +152,13 @@ def planned_step(
     ``DistributedDataParallel`` reduces gradients only of what is called through it: there, use :func:`apply`.
 
     Raises:
-        PlanError, TraceError: as for :func:`apply`.
+        PlanError: as for :func:`apply`.
+        TraceError: as for :func:`apply`.
+    Examples:
+        ```python
+        step = assign.planned_step(model, loss, plan, backend="eager")
+        step(batch).backward()
+        ```
     """
     store(model, plan)
     compiled = compile_planned(model, loss, plan, _graph_backend(plan, backend), promotion, scales)

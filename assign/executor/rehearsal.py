@@ -32,8 +32,8 @@ class Rehearsal:
     """Bytes of one compiled step.
 
     Attributes:
-        peak_bytes: alive at the worst moment of the step: masters, states, buffers and the batch, and ``peak_in``:
-        peak_in: ``forward``, ``backward`` or ``optimizer``.
+        peak_bytes: alive at the worst moment of the step, masters, states, buffers and the batch included.
+        peak_in: where that moment is: ``forward``, ``backward`` or ``optimizer``.
         forward_bytes: what the forward pass makes, at its worst moment.
         saved_bytes: what waits for the backward pass, the loss included.
         backward_bytes: the worst moment of the backward pass: what still waits, what it makes, gradients.

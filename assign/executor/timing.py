@@ -57,15 +57,21 @@ def measure_times(
 
     Args:
         model: in float32; nothing of it is changed: a copy runs.
-        batch: what ``loss`` takes; ``loss``: ``loss(model, batch)`` → scalar tensor.
-        recipe, formats, pins: which formats each tensor may have, as in :func:`assign.search`.
-        saved, non_finite: formats of the copies that wait for the backward pass, each timed with all tensors in the
-            first of their formats; and the activations whose copies have none of these.
+        batch: what ``loss`` takes.
+        loss: ``loss(model, batch)`` → scalar tensor.
+        recipe: whose formats each tensor may have.
+        formats: as in :func:`assign.search`, in place of the recipe's.
+        pins: as in :func:`assign.search`.
+        saved: formats of the copies that wait for the backward pass, each timed with all tensors in the first of their
+            formats.
+        non_finite: keys of the activations whose copies have none of these.
         repeats: timed steps for each format, after one that is not.
         table: of the model, if it was traced before.
         clock: seconds.
     Raises:
-        PlanError: no repeats. FormatError: unknown formats. TraceError: as :func:`assign.trace`.
+        PlanError: no repeats.
+        FormatError: unknown formats.
+        TraceError: as :func:`assign.trace`.
     """
     if repeats < 1:
         raise PlanError(f"times: {repeats} timed steps are asked for; give 1 or more.")

@@ -24,7 +24,9 @@ class PlanCallback(pl.Callback):
     Args:
         plan: of ``assign.search`` for that module.
         module: its path within the ``LightningModule``.
-        backend, promote_every, promote_threshold: as in :func:`assign.apply` and :class:`assign.Promotion`.
+        backend: as in :func:`assign.apply`.
+        promote_every: steps between two measurements of overflow, as ``every`` in :class:`assign.Promotion`.
+        promote_threshold: as ``threshold`` there.
     Raises:
         PlanError: as :func:`assign.autocast`; or there is no such module.
     """

@@ -30,7 +30,7 @@ def search(trainer: Trainer, **asked: Any) -> Assignment:
     Args:
         asked: as :func:`assign.search` takes it: ``budget="60%"``, …
     Raises:
-        As :func:`assign.search`.
+        AssignError: as :func:`assign.search`.
     """
     if trainer.optimizer_cls_and_kwargs is None:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
@@ -70,7 +70,9 @@ class PlanCallback(TrainerCallback):
         plan: for the trainer's step: what :func:`search` found. One that stores masters, gradients or buffers narrowly
             is refused: give the trainer ``assign.apply(model, plan)`` and ``assign.optimizer``'s instead.
         writer: gets ``assign/promoted``, ``assign/overflow_max``, ``assign/overflow_mean`` whenever the trainer logs.
-        backend, promote_every, promote_threshold: as in :func:`assign.apply` and :class:`assign.Promotion`.
+        backend: as in :func:`assign.apply`.
+        promote_every: steps between two measurements of overflow, as ``every`` in :class:`assign.Promotion`.
+        promote_threshold: as ``threshold`` there.
     """
 
     def __init__(

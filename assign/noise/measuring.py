@@ -49,7 +49,8 @@ def measure_noise(
 
     Args:
         model: in float32, with the weights it has; nothing of it is changed.
-        batches: what ``loss`` takes, one after the other; ``loss``: ``loss(model, batch)`` → scalar tensor.
+        batches: what ``loss`` takes, one after the other.
+        loss: ``loss(model, batch)`` → scalar tensor.
         recipe: whose candidates are measured; it also says whether gradients are rounded under a loss scale.
         formats: measured for every tensor besides, e.g. ``e4m3:pow2``; or ``e4m3/e5m2``, for values and for gradients.
         saved: formats of the copies that wait for the backward pass, e.g. ``int4:block64``.
@@ -61,7 +62,17 @@ def measure_noise(
         on_batch: told of the table after every batch.
     Raises:
         PlanError: the file is of another model, or was measured in another way; or there is no batch.
-        FormatError: unknown formats. TraceError, DivergedError: as :func:`assign.noise.sampling.sample`.
+        FormatError: unknown formats.
+        TraceError: as :func:`assign.trace`; or torch has no second derivative of the step, which ``first-order`` needs.
+        DivergedError: the unrounded step's gradient is zero or not finite.
+    Examples:
+        ```python
+        noise = assign.measure_noise(model, [batch], loss)
+        print(noise.noise("0.weight", "e4m3:pow2"))
+        plan = assign.search(
+            model, batch, loss, low_ratio=0.5, strategy="milp", noise=noise
+        )
+        ```
     """
     iterator = iter(batches)
     first = next(iterator, None)

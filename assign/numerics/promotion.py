@@ -110,6 +110,15 @@ class Promotion:
         group: the processes that train the model together; None: all of them.
     Raises:
         PlanError: ``every`` is negative, or ``threshold`` no share above 0 and up to 1.
+    Examples:
+        ```python
+        plan = assign.search(model, batch, loss, recipe="hfp8", low_ratio=1.0)
+        promotion = assign.Promotion(plan)
+        planned = assign.apply(model, plan, backend="eager", promotion=promotion)
+        loss(planned, batch).backward()
+        for past in promotion.step():
+            print(past.key, past.overflow_ratio, past.to_format)
+        ```
     """
 
     def __init__(

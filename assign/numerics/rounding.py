@@ -210,11 +210,6 @@ def quantize(
 ) -> Tensor:
     """Round ``x / scale`` to a value of ``fmt``, as the format says, and multiply by ``scale``.
 
-    >>> quantize(torch.tensor([1.0625, 100.0, -0.0]), "fp(4,3,4)")
-    tensor([ 1.1250, 30.0000, -0.0000])
-    >>> quantize(torch.full((8,), 1.0625), "fp(4,3,4):sr", seed=torch.tensor(1)).unique()
-    tensor([1.0000, 1.1250])
-
     Args:
         x: any shape; float32, bfloat16 or float16.
         scale: float32, one element, as ``amax_scale`` gives it; with one that is no power of two, ``x / scale`` and the
@@ -227,6 +222,11 @@ def quantize(
         A fresh tensor, of the shape of ``x`` and, where ``x`` is dense, of its strides.
     Raises:
         FormatError: an unknown format, or a dtype, scale or seed that does not fit.
+    Examples:
+        >>> quantize(torch.tensor([1.0625, 100.0, -0.0]), "fp(4,3,4)")
+        tensor([ 1.1250, 30.0000, -0.0000])
+        >>> quantize(torch.full((8,), 1.0625), "fp(4,3,4):sr", seed=torch.tensor(1)).unique()
+        tensor([1.0000, 1.1250])
     """
     fmt = _checked(x, fmt, scale)
     _check_seed(fmt, seed, x.device)

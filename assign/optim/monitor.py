@@ -26,11 +26,7 @@ _RESTS = (COMPENSATION, EXTRA_BITS)
 class LostUpdates:
     """The share of weights that an update left where they were, though it was not zero; parameter by parameter.
 
-    It watches every step that the optimizer makes, of whatever class, in one's own loop::
-
-        with LostUpdates(model, optimizer, every=10) as lost:
-            train(...)
-        print(lost.share, lost.shares)
+    It watches every step that the optimizer makes, of whatever class, in one's own loop.
 
     An update counts as tried where the first moment, or without one the gradient, is not zero, or weight decay pulls at
     a weight. What Kahan's compensation, or a master's extra bits, have taken is not lost. Stochastic rounding leaves
@@ -41,6 +37,15 @@ class LostUpdates:
         model: names the parameters.
         every: look at every so many steps; a look costs a copy of the sample and a few passes over it.
         sample: elements per parameter to look at, evenly spread; None for all.
+    Examples:
+        ```python
+        half = nn.Sequential(nn.Linear(64, 10)).bfloat16()
+        optimizer = assign.optim.SGD(half.parameters(), lr=1e-3, rounding="kahan")
+        with assign.LostUpdates(half, optimizer) as lost:
+            loss(half, (batch[0].bfloat16(), batch[1])).backward()
+            optimizer.step()
+        print(lost.share, lost.shares)
+        ```
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, every: int = 1, sample: int | None = 2**16) -> None:

@@ -83,6 +83,13 @@ def optimizer(
         PlanError: no library can keep such states with this optimizer, or it is not installed; or the optimizer has no
             such state, or no such rounding.
         FormatError: a rounding that does not exist, or no master in 16 bits to round.
+    Examples:
+        ```python
+        planned = assign.apply(model, plan, backend="eager")
+        optimizer = assign.optimizer(adamw, planned, plan, lr=1e-3)
+        loss(planned, batch).backward()
+        optimizer.step()
+        ```
     """
     chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
     make: Callable[..., Optimizer] = kind

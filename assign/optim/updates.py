@@ -170,8 +170,12 @@ class SGD(_Optimizer16):
     Args:
         params: parameters or groups of them: bfloat16, float16, or float32, which is updated by the plain rule.
         lr: a number, or a tensor without axes, which a compiled step reads anew.
-        momentum, dampening, weight_decay, nesterov: as torch's.
-        rounding: of the weight update; see the module. ``kahan`` keeps one more state, 2 bytes per element.
+        momentum: as torch's.
+        dampening: as torch's.
+        weight_decay: as torch's.
+        nesterov: as torch's.
+        rounding: of the weight update: with ``nearest`` any below half of a weight's last bit is lost; ``stochastic``
+            keeps it in the mean; ``kahan`` in one more state, 2 bytes per element.
     Raises:
         FormatError: a rounding that does not exist, a parameter's dtype, or nothing stored in 16 bits to round.
         ValueError: a number that torch refuses too.
@@ -215,15 +219,18 @@ class AdamW(_Optimizer16):
     """``torch.optim.AdamW`` for parameters in 16 bits.
 
     Both moments are kept in the parameter's dtype and rounded to nearest, so that in bf16 a ``beta2`` above 0.998 never
-    lets the second moment fall, and in fp16 an ``eps`` below 6e-5 loses its bits: ``audit.audit_constants`` says so.
+    lets the second moment fall, and in fp16 an ``eps`` below 6e-5 loses its bits: ``assign.audit_constants`` says so.
     With ``nearest`` the weight decay is rounded on its own, as torch does, and then nearly always lost; else it is a
     part of the update.
 
     Args:
         params: parameters or groups of them: bfloat16, float16, or float32, which is updated by the plain rule.
         lr: a number, or a tensor without axes, which a compiled step reads anew.
-        betas, eps, weight_decay: as torch's.
-        rounding: of the weight update; see the module. ``kahan`` keeps one more state, 2 bytes per element.
+        betas: as torch's.
+        eps: as torch's.
+        weight_decay: as torch's.
+        rounding: of the weight update: with ``nearest`` any below half of a weight's last bit is lost; ``stochastic``
+            keeps it in the mean; ``kahan`` in one more state, 2 bytes per element.
     Raises:
         FormatError: a rounding that does not exist, a parameter's dtype, or nothing stored in 16 bits to round.
         ValueError: a number that torch refuses too.

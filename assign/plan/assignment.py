@@ -105,10 +105,18 @@ class Assignment:
         entries: key → entry, for every tensor in the paper's four roles. Keys of saved copies, masters, stored
             gradients and optimizer states may stand here too; where they do not, a saved copy follows its activation,
             and what is stored between steps is fp32 (see :mod:`assign.plan.stored`).
+        recipe: name of the one whose formats they are.
         fingerprint: of the model that the assignment is for.
+        provenance: where it comes from.
 
     Raises:
         PlanError: an entry names a format that does not exist, or that is not for what it names.
+    Examples:
+        ```python
+        plan.save("plan.json")
+        plan = assign.Assignment.load("plan.json")
+        print(plan.entries["0.weight"].format, plan.provenance.command)
+        ```
     """
 
     entries: Mapping[str, Entry]

@@ -176,8 +176,9 @@ class Format:
         A scaled format contains itself alone, and only under the same scale; it is contained in whatever holds
         its values under every allowed scale.
 
-        >>> FORMATS["bf16"].contains(FORMATS["e4m3"]), FORMATS["fp16"].contains(FORMATS["bf16"])
-        (True, False)
+        Examples:
+            >>> FORMATS["bf16"].contains(FORMATS["e4m3"]), FORMATS["fp16"].contains(FORMATS["bf16"])
+            (True, False)
         """
         if self.scaled:
             return self == replace(other, name=self.name, rounding=self.rounding)
@@ -232,6 +233,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         )
     }
 )
+"""Formats that tensors are computed in, by name: ``fp32``, ``bf16``, ``fp16``, ``e4m3``, ``e5m2``; the last two also
+with a scale, ``:pow2`` or ``:amax``, and ``:delayed`` behind either. :func:`parse_format` knows more."""
 
 
 # Source: the 24-bit masters of FlashOptim (arXiv 2602.23349); what a code means is in assign.optim.masters.
@@ -339,7 +342,8 @@ STATE_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
         )
     }
 )
-"""Formats of optimizer states alone. The values of each are the library's that keeps the states."""
+"""Formats of optimizer states alone: ``dynamic8``, ``dynamic4``, ``e4m3:block256``. The values of each are the
+library's that keeps the states."""
 
 
 def _integers(bits: int) -> BlockFormat:
@@ -375,7 +379,8 @@ SAVED_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
         )
     }
 )
-"""Formats of saved copies alone; :mod:`assign.numerics.blocks` says what they mean."""
+"""Formats of saved copies alone: ``e4m3:block64``, ``int8:block64``, ``int4:block64``, ``int2:block64``, ``mxfp8``,
+``mxfp4``. :mod:`assign.numerics.blocks` says what they mean."""
 
 _PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
 _ALLOWED = (
@@ -394,13 +399,14 @@ def parse_format(name: str) -> Format:
     ties go away from zero. At ``e = 8`` the largest exponent is 127, as in the authors' code, so that float32 holds it.
     A name with ``:sr`` behind it is the same format under another rounding. Case and blanks do not matter.
 
-    >>> parse_format("FP(4, 3, 4)").max_value
-    30.0
-    >>> parse_format("e4m3:pow2:sr").rounding
-    <Rounding.STOCHASTIC: 'stochastic'>
-
     Raises:
         FormatError: no such format, or one whose values float32 does not hold.
+    Examples:
+        >>> parse_format("FP(4, 3, 4)").max_value
+        30.0
+        >>> parse_format("e4m3:pow2:sr").rounding
+        <Rounding.STOCHASTIC: 'stochastic'>
+
     Source: arXiv 2301.13464, section 2, and the authors' code.
     """
     wanted = "".join(name.split()).lower()
@@ -420,11 +426,11 @@ def parse_format(name: str) -> Format:
 def parse_saved(name: str) -> Format | BlockFormat:
     """The format called ``name``, for a copy that waits for the backward pass: of ``SAVED_FORMATS``, or any other.
 
-    >>> parse_saved("int4:block64").bits_per_element, parse_saved("mxfp4:sr").stochastic
-    (4.5, True)
-
     Raises:
         FormatError: as :func:`parse_format`.
+    Examples:
+        >>> parse_saved("int4:block64").bits_per_element, parse_saved("mxfp4:sr").stochastic
+        (4.5, True)
     """
     wanted = "".join(name.split()).lower()
     plain = wanted.removesuffix(_STOCHASTIC)

@@ -79,7 +79,8 @@ class Estimate:
         low_ratio: share of those elements that are low.
         low_ratio_bits: the same by bits, 2·(1 − bits / bits with all high); negative for a plan wider than that.
         groups_low: groups in which everything is low.
-        peak_bytes: every byte alive at the worst moment of one whole step; baseline_peak_bytes: the same in fp32.
+        peak_bytes: every byte alive at the worst moment of one whole step.
+        baseline_peak_bytes: the same in fp32.
         saved_bytes: what waits for the backward pass when the forward pass ends.
         peak_at: operator at the peak, ``optimizer`` if the peak is in its step.
         by_role: bytes alive at the peak, by what they are for.
@@ -133,10 +134,17 @@ def estimate(table: TensorTable, plan: Assignment, *, update_rounding: str = Upd
     """Bytes and low ratio of one step under ``plan``.
 
     Args:
+        table: of the plan's model: what :func:`assign.trace` found, at any batch size.
+        plan: for every tensor of the table.
         update_rounding: of 16-bit masters, as in ``assign.optimizer``: ``kahan`` keeps 2 bytes more for each element.
     Raises:
         PlanError: the plan does not name a tensor of the table; or its updates cannot be rounded so.
         FormatError: there is no recipe of the plan's name.
+    Examples:
+        ```python
+        costs = assign.estimate(table, plan)
+        print(costs.peak_bytes / costs.baseline_peak_bytes, costs.peak_at)
+        ```
     """
     plan.check_covers([info.key for info in table.paper_tensors], where="estimate", buffers=table.buffers)
     check_rounding(update_rounding, plan.entries, where="estimate")

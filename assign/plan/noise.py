@@ -77,7 +77,10 @@ class NoiseTable:
 
     Attributes:
         cells: choice → one sample per batch.
-        fingerprint: of the model; method, seed, loss_scaling: how it was measured.
+        fingerprint: of the model.
+        method: how it was measured.
+        seed: of what its steps draw; batch number n has ``seed + n``.
+        loss_scaling: whether gradients were rounded under a loss scale.
     """
 
     fingerprint: str

@@ -30,7 +30,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """The two formats that one tensor may have."""
+    """The two formats that one tensor may have: the high and the low one."""
 
     hi: Format
     lo: Format
@@ -171,7 +171,7 @@ BF16, FP16 = _one_format("bf16"), _one_format("fp16")
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {recipe.name: recipe for recipe in (HFP8, NATIVE, NATIVE_DELAYED, BF16, FP16)}
 )
-"""Every recipe by name; a new one is a row here."""
+"""Every recipe by name: ``hfp8``, ``native``, ``native-delayed``, ``bf16``, ``fp16``; a new one is a row here."""
 
 
 def get_recipe(name: str) -> Recipe:

@@ -173,7 +173,14 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tensors that share a decision (papers: A3)."""
+    """Tensors that share a decision: the output of one matrix product, and all that follows it up to the next.
+
+    Attributes:
+        id: its number.
+        elements: of all its tensors.
+        keys: theirs.
+    Source: arXiv 2301.13464, algorithm 1.
+    """
 
     id: int
     elements: int

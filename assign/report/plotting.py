@@ -35,11 +35,17 @@ def plot(thing: object, table: TensorTable | None = None) -> Any:
     """A plotly figure of a table, a plan, an estimate, a front, a search by training, or noise.
 
     Args:
+        thing: what is to be drawn.
         table: of the model; a plan needs it, to show the memory of a step without it and with it.
     Returns:
         a ``plotly.graph_objects.Figure``.
     Raises:
         ReportError: there is no chart of such a thing, a plan has no table, or plotly is not installed.
+    Examples:
+        ```python
+        figure = assign.plot(plan, table)
+        figure.write_html("memory.html")
+        ```
     """
     kinds = "TensorTable, Assignment (with table=), Estimate, Front, Tuned, NoiseTable"
     raise ReportError(f"plot: there is no chart of a {type(thing).__name__}. Give one of: {kinds}.")

@@ -47,7 +47,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "uniform": uniform,
     }
 )
-"""Every search by the name that ``--strategy`` takes."""
+"""Every search by the name that ``--strategy`` takes; ``milp`` and ``optuna`` need more than a table."""
 
 BASELINES: Mapping[str, Callable[[TensorTable, Recipe], dict[str, Entry]]] = MappingProxyType(
     {

@@ -49,6 +49,11 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states are counted; None counts none.
     Raises:
         TraceError: a graph break, a loss that is no scalar, or a model that is not in float32.
+    Examples:
+        ```python
+        table = assign.trace(model, batch, loss, adamw)
+        print(table.by_key["0.weight"].shape, len(table.groups), "groups")
+        ```
     """
     check_parameters(model)
     recorder = _Recorder()

@@ -98,6 +98,13 @@ def audit_constants(
         What was found; float32 and wider are never found fault with.
     Raises:
         FormatError: something was found, and ``action`` is ``raise``; or an unknown format or action.
+    Examples:
+        ```python
+        optimizer = adamw(model.parameters())
+        found = assign.audit_constants(model, optimizer, format="fp16", action="return")
+        for each in found:
+            print(each.where, each.name, each.why, each.advice)
+        ```
     Source: arXiv 2305.10947: 1e-4 for optimizers and 1e-3 for batch normalisation in fp16. Here: the smallest power of
         ten that is a normal number, and ten times that. For ``beta``: arXiv 2010.06192's bounds of a lost update.
     """

@@ -28,12 +28,16 @@ QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
 class Certificate:
     """What a model's predictions come to in another precision.
 
+    Γ is the distance between the two largest class probabilities of the model, δ the largest distance between any of
+    its probabilities and the other precision's. With Γ > 2δ the prediction cannot change.
+
     Attributes:
         samples: predictions made: one per example, or one per position of each.
         certified: those with Γ > 2δ.
         disagreements: those that both predict differently; ``violations`` of them are certified, which cannot be.
         non_finite: those with a probability that is not finite in either; never certified, always a disagreement.
-        margins, deviations: Γ and δ of each sample: float64 [samples].
+        margins: Γ of each sample: float64 [samples].
+        deviations: δ of each sample, the same way.
     """
 
     samples: int
@@ -76,6 +80,11 @@ def certify(
         probabilities: they return probabilities, not logits.
     Raises:
         TaskError: there is no batch, or what is returned is no prediction of classes.
+    Examples:
+        ```python
+        planned = assign.apply(model, plan, backend="eager")
+        print(assign.certify(model, planned, [batch[0]]).certified_share)
+        ```
     """
     parts = []
     for batch in batches:

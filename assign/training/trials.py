@@ -34,6 +34,7 @@ class Settings:
     """What all processes of one study must agree on; a study keeps it.
 
     Attributes:
+        recipe: whose two formats are chosen from.
         budget: peak bytes, in any form that ``assign.search`` takes; None: the peak is an objective.
         metric: one of the task's, or ``loss``: that of the last epoch's training.
         maximize: whether more of it is better.

@@ -40,6 +40,7 @@ class Candidate:
     """A plan that was trained.
 
     Attributes:
+        metric: what it came to.
         costs: its estimate, as a plan's provenance has it; ``peak_bytes`` is one of them.
         trial: number of its trial in the study.
     """
@@ -56,9 +57,11 @@ class Tuned:
     """What a study came to.
 
     Attributes:
+        metric: name of what was judged by.
         front: the plans that no other beats in both metric and peak, the smallest peak first; under a budget the one
             plan with the best metric.
-        trained, pruned: trials to the end, and those that were stopped because they fell behind or diverged.
+        trained: trials to the end.
+        pruned: trials that were stopped because they fell behind or diverged.
     """
 
     metric: str
@@ -109,9 +112,12 @@ def tune(
         heartbeat: seconds between two signs of life of a running trial; after two without, another process repeats it.
         on_trial: told of every trial that this process has done.
     Raises:
-        StudyError: the storage cannot be used, or the study has other settings or is of another model.
+        StudyError: the storage cannot be used, the task has no such metric, or the study has other settings or is of
+            another model.
         BudgetError: all low is still over the budget.
-        TaskError, TraceError, PlanError: as :func:`assign.training.loop.train`.
+        TaskError: the task cannot be used.
+        TraceError: as :func:`assign.trace`.
+        PlanError: as :func:`assign.apply`.
     Source: Optuna (Akiba et al., 2019); NSGA-II (Deb et al., 2002); Hyperband (Li et al., 2018).
     """
     if trials < 1 or workers < 1:

@@ -35,7 +35,9 @@ class Report:
     Attributes:
         name: of the plan, for people: its file.
         table: of the plan's model, at the batch size that the page is to speak of.
-        runs: trainings to draw; front: plans to put this one beside; noise: of the tensors.
+        runs: trainings to draw, of :func:`assign.report.page.runs.load_runs`.
+        front: plans to put this one beside.
+        noise: of the tensors.
         update_rounding: as in ``assign.estimate``.
         command: what made the page, ``''`` where there was none.
     """
