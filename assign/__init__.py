@@ -33,11 +33,12 @@ them is pure Python and never imports torch.
                       ``masters`` of 24 bits, 8 of them beside a bf16 weight; ``monitor``: updates that rounding lost
 ``several``           several processes: DDP and FSDP2 around a planned model
 ``tasks``             what is trained: built-in, from a user's file
-``training``          ``loop``: seeds, loss scaling, promotion; ``measuring``: its peak; ``checkpoints``: their file;
-                      ``weights``: those of another training; ``audit``: what 16 bits would lose, said before;
-                      ``certificate``: predictions that a plan cannot change; ``comparing``: several plans on one
-                      task, run by run; ``comparison``: what they came to, and its file; ``tuning``: search by
-                      training, an Optuna study; ``trials``: what it proposes, trained
+``training``          ``loop``: seeds, loss scaling, promotion; ``history``: what its steps and epochs came to;
+                      ``measuring``: its peak; ``checkpoints``: their file; ``weights``: those of another training;
+                      ``audit``: what 16 bits would lose, said before; ``certificate``: predictions that a plan
+                      cannot change; ``comparing``: several plans on one task, run by run; ``comparison``: what they
+                      came to, and its file; ``tuning``: search by training, an Optuna study; ``trials``: what it
+                      proposes, trained
 ``integrations``      plans in the trainers of other libraries: ``transformers``, ``lightning``
 ``report``            tables and pictures for people, and in ``report/page`` a page for a browser; ``plotting``: its
                       charts in a notebook

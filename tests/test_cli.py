@@ -12,7 +12,8 @@ from shell import fails, run
 from assign.cli.shell import Meter
 from assign.numerics.promotion import Promoted
 from assign.plan.assignment import Assignment
-from assign.training.loop import EpochResult, Progress
+from assign.training.history import EpochResult
+from assign.training.loop import Progress
 
 TASK = """
 import torch

@@ -28,7 +28,7 @@ from assign.planning import search_table
 from assign.report.page import Report, write_report
 from assign.report.page.beside import best_of, measure_of, points_of
 from assign.report.page.colours import of_formats
-from assign.report.page.curves import curves_figure, promotions_figure, scale_figure
+from assign.report.page.curves import course_figure, curves_figure, epoch_scale_figure, overflow_figure, scale_figure
 from assign.report.page.figures import front_figure, memory_figure, model_figure, words
 from assign.report.page.page import context, render
 from assign.report.page.runs import load_runs

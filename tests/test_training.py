@@ -20,7 +20,8 @@ from assign.plan.tensors import TensorTable
 from assign.planning import search_table
 from assign.tasks import Task, load_task
 from assign.tracing.tracer import trace
-from assign.training.loop import INITIAL_SCALE, Progress, TrainResult, needs_loss_scaling, train
+from assign.training.history import TrainResult
+from assign.training.loop import INITIAL_SCALE, Progress, needs_loss_scaling, train
 from assign.training.measuring import measure_peak
 
 FIXED = {"metrics", "loss", "measured_peak_bytes", "predicted_peak_bytes", "step_seconds", "diverged"}

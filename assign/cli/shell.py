@@ -25,7 +25,8 @@ from assign.report import tables
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
 from assign.tracing.tracer import trace as trace_step
-from assign.training.loop import EpochResult, Progress, TrainResult
+from assign.training.history import EpochResult, TrainResult
+from assign.training.loop import Progress
 from assign.training.loop import train as train_task
 
 _RECENT = 20  # steps whose median time is shown

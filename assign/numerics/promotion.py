@@ -102,7 +102,8 @@ class Promotion:
     Attributes:
         plan: as promoted so far.
         promoted: every promotion, in order.
-        overflow: of each watched tensor, the share that overflowed when last measured, over all processes.
+        overflow: of each tensor that was looked at last, the share that overflowed, over all processes.
+        every, threshold: as given, or the recipe's own.
 
     Args:
         every: steps between two measurements, the first step being one; None: the recipe's own; 0: never.
@@ -138,7 +139,8 @@ class Promotion:
         self.plan = plan
         self.promoted: tuple[Promoted, ...] = ()
         self.overflow: dict[str, float] = {}
-        self._recipe, self._every, self._threshold = recipe, every, threshold
+        self.every, self.threshold = every, threshold
+        self._recipe, self._looked = recipe, False
         self._start, self._group = plan, group
         self._number = next(_NUMBERS)
         self._slots: dict[str, Slot] = {}
@@ -152,7 +154,7 @@ class Promotion:
         """The slot of a forward tensor; None where it will not be promoted."""
         if key not in self._slots:
             entry = self._start.entries[key]
-            high = self._recipe.promotion(role, op, entry) if self._every else None
+            high = self._recipe.promotion(role, op, entry) if self.every else None
             if high is None:
                 return None
             name = f"@{self._number}:{key}"
@@ -164,9 +166,9 @@ class Promotion:
 
     def step(self) -> tuple[Promoted, ...]:
         """Promote what overflowed too often in the last forward pass; returns that."""
-        measured = self._measures()
+        self._looked = self._measures()
         self._steps += 1
-        found = self._found() if measured else ()
+        found = self._found() if self._looked else ()
         for promoted in found:
             self._slots[promoted.key].promoted = True
         self._take(found)
@@ -174,8 +176,16 @@ class Promotion:
             slot.measuring = self._measures() and not slot.promoted
         return found
 
+    @property
+    def overflow_max(self) -> float | None:
+        """The largest share that overflowed in the last forward pass; None where nothing was looked at in it."""
+        return max(self.overflow.values(), default=None) if self._looked else None
+
     def scalars(self) -> dict[str, float]:
-        """What to log: how many tensors were promoted, and the largest and mean share that last overflowed."""
+        """What to log: how many tensors were promoted, and the largest and mean share at the last look.
+
+        A tensor that was promoted overflows no more, and counts no more from the next look on.
+        """
         shares = list(self.overflow.values()) or [0.0]
         return {
             "assign/promoted": float(len(self.promoted)),
@@ -199,11 +209,10 @@ class Promotion:
             slot.measuring = self._measures() and not slot.promoted
 
     def _measures(self) -> bool:
-        return self._every > 0 and self._steps % self._every == 0
+        return self.every > 0 and self._steps % self.every == 0
 
     def _found(self) -> tuple[Promoted, ...]:
-        ratios = self._ratios()
-        self.overflow.update(ratios)
+        self.overflow = self._ratios()
         return tuple(
             Promoted(
                 step=self._steps,
@@ -212,8 +221,8 @@ class Promotion:
                 from_format=self._slots[key].low.name,
                 to_format=self._slots[key].high.name,
             )
-            for key, ratio in ratios.items()
-            if ratio >= self._threshold and not self._slots[key].promoted
+            for key, ratio in self.overflow.items()
+            if ratio >= self.threshold and not self._slots[key].promoted
         )
 
     def _ratios(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ from assign.plan.noise import NoiseTable
 from assign.plan.tensors import Role, TensorTable
 from assign.report.page.colours import ROLES
 from assign.training.comparison import Comparison, Spread, Summary
-from assign.training.loop import TrainResult
+from assign.training.history import TrainResult
 from assign.training.tuning import Tuned
 
 BAR = 30

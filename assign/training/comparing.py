@@ -31,7 +31,8 @@ from assign.tasks import Task, check_device
 from assign.tasks.batch import move
 from assign.tracing.tracer import trace
 from assign.training.comparison import Comparison, Run, VariantRow
-from assign.training.loop import Progress, TrainResult, train
+from assign.training.history import TrainResult
+from assign.training.loop import Progress, train
 
 FP32 = "fp32"
 """Name of the variant without a plan."""

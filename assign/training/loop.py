@@ -9,10 +9,9 @@ import dataclasses
 import hashlib
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from assign.plan.tensors import TensorTable
 from assign.tasks.batch import Batch, count_bytes, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
 from assign.training import checkpoints
+from assign.training.history import EpochResult, History, Point, TrainResult
 from assign.training.measuring import measure_peak
 from assign.training.weights import continue_from, load_states
 
@@ -55,7 +55,7 @@ INITIAL_SCALE = 65536.0
 _SMALLEST_GRADIENT = 2.0**-30
 """A format that reaches no lower needs loss scaling: fp16 (2^-24) does, the paper's FP(6,9,0) (2^-39) does not."""
 
-_CHECKPOINT_VERSION = 3
+_CHECKPOINT_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,66 +74,6 @@ class Progress:
     loss: float
     promoted: tuple[Promoted, ...] = ()
     plan: Assignment | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EpochResult:
-    """One finished epoch.
-
-    Attributes:
-        loss: mean of the steps.
-        metrics: what the task's ``evaluate`` says, the model computing under the plan.
-        fp32_metrics: the same with the same weights in plain fp32; empty without a plan.
-        loss_scale: at the end; None where there is none.
-        skipped_steps: those whose gradients were not finite.
-    """
-
-    loss: float
-    metrics: Metrics
-    fp32_metrics: Metrics
-    loss_scale: float | None
-    skipped_steps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """What a run of training came to.
-
-    Attributes:
-        metrics: what the task's ``evaluate`` says at the end; after a divergence, at the end of the last good epoch.
-        fp32_metrics: the same with the same weights in plain fp32; empty without a plan.
-        loss: mean of the last epoch; ``losses``: of each epoch, the unfinished one included.
-        epochs: the finished ones.
-        promotions: tensors that overflowed too often and got their high format back; ``plan`` as it became.
-        measured_peak_bytes: every byte alive at the worst moment of one steady step; None if there was none.
-        predicted_peak_bytes: what the memory model says of it; None without a table.
-        step_seconds: median of the steady steps; None if there was none.
-        steps: optimizer steps tried; ``skipped_steps`` of them had gradients that were not finite, and a loss scale.
-        message: after a divergence, where it happened and what to try.
-        model: as trained; where training diverged, not fit for use.
-    """
-
-    metrics: Metrics
-    fp32_metrics: Metrics
-    loss: float
-    losses: tuple[float, ...]
-    epochs: tuple[EpochResult, ...]
-    promotions: tuple[Promoted, ...]
-    measured_peak_bytes: int | None
-    predicted_peak_bytes: int | None
-    step_seconds: float | None
-    diverged: bool
-    steps: int
-    skipped_steps: int
-    loss_scale: float | None
-    message: str
-    plan: Assignment | None = field(repr=False)
-    model: nn.Module = field(repr=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, without plan and model; numbers that are not finite become None."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("plan", "model")]
-        return {name: _plain(getattr(self, name)) for name in names}
 
 
 def train(
@@ -220,24 +160,6 @@ def needs_loss_scaling(plan: Assignment) -> bool:
     return get_recipe(plan.recipe).loss_scaling or short
 
 
-@dataclass(slots=True, kw_only=True)
-class _History:
-    """What a run has seen so far; goes into the checkpoint."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    steps: int = 0
-    skipped: int = 0
-    skipped_in_epoch: int = 0
-    epochs: list[EpochResult] = field(default_factory=list)
-    epoch_loss: float = 0.0
-    metrics: Metrics = field(default_factory=dict)
-    fp32_metrics: Metrics = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
-    first_batch_bytes: int = 0
-
-
 class _Run:
     """One run of training: model, optimizer and what belongs to them, made from a seed."""
 
@@ -259,7 +181,7 @@ class _Run:
         self.device = check_device(device)
         self.on_step: Callable[[Progress], None] | None = None
         self.on_epoch: Callable[[int, EpochResult], None] | None = None
-        self.history = _History()
+        self.history = History()
         _seed(seed)
         self.model = task.make_model().to(self.device)
         self.model.train()
@@ -324,11 +246,12 @@ class _Run:
             self._restore_rng(self.resumed)
             self.resumed = None
         for batch in batches:
-            value = self._timed_step(move(batch, self.device))
-            promoted = self.promotion.step() if self.promotion else ()
-            h.step_in_epoch += 1
-            h.steps += 1
-            h.epoch_loss += value
+            step = self._next_step(move(batch, self.device))
+            promoted: tuple[Promoted, ...] = ()
+            if self.promotion:
+                promoted = self.promotion.step()
+                step = dataclasses.replace(step, overflow=self.promotion.overflow_max)
+            h.take(step)
             if self.on_step:
                 self.on_step(
                     Progress(
@@ -336,12 +259,12 @@ class _Run:
                         epochs=self.epochs,
                         step=h.steps,
                         steps_per_epoch=self.length,
-                        loss=value,
+                        loss=step.loss,
                         promoted=promoted,
                         plan=self.promotion.plan if self.promotion else None,
                     )
                 )
-            yield value
+            yield step.loss
         if not h.step_in_epoch:
             raise TaskError("Task: train has no batch. Give at least one; a batch size above the data's gives none.")
 
@@ -357,44 +280,37 @@ class _Run:
             return self._diverged("every step of the epoch had gradients that are not finite, at any loss scale")
         h.metrics, h.fp32_metrics = metrics, fp32_metrics
         if complete:
-            h.epochs.append(
-                EpochResult(
-                    loss=h.epoch_loss / h.step_in_epoch,
-                    metrics=metrics,
-                    fp32_metrics=fp32_metrics,
-                    loss_scale=self.scaler.get_scale() if self.scaler else None,
-                    skipped_steps=h.skipped_in_epoch,
-                )
-            )
-            h.epoch, h.step_in_epoch, h.epoch_loss, h.skipped_in_epoch = h.epoch + 1, 0, 0.0, 0
+            h.end_epoch(self.scaler.get_scale() if self.scaler else None)
             if self.scheduler:
                 self.scheduler.step()
         return ""
 
-    def _timed_step(self, batch: Batch) -> float:
+    def _next_step(self, batch: Batch) -> Point:
+        """One whole step; the first steady one is the one whose peak is measured."""
         h = self.history
         size = count_bytes(tensors_in(batch))
         h.first_batch_bytes = h.first_batch_bytes or size
         steady = self.warm_up <= 0 or h.steps + 1 == self.last_step > 1
         if steady and h.peak_bytes is None and size == h.first_batch_bytes:
             return self._measured_step(batch)
-        start = time.perf_counter()
-        value = self._step(batch)
+        step = self._step(batch)
         if self.warm_up <= 0:
-            h.seconds.append(time.perf_counter() - start)
+            h.seconds.append(step.seconds)
         self.warm_up -= 1
-        return value
+        return step
 
-    def _measured_step(self, batch: Batch) -> float:
-        values: list[float] = []
+    def _measured_step(self, batch: Batch) -> Point:
+        steps: list[Point] = []
         self.optimizer.zero_grad(set_to_none=True)
         states = [s for state in self.optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
         resident = [*self.model.parameters(), *self.model.buffers(), *states, *tensors_in(batch)]
-        self.history.peak_bytes = measure_peak(lambda: values.append(self._step(batch)), resident)
-        return values[0]
+        self.history.peak_bytes = measure_peak(lambda: steps.append(self._step(batch)), resident)
+        return steps[0]
 
-    def _step(self, batch: Batch) -> float:
-        """One whole step; returns the loss, which waits for the device."""
+    def _step(self, batch: Batch) -> Point:
+        """One whole step; reading its loss waits for the device."""
+        start = time.perf_counter()
+        scale, skipped = None, False
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -408,10 +324,12 @@ class _Run:
             self.scaler.step(self.optimizer)
             before = self.scaler.get_scale()
             self.scaler.update()
-            skipped = self.scaler.get_scale() < before
-            self.history.skipped += skipped
-            self.history.skipped_in_epoch += skipped
-        return float(loss.detach())
+            scale = self.scaler.get_scale()
+            skipped = scale < before
+        value = float(loss.detach())
+        seconds = time.perf_counter() - start
+        number = self.history.steps + 1
+        return Point(step=number, loss=value, seconds=seconds, loss_scale=scale, skipped=int(skipped))
 
     def _in_float32(self) -> nn.Module:
         """The model, or a copy of it with its masters where what it keeps is in 16 bit."""
@@ -448,22 +366,23 @@ class _Run:
         return f"{where} The plan is too narrow for this model: try a lower low ratio, a higher budget{other}."
 
     def result(self, table: TensorTable | None, message: str) -> TrainResult:
-        h = self.history
-        unfinished = [h.epoch_loss / h.step_in_epoch] if h.step_in_epoch else []
-        losses = (*(epoch.loss for epoch in h.epochs), *unfinished)
-        plan = self.promotion.plan if self.promotion else self.plan
+        """What the run came to; ``message``: where it diverged."""
+        h, promotion = self.history, self.promotion
+        plan = promotion.plan if promotion else self.plan
+        peak = peak_bytes(table, plan.entries if plan else {}, self.update_rounding) if table else None
         return TrainResult(
             metrics=dict(h.metrics),
             fp32_metrics=dict(h.fp32_metrics),
-            loss=losses[-1] if losses else math.nan,
-            losses=losses,
+            loss=h.losses[-1] if h.losses else math.nan,
+            losses=h.losses,
             epochs=tuple(h.epochs),
-            promotions=self.promotion.promoted if self.promotion else (),
+            course=tuple(h.course.points),
+            promotions=promotion.promoted if promotion else (),
+            promote_threshold=promotion.threshold if promotion and promotion.every else None,
             measured_peak_bytes=h.peak_bytes,
-            predicted_peak_bytes=peak_bytes(table, plan.entries if plan else {}, self.update_rounding)
-            if table
-            else None,
-            step_seconds=statistics.median(h.seconds) if h.seconds else None,
+            predicted_peak_bytes=peak,
+            fingerprint=table.fingerprint if table else None,
+            step_seconds=h.step_seconds,
             diverged=bool(message),
             steps=h.steps,
             skipped_steps=h.skipped,
@@ -472,9 +391,6 @@ class _Run:
             plan=plan,
             model=self.model,
         )
-
-    def _predicted(self, table: TensorTable, plan: Assignment | None) -> int:
-        return peak_bytes(table, plan.entries if plan else {}, self.update_rounding)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -512,9 +428,7 @@ class _Run:
                 part.load_state_dict(state[name])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise TaskError(f"the checkpoint {path} is of another run: its {name} does not fit: {error}") from error
-        self.history = _History(
-            **{**state["history"], "epochs": [EpochResult(**e) for e in state["history"]["epochs"]]}
-        )
+        self.history = History.of(state["history"])
         self.resumed = state["rng"] if self.history.step_in_epoch else None
 
     def _parts(self) -> dict[str, Any]:
@@ -558,14 +472,3 @@ def _seed(seed: int, epoch: int | None = None) -> None:
     torch.manual_seed(mixed)
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
-
-
-def _plain(value: Any) -> Any:
-    """``value`` for JSON."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,7 +23,8 @@ from assign.tasks import Task, check_device
 from assign.tasks.batch import move
 from assign.tracing.finiteness import non_finite
 from assign.tracing.tracer import trace
-from assign.training.loop import EpochResult, train
+from assign.training.history import EpochResult
+from assign.training.loop import train
 
 STARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Low ratios of the greedy plans that are tried first."""

@@ -1,15 +1,24 @@
-"""Charts of trainings as plain data: loss and metrics by epoch, promotions by step, loss scale and skipped steps."""
+"""Charts of trainings as plain data: loss, overflow and loss scale by step, loss and metrics by epoch.
+
+Files of versions that kept no course have what they have by epoch.
+"""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from assign.report.page.colours import DASHES, INK, LINES, SYMBOLS
 from assign.report.page.figures import Figure, axis, layout, plain, short, titled
-from assign.report.page.runs import Epoch, TrainedRun
+from assign.report.page.runs import Course, Epoch, TrainedRun
 
 _MOST_METRICS = 4
+_MOST_MARKERS = 12
+_HEADROOM = 1.15
+_SCALE = "loss scale (log2)"
+
+_Looks = Mapping[str, Mapping[str, Any]]
 
 
 def looks_of(runs: Sequence[TrainedRun]) -> dict[str, dict[str, Any]]:
@@ -25,6 +34,146 @@ def looks_of(runs: Sequence[TrainedRun]) -> dict[str, dict[str, Any]]:
     }
 
 
+# ---- by step
+
+
+def course_figure(runs: Sequence[TrainedRun]) -> Figure | None:
+    """Training loss by step; None where no run has a course."""
+    return _by_step(_with_course(runs), looks_of(runs), {"training loss": lambda course: course.loss})
+
+
+def scale_figure(runs: Sequence[TrainedRun]) -> Figure | None:
+    """Loss scale after each step, as a power of two, and steps skipped up to it; None where no course has one."""
+    rows: dict[str, Callable[[Course], Sequence[float | None]]] = {
+        _SCALE: lambda course: [_log2(scale) for scale in course.loss_scale],
+        "steps skipped so far": lambda course: [*itertools.accumulate(course.skipped)],
+    }
+    scaled = [(run, course) for run, course in _with_course(runs) if any(course.loss_scale)]
+    return _by_step(scaled, looks_of(runs), rows, whole=True)
+
+
+def overflow_figure(runs: Sequence[TrainedRun]) -> Figure | None:
+    """Largest share that overflowed, by step; promotions, and the share at which they happen.
+
+    None where nothing was looked at.
+    """
+    looks = looks_of(runs)
+    looked = [(run, course) for run, course in _with_course(runs) if any(x is not None for x in course.overflow)]
+    lines = [
+        _stepped(run, course, [_percent(share) for share in course.overflow], looks[run.variant], "%{y:.3g} %")
+        for run, course in looked
+    ]
+    marks = [_promotions(run, looks[run.variant]) for run in runs if run.facts.promotions]
+    traces = [*lines, *marks]
+    if not traces:
+        return None
+    given = {run.facts.promote_threshold for run, _ in looked}
+    thresholds = sorted(100 * share for share in given if share is not None)
+    highest = max([*thresholds, *(share for trace in traces for share in trace["y"])])
+    return {
+        "data": traces,
+        "layout": layout(
+            xaxis=_steps_axis(traces),
+            yaxis=axis("share of a tensor that overflowed (%)", range=[0, _HEADROOM * highest or 1]),
+            shapes=[_threshold(share) for share in thresholds],
+            annotations=[_named_threshold(share) for share in thresholds],
+        ),
+    }
+
+
+def _with_course(runs: Sequence[TrainedRun]) -> list[tuple[TrainedRun, Course]]:
+    return [(run, run.facts.course) for run in runs if run.facts.course and run.facts.course.step]
+
+
+def _promotions(run: TrainedRun, look: Mapping[str, Any]) -> dict[str, Any]:
+    past = run.facts.promotions
+    return {
+        "x": [each.step for each in past],
+        "y": [100 * each.overflow_ratio for each in past],
+        "mode": "markers",
+        "name": plain(run.name),
+        "marker": {"size": 10, "color": look["color"], "symbol": look["symbol"], "line": {"width": 0.5, "color": INK}},
+        "text": [f"{plain(short(each.key))}<br>{each.from_format} → {each.to_format}" for each in past],
+        "cliponaxis": False,
+        "hovertemplate": f"{plain(short(run.name))}, step %{{x}}<br>%{{text}}<br>%{{y:.3g}} %<extra></extra>",
+    }
+
+
+def _threshold(share: float) -> dict[str, Any]:
+    line = {"color": INK, "width": 1.5, "dash": "dash"}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": share, "y1": share, "line": line}
+
+
+def _named_threshold(share: float) -> dict[str, Any]:
+    place = {"x": 1, "y": share, "xref": "paper", "xanchor": "right", "yanchor": "bottom"}
+    return {"text": f"promoted from {share:.3g} % on", "showarrow": False, **place}
+
+
+def _by_step(
+    runs: Sequence[tuple[TrainedRun, Course]],
+    looks: _Looks,
+    rows: Mapping[str, Callable[[Course], Sequence[float | None]]],
+    *,
+    whole: bool = False,
+) -> Figure | None:
+    """A chart for each row, over the same steps; None without runs. ``whole``: their numbers are whole, and last."""
+    traces = {
+        title: [
+            _stepped(run, course, values(course), looks[run.variant], f"{title} %{{y:.4g}}", lasts=whole)
+            for run, course in runs
+        ]
+        for title, values in rows.items()
+    }
+    across = _steps_axis([trace for found in traces.values() for trace in found])
+    return _above_each_other(traces, across, whole=whole) if runs else None
+
+
+def _stepped(
+    run: TrainedRun,
+    course: Course,
+    values: Sequence[float | None],
+    look: Mapping[str, Any],
+    said: str,
+    *,
+    lasts: bool = False,
+) -> dict[str, Any]:
+    """A thin curve through the points that have a value; ``lasts``: until the next one.
+
+    Its stroke is whole, since dashes would tear single high points off; its marker, here and there, tells it apart.
+    """
+    seen = [place for place, value in enumerate(values) if value is not None]
+    merged = max(course.steps) > 1
+    where = "%{customdata} steps to %{x}" if merged else "step %{x}"
+    return {
+        "x": [course.step[place] for place in seen],
+        "y": [values[place] for place in seen],
+        **({"customdata": [course.steps[place] for place in seen]} if merged else {}),
+        "name": plain(run.name),
+        "mode": "lines+markers",
+        "line": {"color": look["color"], "width": 1.2, "shape": "hv" if lasts else "linear"},
+        "marker": {"size": 6, "symbol": look["symbol"], "maxdisplayed": _MOST_MARKERS},
+        "cliponaxis": False,
+        "hovertemplate": f"{plain(short(run.name))}<br>{where}: {said}<extra></extra>",
+    }
+
+
+def _steps_axis(traces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    last = max((step for trace in traces for step in trace["x"]), default=1)
+    ticks = {"dtick": 1} if last < 10 else {"nticks": 8}
+    return axis("training step", range=[0, 1.01 * last], showgrid=False, **ticks)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _log2(scale: float | None) -> float | None:
+    return math.log2(scale) if scale else None
+
+
+# ---- by epoch
+
+
 def curves_figure(runs: Sequence[TrainedRun]) -> Figure | None:
     """Training loss, and each metric, after every epoch; None where no epoch was finished.
 
@@ -34,92 +183,50 @@ def curves_figure(runs: Sequence[TrainedRun]) -> Figure | None:
     rows: dict[str, Callable[[Epoch], float | None]] = {"mean training loss": lambda epoch: epoch.loss}
     for name in [*metrics][:_MOST_METRICS]:
         rows[name] = functools.partial(_metric, name)
-    return _by_epoch(runs, rows, looks_of(runs))
+    return _by_epoch(runs, looks_of(runs), rows)
 
 
-def scale_figure(runs: Sequence[TrainedRun]) -> Figure | None:
-    """Loss scale at the end of each epoch, as a power of two, and steps skipped in it; None where no run has one."""
-    scaled = [run for run in runs if any(epoch.loss_scale for epoch in run.facts.epochs)]
-    skipped = max((epoch.skipped_steps for run in scaled for epoch in run.facts.epochs), default=0)
-    powers = [math.log2(epoch.loss_scale) for run in scaled for epoch in run.facts.epochs if epoch.loss_scale]
-    scale = {"tickformat": "d", "dtick": _whole_steps(max(powers, default=0) - min(powers, default=0))}
-    count = {"rangemode": "nonnegative", "dtick": _whole_steps(skipped)}
+def epoch_scale_figure(runs: Sequence[TrainedRun]) -> Figure | None:
+    """Loss scale at the end of each epoch, as a power of two, and steps skipped in it, of runs without a course.
+
+    None where no such run has one.
+    """
     rows: dict[str, Callable[[Epoch], float | None]] = {
-        "loss scale (log2)": lambda epoch: math.log2(epoch.loss_scale) if epoch.loss_scale else None,
+        _SCALE: lambda epoch: _log2(epoch.loss_scale),
         "steps skipped in the epoch": lambda epoch: epoch.skipped_steps,
     }
-    return _by_epoch(scaled, rows, looks_of(runs), [scale, count])
-
-
-def _whole_steps(reach: float) -> int:
-    """Between two ticks of an axis of whole numbers: about five of them over its reach."""
-    return max(1, math.ceil(reach / 5))
+    bare = [run for run in runs if not run.facts.course and any(epoch.loss_scale for epoch in run.facts.epochs)]
+    return _by_epoch(bare, looks_of(runs), rows, whole=True)
 
 
 def _metric(name: str, epoch: Epoch) -> float | None:
     return epoch.metrics.get(name)
 
 
-def promotions_figure(runs: Sequence[TrainedRun]) -> Figure | None:
-    """When each tensor was promoted, and how much of it had overflowed; None where nothing was."""
-    looks = looks_of(runs)
-    data = [
-        {
-            "x": [each.step for each in run.facts.promotions],
-            "y": [100 * each.overflow_ratio for each in run.facts.promotions],
-            "mode": "markers",
-            "name": plain(run.name),
-            "marker": {"size": 10, "color": looks[run.variant]["color"], "symbol": looks[run.variant]["symbol"]},
-            "text": [
-                f"{plain(short(each.key))}<br>{each.from_format} → {each.to_format}" for each in run.facts.promotions
-            ],
-            "hovertemplate": f"{plain(short(run.name))}, step %{{x}}<br>%{{text}}<br>%{{y:.3g}} %<extra></extra>",
-        }
-        for run in runs
-        if run.facts.promotions
-    ]
-    if not data:
-        return None
-    return {
-        "data": data,
-        "layout": layout(
-            xaxis=axis("training step", rangemode="tozero"),
-            yaxis=axis("share that overflowed (%)", rangemode="tozero"),
-        ),
-    }
-
-
 def _by_epoch(
     runs: Sequence[TrainedRun],
+    looks: _Looks,
     rows: Mapping[str, Callable[[Epoch], float | None]],
-    looks: Mapping[str, Mapping[str, Any]],
-    heights: Sequence[Mapping[str, Any]] = (),
+    *,
+    whole: bool = False,
 ) -> Figure | None:
-    """One chart for each row, above each other, over the same epochs; ``heights``: options of their axes, if any."""
-    if not any(run.facts.epochs for run in runs):
+    """A chart for each row, over the same epochs; None without any. ``whole``: their numbers are whole."""
+    drawn = [run for run in runs if run.facts.epochs]
+    if not drawn:
         return None
-    data, axes, headings = [], {}, []
-    for number, (title, value) in enumerate(rows.items()):
-        suffix = "" if number == 0 else str(number + 1)
-        top = 1 - number / len(rows)
-        place = [top - 0.78 / len(rows), top - 0.04 / len(rows)]
-        axes[f"yaxis{suffix}"] = axis("", domain=place, anchor="x", nticks=6, **(heights[number] if heights else {}))
-        headings.append(titled(f"<b>{plain(title)}</b>", top - 0.04 / len(rows)))
-        data += [_curve(run, value, f"y{suffix}", looks[run.variant], title) for run in runs if run.facts.epochs]
-    last = max(len(run.facts.epochs) for run in runs)
-    below = f"y{len(rows)}" if len(rows) > 1 else "y"
+    traces = {title: [_curve(run, value, looks[run.variant], title) for run in drawn] for title, value in rows.items()}
+    last = max(len(run.facts.epochs) for run in drawn)
     step = max(1, math.ceil(last / 10))
-    across = axis("epoch", anchor=below, range=[0.8, last + 0.2], dtick=step, tick0=step, showgrid=False)
-    return {"data": data, "layout": layout(xaxis=across, annotations=headings, **axes)}
+    across = axis("epoch", range=[0.8, last + 0.2], dtick=step, tick0=step, showgrid=False)
+    return _above_each_other(traces, across, whole=whole)
 
 
 def _curve(
-    run: TrainedRun, value: Callable[[Epoch], float | None], axis_name: str, look: Mapping[str, Any], title: str
+    run: TrainedRun, value: Callable[[Epoch], float | None], look: Mapping[str, Any], title: str
 ) -> dict[str, Any]:
     return {
         "x": list(range(1, len(run.facts.epochs) + 1)),
         "y": [value(epoch) for epoch in run.facts.epochs],
-        "yaxis": axis_name,
         "name": plain(run.name),
         "mode": "lines+markers",
         "line": {"color": look["color"], "dash": look["dash"], "width": 2},
@@ -127,3 +234,32 @@ def _curve(
         "cliponaxis": False,
         "hovertemplate": f"{plain(short(run.name))}<br>epoch %{{x}}: {plain(title)} %{{y:.4g}}<extra></extra>",
     }
+
+
+# ---- what both share
+
+
+def _above_each_other(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], across: Mapping[str, Any], *, whole: bool
+) -> Figure:
+    """One chart for each row's traces, under its title; ``whole``: their numbers are whole."""
+    data, axes, headings = [], {}, []
+    for number, (title, traces) in enumerate(rows.items()):
+        suffix = "" if number == 0 else str(number + 1)
+        top = 1 - number / len(rows)
+        bottom = top - 0.78 / len(rows) if len(rows) > 1 else 0
+        height = {"domain": [bottom, top - 0.04 / len(rows)], "anchor": "x", "nticks": 6}
+        height |= _whole([y for trace in traces for y in trace["y"]]) if whole else {}
+        axes[f"yaxis{suffix}"] = axis("", **height)
+        headings.append(titled(f"<b>{plain(title)}</b>", top - 0.04 / len(rows)))
+        data += [{**trace, "yaxis": f"y{suffix}"} for trace in traces]
+    below = f"y{len(rows)}" if len(rows) > 1 else "y"
+    return {"data": data, "layout": layout(xaxis={**across, "anchor": below}, annotations=headings, **axes)}
+
+
+def _whole(values: Sequence[float | None]) -> dict[str, Any]:
+    """Up to about five ticks, 1, 2, 5, 10, 20, … apart, none of them below zero if no number is."""
+    known = [value for value in values if value is not None] or [0.0]
+    apart = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    ticks = next(step for step in apart if 5 * step >= max(known) - min(known))
+    return {"tickformat": "d", "dtick": ticks, "rangemode": "nonnegative" if min(known) >= 0 else "normal"}

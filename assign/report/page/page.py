@@ -134,9 +134,11 @@ def context(report: Report) -> dict[str, Any]:
         "memory": figures.memory_figure(before, after),
         "model": figures.model_figure(rows, lambda row: looks[row.format]),
         "front": figures.front_figure(points, this) if points else None,
+        "course": curves.course_figure(report.runs),
         "curves": curves.curves_figure(report.runs),
-        "promotions": curves.promotions_figure(report.runs),
+        "overflow": curves.overflow_figure(report.runs),
         "scale": curves.scale_figure(report.runs),
+        "scale_by_epoch": curves.epoch_scale_figure(report.runs),
     }
     return {
         "report": report,
@@ -150,6 +152,10 @@ def context(report: Report) -> dict[str, Any]:
         "shares": _shares(rows),
         "roles": _roles(before, after),
         "run_looks": curves.looks_of(report.runs),
+        "stride": max(
+            (steps for run in report.runs if run.facts.course for steps in run.facts.course.steps), default=1
+        ),
+        "promotions": [(run, past) for run in report.runs for past in run.facts.promotions],
         "metrics": list(dict.fromkeys(name for run in report.runs for name in run.facts.metrics)),
         "figures": {name: figure for name, figure in drawn.items() if figure},
         "heights": {name: _height(name, figure) for name, figure in drawn.items() if figure},

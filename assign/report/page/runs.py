@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from assign.errors import ReportError
 from assign.training.comparison import Comparison, EpochFacts
@@ -34,6 +34,25 @@ class Promotion(BaseModel):
     to_format: str
 
 
+class Course(BaseModel):
+    """A training step by step: a list for each attribute of its points, which ``assign.training.history`` explains."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    step: list[int]
+    steps: list[int]
+    loss: list[float | None]
+    overflow: list[float | None]
+    loss_scale: list[float | None]
+    skipped: list[int]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if len({len(values) for _, values in self}) > 1:
+            raise ValueError("its lists differ in length")
+        return self
+
+
 class Facts(BaseModel):
     """What the page reads of a training's result; None is a number that was not finite, or is not known."""
 
@@ -50,7 +69,10 @@ class Facts(BaseModel):
     steps: int | None = None
     skipped_steps: int | None = None
     epochs: list[Epoch]
+    course: Course | None = None
     promotions: list[Promotion] = Field(default_factory=list)
+    promote_threshold: float | None = None
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +98,7 @@ def load_runs(paths: Sequence[Path], fingerprint: str) -> tuple[TrainedRun, ...]
     """All trainings in these files; where there are several files, a run's name begins with its file's.
 
     Args:
-        fingerprint: of the model that a comparison must be of; other files do not say theirs.
+        fingerprint: of the model that they must be of; older files of ``train`` and ``run`` do not say theirs.
     Raises:
         ReportError: a file cannot be read, holds no training, or one of another model.
     """
@@ -87,10 +109,10 @@ def load_runs(paths: Sequence[Path], fingerprint: str) -> tuple[TrainedRun, ...]
         except (OSError, UnicodeDecodeError) as error:
             raise ReportError(f"cannot read the run {path}: {error}.\n  Give {_ALLOWED}.") from error
         prefix = f"{path.stem}: " if len(paths) > 1 else ""
-        found += [
-            TrainedRun(variant=prefix + (variant or path.stem), seed=seed, facts=_facts(result, path))
-            for variant, seed, result in _results(text, path, fingerprint)
-        ]
+        for variant, seed, result in _results(text, path, fingerprint):
+            facts = _facts(result, path)
+            _check(facts.fingerprint, fingerprint, f"{path} holds trainings of another model")
+            found.append(TrainedRun(variant=prefix + (variant or path.stem), seed=seed, facts=facts))
     return tuple(found)
 
 
@@ -104,16 +126,20 @@ def _results(text: str, path: Path, fingerprint: str) -> Iterator[tuple[str, int
         raise ReportError(f"{path} holds no training, but a {type(data).__name__}.\n  Give {_ALLOWED}.")
     if "assign_comparison" in data:
         comparison = Comparison.from_json(text, where=str(path))
-        if comparison.fingerprint != fingerprint:
-            raise ReportError(
-                f"{path} compares plans of another model: its fingerprint is {comparison.fingerprint}, the plan's "
-                f"{fingerprint}.\n  Give a comparison of the plan's own model, or leave it out."
-            )
+        _check(comparison.fingerprint, fingerprint, f"{path} compares plans of another model")
         yield from ((run.variant, run.seed, run.result) for run in comparison.runs)
     elif {"baseline", "plan"} <= data.keys():
         yield from (("fp32", None, data["baseline"]), ("plan", None, data["plan"]))
     else:
         yield "", None, data
+
+
+def _check(found: str | None, wanted: str, what: str) -> None:
+    if found is not None and found != wanted:
+        raise ReportError(
+            f"{what}: its fingerprint is {found}, the plan's {wanted}.\n"
+            "  Give trainings of the plan's own model, or leave the file out."
+        )
 
 
 def _facts(result: Any, path: Path) -> Facts:

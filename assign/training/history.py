@@ -1,0 +1,227 @@
+"""What a training has seen: its course step by step, its epochs; it goes into the checkpoint and into the result."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from torch import nn
+
+from assign.numerics.promotion import Promoted
+from assign.plan.assignment import Assignment
+from assign.tasks.task import Metrics
+
+MOST_POINTS = 500
+"""Of a course, however long the training; an even number. A chart on a phone has fewer pixels."""
+
+_DIGITS = {"loss": 6, "seconds": 4, "overflow": 4}
+"""Significant digits of a point's numbers in JSON; the others are whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One step of a training, or several that follow each other.
+
+    Attributes:
+        step: the last of them, from 1 on.
+        steps: how many they are.
+        loss, seconds: means over them. Where the peak was measured, and where a process began, a step takes longer.
+        overflow: the largest share of any tensor's elements that overflowed; None where promotion did not look.
+        loss_scale: after the last of them; None where there is none.
+        skipped: those whose gradients were not finite.
+    """
+
+    step: int
+    steps: int = 1
+    loss: float
+    seconds: float = field(compare=False)  # no second run repeats it
+    overflow: float | None = None
+    loss_scale: float | None = None
+    skipped: int = 0
+
+    def joined(self, after: "Point") -> "Point":
+        """This point and the one after it as one."""
+        steps = self.steps + after.steps
+        seen = [share for share in (self.overflow, after.overflow) if share is not None]
+        return Point(
+            step=after.step,
+            steps=steps,
+            loss=(self.loss * self.steps + after.loss * after.steps) / steps,
+            seconds=(self.seconds * self.steps + after.seconds * after.steps) / steps,
+            overflow=max(seen, default=None),
+            loss_scale=after.loss_scale,
+            skipped=self.skipped + after.skipped,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Course:
+    """A training step by step, in at most ``MOST_POINTS`` points.
+
+    Attributes:
+        stride: steps in every point but the last, which may have fewer. When there is no room for one more point,
+            neighbours are joined, and the stride doubles.
+    """
+
+    stride: int = 1
+    points: list[Point] = field(default_factory=list)
+
+    def add(self, step: Point) -> None:
+        """Take one more step."""
+        if self.points and self.points[-1].steps < self.stride:
+            self.points[-1] = self.points[-1].joined(step)
+            return
+        if len(self.points) == MOST_POINTS:
+            pairs = zip(self.points[::2], self.points[1::2], strict=True)
+            self.points = [first.joined(second) for first, second in pairs]
+            self.stride *= 2
+        self.points.append(step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochResult:
+    """One finished epoch.
+
+    Attributes:
+        loss: mean of the steps.
+        metrics: what the task's ``evaluate`` says, the model computing under the plan.
+        fp32_metrics: the same with the same weights in plain fp32; empty without a plan.
+        loss_scale: at the end; None where there is none.
+        skipped_steps: those whose gradients were not finite.
+    """
+
+    loss: float
+    metrics: Metrics
+    fp32_metrics: Metrics
+    loss_scale: float | None
+    skipped_steps: int
+
+
+@dataclass(slots=True, kw_only=True)
+class History:
+    """What a run has seen so far; ``dataclasses.asdict`` of it goes into the checkpoint."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    steps: int = 0
+    skipped: int = 0
+    skipped_in_epoch: int = 0
+    course: Course = field(default_factory=Course)
+    epochs: list[EpochResult] = field(default_factory=list)
+    epoch_loss: float = 0.0
+    metrics: Metrics = field(default_factory=dict)
+    fp32_metrics: Metrics = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    first_batch_bytes: int = 0
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Self:
+        """The history that a checkpoint holds."""
+        course = Course(stride=saved["course"]["stride"], points=[Point(**each) for each in saved["course"]["points"]])
+        return cls(**{**saved, "course": course, "epochs": [EpochResult(**each) for each in saved["epochs"]]})
+
+    def take(self, step: Point) -> None:
+        """Count one more step."""
+        self.steps += 1
+        self.step_in_epoch += 1
+        self.skipped += step.skipped
+        self.skipped_in_epoch += step.skipped
+        self.epoch_loss += step.loss
+        self.course.add(step)
+
+    def end_epoch(self, loss_scale: float | None) -> None:
+        """Turn to the next epoch; this one's metrics are known."""
+        self.epochs.append(
+            EpochResult(
+                loss=self.epoch_loss / self.step_in_epoch,
+                metrics=self.metrics,
+                fp32_metrics=self.fp32_metrics,
+                loss_scale=loss_scale,
+                skipped_steps=self.skipped_in_epoch,
+            )
+        )
+        self.epoch, self.step_in_epoch, self.epoch_loss, self.skipped_in_epoch = self.epoch + 1, 0, 0.0, 0
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Mean of each epoch, the unfinished one included."""
+        unfinished = [self.epoch_loss / self.step_in_epoch] if self.step_in_epoch else []
+        return (*(epoch.loss for epoch in self.epochs), *unfinished)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median of the steady steps; None if there was none."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a run of training came to.
+
+    Attributes:
+        metrics: what the task's ``evaluate`` says at the end; after a divergence, at the end of the last good epoch.
+        fp32_metrics: the same with the same weights in plain fp32; empty without a plan.
+        loss: mean of the last epoch; ``losses``: of each epoch, the unfinished one included.
+        epochs: the finished ones.
+        course: all steps, in at most ``MOST_POINTS`` points.
+        promotions: tensors that overflowed too often and got their high format back; ``plan`` as it became.
+        promote_threshold: share of overflowing elements at which they did; None where none was looked at.
+        measured_peak_bytes: every byte alive at the worst moment of one steady step; None if there was none.
+        predicted_peak_bytes: what the memory model says of it; None without a table.
+        fingerprint: of the model; None without a table.
+        step_seconds: median of the steady steps; None if there was none.
+        steps: optimizer steps tried; ``skipped_steps`` of them had gradients that were not finite, and a loss scale.
+        message: after a divergence, where it happened and what to try.
+        model: as trained; where training diverged, not fit for use.
+    """
+
+    metrics: Metrics
+    fp32_metrics: Metrics
+    loss: float
+    losses: tuple[float, ...]
+    epochs: tuple[EpochResult, ...]
+    course: tuple[Point, ...] = field(repr=False)
+    promotions: tuple[Promoted, ...]
+    promote_threshold: float | None
+    measured_peak_bytes: int | None
+    predicted_peak_bytes: int | None
+    fingerprint: str | None
+    step_seconds: float | None
+    diverged: bool
+    steps: int
+    skipped_steps: int
+    loss_scale: float | None
+    message: str
+    plan: Assignment | None = field(repr=False)
+    model: nn.Module = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without plan and model; numbers that are not finite become None.
+
+        ``course`` is a list for each attribute of its points, rounded to a few digits.
+        """
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("plan", "model")]
+        return {name: _plain(getattr(self, name)) for name in names} | {"course": _columns(self.course)}
+
+
+def _columns(course: Sequence[Point]) -> dict[str, list[Any]]:
+    names = [each.name for each in dataclasses.fields(Point)]
+    return {name: [_rounded(getattr(point, name), _DIGITS.get(name)) for point in course] for name in names}
+
+
+def _rounded(value: Any, digits: int | None) -> Any:
+    return _plain(value if value is None or digits is None else float(f"{value:.{digits}g}"))
+
+
+def _plain(value: Any) -> Any:
+    """``value`` for JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
