@@ -140,6 +140,8 @@ def test_trace_search_estimate_train_show_diff(here):
     wanted = {"metrics", "loss", "measured_peak_bytes", "predicted_peak_bytes", "step_seconds", "diverged"}
     assert wanted <= trained.keys()
     assert trained["diverged"] is False
+    assert trained["fingerprint"] == table["fingerprint"]
+    assert trained["course"]["step"] == list(range(1, 9))
     assert "e4m3:pow2" in run("show", "low.json", "--all")
     run("search", "mine.py", "--strategy", "uniform", "--format", "bf16", "-o", "bf16.json")
     printed = run("diff", "low.json", "bf16.json", "--json", "diff.json")
@@ -156,6 +158,7 @@ def test_run_puts_both_side_by_side(here):
     data = json.loads((here / "run.json").read_text())
     assert data.keys() == {"baseline", "plan", "search"}
     assert data["plan"]["predicted_peak_bytes"] == data["search"]["peak_bytes"]
+    assert [len(data[name]["course"]["loss"]) for name in ("baseline", "plan")] == [8, 8]
 
 
 def test_compare_trains_each_and_goes_on(here):
@@ -172,6 +175,7 @@ def test_compare_trains_each_and_goes_on(here):
         (name, seed, False) for name in ("fp32", "low", "high") for seed in (0, 1)
     ]
     assert [row["promote_every"] for row in data["variants"]] == [0, 7, 7]
+    assert all(len(r["result"]["course"]["loss"]) == 4 for r in data["runs"])
     assert "</svg>" in (here / "compare-curves.svg").read_text()
     again = run(*command, "--picture", "other.png")
     assert "6 of 6 runs were in compare.json" in again

@@ -233,6 +233,18 @@ def trained(**changes):
     return {"metrics": {"accuracy": 0.5}, "loss": 2.0, "epochs": epochs, "promotions": [past], **changes}
 
 
+def course(**changes):
+    """Six steps in three points: promotion looked at the first and the third; one was skipped in the second."""
+    found = {"step": [2, 4, 6], "steps": [2, 2, 2], "loss": [2.0, 1.0, None], "seconds": [0.1, 0.1, 0.1]}
+    found |= {"overflow": [0.25, None, 0.0], "loss_scale": [65536.0, 32768.0, 32768.0], "skipped": [0, 1, 0]}
+    return {**found, **changes}
+
+
+def with_course(**changes):
+    """As this version's ``train`` writes it."""
+    return trained(fingerprint="f", promote_threshold=0.02, course=course(), **changes)
+
+
 @pytest.fixture
 def results(tmp_path):
     """One file of each kind: of ``train``, of ``run``, of ``compare``."""
@@ -261,7 +273,14 @@ def test_files_that_hold_no_run_are_refused(results):
     (results / "list.json").write_text("[]")
     (results / "cut.json").write_text('{"metrics": ')
     (results / "plan.json").write_text('{"assign_plan": 1}')
+    (results / "other.json").write_text(json.dumps(with_course()))
+    (results / "torn.json").write_text(json.dumps(trained(course=course(loss=[1.0]))))
+    both = {"baseline": trained(), "plan": with_course(), "search": {}}
+    (results / "both.json").write_text(json.dumps(both))
     messages = {
+        "other": "holds trainings of another model: its fingerprint is f, the plan's g",
+        "both": "holds trainings of another model",
+        "torn": "holds no training: course: Value error, its lists differ in length",
         "compare": "compares plans of another model: its fingerprint is f, the plan's g",
         "list": "holds no training, but a list",
         "cut": "is not JSON",
@@ -285,14 +304,64 @@ def test_curves_are_the_runs_own_numbers(results):
     }
     headings = [note["text"] for note in figure["layout"]["annotations"]]
     assert headings == ["<b>mean training loss</b>", "<b>accuracy</b>"]
-    scale = scale_figure(runs)
+    scale = epoch_scale_figure(runs)
     assert [trace["y"] for trace in scale["data"]] == [[16.0, 15.0], [0, 2]]
     assert {trace["line"]["color"] for trace in scale["data"]} == {figure["data"][1]["line"]["color"]}
-    (past,) = promotions_figure(runs)["data"]
+    (past,) = overflow_figure(runs)["data"]
     assert (past["x"], past["y"]) == ([7], [2.0])
-    assert "%" in promotions_figure(runs)["layout"]["yaxis"]["title"]["text"]
+    assert "%" in overflow_figure(runs)["layout"]["yaxis"]["title"]["text"]
     quiet = runs[:1]
-    assert (scale_figure(quiet), promotions_figure(quiet), curves_figure([])) == (None, None, None)
+    assert (epoch_scale_figure(quiet), overflow_figure(quiet), curves_figure([])) == (None, None, None)
+    assert (course_figure(runs), scale_figure(runs)) == (None, None)
+
+
+def test_curves_by_step_are_the_courses_own_numbers(results):
+    """Beside a run without a course, which has its loss scale by epoch, in its own colour."""
+    (results / "new.json").write_text(json.dumps({"baseline": trained(), "plan": with_course(), "search": {}}))
+    runs = load_runs([results / "new.json"], "f")
+    figure = course_figure(runs)
+    (loss,) = figure["data"]
+    assert (loss["x"], loss["y"], loss["customdata"]) == ([2, 4], [2.0, 1.0], [2, 2])
+    assert figure["layout"]["xaxis"]["title"]["text"] == "training step"
+    assert [note["text"] for note in figure["layout"]["annotations"]] == ["<b>training loss</b>"]
+    scale, skipped = scale_figure(runs)["data"]
+    assert (scale["x"], scale["y"], skipped["y"]) == ([2, 4, 6], [16.0, 15.0, 15.0], [0, 1, 1])
+    assert (scale["yaxis"], skipped["yaxis"], scale["line"]["shape"]) == ("y", "y2", "hv")
+    (bare, _) = epoch_scale_figure(runs)["data"]
+    assert bare["name"] == "fp32"
+    colours = [trace["line"]["color"] for trace in (loss, scale, skipped, bare)]
+    assert len(set(colours[:3])) == 1 != len(set(colours))
+
+
+def test_overflow_is_drawn_with_the_share_at_which_tensors_are_promoted(results):
+    (results / "new.json").write_text(json.dumps(with_course()))
+    runs = load_runs([results / "new.json"], "f")
+    figure = overflow_figure(runs)
+    line, past = figure["data"]
+    assert (line["x"], line["y"]) == ([2, 6], [25.0, 0.0])
+    assert (past["x"], past["y"], past["mode"]) == ([7], [2.0], "markers")
+    (threshold,), (words,) = figure["layout"]["shapes"], figure["layout"]["annotations"]
+    assert (threshold["y0"], threshold["y1"], words["y"], words["text"]) == (2.0, 2.0, 2.0, "promoted from 2 % on")
+    assert figure["layout"]["yaxis"]["range"][1] > 25.0
+    none_looked = with_course(promotions=[])
+    none_looked["course"] = course(overflow=[None] * 3)
+    still = with_course(promotions=[])
+    still["course"] = course(overflow=[0.0] * 3)
+    for name, result in (("blind", none_looked), ("still", still)):
+        (results / f"{name}.json").write_text(json.dumps(result))
+    assert overflow_figure(load_runs([results / "blind.json"], "f")) is None
+    calm = overflow_figure(load_runs([results / "still.json"], "f"))
+    assert calm["data"][0]["y"] == [0.0] * 3
+    assert calm["layout"]["yaxis"]["range"][1] > 2.0  # the line of the threshold is seen
+
+
+@pytest.mark.parametrize(("reach", "apart"), [(0, 1), (5, 1), (6, 2), (11, 5), (26, 10), (900, 200)])
+def test_whole_numbers_have_round_ticks(results, reach, apart):
+    result = with_course()
+    result["course"] = course(skipped=[0, reach, 0])
+    (results / "many.json").write_text(json.dumps(result))
+    figure = scale_figure(load_runs([results / "many.json"], "f"))
+    assert figure["layout"]["yaxis2"]["dtick"] == apart
 
 
 # ---- the page
@@ -344,7 +413,7 @@ def test_names_are_shown_not_run(table, results):
     keys = data_of(page)["alive"]["after"]["keys"]
     assert f"{EVIL}</script>/linear" in keys
     figures = data_of(page)["figures"]
-    (tree,), (past,) = figures["model"]["data"], figures["promotions"]["data"]
+    (tree,), (past,) = figures["model"]["data"], figures["overflow"]["data"]
     totals = [trace["text"] for trace in figures["memory"]["data"] if "hovertemplate" in trace]
     read_by_plotly = json.dumps([tree["labels"], tree["hovertext"], past["text"], totals])
     assert "&lt;img" in read_by_plotly
@@ -412,6 +481,11 @@ def test_report_finds_the_plans_task_and_its_options(here, monkeypatch, capsys):
     assert sum(s[2] for s in found["after"]["segments"] if s[0] <= found["peak"] <= s[1]) == peak
     assert "assign search mine.py --low-ratio 1 --batch-size 48 -o &#39;my plan.json&#39;" in page
     assert "another model" in fails(capsys, monkeypatch, "report", "my plan.json", "--task", "mine.py:other")
+    for command in ("train", "run"):
+        goal = ("--low-ratio", "1", "-o", "other.json") if command == "run" else ()
+        run(command, "mine.py:other", *goal, "--json", f"{command}.json")
+        said = fails(capsys, monkeypatch, "report", "my plan.json", "--run", f"{command}.json")
+        assert f"{command}.json holds trainings of another model" in said
     (here / "mine.py").rename(here / "moved.py")
     run("report", "my plan.json", "--task", "moved.py", "-o", "moved.html")
     assert data_of((here / "moved.html").read_text())["alive"] == found
@@ -461,11 +535,16 @@ def shown(page):
 
 
 def test_a_browser_shows_it_searches_and_sorts(browser, table, results, tmp_path):
-    report = evil_report(table, load_runs([results / "run.json"], ""))
+    (results / "new.json").write_text(json.dumps(with_course()))
+    report = evil_report(table, load_runs([results / "run.json", results / "new.json"], "f"))
     write_report(tmp_path / "report.html", report)
     rows = {row.key: row for row in rows_of(report.table, report.plan)}
     page, said, asked = opened(browser, tmp_path / "report.html", viewport={"width": 1280, "height": 800})
     assert len(page.query_selector_all(".chart svg.main-svg")) >= 5
+    curves = {"course": 1, "overflow": 1, "scale": 2, "scale_by_epoch": 2}
+    assert {name: len(page.query_selector_all(f"#chart-{name} path.js-line")) for name in curves} == curves
+    assert "promoted from 2 % on" in page.text_content("#chart-overflow")
+    assert "the mean of the steps since the one before: up to 2 of them" in page.text_content("#training")
     page.fill("#search", "LAYERS grad")
     assert set(shown(page)) == {key for key in rows if "layers" in key and "grad" in key}
     assert f"{len(shown(page))} of {len(rows)} tensors" in page.text_content("#shown")

@@ -138,6 +138,25 @@ def test_measures_at_the_first_and_every_nth_step():
     assert [past.step for past in promotion.promoted] == [4, 7]
 
 
+def test_the_largest_share_is_that_of_the_last_look():
+    """Nothing is known of a step that was not looked at; what was promoted overflows no more."""
+    model, x = Line(100), alternating(100, 50.0)
+    with torch.no_grad():
+        model.weight[0] = 0
+    promotion = Promotion(plan_of(model, x), every=2, threshold=0.5)
+    step = assign.planned_step(model, total, promotion.plan, backend="eager", promotion=promotion)
+    found = []
+    for _ in range(5):
+        step(x).backward()
+        promoted = [past.key for past in promotion.step()]
+        found.append((promotion.overflow_max, promotion.scalars()["assign/overflow_max"], promoted))
+    assert found[0] == (1.0, 1.0, ["/input"])
+    assert found[1] == (None, 1.0, [])
+    assert found[2] == (0.99, 0.99, ["/mul"])
+    assert found[4] == (0.0, 0.0, [])
+    assert set(promotion.overflow).isdisjoint({"/input", "/mul"})
+
+
 def test_never_and_where_nothing_can_overflow():
     model, x = Line(100), torch.full((100,), 1000.0)
     off = Promotion(plan_of(model, x), every=0)
@@ -146,6 +165,7 @@ def test_never_and_where_nothing_can_overflow():
         run(model, x, promotion)
         assert promotion.step() == ()
         assert not promotion.overflow
+        assert promotion.overflow_max is None
 
 
 def test_state_is_taken_over():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from assign.errors import DivergedError, PlanError, TaskError
+from assign.numerics.promotion import THRESHOLD
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.memory import peak_bytes
 from assign.plan.recipes import get_recipe, initial
@@ -101,7 +102,9 @@ def parameters(result: TrainResult) -> list[Tensor]:
 
 
 def same(a: TrainResult, b: TrainResult) -> bool:
-    return a.losses == b.losses and all(map(torch.equal, parameters(a), parameters(b)))
+    """Bit for bit; without the seconds, and without what only a plan has in its course."""
+    steps = [[(point.step, point.loss, point.skipped) for point in result.course] for result in (a, b)]
+    return a.losses == b.losses and steps[0] == steps[1] and all(map(torch.equal, parameters(a), parameters(b)))
 
 
 class TestWithoutPlan:
@@ -165,6 +168,9 @@ class TestWithoutPlan:
         assert {(p.epochs, p.steps_per_epoch) for p in told} == {(2, 3)}
         assert result.losses == (pytest.approx(sum(p.loss for p in told[:3]) / 3), told[3].loss)
         assert result.metrics
+        assert [(p.step, p.steps, p.loss) for p in result.course] == [(p.step, 1, p.loss) for p in told]
+        assert {(p.overflow, p.loss_scale, p.skipped) for p in result.course} == {(None, None, 0)}
+        assert all(p.seconds > 0 for p in result.course)
 
     def test_batches_may_be_dicts_without_a_length(self) -> None:
         class Stream:
@@ -197,6 +203,9 @@ class TestResult:
         assert "model" not in plain
         assert plain["metrics"].keys() == {"accuracy"}
         assert plain["step_seconds"] > 0
+        assert plain["fingerprint"] == table.fingerprint
+        assert plain["course"]["loss"] == pytest.approx([p.loss for p in train(task, plan).course], rel=1e-5)
+        assert train(task, max_steps=1).fingerprint is None
 
     def test_what_is_not_finite_becomes_none(self) -> None:
         result = train(make_task(loss=lambda m, b: loss(m, b) * float("nan")))
@@ -251,6 +260,32 @@ class TestPeak:
         assert (
             train(make_task(train=sizes)).measured_peak_bytes == train(make_task(train=sizes[:2])).measured_peak_bytes
         )
+
+
+def reads(task: Task, plan: Assignment | None, steps: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often a training asks a tensor for its number, and so waits for the device."""
+    found = []
+
+    def counted(read: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*arguments: Any) -> Any:
+            found.append(read)
+            return read(*arguments)
+
+        return count
+
+    with monkeypatch.context() as patch:
+        for name in ("__float__", "__int__", "__bool__", "item", "tolist"):
+            patch.setattr(Tensor, name, counted(getattr(Tensor, name)))
+        train(task, plan, max_steps=steps, promote_every=0 if plan else None)
+    return len(found)
+
+
+def test_a_step_waits_for_the_device_no_more_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the loss; with a loss scale, for whether gradients are finite, and for the scale before and after."""
+    task = make_task(epochs=4, evaluate=None, scheduler=None)
+    plan = make_plan(task, "hfp8")[1]
+    for given, expected in ((None, 1), (plan, 4)):
+        assert reads(task, given, 8, monkeypatch) - reads(task, given, 7, monkeypatch) == expected
 
 
 class TestCheckpoint:
@@ -431,6 +466,11 @@ class TestWithPlan:
         assert not result.diverged
         assert result.loss_scale is not None
         assert result.loss_scale < INITIAL_SCALE
+        assert sum(point.skipped for point in result.course) == result.skipped_steps
+        scales = [INITIAL_SCALE, *(point.loss_scale for point in result.course)]
+        for before, point in zip(scales, result.course, strict=False):
+            assert (point.loss_scale < before) == bool(point.skipped)
+        assert scales[-1] == result.loss_scale
 
     def test_an_epoch_of_skipped_steps_is_divergence(self) -> None:
         def hopeless(model: nn.Module, batch: Any) -> Tensor:
@@ -492,6 +532,22 @@ class TestPromotion:
         with pytest.raises(PlanError, match="every is -1"):
             train(task, plan, promote_every=-1)
 
+    def test_the_course_has_the_overflow_of_the_steps_that_were_looked_at(self) -> None:
+        task = self.bright(epochs=3)
+        plan = make_plan(task, "hfp8", low=True)[1]
+        result = train(task, plan, promote_every=2)
+        by_step = {point.step: point.overflow for point in result.course}
+        assert [share is None for share in by_step.values()] == [number % 2 == 0 for number in by_step]
+        assert result.promote_threshold == THRESHOLD
+        largest = {past.step: 0.0 for past in result.promotions}
+        for past in result.promotions:
+            largest[past.step] = max(largest[past.step], past.overflow_ratio)
+        assert largest
+        for step, share in by_step.items():
+            assert share == largest[step] if step in largest else (share or 0.0) < THRESHOLD
+        never = train(task, plan, promote_every=0)
+        assert {point.overflow for point in never.course} == {never.promote_threshold} == {None}
+
     def test_resumed_equals_uninterrupted(self, tmp_path: Path) -> None:
         task, file = self.bright(epochs=4), tmp_path / "run.pt"
         plan = make_plan(task, "hfp8", low=True)[1]
@@ -503,6 +559,8 @@ class TestPromotion:
         assert resumed.promotions == straight.promotions
         assert same(resumed, straight)
         assert resumed.epochs == straight.epochs
+        assert resumed.course == straight.course
+        assert len(resumed.course) == 12
 
     def test_every_epoch_is_judged_twice(self) -> None:
         task = make_task(epochs=3, evaluate=mean_logit)
