@@ -327,6 +327,10 @@ def test_curves_by_step_are_the_courses_own_numbers(results):
     scale, skipped = scale_figure(runs)["data"]
     assert (scale["x"], scale["y"], skipped["y"]) == ([2, 4, 6], [16.0, 15.0, 15.0], [0, 1, 1])
     assert (scale["yaxis"], skipped["yaxis"], scale["line"]["shape"]) == ("y", "y2", "hv")
+    smooth = with_course()
+    smooth["course"] = course(skipped=[0, 0, 0])
+    (results / "smooth.json").write_text(json.dumps(smooth))
+    assert len(scale_figure(load_runs([results / "smooth.json"], "f"))["data"]) == 1
     (bare, _) = epoch_scale_figure(runs)["data"]
     assert bare["name"] == "fp32"
     colours = [trace["line"]["color"] for trace in (loss, scale, skipped, bare)]
@@ -355,7 +359,7 @@ def test_overflow_is_drawn_with_the_share_at_which_tensors_are_promoted(results)
     assert calm["layout"]["yaxis"]["range"][1] > 2.0  # the line of the threshold is seen
 
 
-@pytest.mark.parametrize(("reach", "apart"), [(0, 1), (5, 1), (6, 2), (11, 5), (26, 10), (900, 200)])
+@pytest.mark.parametrize(("reach", "apart"), [(1, 1), (5, 1), (6, 2), (11, 5), (26, 10), (900, 200)])
 def test_whole_numbers_have_round_ticks(results, reach, apart):
     result = with_course()
     result["course"] = course(skipped=[0, reach, 0])

@@ -43,12 +43,16 @@ def course_figure(runs: Sequence[TrainedRun]) -> Figure | None:
 
 
 def scale_figure(runs: Sequence[TrainedRun]) -> Figure | None:
-    """Loss scale after each step, as a power of two, and steps skipped up to it; None where no course has one."""
+    """Loss scale after each step, as a power of two, and steps skipped up to it, if any were.
+
+    None where no course has a loss scale.
+    """
+    scaled = [(run, course) for run, course in _with_course(runs) if any(course.loss_scale)]
     rows: dict[str, Callable[[Course], Sequence[float | None]]] = {
         _SCALE: lambda course: [_log2(scale) for scale in course.loss_scale],
-        "steps skipped so far": lambda course: [*itertools.accumulate(course.skipped)],
     }
-    scaled = [(run, course) for run, course in _with_course(runs) if any(course.loss_scale)]
+    if any(any(course.skipped) for _, course in scaled):
+        rows["steps skipped so far"] = lambda course: [*itertools.accumulate(course.skipped)]
     return _by_step(scaled, looks_of(runs), rows, whole=True)
 
 
