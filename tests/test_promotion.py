@@ -183,6 +183,8 @@ def test_state_is_taken_over():
     assert second.step() == ()
     third = Promotion(plan)
     third.load_state_dict(first.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert (second.overflow, second.overflow_max) == ({}, None)  # it has not looked since
     with torch.no_grad():
         x *= 20
         values = [assign.apply(model, plan, backend="eager", promotion=p)(x)[0].item() for p in (first, second, third)]

@@ -202,6 +202,7 @@ class Promotion:
         past = tuple(Promoted(**saved) for saved in state["promoted"])
         self._steps = state["steps"]
         self.plan, self.promoted = self._start, ()
+        self.overflow, self._looked = {}, False
         self._take(past)
         names = {each.key for each in past}
         for slot in self._slots.values():
