@@ -344,8 +344,8 @@ def test_overflow_is_drawn_with_the_share_at_which_tensors_are_promoted(results)
     line, past = figure["data"]
     assert (line["x"], line["y"]) == ([2, 6], [25.0, 0.0])
     assert (past["x"], past["y"], past["mode"]) == ([7], [2.0], "markers")
-    (threshold,), (words,) = figure["layout"]["shapes"], figure["layout"]["annotations"]
-    assert (threshold["y0"], threshold["y1"], words["y"], words["text"]) == (2.0, 2.0, 2.0, "promoted from 2 % on")
+    (threshold,) = figure["layout"]["shapes"]
+    assert (threshold["y0"], threshold["y1"]) == (2.0, 2.0)
     assert figure["layout"]["yaxis"]["range"][1] > 25.0
     none_looked = with_course(promotions=[])
     none_looked["course"] = course(overflow=[None] * 3)
@@ -547,7 +547,7 @@ def test_a_browser_shows_it_searches_and_sorts(browser, table, results, tmp_path
     assert len(page.query_selector_all(".chart svg.main-svg")) >= 5
     curves = {"course": 1, "overflow": 1, "scale": 2, "scale_by_epoch": 2}
     assert {name: len(page.query_selector_all(f"#chart-{name} path.js-line")) for name in curves} == curves
-    assert "promoted from 2 % on" in page.text_content("#chart-overflow")
+    assert "the share from which on a tensor is promoted, 2 %." in page.text_content("#overflow")
     assert "the mean of the steps since the one before: up to 2 of them" in page.text_content("#training")
     page.fill("#search", "LAYERS grad")
     assert set(shown(page)) == {key for key in rows if "layers" in key and "grad" in key}

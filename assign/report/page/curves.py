@@ -80,7 +80,6 @@ def overflow_figure(runs: Sequence[TrainedRun]) -> Figure | None:
             xaxis=_steps_axis(traces),
             yaxis=axis("share of a tensor that overflowed (%)", range=[0, _HEADROOM * highest or 1]),
             shapes=[_threshold(share) for share in thresholds],
-            annotations=[_named_threshold(share) for share in thresholds],
         ),
     }
 
@@ -99,18 +98,13 @@ def _promotions(run: TrainedRun, look: Mapping[str, Any]) -> dict[str, Any]:
         "marker": {"size": 10, "color": look["color"], "symbol": look["symbol"], "line": {"width": 0.5, "color": INK}},
         "text": [f"{plain(short(each.key))}<br>{each.from_format} → {each.to_format}" for each in past],
         "cliponaxis": False,
-        "hovertemplate": f"{plain(short(run.name))}, step %{{x}}<br>%{{text}}<br>%{{y:.3g}} %<extra></extra>",
+        "hovertemplate": f"{plain(short(run.name))}, step %{{x:d}}<br>%{{text}}<br>%{{y:.3g}} %<extra></extra>",
     }
 
 
 def _threshold(share: float) -> dict[str, Any]:
     line = {"color": INK, "width": 1.5, "dash": "dash"}
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": share, "y1": share, "line": line}
-
-
-def _named_threshold(share: float) -> dict[str, Any]:
-    place = {"x": 1, "y": share, "xref": "paper", "xanchor": "right", "yanchor": "bottom"}
-    return {"text": f"promoted from {share:.3g} % on", "showarrow": False, **place}
 
 
 def _by_step(
@@ -147,7 +141,7 @@ def _stepped(
     """
     seen = [place for place, value in enumerate(values) if value is not None]
     merged = max(course.steps) > 1
-    where = "%{customdata} steps to %{x}" if merged else "step %{x}"
+    where = "%{customdata} steps to %{x:d}" if merged else "step %{x:d}"
     return {
         "x": [course.step[place] for place in seen],
         "y": [values[place] for place in seen],
