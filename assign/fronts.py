@@ -7,7 +7,7 @@ from typing import Any
 
 from assign.errors import BudgetError, PlanError
 from assign.plan.assignment import Assignment
-from assign.plan.display import frame, human_bytes, table_html
+from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.plan.memory import peak_bytes
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
@@ -17,7 +17,7 @@ from assign.strategies.goal import parse_budget
 
 
 @dataclass(frozen=True, slots=True)
-class Front:
+class Front(Drawn):
     """Plans for one model, the lowest peak first; each further one takes more bytes and is better for them."""
 
     plans: tuple[Assignment, ...]

@@ -1,17 +1,20 @@
 """The shell as a user meets it: exit status, tables, JSON fields, and what bad input says."""
 
 import dataclasses
+import io
 import json
 import math
 import re
 import sys
 
 import pytest
+from rich.console import Console
 from shell import fails, run
 
 from assign.cli.shell import Meter
 from assign.numerics.promotion import Promoted
 from assign.plan.assignment import Assignment
+from assign.report.tables import Bar, new_table
 from assign.training.history import EpochResult
 from assign.training.loop import Progress
 
@@ -130,7 +133,7 @@ def test_trace_search_estimate_train_show_diff(here):
     assert "compiled by Inductor" in printed
     assert "low ratio, by bits" in printed
     timeline = printed[printed.index("Over the step") : printed.index("Largest at the peak")]
-    assert timeline.count("← peak") == 1
+    assert timeline.count("peak: ") == 1
     assert timeline.index("forward") < timeline.index("backward") < timeline.index("optimizer")
     predicted = json.loads((here / "estimate.json").read_text())
     assert fields <= predicted.keys()
@@ -363,6 +366,12 @@ def test_noise_is_measured_kept_and_searched_by(here, capsys, monkeypatch):
     before = (here / "noise.json").read_text()
     run(*measure)
     assert (here / "noise.json").read_text() == before
+    assert json.loads(before)["warm_up"] == 40
+    run("train", "mine.py:task", "--epochs", "1", "--checkpoint", "c.pt")
+    for more in (("--warm-up", "0"), ("--checkpoint", "c.pt")):
+        run(*measure[:-1], "start.json", *more)
+        assert json.loads((here / "start.json").read_text())["warm_up"] == 0
+        (here / "start.json").unlink()
 
     search = ("search", "mine.py:task", "--low-ratio", "0.5", "--strategy", "milp")
     said = run(*search, "--noise", "noise.json", "--pin", "0.*=bf16", "-o", "pinned.json", "--json", "found.json")
@@ -379,3 +388,20 @@ def test_noise_is_measured_kept_and_searched_by(here, capsys, monkeypatch):
     assert "was not measured" in error(*search, "--noise", "noise.json", "--formats", "fp32,fp(3,2,3)")
     assert "another model" in error("search", "digits", "--low-ratio", "0.5", "--noise", "noise.json")
     assert "'greedy' takes no formats" in error("search", "mine.py:task", "--low-ratio", "0.5", "--pin", "*=bf16")
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 200])
+def test_bars_share_a_scale_and_never_wrap(width):
+    table = new_table("", ["tensor", ""])
+    for name, dark, light in (("a" * 30, 0.25, 0.75), ("b", 0.25, 0.0), ("c", 1.0, 1.0)):
+        table.add_row(name, Bar(dark, light))
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    rows = [line for line in console.file.getvalue().splitlines() if "█" in line]
+    full = rows[2].count("█")
+    assert full == {30: 12, 60: 27, 80: 30, 200: 30}[width]
+    assert [(row.count("█"), row.count("░")) for row in rows] == [
+        (round(full * 0.25), round(full * 0.75) - round(full * 0.25)),
+        (round(full * 0.25), 0),
+        (full, 0),
+    ]

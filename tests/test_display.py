@@ -147,6 +147,7 @@ def test_an_empty_frame_has_its_columns(table):
 def test_every_kind_is_drawn_in_greys_of_both_schemes(things, table):
     for name, thing in things.items():
         figure = assign.plot(thing, table) if name == "plan" else assign.plot(thing)
+        assert figure == (thing.plot(table) if name == "plan" else thing.plot())
         assert isinstance(figure, plotly.graph_objects.Figure)
         assert len(figure.data) >= 1
         assert '"$' not in figure.to_json()

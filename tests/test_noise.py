@@ -159,6 +159,40 @@ def test_a_file_of_another_model_or_another_way_is_refused(tmp_path):
         measure_noise(MLP(), [vectors()], class_loss, file=file, recipe="hfp8")
     with pytest.raises(PlanError, match="no batch was given"):
         measure_noise(MLP(), [], class_loss)
+    with pytest.raises(PlanError, match="no method 'exact'; choose from measured, first-order"):
+        measure_noise(MLP(), [vectors()], class_loss, method="exact")
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+
+
+def test_a_warm_up_trains_a_copy_on_the_first_batches(tmp_path):
+    torch.manual_seed(0)
+    model, batches = MLP(), [vectors() for _ in range(6)]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    options = {"until": 0.0, "file": tmp_path / "noise.json"}
+    found = measure_noise(model, batches, class_loss, optimizer=sgd, warm_up=4, **options)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (found.warm_up, found.batches) == (4, 2)
+    assert NoiseTable.load(tmp_path / "noise.json") == found
+    optimizer = sgd(model.parameters())
+    for batch in batches[:4]:
+        optimizer.zero_grad()
+        class_loss(model, batch).backward()
+        optimizer.step()
+    by_hand = measure_noise(model, batches[4:], class_loss, until=0.0)
+    assert by_hand.cells == found.cells
+    at_start = measure_noise(MLP(), batches[4:], class_loss, until=0.0)
+    assert at_start.noise("first.weight", "e4m3:pow2") != found.noise("first.weight", "e4m3:pow2")
+    with pytest.raises(PlanError, match="measured with warm up 4, 0 is asked for now"):
+        measure_noise(model, batches, class_loss, **options)
+    with pytest.raises(PlanError, match="a warm-up of 2 steps needs an optimizer"):
+        measure_noise(model, batches, class_loss, warm_up=2)
+    with pytest.raises(PlanError, match="a warm-up of 7 steps was asked for, and there are 6 batches"):
+        measure_noise(model, batches, class_loss, optimizer=sgd, warm_up=7)
+    with pytest.raises(PlanError, match="no batch was given"):
+        measure_noise(model, batches, class_loss, optimizer=sgd, warm_up=6)
 
 
 def test_bad_files_say_what_is_wrong(tmp_path):
@@ -223,7 +257,7 @@ def test_the_file_is_one_line_per_tensor(tmp_path):
     assert dataclasses.replace(found) == NoiseTable.load(file)
     data = json.loads(file.read_text())
     assert data["assign_noise"] == 1
-    assert len(file.read_text().splitlines()) == len(data["cells"]) + 9
+    assert len(file.read_text().splitlines()) == len(data["cells"]) + 10
 
 
 def test_batches_may_differ_in_size():

@@ -195,6 +195,19 @@ def test_json_round_trip_and_fixed_fields():
         TensorTable.from_json({"tensors": []})
 
 
+def test_a_table_comes_back_from_its_file(tmp_path):
+    table = traced(MLP(), vectors())
+    table.save(tmp_path / "table.json")
+    assert TensorTable.load(tmp_path / "table.json") == table
+    assert [each.name for each in tmp_path.iterdir()] == ["table.json"]
+    (tmp_path / "half.json").write_text((tmp_path / "table.json").read_text()[:-9])
+    for name in ("half.json", "none.json"):
+        with pytest.raises(PlanError, match=f"cannot read the table .*{name}"):
+            TensorTable.load(tmp_path / name)
+    with pytest.raises(PlanError, match="cannot write the table"):
+        table.save(tmp_path / "nowhere" / "table.json")
+
+
 def test_networkx_graph_is_the_forward_pass():
     graph = traced(ResNet(blocks=1), images()).to_networkx()
     assert networkx.is_directed_acyclic_graph(graph)

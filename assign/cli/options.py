@@ -103,6 +103,10 @@ Weights = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="fp32 weights: what 'train --checkpoint' wrote, or a saved state_dict."),
 ]
+WarmUp = Annotated[
+    int | None,
+    typer.Option(help="Steps of plain training before noise is measured; 40 if left out, 0 with --checkpoint."),
+]
 From = Annotated[
     Path | None,
     typer.Option("--from", help="Go on from these fp32 weights: what 'train --checkpoint' wrote, or a state_dict."),

@@ -1,6 +1,7 @@
 """Commands that search a plan, and what a search asks for first."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,7 @@ from assign.cli.options import (
     TaskName,
     TrialBackend,
     Trials,
+    WarmUp,
     Weights,
     Workers,
 )
@@ -46,7 +48,7 @@ from assign.errors import BudgetError
 from assign.executor.compile import Backend
 from assign.executor.timing import measure_times
 from assign.fronts import Front, check_empty, search_front
-from assign.noise.measuring import BATCHES, UNTIL, measure_noise
+from assign.noise.measuring import BATCHES, UNTIL, WARM_UP, measure_noise
 from assign.plan.assignment import Assignment
 from assign.plan.memory import estimate as estimate_plan
 from assign.plan.noise import Method, NoiseTable
@@ -200,6 +202,7 @@ def measure(
     until: Annotated[float, typer.Option(help="Stop at this relative standard error, in the median.")] = UNTIL,
     batches: Annotated[int, typer.Option(help="Batches at most.")] = BATCHES,
     checkpoint: Weights = None,
+    warm_up: WarmUp = None,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -214,6 +217,7 @@ def measure(
         table,
         device,
         checkpoint,
+        warm_up=warm_up,
         file=output,
         recipe=recipe,
         formats=split_names(formats),
@@ -335,20 +339,31 @@ def _noise_for(
         return NoiseTable.load(file)
     if strategy != MILP:
         return None
-    return _measured(task, table, device, None, file=plan.with_name(f"{plan.stem}.noise.json"), **options)
+    file = plan.with_name(f"{plan.stem}.noise.json")
+    return _measured(task, table, device, None, warm_up=None, file=file, **options)
 
 
 def _measured(
-    task: Task, table: TensorTable, device: str, checkpoint: Path | None, *, file: Path, seed: int, **options: Any
+    task: Task,
+    table: TensorTable,
+    device: str,
+    checkpoint: Path | None,
+    *,
+    warm_up: int | None,
+    file: Path,
+    seed: int,
+    **options: Any,
 ) -> NoiseTable:
-    """Noise of the task's model, as it begins or as the checkpoint has it; ``file`` goes on."""
+    """Noise of the task's model, after some steps or as the checkpoint has it; ``file`` goes on."""
+    steps = (0 if checkpoint else WARM_UP) if warm_up is None else warm_up
     where = check_device(device)
     torch.manual_seed(seed)
     model = task.make_model().to(where)
     if checkpoint is not None:
         load_weights(checkpoint, model)
-    batches = (move(batch, where) for batch in task.train)
-    with console.status("measuring noise") as status:
+    again = itertools.chain.from_iterable(itertools.repeat(task.train))
+    batches = (move(batch, where) for batch in itertools.chain(itertools.islice(again, steps), task.train))
+    with console.status(f"training {steps} steps, then measuring noise") as status:
         found = measure_noise(
             model,
             batches,
@@ -356,6 +371,8 @@ def _measured(
             table=table,
             file=file,
             seed=seed,
+            optimizer=task.optimizer,
+            warm_up=steps,
             on_batch=lambda so_far: status.update(f"measuring noise: {so_far.batches} batches"),
             **options,
         )

@@ -1,14 +1,18 @@
 """Noise of every choice of a model's step, averaged over batches, in a file that a killed run goes on from."""
 
+import copy
 import fnmatch
+import itertools
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from assign.errors import PlanError
 from assign.noise.sampling import sample
@@ -22,6 +26,9 @@ from assign.tracing.tracer import trace
 
 UNTIL = 0.1
 BATCHES = 8
+WARM_UP = 40
+"""Steps of training after which noise ranks plans well; at the start it does so less (``bench_search.py``)."""
+
 _SECONDS = 5.0  # between two writings of the file, while choices are measured one by one
 
 
@@ -38,6 +45,8 @@ def measure_noise(
     until: float = UNTIL,
     most: int = BATCHES,
     seed: int = 0,
+    optimizer: Callable[[Any], Optimizer] | None = None,
+    warm_up: int = 0,
     file: str | os.PathLike[str] | None = None,
     table: TensorTable | None = None,
     on_batch: Callable[[NoiseTable], None] | None = None,
@@ -48,7 +57,7 @@ def measure_noise(
     batches or more), or ``most`` batches are through, or there are no more.
 
     Args:
-        model: in float32, with the weights it has; nothing of it is changed.
+        model: in float32, with the weights it has; nothing of it is changed: a copy is trained first, if asked for.
         batches: what ``loss`` takes, one after the other.
         loss: ``loss(model, batch)`` → scalar tensor.
         recipe: whose candidates are measured; it also says whether gradients are rounded under a loss scale.
@@ -57,11 +66,14 @@ def measure_noise(
         pins: pattern of keys → a format measured for these.
         method: ``first-order``: all at once, from derivatives; ``measured``: one step for each.
         seed: of what a step draws; batch number n has ``seed + n``.
+        optimizer: of parameters; trains for ``warm_up`` steps, on the first batches, before anything is measured.
+            Noise at random weights ranks plans less well than noise after some 40 steps.
         file: where the table goes, whole, after every batch; what it holds already is not measured again.
         table: of the model, if it was traced before.
         on_batch: told of the table after every batch.
     Raises:
-        PlanError: the file is of another model, or was measured in another way; or there is no batch.
+        PlanError: the file is of another model, or was measured in another way; there is no batch, or
+            no such method; or ``warm_up`` without an optimizer.
         FormatError: unknown formats.
         TraceError: as :func:`assign.trace`; or torch has no second derivative of the step, which ``first-order`` needs.
         DivergedError: the unrounded step's gradient is zero or not finite.
@@ -75,16 +87,24 @@ def measure_noise(
         ```
     """
     iterator = iter(batches)
+    if warm_up:
+        model = _warmed_up(model, itertools.islice(iterator, warm_up), loss, optimizer, warm_up, seed)
     first = next(iterator, None)
     if first is None or most < 1 or not until >= 0:
         raise PlanError(
             f"noise: {'no batch' if first is None else f'at most {most} batches, until {until}'} was given; noise is "
             "measured on at least one batch, until a share of at least 0.\n  Give batches, --batches 8, --until 0.1."
         )
+    if method not in list(Method):
+        raise PlanError(f"noise: there is no method {method!r}; choose from {', '.join(Method)}.")
     table = table or trace(model, first, loss)
     cells = _choices(table, recipe, formats, saved, pins)
     found = NoiseTable(
-        fingerprint=table.fingerprint, method=Method(method), seed=seed, loss_scaling=get_recipe(recipe).loss_scaling
+        fingerprint=table.fingerprint,
+        method=Method(method),
+        seed=seed,
+        loss_scaling=get_recipe(recipe).loss_scaling,
+        warm_up=warm_up,
     )
     if file is not None and Path(file).exists():
         found = _resumed(NoiseTable.load(file), found, table, file)
@@ -124,6 +144,38 @@ class _Writer:
         self._written = time.monotonic()
 
 
+def _warmed_up(
+    model: nn.Module, batches: Iterator[Any], loss: Loss, make: Callable[[Any], Optimizer] | None, steps: int, seed: int
+) -> nn.Module:
+    """A copy of the model, trained a step on each of the batches.
+
+    Raises:
+        PlanError: there is no optimizer, or not a batch for each step.
+    """
+    if make is None:
+        raise PlanError(
+            f"noise: a warm-up of {steps} steps needs an optimizer.\n"
+            "  Give optimizer=torch.optim.AdamW, say, or a trained model and warm_up=0."
+        )
+    trained = copy.deepcopy(model)
+    optimizer = make(trained.parameters())
+    done = 0
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in batches:
+            optimizer.zero_grad()
+            torch.autograd.backward(loss(trained, batch))
+            optimizer.step()
+            done += 1
+    if done < steps:
+        raise PlanError(
+            f"noise: a warm-up of {steps} steps was asked for, and there are {done} batches; noise is measured on "
+            "those that follow.\n  Give more batches (one may come again), or a smaller warm_up."
+        )
+    optimizer.zero_grad()
+    return trained
+
+
 def _first(first: Any, rest: Iterable[Any], most: int) -> Iterable[Any]:
     yield first
     for _, batch in zip(range(most - 1), rest, strict=False):
@@ -155,7 +207,7 @@ def _resumed(stored: NoiseTable, asked: NoiseTable, table: TensorTable, file: st
     except PlanError as error:
         error.add_note(f"The file is {file}.")
         raise
-    for name in ("method", "seed", "loss_scaling"):
+    for name in ("method", "seed", "loss_scaling", "warm_up"):
         before, now = getattr(stored, name), getattr(asked, name)
         if before != now:
             raise PlanError(

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from assign.errors import FormatError, PlanError, nearest
 from assign.files import write_whole
-from assign.plan.display import frame, human_bytes, table_html
+from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.plan.formats import BlockFormat, Format, parse_format, parse_saved
 from assign.plan.stored import buffer_of, check_stored, owner_of, parse_stored
 from assign.plan.tensors import Role, base_key, grad_key, is_saved_key, saved_key
@@ -98,7 +98,7 @@ class _PlanFile(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
+class Assignment(Drawn):
     """The format of every tensor of one model's training step.
 
     Attributes:

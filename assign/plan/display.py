@@ -1,5 +1,9 @@
-"""What a notebook shows of plain data: a small table in HTML, readable on light and dark, and a pandas frame."""
+"""What a notebook shows of plain data: a small table in HTML, readable on light and dark, a pandas frame, a chart.
 
+Charts are drawn where plotly is known: :mod:`assign.report.plotting` says how, for each kind of thing.
+"""
+
+import functools
 import html
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +16,37 @@ SHOWN = 12
 
 _LINE = "border-top:1px solid rgba(128,128,128,.3);padding:2px 10px;text-align:"
 _BAR = "background:rgba(86,180,233,.6);height:.7em;border-radius:2px;width:"
+
+
+@functools.singledispatch
+def plot(thing: object, table: Any = None) -> Any:
+    """A plotly figure of a table, a plan, an estimate, a front, a search by training, or noise.
+
+    Args:
+        thing: what is to be drawn.
+        table: the ``TensorTable`` of the model; a plan needs it, to show the memory of a step without it and with it.
+    Returns:
+        a ``plotly.graph_objects.Figure``.
+    Raises:
+        ReportError: there is no chart of such a thing, a plan has no table, or plotly is not installed.
+    Examples:
+        ```python
+        figure = assign.plot(plan, table)
+        figure.write_html("memory.html")
+        ```
+    """
+    kinds = "TensorTable, Assignment (with table=), Estimate, Front, Tuned, NoiseTable"
+    raise ReportError(f"plot: there is no chart of a {type(thing).__name__}. Give one of: {kinds}.")
+
+
+class Drawn:
+    """What has a chart."""
+
+    __slots__ = ()
+
+    def plot(self, table: Any = None) -> Any:
+        """A plotly figure of it: :func:`assign.plot`."""
+        return plot(self, table)
 
 
 def human_bytes(size: float) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from assign.plan import lowering
 from assign.plan.assignment import Assignment, Entry
-from assign.plan.display import frame, human_bytes, table_html
+from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.plan.formats import parse_format, parse_saved
 from assign.plan.libraries import optimizer_scratch, stored_in
 from assign.plan.lowered import Lowered
@@ -71,7 +71,7 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Estimate(Drawn):
     """What a plan costs, before anything runs.
 
     Attributes:

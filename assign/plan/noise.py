@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from assign.errors import PlanError, nearest
 from assign.files import write_whole
 from assign.plan.assignment import Entry
-from assign.plan.display import SHOWN, frame, table_html
+from assign.plan.display import SHOWN, Drawn, frame, table_html
 from assign.plan.formats import parse_saved
 from assign.plan.stored import owner_of
 from assign.plan.tensors import TensorTable, base_key, is_saved_key
@@ -66,13 +66,14 @@ class _NoiseFile(BaseModel):
     method: Method = Field(strict=False)
     seed: int
     loss_scaling: bool = Field(description="gradients were rounded under a loss scale")
+    warm_up: int = Field(default=0, description="steps that the model was trained first")
     cells: dict[str, dict[str, list[tuple[float, float, float]]]] = Field(
         description="tensor's key → format → per batch: gradient, cosine, loss"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseTable:
+class NoiseTable(Drawn):
     """Noise of choices, batch by batch.
 
     Attributes:
@@ -81,12 +82,14 @@ class NoiseTable:
         method: how it was measured.
         seed: of what its steps draw; batch number n has ``seed + n``.
         loss_scaling: whether gradients were rounded under a loss scale.
+        warm_up: steps that the model was trained first.
     """
 
     fingerprint: str
     method: Method
     seed: int = 0
     loss_scaling: bool = False
+    warm_up: int = 0
     cells: Mapping[Cell, tuple[Sample, ...]] = field(default_factory=dict)
 
     def noise(self, key: str, format_name: str) -> float:
@@ -178,6 +181,7 @@ class NoiseTable:
             "method": self.method,
             "seed": self.seed,
             "loss_scaling": self.loss_scaling,
+            "warm_up": self.warm_up,
         }
         lines = [f"    {json.dumps(key)}: {json.dumps(row, allow_nan=False)}" for key, row in rows.items()]
         cells = "{\n" + ",\n".join(lines) + "\n  }" if lines else "{}"
@@ -225,6 +229,7 @@ class NoiseTable:
             method=file.method,
             seed=file.seed,
             loss_scaling=file.loss_scaling,
+            warm_up=file.warm_up,
             cells=cells,
         )
 

@@ -7,16 +7,19 @@ This is the first waist of the hourglass: torch on one side (``tracer``), pure P
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import networkx
 
 from assign.errors import PlanError
-from assign.plan.display import SHOWN, frame, table_html
+from assign.files import write_whole
+from assign.plan.display import SHOWN, Drawn, frame, table_html
 
 
 class Role(StrEnum):
@@ -188,7 +191,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorTable:
+class TensorTable(Drawn):
     """Every tensor of one training step. Made by :func:`assign.trace`.
 
     Attributes:
@@ -297,10 +300,31 @@ class TensorTable:
         title = f"{len(self.tensors)} tensors of one step, {self.elements:,} elements, {len(self.groups)} groups"
         return table_html(title, ["tensor", "role", "shape", "elements"], rows, len(largest))
 
-    def save(self, path: str) -> None:
-        """Write the table as JSON."""
-        with open(path, "w") as file:
-            json.dump(self.to_json(), file)
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table to ``path`` as JSON, whole.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
+        try:
+            write_whole(path, json.dumps(self.to_json()))
+        except OSError as error:
+            raise PlanError(
+                f"cannot write the table {path}: {error.strerror or error}. "
+                "Give a file in a directory that exists and that you may write to."
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TensorTable":
+        """Read what :meth:`save`, or ``assign trace TASK --json FILE``, wrote.
+
+        Raises:
+            PlanError: the file cannot be read, or is not a table.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"cannot read the table {path}: {error}. Give what TensorTable.save wrote.") from error
 
 
 def _from_plain(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:

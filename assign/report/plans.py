@@ -16,7 +16,7 @@ from assign.plan.moments import Moments, moments
 from assign.plan.tensors import TensorTable
 from assign.report.page.colours import ROLES
 from assign.report.rows import Row, formats_of, tensor_rows
-from assign.report.tables import BAR, new_table
+from assign.report.tables import Bar, new_table
 
 LARGEST = 10
 """Tensors that are shown of a step."""
@@ -108,6 +108,7 @@ def _at_peak(found: Moments, role: str) -> int:
 
 def _provenance(plan: Assignment) -> Table:
     head = new_table("Plan", ["", ""], right=2)
+    head.show_header = False
     source = plan.provenance
     head.add_row("recipe", plan.recipe)
     head.add_row("model's fingerprint", plan.fingerprint)
@@ -118,7 +119,10 @@ def _provenance(plan: Assignment) -> Table:
     for name, value in source.estimate.items():
         text = human_bytes(float(str(value))) if name.endswith("bytes") else f"{float(str(value)):.4g}"
         words = name.removesuffix("_bytes").replace("_", " ")
-        head.add_row(words if words.startswith("trained") else f"predicted {words}", text)
+        if name == "seconds":
+            head.add_row("searched in", f"{text} s")
+        else:
+            head.add_row(words if words.startswith("trained") else f"predicted {words}", text)
     return head
 
 
@@ -128,8 +132,7 @@ def _roles(step: PlannedStep) -> Table:
     table = new_table(title, ["role", "all in fp32", "under the plan", ""])
     most = max((max(sizes) for sizes in step.by_role.values()), default=1)
     for role, (before, after) in step.by_role.items():
-        full = round(BAR * after / most)
-        bar = "█" * full + "░" * (round(BAR * before / most) - full)
+        bar = Bar(after / most, before / most)
         table.add_row(ROLES[role][0], human_bytes(before), human_bytes(after), bar)
     table.add_section()
     table.add_row("together", human_bytes(first), human_bytes(second), f"{second / max(first, 1):.1%} of it")
@@ -145,7 +148,7 @@ def _formats(rows: Sequence[Row]) -> Table:
         found = [row for row in rows if row.format == name]
         share = sum(row.elements for row in found) / total
         size = human_bytes(sum(row.bytes for row in found))
-        table.add_row(name, str(len(found)), size, f"{share:.1%}", "█" * round(BAR * share))
+        table.add_row(name, str(len(found)), size, f"{share:.1%}", Bar(share))
     table.columns[-1].justify = "left"
     return table
 
@@ -155,7 +158,7 @@ def _counts(plan: Assignment) -> Table:
     table = new_table(f"Formats of {len(plan.entries)} tensors", ["format", "tensors", "share", ""])
     for name, count in counts.most_common():
         share = count / len(plan.entries)
-        table.add_row(name, str(count), f"{share:.1%}", "█" * round(BAR * share))
+        table.add_row(name, str(count), f"{share:.1%}", Bar(share))
     table.columns[-1].justify = "left"
     return table
 
@@ -163,14 +166,14 @@ def _counts(plan: Assignment) -> Table:
 def _largest(rows: Sequence[Row]) -> Table:
     shown = rows[:LARGEST]
     most = max((row.fp32_bytes for row in shown), default=1) or 1
-    columns = ["tensor", "role", "shape", "format", "in fp32", "under the plan", ""]
-    table = new_table(f"The {len(shown)} largest of {len(rows)} tensors", columns, right=4)
+    columns = ["tensor", "shape", "format", "in fp32", "planned", ""]
+    table = new_table(f"The {len(shown)} largest of {len(rows)} tensors", columns, right=3)
+    for column in table.columns[1:-1]:
+        column.no_wrap = True  # where there is little room, keys are folded
     for row in shown:
         shape = "×".join(map(str, row.shape)) or "scalar"
-        full = round(BAR * row.bytes / most)
-        bar = "█" * full + "░" * (round(BAR * row.fp32_bytes / most) - full)
         sizes = (human_bytes(row.fp32_bytes), human_bytes(row.bytes))
-        table.add_row(escape(row.key), row.role.replace("_", " "), shape, row.format, *sizes, bar)
+        table.add_row(escape(row.key), shape, row.format, *sizes, Bar(row.bytes / most, row.fp32_bytes / most))
     table.columns[-1].justify = "left"
     return table
 

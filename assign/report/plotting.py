@@ -1,12 +1,12 @@
-"""The page's charts in a notebook: ``assign.plot``."""
+"""The page's charts in a notebook: what ``assign.plot`` draws of each thing."""
 
-import functools
 import importlib
 from typing import Any
 
 from assign.errors import ReportError
 from assign.fronts import Front
 from assign.plan.assignment import Assignment
+from assign.plan.display import plot
 from assign.plan.memory import Estimate
 from assign.plan.moments import moments
 from assign.plan.noise import NoiseTable
@@ -19,6 +19,8 @@ from assign.report.page.figures import Figure
 from assign.report.rows import tensor_rows
 from assign.training.tuning import Tuned
 
+__all__ = ["plot"]
+
 _GREYS = {
     "$ink": "#7f8790",
     "$grid": "rgba(128,128,128,0.3)",
@@ -28,27 +30,6 @@ _GREYS = {
 """In the place of the page's colours: readable on light and dark."""
 
 _MOST_BARS = 25
-
-
-@functools.singledispatch
-def plot(thing: object, table: TensorTable | None = None) -> Any:
-    """A plotly figure of a table, a plan, an estimate, a front, a search by training, or noise.
-
-    Args:
-        thing: what is to be drawn.
-        table: of the model; a plan needs it, to show the memory of a step without it and with it.
-    Returns:
-        a ``plotly.graph_objects.Figure``.
-    Raises:
-        ReportError: there is no chart of such a thing, a plan has no table, or plotly is not installed.
-    Examples:
-        ```python
-        figure = assign.plot(plan, table)
-        figure.write_html("memory.html")
-        ```
-    """
-    kinds = "TensorTable, Assignment (with table=), Estimate, Front, Tuned, NoiseTable"
-    raise ReportError(f"plot: there is no chart of a {type(thing).__name__}. Give one of: {kinds}.")
 
 
 @plot.register

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.console import Group as Rows
-from rich.console import RenderableType
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from assign.executor.rehearsal import Rehearsal
 from assign.numerics.promotion import Promoted
@@ -24,8 +26,8 @@ from assign.training.comparison import Comparison, Spread, Summary
 from assign.training.history import TrainResult
 from assign.training.tuning import Tuned
 
-BAR = 30
-"""Characters of the longest bar."""
+_LONGEST = 30
+"""Characters of a bar."""
 _LOWERED = ("makes", "operator", "rounded to", "runs in", "multiplies in", "because")
 
 
@@ -35,6 +37,25 @@ def new_table(title: str, columns: Sequence[str], right: int = 1) -> Table:
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index >= right else "left", overflow="fold")
     return table
+
+
+class Bar:
+    """A bar in a table, from ``█`` and then ``░``, scaled to the room that its column has.
+
+    Args:
+        dark: length of the first part, light: of all of it, as shares of a full bar.
+    """
+
+    def __init__(self, dark: float, light: float = 0.0) -> None:
+        self._dark, self._light = dark, light
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(_LONGEST, options.max_width)
+        dark = round(width * self._dark)
+        yield Text("█" * dark + "░" * (round(width * self._light) - dark), no_wrap=True, overflow="crop")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, _LONGEST).with_maximum(options.max_width)
 
 
 def format_table(formats: Sequence[Format] | None = None) -> Table:
@@ -115,7 +136,7 @@ def estimate_table(costs: Estimate, compiled: Rehearsal | None = None, limit: in
     roles = new_table("Alive at the peak, by role", ["role", "bytes", "share", ""])
     for role, size in sorted(costs.by_role.items(), key=lambda item: -item[1]):
         share = size / max(costs.peak_bytes, 1)
-        roles.add_row(ROLES[role][0], human_bytes(size), f"{share:.1%}", "█" * round(BAR * share))
+        roles.add_row(ROLES[role][0], human_bytes(size), f"{share:.1%}", Bar(share))
     roles.columns[-1].justify = "left"
     alive = new_table("Largest at the peak", ["tensor", "role", "bytes"], right=2)
     for key, role, size in costs.alive[:limit]:
@@ -129,10 +150,8 @@ def timeline_table(costs: Estimate, limit: int = 24) -> Table:
     stretches = _stretches(costs.timeline, max(1, -(-len(costs.timeline) // limit)))
     most = max((row[2] for row in stretches), default=0)
     for operator, phase, size in stretches:
-        peak = " ← peak" if size == most else ""
-        table.add_row(
-            phase, operator or "sum of gradients", human_bytes(size), "█" * round(BAR * size / max(most, 1)) + peak
-        )
+        peak = "peak: " if size == most else ""
+        table.add_row(phase, operator or "sum of gradients", peak + human_bytes(size), Bar(size / max(most, 1)))
     table.columns[-1].justify = "left"
     return table
 

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from assign.errors import StudyError, nearest
 from assign.plan.assignment import Assignment
-from assign.plan.display import frame, human_bytes, table_html
+from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.tasks import Task
 from assign.training.trials import Settings, Trainer
 
@@ -53,7 +53,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tuned:
+class Tuned(Drawn):
     """What a study came to.
 
     Attributes:
