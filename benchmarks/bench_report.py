@@ -29,6 +29,7 @@ from benchmarks import facts
 
 SCREENS = {"desktop": (1280, 900), "phone": (390, 844)}
 WIDTH, BATCH = 32, 64
+PAUSE = 1000
 _MARKS = "performance.getEntriesByType('mark').map(mark => [mark.name, mark.startTime])"
 
 
@@ -73,6 +74,7 @@ def measure(path: Path, rounds: int, chromium: str) -> tuple[str, dict[str, Any]
             for screen, (width, height) in SCREENS.items():
                 context = browser.new_context(viewport={"width": width, "height": height})
                 page = context.new_page()
+                page.wait_for_timeout(PAUSE)  # until the page before is gone
                 page.goto(path.as_uri())
                 page.wait_for_selector("html[data-drawn=yes]")
                 for name, start in page.evaluate(_MARKS):

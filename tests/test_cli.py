@@ -372,6 +372,7 @@ def test_noise_is_measured_kept_and_searched_by(here, capsys, monkeypatch):
         run(*measure[:-1], "start.json", *more)
         assert json.loads((here / "start.json").read_text())["warm_up"] == 0
         (here / "start.json").unlink()
+    assert ", 4 batches," in run(*measure[:1], "mine.py:task", "--until", "0", "--batches", "9", "-o", "all.json")
 
     search = ("search", "mine.py:task", "--low-ratio", "0.5", "--strategy", "milp")
     said = run(*search, "--noise", "noise.json", "--pin", "0.*=bf16", "-o", "pinned.json", "--json", "found.json")
