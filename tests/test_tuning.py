@@ -270,20 +270,21 @@ def postgresql():
             server.wait()
 
 
-def worker(url, trials):
+def worker(url, trials, seconds):
+    task = f"functools.partial(make_task, seconds={seconds}, epochs=2)"
     code = (
         "import functools; from test_tuning import make_task, tune\n"
-        f"tune(functools.partial(make_task, seconds=0.3, epochs=2), storage={url!r}, trials={trials}, heartbeat=1)"
+        f"tune({task}, storage={url!r}, trials={trials}, heartbeat=1)"
     )
     return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.mark.slow
 def test_a_killed_process_loses_its_running_trial_alone(postgresql):
-    first, second = worker(postgresql, 7), None
+    first, second = worker(postgresql, 7, seconds=1), None  # slow: still at a trial when the second one has begun
     try:
         wait_for(lambda: count(postgresql, TrialState.COMPLETE) >= 1, first)
-        second = worker(postgresql, 7)
+        second = worker(postgresql, 7, seconds=0.3)
         wait_for(lambda: count(postgresql, TrialState.RUNNING) == 2, second)
         first.send_signal(signal.SIGKILL)
         first.wait()
