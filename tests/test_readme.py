@@ -1,6 +1,8 @@
 """The README is true: its commands exist and run, in its order, and so do its blocks of Python."""
 
+import importlib
 import itertools
+import json
 import os
 import re
 import shlex
@@ -8,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from shell import run
 from typer.main import get_command
@@ -27,16 +30,16 @@ def task():
 """The built-in digits with fewer channels and two batches, so that all commands together take a minute."""
 
 
-def commands():
-    """The README's, in its order: of its blocks for a shell, and of the first column of its tables."""
+def commands(program):
+    """The README's that begin so, in its order: of its blocks for a shell, and of the first column of its tables."""
     blocks = [
         text for language, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M) if language in ("", "sh")
     ]
     lines = itertools.chain.from_iterable(re.sub(r"\\\n", " ", block).splitlines() for block in blocks)
     parts = [part.partition("#")[0].strip() for line in lines for part in line.split("&&")]
     rows = re.findall(r"^\| `(assign [^`]+)` \|", README, re.M)
-    found = [part for part in [*parts, *rows] if part.startswith("assign ")]
-    return sorted(found, key=README.index)
+    found = [part for part in [*parts, *rows] if part.startswith(f"{program} ")]
+    return sorted(found, key=lambda part: README.index(part[:60]))  # one line of it
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +51,31 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", commands("assign"))
 def test_every_command_of_the_readme_runs(command, folder, monkeypatch):
     monkeypatch.chdir(folder)
     arguments = ["small.py" if part in ("digits", "TASK") else part for part in shlex.split(command)]
     monkeypatch.setattr(sys, "argv", arguments)
     run(*arguments[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands("python"))
+def test_every_script_of_the_readme_runs(command, tmp_path, monkeypatch):
+    """On a few random images, with few plans: what is added goes before what the README gives."""
+    for part in ("train", "test"):
+        delta = np.random.default_rng(0).integers(0, 256, (3, 128, 32, 32), dtype=np.uint8)
+        np.savez(tmp_path / f"cifar10-{part}.npz", delta=delta, labels=np.arange(128, dtype=np.uint8) % 10)
+    script, *arguments = [str(tmp_path) if part == "DIR" else part for part in shlex.split(command)[1:]]
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "RATIOS", (0.5,))
+    smaller = ["--width", "0.05", "--epochs", "1", "--examples", "128", "--test-examples", "32", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", [script, *arguments, *smaller])
+    module.main()
+    (result,) = tmp_path.glob("paper_*.json")
+    runs = json.loads(result.read_text())["runs"]
+    assert [run["variant"] for run in runs] == ["fp32", "π_op", "π_op′", "greedy 0.5", "greedy 0.5, no promotion"]
 
 
 def test_every_command_and_option_of_the_readme_exists():
