@@ -1,5 +1,6 @@
 """The README is true: its commands exist and run, in its order, and so do its blocks of Python."""
 
+import functools
 import importlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import pytest
 from shell import run
 from typer.main import get_command
 
+import assign
 from assign.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +58,8 @@ def test_every_command_of_the_readme_runs(command, folder, monkeypatch):
     monkeypatch.chdir(folder)
     arguments = ["small.py" if part in ("digits", "TASK") else part for part in shlex.split(command)]
     monkeypatch.setattr(sys, "argv", arguments)
+    ticks = functools.partial(assign.measure_times, clock=itertools.count().__next__)  # every operator takes as long
+    monkeypatch.setattr("assign.cli.searching.measure_times", ticks)
     run(*arguments[1:])
 
 

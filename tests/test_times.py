@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import zlib
 
 import pytest
@@ -161,6 +162,21 @@ def test_too_little_time_names_the_least():
     slower = least + seconds_of({key: Entry("fp(3,2,3)", True)}) - seconds_of({key: Entry("bf16", True)})
     with pytest.raises(BudgetError, match=f"takes {slower:.4g} s"):
         fastest(table, most=slower - 0.1, pins={key: "fp(3,2,3)"})
+
+
+def test_a_budget_that_only_slower_steps_meet_says_what_each_allows():
+    table = chain(8, 24)
+    fewest = min(map(AllAtOnce(table), all_plans(table, FORMATS)))
+    most = min(map(seconds_of, all_plans(table, FORMATS))) + 4.0  # fp(3,2,3), the narrowest, is the slowest
+    with pytest.raises(BudgetError, match=r"each can be met, but not both") as error:
+        fastest(table, most=most, budget_bytes=fewest)
+    enough = float(re.search(r"\(([0-9.]+) s are enough", str(error.value))[1])
+    assert AllAtOnce(table)(fastest(table, most=enough, budget_bytes=fewest)) == fewest
+    assert AllAtOnce(table)(fastest(table, most=most, budget_bytes=error.value.floor)) == error.value.floor
+    with pytest.raises(BudgetError, match="not both"):
+        fastest(table, most=most, budget_bytes=error.value.floor - 1)
+    with pytest.raises(BudgetError, match="the fewest bytes a training step still needs"):
+        fastest(table, most=enough, budget_bytes=fewest - 1)
 
 
 def test_a_limit_in_words():

@@ -275,12 +275,24 @@ class _Program:
             )
         if lowest is not None:
             floor = int(self.ask.timeline.at(lowest).max())
+            slower = self._fewest_bytes(any_time=True) if self.ask.most_seconds is not None else None
+            if slower is not None and self.goal.within_budget(int(self.ask.timeline.at(slower).max())):
+                return self._out_of_time(floor, self.ask.seconds(slower) + self.ask.other_seconds)
             return over_budget(self.goal, floor, f"even with all {len(self.decisions)} decisions for the fewest bytes")
         most = self.pinned_low + sum(self.low[self.owner == number].max() for number in range(len(self.decisions)))
         return BudgetError(
             f"the low ratio is {self.goal.low_ratio}, but with these pins, candidates and limits no more than "
             f"{most / self.elements:.6f} of the elements can be low.\n"
             "  Ask for less, pin fewer tensors high, or allow more time."
+        )
+
+    def _out_of_time(self, floor: int, enough: float) -> BudgetError:
+        """For a budget that only slower steps could meet."""
+        return BudgetError(
+            f"the budget is {self.goal.budget_bytes} bytes and a step may take {self.ask.most_seconds:.4g} s: each can "
+            f"be met, but not both. Within that time a step needs {floor} bytes or more at its peak.\n"
+            f"  Allow more time ({enough:.4g} s are enough for the fewest bytes), or ask for at least {floor} bytes.",
+            floor=floor,
         )
 
     def is_within(self, plan: Mapping[str, Entry]) -> bool:
@@ -320,7 +332,7 @@ class _Program:
         """Noise of every option in this unit, up to what no good plan comes near."""
         return np.minimum(self.noise / unit, _MOST)
 
-    def _fewest_bytes(self) -> dict[str, Entry] | None:
+    def _fewest_bytes(self, *, any_time: bool = False) -> dict[str, Entry] | None:
         """The plan of the lowest peak in the linear model: one more variable, the peak itself."""
         if not self.options:
             return dict(self.pinned)
@@ -329,7 +341,7 @@ class _Program:
         peak = csr_array(-np.ones((len(base), 1)))
         constraints = [
             LinearConstraint(hstack([each.A, csr_array((each.A.shape[0], 1))]), each.lb, each.ub)
-            for each in self._always()
+            for each in (self._choose_one() + self._enough_low() if any_time else self._always())
         ]
         constraints.append(LinearConstraint(hstack([rows / unit, peak]), ub=-base / unit))
         cost = np.append(np.zeros(len(self.options)), 1.0)
