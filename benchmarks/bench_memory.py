@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import facts
 from benchmarks.steps.configurations import CONFIGURATIONS
 from benchmarks.steps.predicted import MODELS, PLANS
-from benchmarks.steps.processes import start_worker
+from benchmarks.steps.processes import run_group
 from benchmarks.steps.workloads import WORKLOADS
 
 PEERS = (
@@ -96,8 +96,8 @@ def run(model: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], 
 def beside(model: str, name: str, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """One configuration's step: bytes and seconds."""
     job = {"device": "cpu", "threads": options.threads, "seed": options.seed, "small": options.small, "batch": None}
-    job |= {"steps": options.steps, "step_seconds": 300, "data": None, "model": model, "configuration": name}
-    found = start_worker(directory, job, limit=1200)
+    job |= {"data": None, "model": model, "configuration": name}
+    (found,) = run_group(directory, [job], steps=options.steps, limit=1200)
     kept = ("status", "reason", "predicted_bytes", "peak_bytes", "saved_bytes", "state_bytes", "median_seconds")
     return {"model": model, "configuration": name, **{key: found[key] for key in kept if key in found}}
 

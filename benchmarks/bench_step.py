@@ -4,15 +4,17 @@ Claim: compiled, a plan of all bf16 takes at most the time of a step of autocast
 1.3 times that on a CPU, and 1.05 on a GPU with fp8 products; and fewer bytes than any peer.
 
 Method: a whole AdamW step (forward, loss, backward, optimizer) on one batch of random data, for each configuration in
-``steps/configurations.py`` and each model in ``steps/workloads.py``, from the same seed. One process per configuration,
-with a time limit: what fails or cannot run here is recorded with its reason, and the rest goes on. All configurations
-run once for each round, in the opposite order every second time, so that a drift of the machine shows (column "drift":
-the largest of the rounds' medians over the smallest); the baseline runs first and last. The time is the median of the
-steady steps of all rounds. Compile seconds are those of the warm-up beyond as many steady steps: "cold" with an empty
-Inductor cache, "again" in the next round, with what the first left. Saved: bytes that the forward pass leaves for the
+``steps/configurations.py`` and each model in ``steps/workloads.py``, from the same seed. One process per configuration.
+On a CPU some live at a time, the baseline always among them, and step by turns, a few steps each: a machine that slows
+down or speeds up does so for all. On a GPU, whose memory they would share, each lives by itself (``--together 0``). All
+run once for each round, in the opposite order every second time. The time is the median of the steady steps of all
+rounds, the ratio that over the baseline's beside it; column "drift": the largest of the rounds' medians over the
+smallest. Compile seconds are those of the warm-up beyond as many steady steps: "cold" with an empty Inductor cache,
+"again" with what an earlier process left. Saved: bytes that the forward pass leaves for the
 backward pass. Peak: every byte alive at the worst moment of a step, parameters and states included. Losses are
 compared with those of plain fp32 after as many steps. With ``--data`` every step has a batch of its own, the same for
-all configurations, and the loss that is shown is the mean of the last 20.
+all configurations, and the loss that is shown is the mean of the last 20. What fails or cannot run here is recorded
+with its reason, and the rest goes on.
 
 Assumptions: nothing else runs on the machine (each run records the load); no dropout; fused AdamW for all but 8-bit
 AdamW; fp32 products are full fp32, no TF32; our plans under ``hfp8`` run with loss scaling and without promotion.
@@ -40,10 +42,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import facts
 from benchmarks.steps.configurations import BASELINE, CONFIGURATIONS
-from benchmarks.steps.processes import start_worker
+from benchmarks.steps.processes import run_group
 from benchmarks.steps.workloads import DEFAULTS, WORKLOADS
 
 FIRST = next(name for name, row in CONFIGURATIONS.items() if row.name == BASELINE)
+_TOGETHER = 4
 _MB = 1e6
 
 
@@ -64,16 +67,21 @@ def main() -> None:
     deadline = time.monotonic() + options.total_seconds
     with tempfile.TemporaryDirectory() as directory:
         for model in models:
-            for index, name in schedule(names, options.rounds):
-                run = run_one(options, Path(directory), model, name, index, result["runs"], deadline)
-                result["runs"].append(run)
-                print(progress(run), file=sys.stderr, flush=True)
+            for number, (index, group) in enumerate(schedule(names, options.rounds, options.together)):
+                where = {"model": model, "round": index, "group": number if options.together else 0}
+                for run in run_together(options, Path(directory), where, group, result["runs"], deadline):
+                    result["runs"].append(run)
+                    tell(progress(run))
                 if path:
                     facts.write(path, result)
     for model in models:
         print(f"\n{table(model, names, result['runs'])}")
     if path:
         print(f"\nwrote {path.name}")
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -84,55 +92,70 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch", type=int, help="examples, in place of each model's own number")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--together", type=int, help="that live at a time beside the baseline: on a CPU 4, else 0")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--step-seconds", type=float, default=300, help="for the steady steps of a process, of 5 or more"
-    )
-    parser.add_argument("--run-seconds", type=float, default=1200, help="after which a process is ended")
+    parser.add_argument("--step-seconds", type=float, default=300, help="for the steady steps of a process, 5 or more")
+    parser.add_argument("--run-seconds", type=float, default=1200, help="after which a silent process is ended")
     parser.add_argument("--total-seconds", type=float, default=float("inf"), help="after which no process starts")
     parser.add_argument("--data", type=Path, help="directory of data sets: real batches, a new one for each step")
     parser.add_argument("--small", action="store_true", help="tiny models; writes nothing without --output")
     parser.add_argument("--output", type=Path)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.together is None:
+        options.together = _TOGETHER if torch.device(options.device).type == "cpu" else 0
+    return options
 
 
-def schedule(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """Round and configuration of each process, in order; a single round has its baseline a second time at its end."""
+def schedule(names: list[str], rounds: int, together: int) -> Iterator[tuple[int, list[str]]]:
+    """Round and configurations of each group: the first and so many others, or each by itself.
+
+    By itself the first runs a second time at the end of a single round.
+    """
+    first, others = names[0], names[1:]
+    if together and others:
+        groups = [[first, *others[start : start + together]] for start in range(0, len(others), together)]
+    else:
+        groups = [[name] for name in names]
     for index in range(rounds):
-        yield from ((index, name) for name in (names[::-1] if index % 2 else names))
-    if rounds == 1 and len(names) > 1:
-        yield 1, names[0]
+        yield from ((index, group[::-1] if index % 2 else group) for group in (groups[::-1] if index % 2 else groups))
+    if rounds == 1 and len(groups) > 1 and not together:
+        yield 1, [first]
 
 
-def run_one(
+def run_together(
     options: argparse.Namespace,
     directory: Path,
-    model: str,
-    name: str,
-    index: int,
+    where: dict[str, Any],
+    group: list[str],
     before: list[dict[str, Any]],
     deadline: float,
-) -> dict[str, Any]:
-    """Start one process and wait for it; what it found, or why it found nothing."""
-    run = {"model": model, "configuration": name, "round": index, "load": os.getloadavg()[0]}
-    failed = next(
-        (r for r in before if (r["model"], r["configuration"]) == (model, name) and not r.get("seconds")), None
-    )
-    if failed:
-        return {**run, "status": "skipped", "reason": f"{failed['status']} before: {failed['reason']}"}
-    left = deadline - time.monotonic()
-    if left <= 0:
-        return {**run, "status": "skipped", "reason": "the total time was over"}
-    job = {
-        key: getattr(options, key) for key in ("device", "threads", "seed", "steps", "small", "batch", "step_seconds")
+) -> list[dict[str, Any]]:
+    """A group's processes, side by side; what each found, or why it found nothing. What failed before is left out."""
+    failed = {
+        r["configuration"]: {"status": "skipped", "reason": f"{r['status']} before: {r['reason']}"}
+        for r in reversed(before)
+        if r["model"] == where["model"] and not r.get("seconds")
     }
-    job["data"] = str(options.data.resolve()) if options.data else None
-    start = time.monotonic()
-    outcome = start_worker(directory, {**job, "model": model, "configuration": name}, min(options.run_seconds, left))
-    if left < options.run_seconds and outcome["status"] == "failed" and time.monotonic() >= deadline:
-        outcome["reason"] = f"the total time was over: {outcome['reason']}"
-    return {**run, **outcome, "process_seconds": time.monotonic() - start}
+    load, start = os.getloadavg()[0], time.monotonic()
+    job = {key: getattr(options, key) for key in ("device", "threads", "seed", "small", "batch")}
+    job |= {"model": where["model"], "data": str(options.data.resolve()) if options.data else None}
+    alive = [name for name in group if name not in failed]
+    if start < deadline:
+        found = run_group(
+            directory,
+            [{**job, "configuration": name} for name in alive],
+            steps=options.steps,
+            step_seconds=options.step_seconds,
+            limit=options.run_seconds,
+            deadline=deadline,
+            tell=tell,
+        )
+    else:
+        found = [{"status": "skipped", "reason": "the total time was over"}] * len(alive)
+    took = {"load": load, "group_seconds": time.monotonic() - start}
+    outcomes = failed | dict(zip(alive, found, strict=True))
+    return [{**where, "configuration": name, **took, **outcomes[name]} for name in group]
 
 
 # ---- what is printed
@@ -142,7 +165,7 @@ def progress(run: dict[str, Any]) -> str:
     where = f"{run['model']}, {CONFIGURATIONS[run['configuration']].name}, round {run['round']}: {run['status']}"
     if "median_seconds" not in run:
         return f"{where}: {run['reason']}"
-    return f"{where}, {run['median_seconds']:.4f} s per step, {run['process_seconds']:.0f} s in all"
+    return f"{where}, {run['median_seconds']:.4f} s per step, its group {run['group_seconds']:.0f} s"
 
 
 def table(model: str, names: list[str], runs: list[dict[str, Any]]) -> str:
@@ -157,7 +180,13 @@ def table(model: str, names: list[str], runs: list[dict[str, Any]]) -> str:
         "| compile s, cold | again | last loss | − fp32's | |",
         "|---|" + "---|" * 12,
     ]
-    return "\n".join([*head, *(row(name, mine[name], base, fp32) for name in names)])
+    return "\n".join([*head, *(row(name, mine[name], beside(mine[FIRST], mine[name]), fp32) for name in names)])
+
+
+def beside(base: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The baseline's rounds that ran in the groups of these."""
+    groups = {run.get("group") for run in runs}
+    return summary([run for run in base if run.get("group") in groups])
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Draw what ``bench_step.py`` measured: peak bytes of a training step, each bar with its time beside the baseline's.
 
-Several results of one model are put together: medians over all their steps. Nothing is measured here.
+Several results of one model are put together: medians over them. Nothing is measured here.
 
     python benchmarks/draw_steps.py results/A.json results/B.json -o results/beside.png
 """
@@ -20,6 +20,7 @@ from matplotlib import pyplot
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from assign.report.pictures import save_picture
+from benchmarks.bench_step import FIRST, beside, summary
 from benchmarks.steps.configurations import BASELINE
 
 OURS, PEERS = "#0072B2", "#999999"  # Okabe and Ito: told apart by the colour-blind
@@ -36,23 +37,29 @@ def main() -> None:
 
 
 def bars(results: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
-    """Each configuration of a model: its name, median peak and seconds, and the seconds over the baseline's."""
+    """Each configuration of a model: its name, median peak, and seconds over the baseline's beside it."""
     rows = []
     for key, configuration in results[0]["configurations"].items():
-        runs = [
-            run
-            for result in results
-            for run in result["runs"]
-            if (run["model"], run["configuration"]) == (model, key) and run.get("seconds")
-        ]
-        if runs:
-            seconds = statistics.median([second for run in runs for second in run["seconds"]])
-            peak = statistics.median([run["peak_bytes"] for run in runs])
-            ours = bool(configuration["recipe"])
-            rows.append({"name": configuration["name"], "ours": ours, "peak_bytes": peak, "seconds": seconds})
-    base = next(row["seconds"] for row in rows if row["name"] == BASELINE)
-    for row in rows:
-        row["ratio"] = row["seconds"] / base
+        found, ratios = [], []
+        for result in results:
+            mine = {
+                name: [run for run in result["runs"] if (run["model"], run["configuration"]) == (model, name)]
+                for name in (FIRST, key)
+            }
+            one, base = summary(mine[key]), beside(mine[FIRST], mine[key])
+            if one and base:
+                found.append(one)
+                ratios.append(one["time"] / base["time"])
+        if found:
+            rows.append(
+                {
+                    "name": configuration["name"],
+                    "ours": bool(configuration["recipe"]),
+                    "peak_bytes": statistics.median([one["peak_bytes"] for one in found]),
+                    "seconds": statistics.median([one["time"] for one in found]),
+                    "ratio": statistics.median(ratios),
+                }
+            )
     return sorted(rows, key=lambda row: -float(row["peak_bytes"]))
 
 

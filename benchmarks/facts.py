@@ -60,18 +60,19 @@ def default_path(question: str, device: str) -> Path:
 
 
 def write(path: Path, data: Any) -> None:
-    """Write as JSON, whole or not at all; numbers that are not finite become text."""
+    """Write as JSON, whole or not at all; see :func:`plain`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(_plain(data), indent=1, allow_nan=False) + "\n")
+    part.write_text(json.dumps(plain(data), indent=1, allow_nan=False) + "\n")
     part.replace(path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold: numbers that are not finite as text, tuples as lists."""
     if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,12 +1,14 @@
-"""One configuration in a process of its own: `python benchmarks/steps/worker.py JOB.json RESULT.json`.
+"""One configuration in a process of its own: a crash, a NaN or a compiler's global state stays here.
 
-``bench_step.py`` starts it, once for each configuration: a crash, a NaN or a compiler's global state stays here.
+``processes.py`` starts it with a job, as JSON. It makes the model, compiles, warms up and says ``ready``; then it takes
+as many steps as each line of its input says, and at ``finish`` tells what was measured. Its answers are lines of JSON.
 """
 
 import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -42,71 +44,93 @@ from benchmarks.steps.configurations import (
 from benchmarks.steps.workloads import Workload, make_workload
 
 WARM_UP = 3
-FEWEST_STEPS = 5
-"""Steady steps that are taken even where the time is over."""
 
 _LEARNING_RATE = 3e-4
 
 
 def main() -> None:
-    job, result = (Path(argument) for argument in sys.argv[1:])
-    facts.write(result, run(json.loads(job.read_text())))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed goes to the log
 
+    def answer(what: dict[str, Any]) -> None:
+        answers.write(f"{json.dumps(facts.plain(what))}\n")
+        answers.flush()
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is measured of one configuration of one model."""
-    configuration = CONFIGURATIONS[job["configuration"]]
-    device = torch.device(job["device"])
-    torch.set_num_threads(job["threads"])
     try:
-        check_available(configuration, device)
+        measured = Measured(json.loads(sys.argv[1]))
     except UnavailableError as reason:
-        return {"status": "skipped", "reason": str(reason)}
-    torch.manual_seed(job["seed"])
-    workload = make_workload(job["model"], small=job["small"], batch=job["batch"])
-    model = workload.model().to(device).train()
-    batch = move(workload.batch(), device)
-    batches = itertools.repeat(batch) if job["data"] is None else real_batches(workload, job["data"], device)
-    start = time.perf_counter()
-    plan = make_plan(configuration, model, batch, workload)
-    plan_seconds = time.perf_counter() - start if plan else None
-    predicted = predict(plan, configuration, model, batch, workload) if plan else None
-    compute = make_loss(configuration, model, workload, plan, device)
-    step = Step(
-        make_optimizer(configuration, model, plan, _LEARNING_RATE),
-        lambda: compute(next(batches)),
-        torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE) if plan and needs_loss_scaling(plan) else None,
-    )
-    seconds = [timed(step, device) for _ in range(WARM_UP)]
-    deadline = time.perf_counter() + job["step_seconds"]
-    while len(seconds) < WARM_UP + job["steps"]:
-        if time.perf_counter() > deadline and len(seconds) >= WARM_UP + FEWEST_STEPS:
-            break
-        seconds.append(timed(step, device))
-    steady = seconds[WARM_UP:]
-    median = statistics.median(steady)
-    states = [s for state in step.optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
-    resident = [*model.parameters(), *model.buffers(), *states, *batch]
-    saved = step.measure_saved(device)
-    step.optimizer.zero_grad(set_to_none=True)
-    peak = measure_peak(step, resident)
-    return {
-        "status": "ok" if all(map(math.isfinite, step.losses)) else "not finite",
-        "description": workload.description,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds": steady,
-        "median_seconds": median,
-        "compile_seconds": max(0.0, sum(seconds[:WARM_UP]) - WARM_UP * median),
-        "plan_seconds": plan_seconds,
-        "low_ratio": plan.provenance.estimate["low_ratio"] if plan else None,
-        "peak_bytes": peak,
-        "predicted_bytes": predicted,
-        "saved_bytes": saved,
-        "state_bytes": count_bytes(states),
-        "real_data": job["data"] is not None,
-        "losses": step.losses,
-        "skipped_steps": step.skipped,
-    }
+        answer({"status": "skipped", "reason": str(reason)})
+        return
+    answer({"status": "ready"})
+    for line in sys.stdin:
+        if line.strip() == "finish":
+            answer(measured.finish())
+            return
+        answer({"status": "ready", "taken": measured.take(int(line))})
+
+
+class Measured:
+    """A compiled step of one configuration of one model, and everything that is measured of it.
+
+    Raises:
+        UnavailableError: it cannot run here.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        configuration = CONFIGURATIONS[job["configuration"]]
+        device = self.device = torch.device(job["device"])
+        torch.set_num_threads(job["threads"])
+        check_available(configuration, device)
+        torch.manual_seed(job["seed"])
+        workload = make_workload(job["model"], small=job["small"], batch=job["batch"])
+        model = self.model = workload.model().to(device).train()
+        batch = self.batch = move(workload.batch(), device)
+        batches = itertools.repeat(batch) if job["data"] is None else real_batches(workload, job["data"], device)
+        start = time.perf_counter()
+        plan = self.plan = make_plan(configuration, model, batch, workload)
+        self.said = {
+            "description": workload.description,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "real_data": job["data"] is not None,
+            "plan_seconds": time.perf_counter() - start if plan else None,
+            "low_ratio": plan.provenance.estimate["low_ratio"] if plan else None,
+            "predicted_bytes": predict(plan, configuration, model, batch, workload) if plan else None,
+        }
+        compute = make_loss(configuration, model, workload, plan, device)
+        scales = plan is not None and needs_loss_scaling(plan)
+        self.step = Step(
+            make_optimizer(configuration, model, plan, _LEARNING_RATE),
+            lambda: compute(next(batches)),
+            torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE) if scales else None,
+        )
+        self.warm_up = [timed(self.step, device) for _ in range(WARM_UP)]
+        self.steady: list[float] = []
+
+    def take(self, steps: int) -> list[float]:
+        """Seconds of so many steps."""
+        taken = [timed(self.step, self.device) for _ in range(steps)]
+        self.steady += taken
+        return taken
+
+    def finish(self) -> dict[str, Any]:
+        """Everything measured; bytes are measured now."""
+        step, median = self.step, statistics.median(self.steady)
+        states = [s for state in step.optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
+        resident = [*self.model.parameters(), *self.model.buffers(), *states, *self.batch]
+        saved = step.measure_saved(self.device)
+        step.optimizer.zero_grad(set_to_none=True)
+        peak = measure_peak(step, resident)
+        return self.said | {
+            "status": "ok" if all(map(math.isfinite, step.losses)) else "not finite",
+            "seconds": self.steady,
+            "median_seconds": median,
+            "compile_seconds": max(0.0, sum(self.warm_up) - WARM_UP * median),
+            "peak_bytes": peak,
+            "saved_bytes": saved,
+            "state_bytes": count_bytes(states),
+            "losses": step.losses,
+            "skipped_steps": step.skipped,
+        }
 
 
 def predict(
