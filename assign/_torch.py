@@ -241,6 +241,13 @@ def inductor_backend(
     return receive
 
 
+def lays_channels_last(graph: fx.GraphModule) -> bool:
+    """Whether Inductor keeps the images of a graph channels-last, whatever layout they have when it is traced."""
+    from torch._inductor.graph import GraphLowering
+
+    return bool(GraphLowering.decide_layout_opt(graph, is_inference=False))
+
+
 class _Written(Exception):
     """Inductor has written its program: what follows would only compile it."""
 

@@ -5,6 +5,10 @@ time, for any ``fp(e,m,b)``.
 
 Method: every contender makes a new tensor from the same one; they take turns, round after round in one process, so
 that a drift of the machine meets all; medians, over that of the copy (`torch.empty_like(x).copy_(x)`, the limit).
+On a CPU twice: memory "fresh", as glibc has it, where the kernel finds and clears the pages of every tensor this large
+anew, and that is most of a copy's time; and "kept", where freed pages are used again, as jemalloc and tcmalloc can,
+which PyTorch's tuning guide recommends; here by two calls of ``mallopt``. On a GPU torch's allocator always keeps them.
+
 First the results are compared bit for bit: with torch's casts, on finite values below the overflow; with QPyTorch's
 ``float_quantize``, nearest, whose ``(e, m)`` is our ``fp(e,m,0)`` (ties away from zero, no codes for inf and NaN),
 on random bit patterns, counted by class. Where they part: QPyTorch turns NaN into its largest value and negative
@@ -18,6 +22,7 @@ cannot be loaded.
 """
 
 import argparse
+import ctypes
 import math
 import statistics
 import sys
@@ -41,7 +46,10 @@ FORMATS = ("fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)", "e4m3", "e5m2", "bf16", "e4m3:
 CASTS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "bf16": torch.bfloat16}
 QPYTORCH = {"fp(4,3,0)": (4, 3), "fp(5,2,0)": (5, 2), "fp(6,9,0)": (6, 9)}
 COPY = "copy"
+KEPT = "kept"
 WARM_UP = 3
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h: see mallopt(3)
 
 Contender = Callable[[Tensor], Tensor]
 
@@ -70,16 +78,34 @@ def measure(device: torch.device, elements: int, rounds: int) -> dict[str, Any]:
     qpytorch, missing = load_qpytorch()
     x = torch.randn(elements, generator=torch.Generator().manual_seed(0)).to(device)
     agreement = agree_with_casts(device) + (agree_with_qpytorch(qpytorch, device) if qpytorch else [])
-    seconds = take_turns(contenders(qpytorch), x, rounds)
+    left_out = {"QPyTorch": missing} if missing else {}
+    memory = {}
+    if device.type == "cpu":
+        memory["fresh"] = timed(contenders(qpytorch), x, rounds)
+        left_out |= keep_memory()
+    if KEPT not in left_out:
+        memory[KEPT] = timed(contenders(qpytorch), x, rounds)
+    return {"elements": elements, "agreement": agreement, "left_out": left_out, "memory": memory}
+
+
+def timed(contenders: dict[str, Contender], x: Tensor, rounds: int) -> dict[str, Any]:
+    """Seconds, their medians, and these over the copy's."""
+    seconds = take_turns(contenders, x, rounds)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
-        "elements": elements,
-        "agreement": agreement,
-        "left_out": {"QPyTorch": missing} if missing else {},
         "median_seconds": medians,
         "over_copy": {name: median / medians[COPY] for name, median in medians.items()},
         "seconds": seconds,
     }
+
+
+def keep_memory() -> dict[str, str]:
+    """From now on freed pages are used again; or what must be left out, and why."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return {KEPT: "this C library has no mallopt"}
+    done = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    return {} if done else {KEPT: "mallopt refused"}
 
 
 def load_qpytorch() -> tuple[Any, str]:
@@ -185,11 +211,12 @@ def table(result: dict[str, Any]) -> str:
     for row in result["agreement"]:
         counts = ", ".join(f"{name}: {n} of {row['of'][name]}" for name, n in row["differ"].items())
         lines.append(f"| {row['with']} | {counts} |")
-    lines += ["", f"| {result['elements']} float32 | ms | / copy | spread |", "|---|---|---|---|"]
-    for name, median in result["median_seconds"].items():
-        times = sorted(result["seconds"][name])
-        spread = (times[len(times) * 3 // 4] - times[len(times) // 4]) / median
-        lines.append(f"| {name} | {1000 * median:.2f} | {result['over_copy'][name]:.2f} | {spread:.0%} |")
+    for memory, found in result["memory"].items():
+        lines += ["", f"| {result['elements']} float32, memory {memory} | ms | / copy | spread |", "|---|---|---|---|"]
+        for name, median in found["median_seconds"].items():
+            times = sorted(found["seconds"][name])
+            spread = (times[len(times) * 3 // 4] - times[len(times) // 4]) / median
+            lines.append(f"| {name} | {1000 * median:.2f} | {found['over_copy'][name]:.2f} | {spread:.0%} |")
     lines += [f"\nleft out: {name}: {reason}" for name, reason in result["left_out"].items()]
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ def dropped(monkeypatch):
     """The eager backend with the pass in it; how many roundings went, graph by graph."""
     counts = []
 
-    def pack_and_reuse(joint, plan):
+    def pack_and_reuse(joint, plan, **_options):
         pack(joint, plan)
         counts.append(reuse_grids(joint.graph))
         joint.graph.lint()

@@ -37,7 +37,7 @@ def make_backend(
     compiled = backend is Backend.INDUCTOR
 
     def partition(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
-        pack(joint, plan)
+        pack(joint, plan, channels_last=compiled and _torch.lays_channels_last(joint))
         narrow_products(joint.graph)
         if compiled:
             reuse_grids(joint.graph)

@@ -23,14 +23,19 @@ from assign.tracing.joint import describe, is_view, origin, read_marked_outputs
 
 _QUANTIZE = torch.ops.assign.quantize.default
 _SEED = torch.ops.assign.seed.default
+_CHANNELS_LAST = (0, 2, 3, 1)
 
 
-def pack(joint: fx.GraphModule, plan: Assignment) -> None:
-    """Edit the joint graph in place; the graph of an all-fp32 plan stays as it is."""
+def pack(joint: fx.GraphModule, plan: Assignment, *, channels_last: bool = False) -> None:
+    """Edit the joint graph in place; the graph of an all-fp32 plan stays as it is.
+
+    Args:
+        channels_last: blocks of images run along their channels first: they will be laid out so when the graph runs.
+    """
     if not any(node.target is _QUANTIZE or _is_narrow(node) for node in joint.graph.nodes):
         return
     read_marked_outputs(joint.graph, _QUANTIZE)
-    _Packer(joint.graph, plan).run()
+    _Packer(joint.graph, plan, channels_last).run()
     joint.graph.lint()
     joint.recompile()
 
@@ -41,9 +46,10 @@ def _is_narrow(node: fx.Node) -> bool:
 
 
 class _Packer:
-    def __init__(self, graph: fx.Graph, plan: Assignment) -> None:
+    def __init__(self, graph: fx.Graph, plan: Assignment, channels_last: bool) -> None:
         self.graph = graph
         self.plan = plan
+        self.channels_last = channels_last
         self.order = {node: i for i, node in enumerate(graph.nodes)}
 
     def run(self) -> None:
@@ -121,7 +127,8 @@ class _Packer:
         value = _torch.joint_value(mark)
         if fmt.bytes_of(value.numel()) >= value.numel() * value.dtype.itemsize:
             return mark
-        order, size = memory_order(value), self._size(mark)
+        order = list(_CHANNELS_LAST) if self.channels_last and value.dim() == 4 else memory_order(value)
+        size = self._size(mark)
         chance = (self._seed(value.device), self._stream(mark)) if fmt.stochastic else ()
         encode, decode = torch.ops.assign.encode_blocks.default, torch.ops.assign.decode_blocks.default
         code = self._call(encode, (mark, fmt.name, order, *chance), mark, after=after)

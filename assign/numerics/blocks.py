@@ -2,8 +2,9 @@
 
 The elements of a tensor, in an order of its axes that the caller gives (that of its memory, for speed), are cut into
 blocks. What stands for a tensor is one flat uint8 tensor: the codes of all blocks, then what each block shares. The
-last block is filled up with copies of the last element. With fewer than 8 bits, byte ``j`` of a block of ``w`` bytes
-holds the codes of the elements ``j``, ``j + w``, ``j + 2w``, …, lowest bits first.
+last block is filled up with copies of the last element. The codes of a block are those of its elements at even places,
+then of those at odd ones. With fewer than 8 bits, byte ``j`` of its ``w`` bytes holds the codes at the places ``j``,
+``j + w``, ``j + 2w``, … of this order, lowest bits first.
 
 * Integers: ``x ≈ minimum + code · scale``. The minimum is rounded down to bf16, and then the scale up: nothing is
   clipped, and every error is at most half a step of the block's range so widened (by chance: less than a whole one).
@@ -18,12 +19,12 @@ holds the codes of the elements ``j``, ``j + w``, ``j + 2w``, …, lowest bits f
   place, here in the order given. A graph that had no seed draws one where it begins: what it draws later, for
   dropout, is then something else.
 
-Kernels are plain torch in float32, run piece by piece. So are tensors in 16 bit widened: of 16-bit elements a compiler
-for CPUs makes loops that take several times as long.
+Kernels are plain torch in float32, run piece by piece. They read and write two elements of bfloat16 or float32 in one
+word, the even one and the odd one, each a lane: see :mod:`assign.numerics.words`. float16 is widened before.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,16 +35,19 @@ from assign.numerics.kernels import BIAS, INF, MAGNITUDE, WIDTH, bits_of, coding
 from assign.numerics.launch import run_rows
 from assign.numerics.registry import register
 from assign.numerics.rounding import draw_seed, key_of
+from assign.numerics.words import join, split, word_dtype
 from assign.plan.formats import SAVED_FORMATS, BlockFormat, Format, Shared, parse_saved
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_SCALE = 2.0**-126  # its inverse is a float32
-_PIECE, _DEVICE_PIECE = 2**16, 2**22  # elements at a time: temporaries are small, and stay in a processor's cache
+_PIECE, _DEVICE_PIECE = 2**20, 2**22  # elements at a time: what is written for the next kernel stays in the cache
 
 Kernel = Callable[..., None]
+Lanes = Sequence[Tensor]
+"""Elements of blocks at even places, and at odd ones: float32 [n, block / 2] each."""
 
 
-# ---- what a block shares, as integers [n] to be stored; and x in steps of it, zero where that is not finite
+# ---- x in steps of what a block shares, zero where that is not finite; and this, as integers [n] to be stored
 
 
 def _round_up(x: Tensor) -> Tensor:
@@ -56,6 +60,13 @@ def _round_down(x: Tensor) -> Tensor:
     return (torch.where(bits < 0, bits + 0xFFFF, bits) & -(1 << 16)).view(torch.float32)
 
 
+def _round_nearest(x: Tensor) -> Tensor:
+    """To bf16, ties to even; what is not beyond its largest value."""
+    bits = x.view(torch.int32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -(1 << 16)
+    return torch.where(x != x, bits_of(torch.nan), rounded).view(torch.float32)  # a NaN's bits may all be set
+
+
 def _as_bf16(x: Tensor, finite: Tensor) -> Tensor:
     """The bits of bf16 values that are in float32; NaN where not finite."""
     return torch.where(finite, x.view(torch.int32), bits_of(torch.nan)) >> 16
@@ -65,39 +76,40 @@ def _from_bf16(stored: Tensor) -> Tensor:
     return (stored.to(torch.int32) << 16).view(torch.float32)
 
 
-def _steps(x: Tensor, inverse: Tensor, finite: Tensor) -> Tensor:
-    return torch.where(finite.unsqueeze(1), x * inverse.unsqueeze(1), 0.0)
+def _steps(lanes: Iterable[Tensor], inverse: Tensor, finite: Tensor) -> Lanes:
+    return [torch.where(finite.unsqueeze(1), x * inverse.unsqueeze(1), 0.0) for x in lanes]
 
 
-def _share_range(x: Tensor, levels: int) -> tuple[Tensor, ...]:
-    low, high = x.amin(1), x.amax(1)
+def _share_range(lanes: Lanes, levels: int) -> tuple[Lanes, Lanes]:
+    low, high = functools.reduce(torch.minimum, lanes).amin(1), functools.reduce(torch.maximum, lanes).amax(1)
     known = high - low < torch.inf
     # what compiled code may do otherwise: the sign of a zero among zeros of both, and the bits of a NaN
     low, high = _round_down(torch.where(known & (low != 0), low, 0.0)), torch.where(known, high, torch.inf)
     scale = _round_up(((high - low) * (1 / levels)).clamp(min=_SMALLEST_SCALE))
     finite = scale < torch.inf
-    return _steps(x - low.unsqueeze(1), scale.reciprocal(), finite), _as_bf16(scale, finite), _as_bf16(low, finite)
+    steps = _steps((x - low.unsqueeze(1) for x in lanes), scale.reciprocal(), finite)
+    return steps, (_as_bf16(scale, finite), _as_bf16(low, finite))
 
 
-def _largest(x: Tensor) -> Tensor:
+def _largest(lanes: Lanes) -> Tensor:
     """The bits of the largest magnitude of each block."""
-    return x.abs().amax(1).view(torch.int32) & MAGNITUDE
+    return functools.reduce(torch.maximum, (x.abs() for x in lanes)).amax(1).view(torch.int32) & MAGNITUDE
 
 
-def _share_scale(x: Tensor, element: Format) -> tuple[Tensor, ...]:
-    magnitude = _largest(x)
+def _share_scale(lanes: Lanes, element: Format) -> tuple[Lanes, Lanes]:
+    magnitude = _largest(lanes)
     scale = _round_up((magnitude.view(torch.float32) * (1 / element.max_value)).clamp(min=_SMALLEST_SCALE))
-    return _steps(x, scale.reciprocal(), magnitude < INF), _as_bf16(scale, magnitude < INF)
+    return _steps(lanes, scale.reciprocal(), magnitude < INF), (_as_bf16(scale, magnitude < INF),)
 
 
 _NAN_POWER, _LARGEST_POWER = 255, 254
 
 
-def _share_power(x: Tensor, element: Format, carry: int) -> tuple[Tensor, ...]:
-    magnitude = _largest(x)
+def _share_power(lanes: Lanes, element: Format, carry: int) -> tuple[Lanes, Lanes]:
+    magnitude = _largest(lanes)
     code = (((magnitude + carry) >> WIDTH) - element.max_exponent).clamp(0, _LARGEST_POWER)
     inverse = ((_LARGEST_POWER - code) << WIDTH).view(torch.float32)
-    return _steps(x, inverse, magnitude < INF), torch.where(magnitude < INF, code, _NAN_POWER)
+    return _steps(lanes, inverse, magnitude < INF), (torch.where(magnitude < INF, code, _NAN_POWER),)
 
 
 def _from_power(stored: Tensor) -> Tensor:
@@ -138,8 +150,8 @@ def _elements(steps: Tensor, element: Format, random: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def _encoder(fmt: BlockFormat) -> Kernel:
-    """``(x float32 [n, block], codes [n, bytes], shared int32 [n] each, key)``: writes codes and what is shared.
+def _encoder(fmt: BlockFormat, dtype: torch.dtype) -> Kernel:
+    """``(words [n, block / 2], codes [n, 1 or 2, bytes], shared int32 [n] each, key)``: writes all but the words.
 
     The key, for chance, is int64 [3]: two words as in :mod:`assign.numerics.rounding`, and the first element's place.
     """
@@ -147,43 +159,59 @@ def _encoder(fmt: BlockFormat) -> Kernel:
     element = fmt.element
     carry = scaling(element).ints[0] if element and fmt.stochastic else 0
 
-    def share(x: Tensor) -> tuple[Tensor, ...]:
+    def share(lanes: Lanes) -> tuple[Lanes, Lanes]:
         if element is None:
-            return _share_range(x, levels)
-        return _share_scale(x, element) if fmt.shared is Shared.BF16 else _share_power(x, element, carry)
+            return _share_range(lanes, levels)
+        return _share_scale(lanes, element) if fmt.shared is Shared.BF16 else _share_power(lanes, element, carry)
 
-    def chance(key: Tensor, shape: Sequence[int]) -> Sequence[Tensor]:
-        numbers = torch.arange(shape[0] * fmt.block, dtype=torch.int64, device=key.device) + key[2]
-        return [random_bits_at(part, key) for part in numbers.view(shape).unbind(1)]
+    def chance(key: Tensor, rows: int) -> Sequence[Tensor | None]:
+        if not fmt.stochastic:
+            return [None] * max(count, 2)
+        numbers = torch.arange(rows * fmt.block, dtype=torch.int64, device=key.device) + key[2]
+        return [random_bits_at(part, key) for part in _cut(numbers.view(rows, -1, 2).unbind(2), count)]
 
-    def encode(x: Tensor, codes: Tensor, *rest: Tensor) -> None:
-        steps, *shared = share(x)
-        steps = steps.view(x.shape[0], count, -1)
-        random = chance(rest[-1], steps.shape) if fmt.stochastic else [None] * count
+    def encode(words: Tensor, codes: Tensor, *rest: Tensor) -> None:
+        lanes, shared = share(split(words, dtype, 2))
+        steps = _cut(lanes, count)
+        random = chance(rest[-1], words.shape[0])
         found = [
             _integers(part, levels, by) if element is None else _elements(part, element, by)
-            for part, by in zip(steps.unbind(1), random, strict=True)
+            for part, by in zip(steps, random, strict=True)
         ]
-        codes.copy_(functools.reduce(torch.bitwise_or, (part << (fmt.bits * i) for i, part in enumerate(found))))
+        for row, first in zip(codes.unbind(1), range(0, len(found), count), strict=True):
+            part = (each << (fmt.bits * i) for i, each in enumerate(found[first : first + count]))
+            row.copy_(functools.reduce(torch.bitwise_or, part))
         for place, value in zip(rest, shared, strict=False):
             place.copy_(value)
 
     return encode
 
 
-@functools.cache
-def _decoder(fmt: BlockFormat) -> Kernel:
-    """``(x float32 [n, block], codes [n, bytes], shared float32 [n] each)``: writes ``x``."""
-    mask = (1 << fmt.bits) - 1
+def _cut(lanes: Lanes, count: int) -> Lanes:
+    """Parts of lanes, the codes of ``count`` of which share bytes; whole lanes where codes have 8 bits."""
+    return [part for lane in lanes for part in lane.reshape(lane.shape[0], max(count // 2, 1), -1).unbind(1)]
 
-    def decode(x: Tensor, codes: Tensor, scale: Tensor, *low: Tensor) -> None:
-        wide = codes.to(torch.int32)
-        found = torch.stack([(wide >> shift) & mask for shift in range(0, 8, fmt.bits)], 1).view(x.shape)
+
+@functools.cache
+def _decoder(fmt: BlockFormat, dtype: torch.dtype) -> Kernel:
+    """``(words [n, block / 2], codes [n, 1 or 2, bytes], shared float32 [n] each)``: writes the words."""
+    mask = (1 << fmt.bits) - 1
+    limit = torch.finfo(dtype).max
+
+    def values(codes: list[Tensor], scale: Tensor, *low: Tensor) -> Tensor:
+        found = torch.stack(codes, 1).view(scale.shape[0], -1)
         if fmt.element is None:
-            x.copy_(found.to(torch.float32) * scale.unsqueeze(1) + low[0].unsqueeze(1))
+            x = found.to(torch.float32) * scale.unsqueeze(1) + low[0].unsqueeze(1)
         else:
             work = coding(fmt.element)[1]
-            x.copy_(work.kernel(found, None, (*work.ints, *work.floats)) * scale.unsqueeze(1))
+            x = work.kernel(found, None, (*work.ints, *work.floats)) * scale.unsqueeze(1)
+        return x if dtype == torch.float32 else _round_nearest(x.clamp(-limit, limit))
+
+    def decode(words: Tensor, codes: Tensor, *shared: Tensor) -> None:
+        wide = codes.to(torch.int32).unbind(1)
+        parts = [(row >> shift) & mask for row in wide for shift in range(0, 8, fmt.bits)]
+        lanes = [parts[: len(parts) // 2], parts[len(parts) // 2 :]]
+        words.copy_(join([values(lane, *shared) for lane in lanes], dtype))
 
     return decode
 
@@ -195,37 +223,46 @@ _STORED = {Shared.BF16: (1, torch.int16), Shared.MINIMUM: (2, torch.int16), Shar
 
 
 def _parts(codes: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
-    """Views of the codes [blocks, bytes], and of what the blocks share [1 or 2, blocks], as integers."""
+    """Views as integers: codes [blocks, 1, bytes], of 8 bits [blocks, 2, bytes / 2]; shared [1 or 2, blocks]."""
     blocks, width = codes.numel() // fmt.block_bytes, fmt.block * fmt.bits // 8
+    rows = 2 if fmt.bits == 8 else 1
     count, dtype = _STORED[fmt.shared]
-    return codes[: blocks * width].view(blocks, width), codes[blocks * width :].view(dtype).view(count, blocks)
+    packed = codes[: blocks * width].view(blocks, rows, width // rows)
+    return packed, codes[blocks * width :].view(dtype).view(count, blocks)
 
 
-def _run(kernel: Kernel, block: int, flat: Tensor, parts: Sequence[Tensor], key: Tensor | None, writes: bool) -> None:
-    """``kernel`` on all blocks of ``flat``, which it ``writes`` or else reads, and of what belongs to them."""
-    whole = flat.numel() // block
-    _run_blocks(kernel, flat[: whole * block].view(whole, block), parts, key, first=0, writes=writes)
-    left = flat[whole * block :]
+def _run(
+    make: Callable[..., Kernel], fmt: BlockFormat, flat: Tensor, parts: Sequence[Tensor], key: Tensor | None
+) -> None:
+    """A kernel on all blocks of ``flat``, which it writes if it decodes, and of what belongs to them."""
+    whole = flat.numel() // fmt.block * fmt.block
+    _run_blocks(make, fmt, flat[:whole], parts, key, first=0)
+    left = flat[whole:]
     if left.numel():
-        last = torch.cat((left, left[-1:].expand(block - left.numel()))).view(1, block)
-        _run_blocks(kernel, last, [part[whole:] for part in parts], key, first=whole, writes=writes)
-        if writes:
-            left.copy_(last[0, : left.numel()])
+        last = torch.cat((left, left[-1:].expand(fmt.block - left.numel())))
+        _run_blocks(make, fmt, last, [part[whole // fmt.block :] for part in parts], key, first=whole)
+        if make is _decoder:
+            left.copy_(last[: left.numel()])
 
 
 def _run_blocks(
-    kernel: Kernel, values: Tensor, parts: Sequence[Tensor], key: Tensor | None, *, first: int, writes: bool
+    make: Callable[..., Kernel], fmt: BlockFormat, flat: Tensor, parts: Sequence[Tensor], key: Tensor | None, first: int
 ) -> None:
-    """The same on values [n, block], of which the first is block number ``first`` of the tensor."""
-    most = _PIECE if values.device.type == "cpu" else _DEVICE_PIECE
-    count = most // values.shape[1]
-    for start in range(0, values.shape[0], count):
-        piece = values[start : start + count]
-        wide = piece.to(torch.float32)
-        own = [part[start : start + len(piece)] for part in parts]
-        place = (first + start) * values.shape[1]
-        run_rows(kernel, (wide, *own), *(() if key is None else (torch.cat((key, key.new_tensor([place]))),)))
-        if writes and wide.dtype != piece.dtype:
+    """The same on whole blocks, of which the first begins at element number ``first`` of the tensor."""
+    size = (_PIECE if flat.device.type == "cpu" else _DEVICE_PIECE) // fmt.block * fmt.block
+    dtype = torch.float32 if flat.dtype == torch.float16 else flat.dtype
+    kernel = make(fmt, dtype)
+    for start in range(0, flat.numel(), size):
+        piece = flat[start : start + size]
+        wide = piece.to(dtype)
+        if wide.storage_offset() % 2:  # words begin at even elements
+            wide = wide.clone()
+        words = wide.view(word_dtype(dtype, 2)).view(-1, fmt.block // 2)
+        row = start // fmt.block
+        own = [part[row : row + len(words)] for part in parts]
+        keys = () if key is None else (torch.cat((key, key.new_tensor([first + start]))),)
+        run_rows(kernel, (words, *own), *keys)
+        if make is _decoder and wide.dtype != piece.dtype:
             limit = torch.finfo(piece.dtype).max
             piece.copy_(wide.clamp_(-limit, limit))
 
@@ -241,7 +278,7 @@ def _encode_blocks(x: Tensor, format: str, order: list[int], seed: Tensor | None
     codes = torch.empty(fmt.bytes_of(x.numel()), dtype=torch.uint8, device=x.device)
     packed, stored = _parts(codes, fmt)
     shared = torch.empty_like(stored, dtype=torch.int32)
-    _run(_encoder(fmt), fmt.block, x.permute(order).reshape(-1), (packed, *shared), key, writes=False)
+    _run(_encoder, fmt, x.permute(order).reshape(-1), (packed, *shared), key)
     stored.copy_(shared)
     return codes
 
@@ -253,7 +290,7 @@ def _decode_blocks(codes: Tensor, format: str, size: list[int], order: list[int]
     whole = codes.contiguous() if codes.storage_offset() % 2 == 0 else codes.clone()  # bf16 begins at even bytes
     packed, stored = _parts(whole, fmt)
     shared = _from_power(stored) if fmt.shared is Shared.E8M0 else _from_bf16(stored)
-    _run(_decoder(fmt), fmt.block, x.permute(order).view(-1), (packed, *shared), None, writes=True)
+    _run(_decoder, fmt, x.permute(order).view(-1), (packed, *shared), None)
     return x
 
 
