@@ -12,8 +12,10 @@ from torch import nn
 
 from assign import _torch
 from assign.errors import PlanError, TraceError
+from assign.executor import compile as compiling
 from assign.executor.apply import apply, autocast, planned_step
 from assign.executor.compile import Backend, make_backend
+from assign.executor.pack import pack
 from assign.numerics.rounding import quantize
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.recipes import store
@@ -136,6 +138,25 @@ def test_weights_are_rounded_again_rather_than_saved(graphs):
     planned_step(model, class_loss, all_low(traced(model, batch)), backend="eager")(batch).backward()
     rounded = nodes([graphs[1]], torch.ops.assign.scale_quantize.default)
     assert any(_torch.label_of(n) == "mark:second.weight" and n.args[2] is True for n in rounded)
+
+
+def test_weights_that_inductor_would_copy_wait_in_their_own_format(graphs, monkeypatch):
+    """Those of convolutions, but for one pixel: channels-last they lie otherwise, and the copy would wait in fp32."""
+    batch = images(batch=4)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    twin = copy.deepcopy(model)
+    plan = all_low(traced(model, batch))
+    expected = steps(model, planned_step(model, class_loss, plan, backend="eager"), batch, count=2)
+    graphs.clear()
+    monkeypatch.setattr(compiling, "pack", lambda joint, plan, **_: pack(joint, plan, channels_last=True))
+    losses, grads = steps(twin, planned_step(twin, class_loss, plan, backend="eager"), batch, count=2)
+    assert losses == expected[0]
+    for ours, theirs in zip(grads, expected[1], strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    waiting = {_torch.label_of(n) for n in nodes([graphs[0]], torch.ops.assign.encode.default)}
+    again = {_torch.label_of(n) for n in nodes([graphs[1]], torch.ops.assign.scale_quantize.default)}
+    assert "mark:0.weight" in waiting - again
+    assert "mark:2.weight" in again - waiting
 
 
 def test_saved_may_be_narrower_than_the_activation(graphs):

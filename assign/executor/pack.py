@@ -1,9 +1,10 @@
 """A pass over the joint graph: what waits for the backward pass is kept in its own format, not in its carrier.
 
 Each forward value that the backward pass reads is followed back, through views and exact conversions, to the mark that
-made it. A mark of a parameter or of the batch is computed again in the backward pass: its source is there anyway. Any
-other is encoded right behind its last reader in the forward pass and decoded right before its first reader in the
-backward pass. Values of a native 16-bit format wait as they are, not as the float32 copy that an operator asked for.
+made it. A mark of a parameter or of the batch is computed again in the backward pass: its source is there, unless a
+copy in another layout would wait in its stead. Any other is encoded right behind its last reader in the forward pass
+and decoded right before its first reader in the backward pass. Values of a native 16-bit format wait as they are, not
+as the float32 copy that an operator asked for.
 """
 
 from typing import Any
@@ -30,7 +31,8 @@ def pack(joint: fx.GraphModule, plan: Assignment, *, channels_last: bool = False
     """Edit the joint graph in place; the graph of an all-fp32 plan stays as it is.
 
     Args:
-        channels_last: blocks of images run along their channels first: they will be laid out so when the graph runs.
+        channels_last: images will be laid out so when the graph runs: blocks run along their channels first, and an
+            input that is laid out otherwise would wait as a copy of itself.
     """
     if not any(node.target is _QUANTIZE or _is_narrow(node) for node in joint.graph.nodes):
         return
@@ -71,13 +73,17 @@ class _Packer:
         first = readers[0]
         if source.target is not _QUANTIZE:
             restored = {source: source}
-        elif _reads_input(source):
+        elif _reads_input(source) and not self._is_laid_out_anew(source):
             restored = {source: self._mark_again(source, first)}
         else:
             restored = {source: self._encode(source, first)}
         for reader in readers:
             for node in [n for n in reader.all_input_nodes if n in saved]:
                 reader.replace_input_with(node, self._replay(node, restored, reader))
+
+    def _is_laid_out_anew(self, mark: fx.Node) -> bool:
+        value = _torch.joint_value(mark)
+        return self.channels_last and value.dim() == 4 and not value.is_contiguous(memory_format=torch.channels_last)
 
     def _replay(self, node: fx.Node, restored: dict[fx.Node, fx.Node], reader: fx.Node) -> fx.Node:
         """``node`` made in the backward pass from what was restored, right before ``reader``."""
