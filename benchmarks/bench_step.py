@@ -10,11 +10,10 @@ down or speeds up does so for all. On a GPU, whose memory they would share, each
 run once for each round, in the opposite order every second time. The time is the median of the steady steps of all
 rounds, the ratio that over the baseline's beside it; column "drift": the largest of the rounds' medians over the
 smallest. Compile seconds are those of the warm-up beyond as many steady steps: "cold" with an empty Inductor cache,
-"again" with what an earlier process left. Saved: bytes that the forward pass leaves for the
-backward pass. Peak: every byte alive at the worst moment of a step, parameters and states included. Losses are
-compared with those of plain fp32 after as many steps. With ``--data`` every step has a batch of its own, the same for
-all configurations, and the loss that is shown is the mean of the last 20. What fails or cannot run here is recorded
-with its reason, and the rest goes on.
+"again" with what an earlier process left. Saved: bytes that the forward pass leaves for the backward pass. Peak: every
+byte alive at the worst moment of a step, parameters and states included. Losses are compared with those of plain fp32
+after as many steps. With ``--data`` every step has a batch of its own, the same for all configurations, and the loss
+that is shown is the mean of the last 20. What fails or cannot run here is recorded with its reason; the rest goes on.
 
 Assumptions: nothing else runs on the machine (each run records the load); no dropout; fused AdamW for all but 8-bit
 AdamW; fp32 products are full fp32, no TF32; our plans under ``hfp8`` run with loss scaling and without promotion.
@@ -97,7 +96,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step-seconds", type=float, default=300, help="for the steady steps of a process, 5 or more")
     parser.add_argument("--run-seconds", type=float, default=1200, help="after which a silent process is ended")
-    parser.add_argument("--total-seconds", type=float, default=float("inf"), help="after which no process starts")
+    parser.add_argument("--total-seconds", type=float, default=float("inf"), help="after which all processes end")
     parser.add_argument("--data", type=Path, help="directory of data sets: real batches, a new one for each step")
     parser.add_argument("--small", action="store_true", help="tiny models; writes nothing without --output")
     parser.add_argument("--output", type=Path)

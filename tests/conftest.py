@@ -1,4 +1,6 @@
-"""What every test has: the same seed at its start, and the graphs that the eager backend runs if it asks."""
+"""What every test has: the same seed at its start; if it asks, the graphs that the eager backend runs and a browser."""
+
+import shutil
 
 import pytest
 import torch
@@ -23,3 +25,16 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(_torch.eager_backend, "__defaults__", (spy,))
     return seen
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, one for each file of tests."""
+    place = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if place is None:
+        pytest.skip("there is no Chromium on this machine (Debian: apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as player:
+        chromium = player.chromium.launch(executable_path=place, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

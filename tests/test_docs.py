@@ -4,7 +4,6 @@ import ast
 import copy
 import pkgutil
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +19,6 @@ from assign import errors
 from assign.cli import app
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FENCE = re.compile(r"^( *)```python\n(.*?)^ *```", re.S | re.M)
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 
@@ -123,17 +121,13 @@ def test_no_page_loads_anything_from_elsewhere(site, pages):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", path.read_text()), path
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine (Debian: apt-get install chromium)")
-def test_a_browser_asks_the_network_for_nothing(site, pages):
+def test_a_browser_asks_the_network_for_nothing(site, pages, browser):
     asked = []
-    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 390, "height": 844})
-        page.on("request", lambda request: asked.append(request.url))
-        for name in pages:
-            page.goto((site / name / "index.html").as_uri())
-            assert page.evaluate("document.documentElement.scrollWidth") <= 390, name  # only code and tables scroll
-        chromium.close()
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.on("request", lambda request: asked.append(request.url))
+    for name in pages:
+        page.goto((site / name / "index.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, name  # only code and tables scroll
     assert len(asked) > len(pages)
     assert not [url for url in asked if url.startswith("http")]
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
 import sys
 
 import numpy as np
@@ -35,7 +34,6 @@ from assign.report.page.runs import load_runs
 from assign.report.rows import formats_of, tensor_rows
 
 EVIL = "<img src=x onerror=evil()>"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PLANS = {
     "fp32": {"strategy": "uniform", "format_name": "fp32"},
     "low": {"low_ratio": 1.0},
@@ -508,17 +506,6 @@ def test_report_asks_for_the_task_of_a_plan_that_does_not_say_it(here, monkeypat
 
 
 # ---- a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine (Debian: apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as player:
-        chromium = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 def opened(browser, path, **options):

@@ -250,7 +250,9 @@ class TestData:
         assert np.array_equal(data.train_images[:, 0].numpy(), arrays["train_images"])
         assert np.array_equal(data.test_labels.numpy(), arrays["test_labels"])
 
-    @pytest.mark.skipif(not (REAL_DATA / "cifar10-test.npz").is_file(), reason="the real archives are not here")
+    @pytest.mark.skipif(
+        not (REAL_DATA / "cifar10-test.npz").is_file(), reason=f"cifar10-test.npz is not in {REAL_DATA}"
+    )
     def test_real_archive_decodes_to_the_published_bytes(self, tmp_path: Path) -> None:
         for part in ("train", "test"):
             (tmp_path / f"cifar10-{part}.npz").symlink_to(REAL_DATA / "cifar10-test.npz")

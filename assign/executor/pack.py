@@ -83,7 +83,10 @@ class _Packer:
 
     def _is_laid_out_anew(self, mark: fx.Node) -> bool:
         value = _torch.joint_value(mark)
-        return self.channels_last and value.dim() == 4 and not value.is_contiguous(memory_format=torch.channels_last)
+        return self._becomes_channels_last(value) and not value.is_contiguous(memory_format=torch.channels_last)
+
+    def _becomes_channels_last(self, value: torch.Tensor) -> bool:
+        return self.channels_last and value.dim() == 4
 
     def _replay(self, node: fx.Node, restored: dict[fx.Node, fx.Node], reader: fx.Node) -> fx.Node:
         """``node`` made in the backward pass from what was restored, right before ``reader``."""
@@ -133,7 +136,7 @@ class _Packer:
         value = _torch.joint_value(mark)
         if fmt.bytes_of(value.numel()) >= value.numel() * value.dtype.itemsize:
             return mark
-        order = list(_CHANNELS_LAST) if self.channels_last and value.dim() == 4 else memory_order(value)
+        order = list(_CHANNELS_LAST) if self._becomes_channels_last(value) else memory_order(value)
         size = self._size(mark)
         chance = (self._seed(value.device), self._stream(mark)) if fmt.stochastic else ()
         encode, decode = torch.ops.assign.encode_blocks.default, torch.ops.assign.decode_blocks.default

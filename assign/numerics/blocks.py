@@ -40,7 +40,7 @@ from assign.plan.formats import SAVED_FORMATS, BlockFormat, Format, Shared, pars
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_SCALE = 2.0**-126  # its inverse is a float32
-_PIECE, _DEVICE_PIECE = 2**20, 2**22  # elements at a time: what is written for the next kernel stays in the cache
+_PIECE, _DEVICE_PIECE = 2**20, 2**22  # elements at a time: few calls, and small temporaries where no compiler works
 
 Kernel = Callable[..., None]
 Lanes = Sequence[Tensor]

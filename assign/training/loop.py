@@ -317,10 +317,10 @@ class _Run:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise TaskError(f"Task: loss(model, batch) returned {what}; it must be a scalar tensor with a gradient.")
         if self.scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+            torch.autograd.backward(loss)
             self.optimizer.step()
         else:
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+            torch.autograd.backward(self.scaler.scale(loss))
             self.scaler.step(self.optimizer)
             before = self.scaler.get_scale()
             self.scaler.update()
