@@ -54,9 +54,8 @@ def joint_value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
-def without_data(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:
-    """Within the context, what is made has no data, as the values of the graph's nodes have none."""
-    values = (joint_value(node) for node in graph.nodes)
+def without_data(values: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Within the context, what is made has no data, where ``values``, a graph's, have none."""
     found = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     return contextlib.nullcontext() if found is None else found
 
@@ -306,6 +305,13 @@ def load_program(program: str) -> Callable[[list[Any]], Sequence[Any]]:
     return cast(Callable[[list[Any]], Sequence[Any]], names["call"])
 
 
+def report_strides(results: Sequence[Any]) -> None:
+    """Say how the results of a forward graph lie, as Inductor does: its backward graph is compiled for that."""
+    context = TracingContext.try_get()
+    if context is not None and context.output_strides is not None:
+        context.output_strides.extend(each.stride() if isinstance(each, torch.Tensor) else None for each in results)
+
+
 def _empty_strided(device: str, size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
@@ -325,8 +331,7 @@ def trace_inline(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphM
     """Graph of ``function`` on values without data, in Inductor's own set of operators."""
     from torch._inductor.decomposition import select_decomp_table
 
-    mode = next((value.fake_mode for value in args if isinstance(value, FakeTensor)), contextlib.nullcontext())
-    with mode:
+    with without_data(args):
         return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*args)
 
 

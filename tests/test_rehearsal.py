@@ -42,6 +42,28 @@ def test_the_peak_of_a_compiled_step():
     assert said.peak_bytes < 0.9 * assign.estimate(table, plan).peak_bytes  # Inductor fuses the loss
 
 
+@pytest.mark.slow
+def test_the_backward_pass_knows_how_the_forward_pass_leaves_images():
+    """Channels-last, as Inductor computes them, whatever the layout of the model's: what reads them copies nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.MaxPool2d(3, stride=2, padding=1),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 4),
+    )
+    batch = images(batch=32, size=32)
+    table = traced(model, batch, class_loss, adamw)
+    plan = everything(table, "bf16")
+    said = assign.rehearse(model, batch, class_loss, plan, table)
+    step = assign.planned_step(model, class_loss, plan)
+    measured = measured_peak(model, batch, step, follow(adamw(model.parameters()), model, plan))
+    assert said.peak_bytes == pytest.approx(measured, rel=0.02)
+
+
 def test_what_is_counted():
     """Of two linear layers with tanh between: its results, which wait; gradients of the weights; the 16-bit copies."""
     torch.manual_seed(0)

@@ -188,7 +188,7 @@ class _Packer:
         place = self.graph.inserting_after(after) if after else self.graph.inserting_before(before)
         with place:
             node = self.graph.call_function(target, args)
-        with _torch.without_data(self.graph):
+        with _torch.without_data(map(_torch.joint_value, self.graph.nodes)):
             value = target(*map_arg(args, _torch.joint_value))
         describe(node, value, like, backward=after is None if backward is None else backward)
         return node

@@ -126,6 +126,8 @@ class _Programs:
             self._backward = program
         else:
             self._forward = program
+            with _torch.without_data(inputs):
+                _torch.report_strides(run(list(map(_like, inputs))))
 
         def stop(*_args: Any) -> Any:
             raise _Received
@@ -136,8 +138,7 @@ class _Programs:
         """Bytes of the forward pass at its worst, of what it leaves behind, of the backward pass at its worst."""
         if self._forward is None or self._backward is None:
             raise TraceError("rehearse: the loss does not use the model, or no parameter of it requires a gradient.")
-        mode = next(value.fake_mode for value in self._forward.examples if isinstance(value, _torch.FakeTensor))
-        with mode:
+        with _torch.without_data(self._forward.examples):
             known = dict(zip(self._forward.arguments, map(_like, self._forward.examples), strict=True))
             with Allocations(_scratch) as allocations:
                 results = self._forward.run(list(known.values()))
