@@ -335,6 +335,11 @@ def trace_inline(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphM
         return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*args)
 
 
+def writes_triton(device: torch.device) -> bool:
+    """Whether Inductor writes its kernels for ``device`` in Triton, as for every GPU, and not in C++."""
+    return device.type != "cpu"
+
+
 def compile_kernel(
     function: Callable[..., None], examples: Sequence[torch.Tensor], varying: int
 ) -> Callable[..., None]:
@@ -346,7 +351,8 @@ def compile_kernel(
     Args:
         examples: arguments; the first axis of the first ``varying`` has the same length, and any length will do later.
     """
-    from torch._inductor.compile_fx import compile_fx_inner  # here: it takes a second to import
+    from torch._inductor import config as inductor_config  # here: it takes a second to import
+    from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -366,7 +372,9 @@ def compile_kernel(
             graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*fakes)
         output_of(graph).args = ((),)
         graph.recompile()
-        with tracing(TracingContext(mode)):
+        # Triton makes one operation, rounded once, of a product and the sum behind it, unless it shall do as eager does
+        options = {"emulate_precision_casts": True} if writes_triton(examples[0].device) else {}
+        with tracing(TracingContext(mode)), inductor_config.patch(options):
             compiled: Any = compile_fx_inner(graph, fakes)
 
     def run(*args: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from assign import _torch
 from assign.executor.apply import planned_step
+from assign.numerics.blocks import decode_blocks, encode_blocks
 from assign.numerics.launch import use_compiled
 from assign.numerics.promotion import Promotion
 from assign.numerics.rounding import (
@@ -21,7 +22,7 @@ from assign.numerics.rounding import (
     quantize,
     torch_dtype,
 )
-from assign.plan.formats import FORMATS, Format, parse_format
+from assign.plan.formats import FORMATS, SAVED_FORMATS, Format, parse_format
 from assign.planning import search, search_table
 from assign.tasks.models import ResNet
 from assign.tracing.tracer import trace
@@ -34,6 +35,8 @@ NAMES = (*(name for name, row in FORMATS.items() if not row.delayed), *PAPER, *O
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STEPS = 3
 _SCALE = 0.125
+_SEED = 1234567890123456789
+_BY_CHANCE = ("bf16:sr", "e4m3:sr", "e5m2:pow2:sr", "fp(4,3,4):sr", "fp(8,7,0):sr")
 _BOUNDS = (1e-42, 1e-3, 447.0, 1e38)
 """Largest magnitudes, from subnormal to enormous, of tensors whose scale is taken."""
 
@@ -98,6 +101,46 @@ def _held(x: Tensor, bound: float) -> Tensor:
     return torch.where(x.abs() <= bound, x, 0.0).to(x.dtype)
 
 
+def check_chance(device: torch.device, compiled: bool) -> str:
+    """Stochastic rounding draws on the device what it draws on the CPU from the same seed."""
+    done, seed = 0, torch.tensor(_SEED)
+    for fmt in map(parse_format, _BY_CHANCE):
+        for dtype in _FLOATS:
+            x = inputs(fmt).to(dtype)
+            x_there, seed_there = x.to(device), seed.to(device)
+            scale = torch.tensor(_SCALE) if fmt.scaled else None
+            with use_compiled(False):
+                expected = quantize(x, fmt, scale=scale, seed=seed)
+            with use_compiled(compiled):
+                actual = quantize(x_there, fmt, scale=None if scale is None else scale.to(device), seed=seed_there)
+            compare(actual, expected, x, f"quantize {fmt.name} of {dtype}")
+            done += 1
+    return f"{done} results of chance are the CPU's bit for bit"
+
+
+def check_blocks(device: torch.device, compiled: bool) -> str:
+    """Copies in blocks, of tensors that fill them and do not, in order of memory or not: codes and what comes back."""
+    done, seed = 0, torch.tensor(_SEED)
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(512, 64, generator=generator) * torch.linspace(-140, 120, 512).exp2().unsqueeze(1)
+    ragged = torch.cat([spread.reshape(-1), torch.tensor([math.inf, 1.0, math.nan, -0.0] * 9)])
+    image = torch.randn(2, 24, 20, 20, generator=generator).to(memory_format=torch.channels_last)
+    for name in (f"{name}{chance}" for name in SAVED_FORMATS for chance in ("", ":sr")):
+        for dtype in _FLOATS:
+            for x in (ragged.to(dtype), image.to(dtype)):
+                x_there = x.to(device)
+                with use_compiled(False):
+                    expected = encode_blocks(x, name, seed=seed)
+                    wanted = decode_blocks(expected, name, x)
+                with use_compiled(compiled):
+                    codes = encode_blocks(x_there, name, seed=seed.to(device))
+                    actual = decode_blocks(codes, name, x_there)
+                compare(codes, expected, x, f"codes of {name} of {dtype}")
+                compare(actual, wanted, x, f"{name} of {dtype}")
+                done += 1
+    return f"{done} tensors in blocks are the CPU's bit for bit"
+
+
 def check_inlined(device: torch.device) -> str:
     """Casts to torch's own dtypes as a compiler fuses them into a graph, as compiled plans have them."""
     count = 0
@@ -135,7 +178,7 @@ def compare(actual: Tensor, expected: Tensor, x: Tensor, what: str) -> None:
     nan = torch.zeros_like(actual, dtype=torch.bool)
     if actual.is_floating_point():
         nan = actual.isnan() & expected.isnan()
-        bits = torch.int32 if actual.dtype == torch.float32 else torch.int16
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.dtype.itemsize]
         values = actual, expected
         actual, expected = actual.view(bits), expected.view(bits)
     else:
@@ -288,11 +331,15 @@ def _deterministic() -> Iterator[None]:
 CHECKS: Mapping[str, Callable[[torch.device], str]] = MappingProxyType(
     {
         "rounding, op by op": lambda device: check_rounding(device, False),
+        "rounding by chance, op by op": lambda device: check_chance(device, False),
+        "copies in blocks, op by op": lambda device: check_blocks(device, False),
         "products of narrow matrices": check_products,
         "identity of the all-fp32 plan": check_identity,
         "promotion, eager": lambda device: check_promotion(device, "eager"),
         "plans train, eager": lambda device: check_plans(device, "eager"),
         "rounding, compiled": lambda device: check_rounding(device, True),
+        "rounding by chance, compiled": lambda device: check_chance(device, True),
+        "copies in blocks, compiled": lambda device: check_blocks(device, True),
         "rounding, inlined": check_inlined,
         "promotion, inductor": lambda device: check_promotion(device, "inductor"),
         "plans train, inductor": lambda device: check_plans(device, "inductor"),

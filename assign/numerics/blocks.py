@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from assign import _torch
 from assign.errors import FormatError
 from assign.numerics.kernels import BIAS, INF, MAGNITUDE, WIDTH, bits_of, coding, random_bits_at, scaling
 from assign.numerics.launch import run_rows
@@ -76,6 +77,14 @@ def _from_bf16(stored: Tensor) -> Tensor:
     return (stored.to(torch.int32) << 16).view(torch.float32)
 
 
+def _inverse(scale: Tensor) -> Tensor:
+    """``1 / scale`` of bf16 values that are in float32, to nearest. Triton divides float32 approximately.
+
+    It divides float64 exactly; its result is never near a tie, as no inverse of 8 bits has a long run of equal bits.
+    """
+    return scale.double().reciprocal().float() if _torch.writes_triton(scale.device) else scale.reciprocal()
+
+
 def _steps(lanes: Iterable[Tensor], inverse: Tensor, finite: Tensor) -> Lanes:
     return [torch.where(finite.unsqueeze(1), x * inverse.unsqueeze(1), 0.0) for x in lanes]
 
@@ -87,7 +96,7 @@ def _share_range(lanes: Lanes, levels: int) -> tuple[Lanes, Lanes]:
     low, high = _round_down(torch.where(known & (low != 0), low, 0.0)), torch.where(known, high, torch.inf)
     scale = _round_up(((high - low) * (1 / levels)).clamp(min=_SMALLEST_SCALE))
     finite = scale < torch.inf
-    steps = _steps((x - low.unsqueeze(1) for x in lanes), scale.reciprocal(), finite)
+    steps = _steps((x - low.unsqueeze(1) for x in lanes), _inverse(scale), finite)
     return steps, (_as_bf16(scale, finite), _as_bf16(low, finite))
 
 
@@ -99,7 +108,7 @@ def _largest(lanes: Lanes) -> Tensor:
 def _share_scale(lanes: Lanes, element: Format) -> tuple[Lanes, Lanes]:
     magnitude = _largest(lanes)
     scale = _round_up((magnitude.view(torch.float32) * (1 / element.max_value)).clamp(min=_SMALLEST_SCALE))
-    return _steps(lanes, scale.reciprocal(), magnitude < INF), (_as_bf16(scale, magnitude < INF),)
+    return _steps(lanes, _inverse(scale), magnitude < INF), (_as_bf16(scale, magnitude < INF),)
 
 
 _NAN_POWER, _LARGEST_POWER = 255, 254
@@ -249,7 +258,7 @@ def _run_blocks(
     make: Callable[..., Kernel], fmt: BlockFormat, flat: Tensor, parts: Sequence[Tensor], key: Tensor | None, first: int
 ) -> None:
     """The same on whole blocks, of which the first begins at element number ``first`` of the tensor."""
-    size = (_PIECE if flat.device.type == "cpu" else _DEVICE_PIECE) // fmt.block * fmt.block
+    size = (_DEVICE_PIECE if _torch.writes_triton(flat.device) else _PIECE) // fmt.block * fmt.block
     dtype = torch.float32 if flat.dtype == torch.float16 else flat.dtype
     kernel = make(fmt, dtype)
     for start in range(0, flat.numel(), size):

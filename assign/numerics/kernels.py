@@ -130,7 +130,8 @@ def _decode(codes: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tenso
     value = torch.where(code == inf_code, math.inf, value)
     value = torch.where(code >= first_nan, math.nan, value)
     value = value if scale is None else value * scale.value
-    return torch.where((codes & sign) != 0, -value, value)
+    negative = (value.view(torch.int32) ^ SIGN).view(torch.float32)  # some compilers take -value for 0 - value: 0 for 0
+    return torch.where((codes & sign) != 0, negative, value)
 
 
 _WORD = (1 << 32) - 1

@@ -118,7 +118,9 @@ def run_measured(
     """
     count = _lanes(x, dtype)
     result = torch.empty_like(x, dtype=dtype) if out is None else out
-    one_kernel = x.device.type == "cpu"  # elsewhere it may become two, of which the other one may overwrite x first
+    one_kernel = not _torch.writes_triton(
+        x.device
+    )  # elsewhere it may become two, of which the other one may overwrite x first
     if _is_in_words(x, result, count) and (one_kernel or out is None):
         measured = torch.empty((), dtype=torch.int32, device=x.device)
         known = _scale_of(work, scale, x.device) or (scale, scale)
@@ -367,8 +369,8 @@ def _words(x: Tensor, number: int, count: int) -> Tensor:
 
 
 def _lanes(x: Tensor, *others: torch.dtype) -> int:
-    return lanes(x.dtype, *others) if x.device.type == "cpu" else 1
+    return 1 if _torch.writes_triton(x.device) else lanes(x.dtype, *others)
 
 
 def _pieces(flat: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(flat, _PIECE if flat.device.type == "cpu" else _DEVICE_PIECE)
+    return torch.split(flat, _DEVICE_PIECE if _torch.writes_triton(flat.device) else _PIECE)
