@@ -1,9 +1,11 @@
 """What torch's CPU kernels allocate for themselves while they run, beside their results.
 
 Read off torch 2.13 with oneDNN by measuring one operator at a time; what is not listed allocates next to nothing.
-A convolution reorders contiguous tensors into blocked layouts; channels-last needs none of it, but for large depthwise
-filters in the backward pass. That of batch normalisation copies the gradient; a 16-bit ``mean`` sums a float32 copy.
-CUDA workspaces are not modelled.
+A convolution works channels-last where its source or its weight lies so, else contiguously, and copies what lies
+otherwise. Weights are then reordered into blocks, contiguous images too. In 16 bit, a weight's gradient is summed in
+float32, from one image at a time that is transposed (each thread its own; one is counted). Large depthwise filters are
+padded in the backward pass, if channels-last. That of batch normalisation copies the gradient; a 16-bit ``mean`` sums a
+float32 copy. CUDA workspaces are not modelled.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from torch import Tensor, fx
 from assign import _torch
 
 aten = torch.ops.aten
-_FILTER_BLOCK = 16 * 16  # elements for each one of a depthwise filter; in 16 bit a float32 sum beside it
+_FILTER_BLOCK = 16 * 16  # elements for each one of a large depthwise filter; in 16 bit a float32 sum beside it
 _OWN_KERNEL = 9  # elements of the largest filter that needs none
 _GEMM_BLOCKS = 2**19  # packed blocks of a 16-bit product; at most twice its operands
 
@@ -48,15 +50,40 @@ def scratch_of(operator: Any, inputs: Sequence[Any], result: Any) -> tuple[int, 
 
 
 def _convolution(gradient: Tensor, source: Tensor, weight: Tensor, *, backward: bool) -> tuple[int, int]:
-    if source.dim() == 4 and source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
-        return _depthwise(weight) if backward else (0, 0)
-    sizes = gradient.numel(), source.numel()
-    elements = (sum(sizes) if backward else max(sizes)) + weight.numel()
+    """``gradient``: of the result; in the forward pass, the result."""
+    channels_last = _is_channels_last(source) or _is_channels_last(weight)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    read = (gradient, source, weight) if backward else (source, weight)
+    copied = sum(tensor.numel() for tensor in read if not tensor.is_contiguous(memory_format=layout))
+    in_float32, in_16_bit = (_backward if backward else _forward)(gradient, source, weight, channels_last)
+    return in_float32 + 4 * copied, in_16_bit + 2 * copied
+
+
+def _forward(result: Tensor, source: Tensor, weight: Tensor, channels_last: bool) -> tuple[int, int]:
+    elements = weight.numel() if channels_last else max(source.numel() + weight.numel(), result.numel())
     return 4 * elements, 2 * elements
 
 
-def _depthwise(weight: Tensor) -> tuple[int, int]:
-    """Backward, channels-last: each filter of a depthwise convolution is padded to a block; 3 × 3 ones are not."""
-    if weight.shape[1] > 1 or weight[0, 0].numel() <= _OWN_KERNEL:
-        return 0, 0
-    return 4 * _FILTER_BLOCK * weight.numel(), 6 * _FILTER_BLOCK * weight.numel()
+def _backward(gradient: Tensor, source: Tensor, weight: Tensor, channels_last: bool) -> tuple[int, int]:
+    images, weights = source.numel() + gradient.numel(), weight.numel()
+    if _has_large_filters(source, weight):
+        if channels_last:
+            padded = _FILTER_BLOCK * weights
+            return 4 * padded, 6 * padded + 2 * images
+        largest = max(source.numel(), gradient.numel())
+        return 4 * largest, 2 * largest
+    summing = 4 * weights + 2 * images // len(source)
+    if channels_last:
+        return 8 * weights, summing
+    strided = 2 * gradient.shape[-1] <= source.shape[-1] + 1
+    of_source = 2 * source.numel() - weights if strided else 0  # the weight's gradient is not there yet
+    return 4 * max(images, weights, of_source), max(2 * images + summing, 2 * of_source)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _has_large_filters(source: Tensor, weight: Tensor) -> bool:
+    """Whether it is depthwise, with filters for which oneDNN has no kernel of its own."""
+    return weight.shape[1] == 1 < source.shape[1] and weight[0, 0].numel() > _OWN_KERNEL
