@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import fx, nn
+from torch._decomp import decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
@@ -68,6 +69,11 @@ def is_backward(node: fx.Node) -> bool:
 def is_tangent(node: fx.Node) -> bool:
     """Whether an input of a joint graph is the gradient of one of its results."""
     return node.op == "placeholder" and str(node.target).startswith("tangents")
+
+
+def is_in_neither(node: fx.Node) -> bool:
+    """Whether torch does not say in which pass a node of a joint graph runs."""
+    return "partitioner_tag" not in node.meta
 
 
 def set_backward(node: fx.Node, backward: bool) -> None:
@@ -384,15 +390,27 @@ def compile_kernel(
 
 
 def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
-    """``torch.compile`` of a module as one graph, with a backend of ours; logging calls do not break it.
+    """``torch.compile`` of a module as one graph, with a backend of ours; logging and recurrent layers do not break it.
 
     One graph within ``DistributedDataParallel`` too, where Dynamo would cut it at the buckets. A hook that a module
     gets or loses later makes a new graph; by default Dynamo would not look.
     """
-    compiled = torch.compile(step, backend=backend, fullgraph=True)
+
+    def receive(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        # oneDNN's layer would be for inference, and torch takes every layer for that whose input needs no gradient
+        layer = decompositions.one_layer_lstm
+        with mock.patch.object(decompositions, "select_one_layer_lstm_function", return_value=layer):
+            return backend(graph, inputs)
+
+    compiled = torch.compile(step, backend=receive, fullgraph=True)
     names = ("debug", "info", "warning", "error", "warning_once", "info_once", "warning_advice")
     loggers = {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
-    options = {"ignore_logging_functions": loggers, "optimize_ddp": False, "skip_nnmodule_hook_guards": False}
+    options = {
+        "ignore_logging_functions": loggers,
+        "optimize_ddp": False,
+        "skip_nnmodule_hook_guards": False,
+        "allow_rnn": True,
+    }
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with dynamo_config.patch(options):

@@ -132,6 +132,82 @@ class InPlace(nn.Module):
         return self.c(self.dropout(h))
 
 
+class TanhGELU(torch.autograd.Function):
+    """With a backward pass of its own, as models of language have had it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return 0.5 * x * (1 + torch.tanh(0.8 * x * (1 + 0.045 * x * x)))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        t = torch.tanh(0.8 * x * (1 + 0.045 * x * x))
+        return grad * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (0.8 + 0.108 * x * x))
+
+
+class OwnFunction(nn.Module):
+    def __init__(self, width=32, layers=2):
+        super().__init__()
+        self.first = nn.Linear(16, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.last = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = TanhGELU.apply(layer(x))
+        return self.last(x)
+
+
+class Checkpointed(GPT):
+    """Nothing within a block waits for the backward pass."""
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.head(self.norm(x))
+
+
+class Upsampling(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.down = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear")
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = F.relu(self.conv(self.up(F.relu(self.down(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+class Explicit(nn.Module):
+    """Operators that are told the dtype of their result, and one that writes its result into a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+        self.head = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 4))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x.view(-1, 4, 4)).chunk(3, dim=-1)
+        weights = torch.bmm(q, k.transpose(1, 2)).softmax(-1, dtype=torch.float32)
+        return self.head(torch.bmm(weights.to(v.dtype), v).flatten(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 8, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.lstm(x.view(-1, 4, 4))[0][:, -1])
+
+
 def images(batch=8, size=8):
     return torch.randn(batch, 3, size, size), torch.randint(0, 4, (batch,))
 
@@ -150,4 +226,6 @@ MODELS = {
     "tied attention": (GPT, tokens),
     "dropout": (lambda: GPT(dropout=0.3), tokens),
     "in place": (InPlace, lambda: vectors(width=8)),
+    "own function": (OwnFunction, vectors),
+    "explicit dtypes": (Explicit, vectors),
 }

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from helpers import all_high, all_low, everything, sgd, steps, traced
-from models import GPT, MLP, MODELS, Gated, InPlace, ResNet, class_loss, images, tokens, vectors
+from models import GPT, MLP, MODELS, Gated, InPlace, Recurrent, ResNet, class_loss, images, tokens, vectors
 from torch import nn
 
 from assign import _torch
@@ -51,6 +51,16 @@ def test_low_plans_stay_near_plain_training(name, recipe):
     losses, _ = steps(plain, lambda b: class_loss(plain, b), batch)
     planned_losses, _ = steps(planned, planned_step(planned, class_loss, plan, backend="eager"), batch)
     assert planned_losses == pytest.approx(losses, rel=0.02)  # a few bf16 ulps (2^-8) per tensor
+
+
+@pytest.mark.parametrize("format_name", ["fp32", "bf16"])
+def test_recurrent_layers_are_unrolled(format_name):
+    plain, batch = Recurrent(), vectors()
+    planned = copy.deepcopy(plain)
+    plan = everything(traced(plain, batch), format_name)
+    losses, _ = steps(plain, lambda b: class_loss(plain, b), batch)
+    planned_losses, _ = steps(planned, planned_step(planned, class_loss, plan, backend="eager"), batch)
+    assert planned_losses == pytest.approx(losses, rel=1e-5 if format_name == "fp32" else 0.02)
 
 
 def test_the_values_that_cross_are_on_their_grids(graphs):

@@ -1,5 +1,6 @@
 """The table against what is known of the model, and the errors a user meets."""
 
+import importlib
 import json
 
 import networkx
@@ -241,6 +242,28 @@ def test_a_graph_break_names_the_users_line():
     assert "test_tracer.py" in text
     assert "if self.fc(x).sum() > 0" in text
     assert "cannot be captured as one graph" in text
+
+
+def test_what_cannot_be_prepared_names_the_users_line():
+    class PerSample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 4)
+
+        def forward(self, x):
+            return torch.func.vmap(lambda row: row.clone().add_(1))(self.fc(x))
+
+    with pytest.raises(TraceError, match=r"cannot be prepared: NotImplementedError.*\n.*test_tracer\.py.*vmap"):
+        traced(PerSample(), vectors())
+
+
+def test_a_graph_break_in_a_package_names_its_line_too(tmp_path, monkeypatch):
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "theirs.py").write_text("def gate(x):\n    return x if x.sum() > 0 else -x\n")
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    theirs = importlib.import_module("theirs")
+    with pytest.raises(TraceError, match=r"at: .*test_tracer.*\n  in: .*theirs\.py.*line 2.*x\.sum\(\) > 0"):
+        trace(MLP(), vectors(), lambda model, batch: theirs.gate(model(batch[0])).sum())
 
 
 def test_other_errors_say_what_to_do():

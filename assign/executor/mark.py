@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from assign import _torch
 from assign.numerics.delayed import DelayedScales, find_history
@@ -31,6 +32,7 @@ from assign.plan.formats import Format, parse_format
 from assign.plan.stored import gradient_format, stored_dtype
 from assign.plan.tensors import MARK, Role, grad_key, saved_key
 from assign.tracing.capture import Capture
+from assign.tracing.functionalize import written
 from assign.tracing.operators import Site, Walk, floating_arguments, operator_name
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -226,8 +228,9 @@ class _Marker:
         key = self.walked.labels.get(node)
         if key is not None:
             _torch.label(node, key)
-        if node.meta.get("assign_in_place"):
-            self._lower(graph, node, self.dtypes.get(node.all_input_nodes[0], lowering.FLOAT32))
+        target = written(node)
+        if target is not None:
+            self._lower(graph, node, self.dtypes.get(target, lowering.FLOAT32))
         elif node.target is operator.getitem and _is_tuple(self.walked.values.get(_torch.source_of(node))):
             maker = _torch.source_of(node)
             if maker in self.dtypes and node not in self.dtypes:
@@ -235,6 +238,7 @@ class _Marker:
         elif key is not None and "assign_op" not in node.meta:
             self.dtypes[node] = self._compute_dtype(node, key)
             self._lower(graph, node, self.dtypes[node])
+            _ask_for(node, _DTYPES[self.dtypes[node]])
         elif node in self.walked.key_of or _is_tuple(self.walked.values.get(node)):
             self._follow(node, sources)
         for site in self.sites.get(node, ()):
@@ -410,6 +414,12 @@ def _slots(walked: Walk, plan: Assignment, promotion: Promotion | None) -> dict[
         if site.key in plan.entries
     }
     return {key: slot for key, slot in found.items() if slot is not None}
+
+
+def _ask_for(node: fx.Node, dtype: torch.dtype) -> None:
+    """Let an operator that names the dtype of its result, float32 as in all of the user's code, make ``dtype``."""
+    node.args = map_aggregate(node.args, lambda value: dtype if value is torch.float32 else value)
+    node.kwargs = map_aggregate(node.kwargs, lambda value: dtype if value is torch.float32 else value)
 
 
 def _name(dtype: str) -> str:

@@ -48,7 +48,7 @@ SIXTEEN_BIT = MATRIX_PRODUCTS | frozenset(
 )  # fmt: skip
 """Operators that torch computes on 16-bit tensors with float32 inside, on CPU and CUDA alike."""
 
-FLOAT32_INSIDE = frozenset({"scaled_dot_product_attention"})
+FLOAT32_INSIDE = frozenset({"scaled_dot_product_attention", "interpolate"})
 """Operators that torch takes apart where no fused kernel fits, as attention with dropout; float32 between the parts."""
 
 FLOAT32_PARAMETERS = frozenset({"batch_norm", "instance_norm"})

@@ -326,7 +326,9 @@ class Replay:
             self._add(start, max(self._last_slot(info, end), start), size, key, role)
             return
         last = max((n for n in readers if not self.schedule.events[n].backward), default=number)
-        held = "" if event.op in self._apart else self._held_by(buffer)
+        held = self._held_by(buffer)
+        if event.op in self._apart and held == event.op:
+            held = ""
         moved = self._narrowed and held != "" and not self._marks(buffer, event)
         if moved or (is_mark and self._is_source_resident(held)):
             self._add(start, self._last_slot(info, last), size, key, role)

@@ -119,6 +119,8 @@ def compile_step(
                 raise inner from None
             if isinstance(error, _torch.GRAPH_BREAKS):
                 raise _explain(error) from error
+            if inner is not error:
+                raise _explain_backend(inner) from error
             raise
 
     return call
@@ -217,21 +219,38 @@ def _drop_widening(graph: fx.GraphModule, parameter: fx.Node) -> None:
 
 def _explain(error: BaseException) -> TraceError:
     """A graph break in the user's words: what, which line, what to change."""
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in str(error).splitlines()]
     reason = " ".join(line for line in lines[:2] if line and not line.lower().startswith("hint:"))
-    where = ""
-    for index, line in enumerate(lines):
-        if line.startswith("File ") and "/torch/" not in line and "site-packages" not in line:
-            code = lines[index + 1] if index + 1 < len(lines) else ""
-            where = f"{line}: {code}"
     hints = [line for line in lines if line.lower().startswith("hint:")]
     advice = (
         "\n  ".join(dict.fromkeys(hints)) or "Hint: move this code out of forward, or express it with torch operators."
     )
     return TraceError(
         f"trace: the model or the loss cannot be captured as one graph: {reason}\n"
-        f"  at: {where or 'unknown line'}\n"
+        f"  at: {_places(lines)}\n"
         "  A plan needs the whole step in one graph: no prints of tensors, no .item(), no branch on a tensor's value.\n"
         f"  {advice}"
     )
+
+
+def _explain_backend(inner: BaseException) -> TraceError:
+    """An operator of the user's that a captured graph cannot be prepared with."""
+    lines = [line.strip() for line in str(inner).splitlines()]
+    what = next((line for line in lines if line.startswith("While executing ")), "")
+    return TraceError(
+        f"trace: the captured step cannot be prepared: {type(inner).__name__}: {lines[0] if lines else ''} {what}\n"
+        f"  at: {_places(lines)}\n"
+        "  Hint: express this line with other torch operators; torch.func transforms are not supported in a step."
+    )
+
+
+def _places(lines: Sequence[str]) -> str:
+    """The last of the user's own lines in a traceback, and the line of another's package, not torch, that it led to."""
+    frames = [
+        f"{line}: {code}"
+        for line, code in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("File ") and "/torch/" not in line and "/assign/" not in line
+    ]
+    own = [frame for frame in frames if "site-packages" not in frame]
+    found = [*own[-1:], *(frame for frame in frames[-1:] if frame not in own)]
+    return "\n  in: ".join(found) or "unknown line"

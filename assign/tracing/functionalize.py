@@ -93,6 +93,14 @@ def functionalize(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+def written(node: fx.Node) -> fx.Node | None:
+    """What a node writes that is left in place; None of any other."""
+    if not node.meta.get("assign_in_place"):
+        return None
+    target: Any = node.kwargs.get("out") or node.args[0]
+    return target if isinstance(target, fx.Node) else None
+
+
 def _rewrite_first_mutation(graph: fx.GraphModule) -> bool:
     if not any(_mutated(node) is not None for node in graph.graph.nodes):
         return False

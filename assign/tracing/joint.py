@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from assign import _torch
+from assign.plan.tensors import MARK
 
 aten = torch.ops.aten
 
@@ -62,11 +63,27 @@ def describe(node: fx.Node, value: Any, like: fx.Node, *, backward: bool) -> Non
     _torch.set_backward(node, backward)
 
 
+def _tag_backward(graph: fx.Graph) -> None:
+    """Say of what a user's own ``autograd.Function`` does in its ``backward`` that it is done there, and for whom.
+
+    Torch leaves it without a tag and a label; it stands behind the gradient, marked, of what the function made.
+    """
+    key = ""
+    for node in graph.nodes:
+        if _torch.is_backward(node):
+            key = _torch.label_of(node).removeprefix(MARK) or key
+        elif key and node.op == "call_function" and _torch.is_in_neither(node):
+            _torch.set_backward(node, backward=True)
+            _torch.label(node, key)
+
+
 def read_marked_outputs(graph: fx.Graph, mark_op: Any) -> None:
     """Let backward operators that read their own output (relu, softmax, attention) read the marked one.
 
-    Otherwise the unrounded output would wait for the backward pass beside the rounded one.
+    Otherwise the unrounded output would wait for the backward pass beside the rounded one. A joint graph is read after
+    this only: what runs in the backward pass says so then.
     """
+    _tag_backward(graph)
     for mark in list(graph.find_nodes(op="call_function", target=mark_op)):
         raw = mark.args[0]
         if _torch.is_backward(mark) or not isinstance(raw, fx.Node) or raw.op == "placeholder":

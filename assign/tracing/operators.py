@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from assign import _torch
 from assign.plan.tensors import SLICE
 from assign.tracing.capture import Capture, strip_module_path
-from assign.tracing.functionalize import Aliases
+from assign.tracing.functionalize import Aliases, written
 
 MOVES = frozenset({"contiguous", "clone", "reshape", "flatten", "to", "detach", "flip", "roll", "repeat", "permute"})
 """Operators whose result holds the very values of their first argument: no new site, the same key."""
@@ -243,8 +243,8 @@ def _is_written_later(node: fx.Node, aliases: Aliases) -> bool:
     """Whether a later node changes the storage of ``node`` in place."""
     root, later = aliases.root[node], node.next
     while later.op != "output":
-        target = later.kwargs.get("out") or later.args[0] if later.meta.get("assign_in_place") else None
-        if isinstance(target, fx.Node) and aliases.root[target] is root:
+        target = written(later)
+        if target is not None and aliases.root[target] is root:
             return True
         later = later.next
     return False

@@ -162,7 +162,7 @@ class _Lister:
             if node.op != "call_function" or is_view(node) or _is_getitem(node):
                 continue
             reads = tuple(dict.fromkeys(b for source in node.all_input_nodes for b in self._read(source)))
-            writes = self._write(node, follows)
+            writes = self._write(node, reads, follows)
             label, scratch = _torch.label_of(node), kernel_scratch(node)
             self.events.append(Event(op=label, backward=backward, reads=reads, writes=writes, scratch=scratch))
 
@@ -172,14 +172,15 @@ class _Lister:
             if address in self._owner:
                 yield self._owner[address]
 
-    def _write(self, node: fx.Node, follows: dict[tuple[fx.Node, int], str]) -> tuple[int, ...]:
+    def _write(self, node: fx.Node, reads: tuple[int, ...], follows: dict[tuple[fx.Node, int], str]) -> tuple[int, ...]:
+        """Buffers that a node makes; anew, if checkpointing makes in the backward pass what the forward pass made."""
         written = []
         value = _torch.joint_value(node)
         for part, tensor in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
             if not isinstance(tensor, Tensor):
                 continue
             storage = tensor.untyped_storage()
-            if storage._cdata in self._owner:
+            if self._owner.get(storage._cdata) in reads:
                 continue
             self._alive.append(storage)
             holds = follows.get((node, part), "")

@@ -18,7 +18,7 @@ from assign import _torch
 
 aten = torch.ops.aten
 _FILTER_BLOCK = 16 * 16  # elements for each one of a large depthwise filter; in 16 bit a float32 sum beside it
-_OWN_KERNEL = 9  # elements of the largest filter that needs none
+_OWN_KERNEL = 9  # elements of the largest filter for which oneDNN has a kernel of its own
 _GEMM_BLOCKS = 2**19  # packed blocks of a 16-bit product; at most twice its operands
 
 
@@ -66,7 +66,8 @@ def _forward(result: Tensor, source: Tensor, weight: Tensor, channels_last: bool
 
 def _backward(gradient: Tensor, source: Tensor, weight: Tensor, channels_last: bool) -> tuple[int, int]:
     images, weights = source.numel() + gradient.numel(), weight.numel()
-    if _has_large_filters(source, weight):
+    depthwise = weight.shape[1] == 1 < source.shape[1]
+    if depthwise and weight[0, 0].numel() > _OWN_KERNEL:
         if channels_last:
             padded = _FILTER_BLOCK * weights
             return 4 * padded, 6 * padded + 2 * images
@@ -77,13 +78,9 @@ def _backward(gradient: Tensor, source: Tensor, weight: Tensor, channels_last: b
         return 8 * weights, summing
     strided = 2 * gradient.shape[-1] <= source.shape[-1] + 1
     of_source = 2 * source.numel() - weights if strided else 0  # the weight's gradient is not there yet
-    return 4 * max(images, weights, of_source), max(2 * images + summing, 2 * of_source)
+    in_float32 = images if depthwise else max(images, weights, of_source)
+    return 4 * in_float32, max(2 * images + summing, 2 * of_source)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-
-
-def _has_large_filters(source: Tensor, weight: Tensor) -> bool:
-    """Whether it is depthwise, with filters for which oneDNN has no kernel of its own."""
-    return weight.shape[1] == 1 < source.shape[1] and weight[0, 0].numel() > _OWN_KERNEL
