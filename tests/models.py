@@ -198,6 +198,22 @@ class Explicit(nn.Module):
         return self.head(torch.bmm(weights.to(v.dtype), v).flatten(1))
 
 
+class Complex(nn.Module):
+    """Rotated as pairs of numbers, filtered in the frequency domain with a complex weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+        self.filter = nn.Parameter(torch.randn(9, dtype=torch.complex64))
+        self.head = nn.Linear(16, 4)
+        self.register_buffer("angles", torch.linspace(0, 1, 8))
+
+    def forward(self, x):
+        pairs = torch.view_as_complex(self.fc(x).float().view(-1, 8, 2))
+        x = torch.view_as_real(pairs * torch.polar(torch.ones(8), self.angles)).flatten(1)
+        return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=16))
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()

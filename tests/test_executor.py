@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from helpers import all_high, all_low, everything, sgd, steps, traced
-from models import GPT, MLP, MODELS, Gated, InPlace, Recurrent, ResNet, class_loss, images, tokens, vectors
+from models import GPT, MLP, MODELS, Complex, Gated, InPlace, Recurrent, ResNet, class_loss, images, tokens, vectors
 from torch import nn
 
 from assign import _torch
@@ -17,6 +17,7 @@ from assign.executor.apply import apply, autocast, planned_step
 from assign.executor.compile import Backend, make_backend
 from assign.executor.pack import pack
 from assign.numerics.rounding import quantize
+from assign.optim.optimizers import follow
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.recipes import store
 from assign.plan.tensors import saved_key
@@ -53,13 +54,16 @@ def test_low_plans_stay_near_plain_training(name, recipe):
     assert planned_losses == pytest.approx(losses, rel=0.02)  # a few bf16 ulps (2^-8) per tensor
 
 
+@pytest.mark.parametrize("make", [Recurrent, Complex])
 @pytest.mark.parametrize("format_name", ["fp32", "bf16"])
-def test_recurrent_layers_are_unrolled(format_name):
-    plain, batch = Recurrent(), vectors()
+def test_recurrent_layers_and_complex_numbers(make, format_name):
+    """Layers are unrolled, so that sums have another order; complex numbers stay as they are, in parameters too."""
+    plain, batch = make(), vectors()
     planned = copy.deepcopy(plain)
     plan = everything(traced(plain, batch), format_name)
     losses, _ = steps(plain, lambda b: class_loss(plain, b), batch)
-    planned_losses, _ = steps(planned, planned_step(planned, class_loss, plan, backend="eager"), batch)
+    step = planned_step(planned, class_loss, plan, backend="eager")
+    planned_losses, _ = steps(planned, step, batch, optimizer=lambda own: follow(sgd(own), planned, plan))
     assert planned_losses == pytest.approx(losses, rel=1e-5 if format_name == "fp32" else 0.02)
 
 

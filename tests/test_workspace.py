@@ -58,14 +58,14 @@ def test_what_a_convolution_copies_and_reorders(width, stride, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (7, 1)])
+@pytest.mark.parametrize(("groups", "size", "stride"), [(96, 3, 1), (96, 3, 2), (96, 7, 1), (6, 3, 1), (6, 3, 2)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-def test_what_a_depthwise_convolution_has_in_its_backward_pass(layout, size, stride, dtype):
+def test_what_a_grouped_convolution_has_in_its_backward_pass(layout, groups, size, stride, dtype):
     torch.manual_seed(0)
     backward = aten.convolution_backward.default
     source, gradient = (LAYOUTS[layout](torch.randn(16, 96, w, w).to(dtype)) for w in (32, 32 // stride))
-    weight = torch.randn(96, 1, size, size).to(dtype)
-    options = [stride] * 2, [size // 2] * 2, [1, 1], False, [0, 0], 96
+    weight = torch.randn(96, 96 // groups, size, size).to(dtype)
+    options = [stride] * 2, [size // 2] * 2, [1, 1], False, [0, 0], groups
     scratch, results = measured(backward, gradient, source, weight, [0], *options, [True, True, False])
     one_image = 2 * (source[0].nbytes + gradient[0].nbytes)
     assert said(backward, [gradient, source, weight], results) == pytest.approx(scratch, rel=0.01, abs=one_image)

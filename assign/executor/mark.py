@@ -239,6 +239,8 @@ class _Marker:
             self.dtypes[node] = self._compute_dtype(node, key)
             self._lower(graph, node, self.dtypes[node])
             _ask_for(node, _DTYPES[self.dtypes[node]])
+        elif _is_complex(self.walked.values.get(node)):  # there is none of 16 bit
+            self._lower(graph, node, lowering.FLOAT32)
         elif node in self.walked.key_of or _is_tuple(self.walked.values.get(node)):
             self._follow(node, sources)
         for site in self.sites.get(node, ()):
@@ -424,6 +426,10 @@ def _ask_for(node: fx.Node, dtype: torch.dtype) -> None:
 
 def _name(dtype: str) -> str:
     return {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "fp32")
+
+
+def _is_complex(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_complex()
 
 
 def _is_tuple(value: Any) -> bool:

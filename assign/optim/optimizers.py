@@ -205,7 +205,10 @@ def _check_states(made: Optimizer, key: str, given: Collection[str], has: tuple[
 
 def _check_dtypes(stored: Stored, parameter: Tensor) -> None:
     found = parameter.dtype, parameter.grad_dtype
-    if found == (torch_dtype(stored_dtype(stored.master)), torch_dtype(stored_dtype(stored.gradient))):
+    if parameter.is_complex() or found == (
+        torch_dtype(stored_dtype(stored.master)),
+        torch_dtype(stored_dtype(stored.gradient)),
+    ):
         return
     raise PlanError(
         f"optimizer: the plan stores {stored}, but the parameter is {found[0]} and its gradient {found[1]}. "

@@ -66,7 +66,8 @@ def _forward(result: Tensor, source: Tensor, weight: Tensor, channels_last: bool
 
 def _backward(gradient: Tensor, source: Tensor, weight: Tensor, channels_last: bool) -> tuple[int, int]:
     images, weights = source.numel() + gradient.numel(), weight.numel()
-    depthwise = weight.shape[1] == 1 < source.shape[1]
+    grouped = weight.shape[1] < source.shape[1]
+    depthwise = grouped and weight.shape[1] == 1
     if depthwise and weight[0, 0].numel() > _OWN_KERNEL:
         if channels_last:
             padded = _FILTER_BLOCK * weights
@@ -76,9 +77,9 @@ def _backward(gradient: Tensor, source: Tensor, weight: Tensor, channels_last: b
     summing = 4 * weights + 2 * images // len(source)
     if channels_last:
         return 8 * weights, summing
-    strided = 2 * gradient.shape[-1] <= source.shape[-1] + 1
+    strided = 2 * gradient.shape[-1] <= source.shape[-1] + 1 and (depthwise or not grouped)
     of_source = 2 * source.numel() - weights if strided else 0  # the weight's gradient is not there yet
-    in_float32 = images if depthwise else max(images, weights, of_source)
+    in_float32 = images if grouped else max(images, weights, of_source)
     return 4 * in_float32, max(2 * images + summing, 2 * of_source)
 
 
