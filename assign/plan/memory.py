@@ -34,7 +34,7 @@ from assign.plan.stored import (
     stored_dtype,
     waiting_bytes,
 )
-from assign.plan.tensors import MARK, Buffer, Event, Role, TensorTable, base_key, saved_key
+from assign.plan.tensors import MARK, SLICE, Buffer, Event, Role, TensorTable, base_key, saved_key
 
 _ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
 
@@ -327,7 +327,7 @@ class Replay:
             return
         last = max((n for n in readers if not self.schedule.events[n].backward), default=number)
         held = self._held_by(buffer)
-        if event.op in self._apart and held == event.op:
+        if event.op in self._apart and (held == event.op or self._is_part(held)):
             held = ""
         moved = self._narrowed and held != "" and not self._marks(buffer, event)
         if moved or (is_mark and self._is_source_resident(held)):
@@ -351,6 +351,11 @@ class Replay:
             if held:
                 return held
         return ""
+
+    def _is_part(self, key: str) -> bool:
+        """Whether it is a view of a part of another tensor, which is not kept for its sake."""
+        row = self.table.by_key.get(key)
+        return row is not None and row.op == SLICE and self._is_identity(key, backward=False)
 
     def _marks(self, buffer: int, event: Event) -> bool:
         """Whether the buffer is the tensor itself, not a copy in another layout."""

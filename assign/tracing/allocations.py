@@ -22,6 +22,8 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         peak: the most at any operator, its scratch included; may be set back.
     """
 
+    supports_higher_order_operators = True  # a checkpointed block's operators that draw random numbers are such
+
     def __init__(self, scratch: Scratch = lambda *_: 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.now = self.peak = 0
@@ -36,8 +38,9 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
             storage = tensor.untyped_storage()
             if storage._cdata not in addresses and storage.device.type == "meta":
                 addresses.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
+                size = int(storage.nbytes())
+                self.now += size
+                weakref.finalize(storage, self._free, size)
         self.peak = max(self.peak, self.now + self._scratch(func, args, result))
         return result
 

@@ -27,6 +27,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 _PREFIX = "L['self'].model"
 _GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # how Dynamo says a.b where parameters are replaced
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+_OPERATOR = "While executing "  # how torch.fx says which node failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +120,8 @@ def compile_step(
                 raise inner from None
             if isinstance(error, _torch.GRAPH_BREAKS):
                 raise _explain(error) from error
-            if inner is not error:
-                raise _explain_backend(inner) from error
+            if _OPERATOR in str(inner):
+                raise _explain_operator(inner) from error
             raise
 
     return call
@@ -233,12 +234,12 @@ def _explain(error: BaseException) -> TraceError:
     )
 
 
-def _explain_backend(inner: BaseException) -> TraceError:
-    """An operator of the user's that a captured graph cannot be prepared with."""
-    lines = [line.strip() for line in str(inner).splitlines()]
-    what = next((line for line in lines if line.startswith("While executing ")), "")
+def _explain_operator(error: BaseException) -> TraceError:
+    """An operator of the user's with which a captured graph cannot be prepared."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    what = next(line for line in lines if line.startswith(_OPERATOR))
     return TraceError(
-        f"trace: the captured step cannot be prepared: {type(inner).__name__}: {lines[0] if lines else ''} {what}\n"
+        f"trace: the captured step cannot be prepared: {type(error).__name__}: {lines[0]} {what}\n"
         f"  at: {_places(lines)}\n"
         "  Hint: express this line with other torch operators; torch.func transforms are not supported in a step."
     )

@@ -24,15 +24,13 @@ _GEMM_BLOCKS = 2**19  # packed blocks of a 16-bit product; at most twice its ope
 
 def kernel_scratch(node: fx.Node) -> tuple[int, int]:
     """Bytes that the kernel of a traced float32 node needs for a moment: when run in float32, and in 16 bit."""
-    if not hasattr(node.target, "overloadpacket"):
-        return 0, 0
     return scratch_of(node.target, [_torch.joint_value(n) for n in node.all_input_nodes], _torch.joint_value(node))
 
 
 def scratch_of(operator: Any, inputs: Sequence[Any], result: Any) -> tuple[int, int]:
     """The same of an operator's call, by the tensors that it reads, in order, and what it makes."""
     tensors = [value for value in inputs if isinstance(value, Tensor)]
-    if not tensors or tensors[0].device.type != "cpu":
+    if not hasattr(operator, "overloadpacket") or not tensors or tensors[0].device.type != "cpu":
         return 0, 0
     kind = operator.overloadpacket
     if kind is aten.convolution:
@@ -74,7 +72,7 @@ def _backward(gradient: Tensor, source: Tensor, weight: Tensor, channels_last: b
             return 4 * padded, 6 * padded + 2 * images
         largest = max(source.numel(), gradient.numel())
         return 4 * largest, 2 * largest
-    summing = 4 * weights + 2 * images // len(source)
+    summing = 4 * weights + 2 * images // max(1, source.shape[0])
     if channels_last:
         return 8 * weights, summing
     strided = 2 * gradient.shape[-1] <= source.shape[-1] + 1 and (depthwise or not grouped)
