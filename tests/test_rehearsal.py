@@ -68,7 +68,7 @@ def test_the_backward_pass_knows_how_the_forward_pass_leaves_images():
 def test_the_peak_of_a_step_with_checkpointed_blocks():
     """Attention that is computed again draws what it drew: an operator of a higher order in the program."""
     torch.manual_seed(0)
-    model, batch = Checkpointed(width=128, layers=3, length=64), tokens(batch=16, length=64)
+    model, batch = Checkpointed(width=128, length=64), tokens(batch=16, length=64)
     table = traced(model, batch, class_loss, adamw)
     plan = everything(table, "bf16")
     said = assign.rehearse(model, batch, class_loss, plan, table)
