@@ -54,7 +54,11 @@ def test_low_plans_stay_near_plain_training(name, recipe):
     assert planned_losses == pytest.approx(losses, rel=0.02)  # a few bf16 ulps (2^-8) per tensor
 
 
-@pytest.mark.parametrize("make", [Recurrent, Complex])
+@pytest.mark.parametrize(
+    "make",
+    [Recurrent, lambda: Recurrent(nn.GRU), lambda: Recurrent(nn.RNN), Complex],
+    ids=["lstm", "gru", "rnn", "complex"],
+)
 @pytest.mark.parametrize("format_name", ["fp32", "bf16"])
 def test_recurrent_layers_and_complex_numbers(make, format_name):
     """Layers are unrolled, so that sums have another order; complex numbers stay as they are, in parameters too."""

@@ -30,14 +30,18 @@ def in_16_bit(table):
     return dataclasses.replace(plan, entries={**plan.entries, **store(table, master="bf16", states="bf16")})
 
 
+def said_and_measured(model, batch, loss, plan, table):
+    said = assign.rehearse(model, batch, loss, plan, table)
+    step = assign.planned_step(model, loss, plan)
+    return said, measured_peak(model, batch, step, follow(adamw(model.parameters()), model, plan))
+
+
 @pytest.mark.slow
 def test_the_peak_of_a_compiled_step():
     model, batch = gpt()
     table = traced(model, batch, lm_loss, adamw)
     plan = in_16_bit(table)
-    said = assign.rehearse(model, batch, lm_loss, plan, table)
-    step = assign.planned_step(model, lm_loss, plan)
-    measured = measured_peak(model, batch, step, follow(adamw(model.parameters()), model, plan))
+    said, measured = said_and_measured(model, batch, lm_loss, plan, table)
     assert said.peak_bytes == pytest.approx(measured, rel=0.05)
     assert said.peak_bytes < 0.9 * assign.estimate(table, plan).peak_bytes  # Inductor fuses the loss
 
@@ -57,10 +61,7 @@ def test_the_backward_pass_knows_how_the_forward_pass_leaves_images():
     )
     batch = images(batch=32, size=32)
     table = traced(model, batch, class_loss, adamw)
-    plan = everything(table, "bf16")
-    said = assign.rehearse(model, batch, class_loss, plan, table)
-    step = assign.planned_step(model, class_loss, plan)
-    measured = measured_peak(model, batch, step, follow(adamw(model.parameters()), model, plan))
+    said, measured = said_and_measured(model, batch, class_loss, everything(table, "bf16"), table)
     assert said.peak_bytes == pytest.approx(measured, rel=0.02)
 
 
@@ -70,10 +71,7 @@ def test_the_peak_of_a_step_with_checkpointed_blocks():
     torch.manual_seed(0)
     model, batch = Checkpointed(width=128, length=64), tokens(batch=16, length=64)
     table = traced(model, batch, class_loss, adamw)
-    plan = everything(table, "bf16")
-    said = assign.rehearse(model, batch, class_loss, plan, table)
-    step = assign.planned_step(model, class_loss, plan)
-    measured = measured_peak(model, batch, step, follow(adamw(model.parameters()), model, plan))
+    said, measured = said_and_measured(model, batch, class_loss, everything(table, "bf16"), table)
     assert said.peak_bytes == pytest.approx(measured, rel=0.02)
 
 

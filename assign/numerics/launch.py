@@ -118,9 +118,7 @@ def run_measured(
     """
     count = _lanes(x, dtype)
     result = torch.empty_like(x, dtype=dtype) if out is None else out
-    one_kernel = not _torch.writes_triton(
-        x.device
-    )  # elsewhere it may become two, of which the other one may overwrite x first
+    one_kernel = not _torch.writes_triton(x.device)  # Triton's may be two, of which one overwrites x before the other
     if _is_in_words(x, result, count) and (one_kernel or out is None):
         measured = torch.empty((), dtype=torch.int32, device=x.device)
         known = _scale_of(work, scale, x.device) or (scale, scale)

@@ -9,10 +9,12 @@ buffers that a plan stores in 16 bits; they are widened when the graph is called
 """
 
 import contextlib
+import os
 import re
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +29,8 @@ Loss = Callable[[nn.Module, Any], Tensor]
 _PREFIX = "L['self'].model"
 _GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # how Dynamo says a.b where parameters are replaced
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-_OPERATOR = "While executing "  # how torch.fx says which node failed
+_OPERATOR = "\nWhile executing "  # how torch.fx says which node failed
+_PACKAGES = tuple(f'File "{Path(each).parent}{os.sep}' for each in (torch.__file__, Path(__file__).parent))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,10 +239,10 @@ def _explain(error: BaseException) -> TraceError:
 
 def _explain_operator(error: BaseException) -> TraceError:
     """An operator of the user's with which a captured graph cannot be prepared."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    what = next(line for line in lines if line.startswith(_OPERATOR))
+    reason, _, rest = str(error).partition(_OPERATOR)
+    node, *lines = map(str.strip, rest.splitlines())
     return TraceError(
-        f"trace: the captured step cannot be prepared: {type(error).__name__}: {lines[0]} {what}\n"
+        f"trace: the captured step cannot be prepared: {type(error).__name__}: {reason.strip()} while executing {node}\n"
         f"  at: {_places(lines)}\n"
         "  Hint: express this line with other torch operators; torch.func transforms are not supported in a step."
     )
@@ -250,7 +253,7 @@ def _places(lines: Sequence[str]) -> str:
     frames = [
         f"{line}: {code}"
         for line, code in zip(lines, [*lines[1:], ""], strict=True)
-        if line.startswith("File ") and "/torch/" not in line and "/assign/" not in line
+        if line.startswith("File ") and not line.startswith(_PACKAGES)
     ]
     own = [frame for frame in frames if "site-packages" not in frame]
     found = [*own[-1:], *(frame for frame in frames[-1:] if frame not in own)]

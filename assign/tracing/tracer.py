@@ -174,13 +174,13 @@ class _Lister:
 
     def _write(self, node: fx.Node, reads: tuple[int, ...], follows: dict[tuple[fx.Node, int], str]) -> tuple[int, ...]:
         """Buffers that a node makes; anew, if checkpointing makes in the backward pass what the forward pass made."""
-        written = []
+        written: list[int] = []
         value = _torch.joint_value(node)
         for part, tensor in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
             if not isinstance(tensor, Tensor):
                 continue
             storage = tensor.untyped_storage()
-            if self._owner.get(storage._cdata) in reads:
+            if self._owner.get(storage._cdata) in (*reads, *written):
                 continue
             self._alive.append(storage)
             holds = follows.get((node, part), "")
