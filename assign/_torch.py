@@ -41,6 +41,9 @@ CaptureError = TorchDynamoException
 GRAPH_BREAKS = (Unsupported, UserError, TorchRuntimeError)
 """Those among them that are about the user's code."""
 
+SET_GRAD_MODE = torch._C._set_grad_enabled
+"""The function that a captured graph calls where ``torch.no_grad`` or ``torch.enable_grad`` begins or ends."""
+
 CHECKPOINT_OP = torch.ops.higher_order.tag_activation_checkpoint
 """The operator that a ``torch.utils.checkpoint`` block becomes: ``(body, *args)``."""
 
@@ -97,6 +100,22 @@ def forget_recompute(node: fx.Node) -> None:
     node.meta.pop("ac_graph_id", None)
 
 
+def compiled_node(result: torch.Tensor) -> tuple[Any, int] | None:
+    """The autograd node of the compiled graph that made ``result``, and the number of the result there."""
+    function: Any = result.grad_fn
+    number = result.output_nr  # of the graph itself; a view of a result has an autograd node of its own
+    while function is not None and "CompiledFunction" not in function.name():
+        function, number = next((edge for edge in function.next_functions if edge[0] is not None), (None, 0))
+    return None if function is None else (function, number)
+
+
+def leaf_of(function: Any) -> torch.Tensor | None:
+    """The parameter to which an autograd node hands a gradient, through at most one other node (a tap)."""
+    while function is not None and not hasattr(function, "variable"):
+        function = next((edge[0] for edge in function.next_functions if edge[0] is not None), None)
+    return None if function is None else cast(torch.Tensor, function.variable)
+
+
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
     """Result of an autograd function that makes one tensor; torch's own ``apply`` has no types."""
     run: Callable[..., Any] = function.apply
@@ -120,6 +139,25 @@ def body_of(graph: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
     body = graph.get_submodule(str(source_of(node).target))
     assert isinstance(body, fx.GraphModule)
     return body
+
+
+def nodes_without_grad(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a captured graph that run under ``torch.no_grad``."""
+    found, enabled = set(), True
+    for node in graph.nodes:
+        if node.target is SET_GRAD_MODE:
+            enabled = bool(node.args[0])
+        elif not enabled:
+            found.add(node)
+    return found
+
+
+def enable_grad_around(graph: fx.Graph, node: fx.Node) -> None:
+    """Run a node that stands in a region without gradients as if it stood outside."""
+    with graph.inserting_before(node):
+        graph.call_function(SET_GRAD_MODE, (True,))
+    with graph.inserting_after(node):
+        graph.call_function(SET_GRAD_MODE, (False,))
 
 
 def label(node: fx.Node, text: str) -> None:

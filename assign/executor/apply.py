@@ -20,6 +20,7 @@ from assign.errors import PlanError, nearest
 from assign.executor.compile import Backend, make_backend
 from assign.executor.mark import mark, taps_of
 from assign.executor.parameters import check_storable, store_parameters
+from assign.executor.unused import results_behind_inputs, without_unused_gradients
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
 from assign.plan.assignment import Assignment
@@ -196,6 +197,7 @@ def compile_planned(
 
     def receive(capture: Capture) -> Callable[..., Any]:
         functionalize(capture.graph)
+        needed = results_behind_inputs(capture.graph)
         walked = walk(capture)
         if capture.training:
             _check_covers(walked, capture, plan, whole_step)
@@ -209,7 +211,8 @@ def compile_planned(
         for tap in taps:  # Dynamo counts the inputs of its graph once more
             for node in tap.nodes:
                 _torch.drop_input(capture.graph, node)
-        return (lambda *inputs: run(*inputs, *all_taps(inputs))) if taps else run
+        tapped = (lambda *inputs: run(*inputs, *all_taps(inputs))) if taps else run
+        return without_unused_gradients(tapped, capture, needed) if capture.training else tapped
 
     narrow = narrow_buffers(plan.entries)
     compiled = several.around(compile_step(_plain(model, type(model)), loss, receive, buffers=narrow), plan)

@@ -14,6 +14,7 @@ Autograd gives a parameter's gradient the parameter's dtype. Where the plan stor
 """
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from assign.plan.stored import gradient_format, stored_dtype
 from assign.plan.tensors import MARK, Role, grad_key, saved_key
 from assign.tracing.capture import Capture
 from assign.tracing.functionalize import written
+from assign.tracing.layout import Layout
 from assign.tracing.operators import Site, Walk, floating_arguments, operator_name
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -211,12 +213,13 @@ class _Marker:
         self.dtypes = {node: str(dtype).removeprefix("torch.") for node, dtype in capture.dtypes.items()}
         self.taps: list[Tap] = []
         self.seeds: dict[fx.Graph, fx.Node] = {}
+        self.layouts: dict[fx.Graph, Layout] = {}
 
     def mark_graph(self, graph: fx.GraphModule) -> None:
+        self.layouts[graph.graph] = Layout(graph.graph)
         for node in list(graph.graph.nodes):
             if node.op == "placeholder":
-                for site in self.sites.get(node, ()):
-                    self._mark_site(graph, site, before=self._first_reader(site))
+                self._mark_sites(graph, node)
             elif node.target is _torch.CHECKPOINT_OP:
                 self._mark_body(graph, node)
             elif node.op in ("call_function", "call_method"):
@@ -243,8 +246,7 @@ class _Marker:
             self._lower(graph, node, lowering.FLOAT32)
         elif node in self.walked.key_of or _is_tuple(self.walked.values.get(node)):
             self._follow(node, sources)
-        for site in self.sites.get(node, ()):
-            self._mark_site(graph, site, before=site.after.next)
+        self._mark_sites(graph, node)
 
     def _follow(self, node: fx.Node, sources: list[fx.Node]) -> None:
         """A view or a move keeps its source's dtype; a conversion to float32 that changed nothing is dropped.
@@ -301,7 +303,13 @@ class _Marker:
             _torch.label(converted, _torch.label_of(node))
             node.replace_input_with(argument, converted)
 
-    def _mark_site(self, graph: fx.GraphModule, site: Site, *, before: fx.Node) -> None:
+    def _mark_sites(self, graph: fx.GraphModule, node: fx.Node) -> None:
+        """Mark a tensor behind its operator; an input before its first reader, and once more after each write."""
+        for site in self.sites.get(node, ()):
+            for group in site.groups(self.layouts[graph.graph]):
+                self._mark_site(graph, site, group, before=group[0] if node.op == "placeholder" else site.after.next)
+
+    def _mark_site(self, graph: fx.GraphModule, site: Site, readers: Sequence[fx.Node], *, before: fx.Node) -> None:
         formats = self._formats(site.key)
         if formats is None:
             return
@@ -318,12 +326,11 @@ class _Marker:
             arguments = (site.node, forward, backward, dtype, explicit)
             randomness = self._randomness(graph, site.key, (forward, backward))
             marked = graph.graph.call_function(mark_tensor, (*arguments, *randomness), tap)
+        if site.node.op == "placeholder" and before in self.layouts[graph.graph].without_grad:
+            _torch.enable_grad_around(graph.graph, marked)
         _torch.label(marked, MARK + site.key)
-        order = {n: i for i, n in enumerate(graph.graph.nodes)}
-        readers = site.readers if site.readers is not None else list(site.node.users)
         for user in readers:
-            if user is not marked and order[user] > order[marked]:
-                user.replace_input_with(site.node, marked)
+            user.replace_input_with(site.node, marked)
         self.dtypes[marked] = dtype
         self.walked.values[marked] = site.value
         self.walked.key_of[marked] = site.key
@@ -376,11 +383,6 @@ class _Marker:
 
     def _device(self) -> torch.device:
         return next(value.device for value in self.capture.inputs if isinstance(value, Tensor))
-
-    def _first_reader(self, site: Site) -> fx.Node:
-        readers = set(site.readers if site.readers is not None else site.node.users)
-        first: fx.Node = next(n for n in site.owner.graph.nodes if n in readers)
-        return first
 
     def _mark_body(self, graph: fx.GraphModule, node: fx.Node) -> None:
         body = _torch.body_of(graph, node)

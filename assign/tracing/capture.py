@@ -9,6 +9,7 @@ buffers that a plan stores in 16 bits; they are widened when the graph is called
 """
 
 import contextlib
+import itertools
 import os
 import re
 import types
@@ -29,6 +30,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 _PREFIX = "L['self'].model"
 _GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # how Dynamo says a.b where parameters are replaced
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+_NUMBERS = itertools.count()  # of steps: Dynamo remembers by a function's name which sizes have varied
 _OPERATOR = "\nWhile executing "  # how torch.fx says which node failed
 _PACKAGES = tuple(f'File "{Path(each).parent}{os.sep}' for each in (torch.__file__, Path(__file__).parent))
 
@@ -75,7 +77,7 @@ class Step(nn.Module):
         self.narrow = tuple(name for name, p in model.named_parameters() if p.dtype in _SIXTEEN_BIT)
         self.narrow_buffers = tuple(name for name, buffer in model.named_buffers() if name in buffers)
         function = Step._forward
-        code = function.__code__.replace(co_name=f"step_{id(self)}")
+        code = function.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
         own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
         self.forward = types.MethodType(own, self)
 
@@ -241,8 +243,9 @@ def _explain_operator(error: BaseException) -> TraceError:
     """An operator of the user's with which a captured graph cannot be prepared."""
     reason, _, rest = str(error).partition(_OPERATOR)
     node, *lines = map(str.strip, rest.splitlines())
+    what = f"{type(error).__name__}: {reason.strip()} while executing {node}"
     return TraceError(
-        f"trace: the captured step cannot be prepared: {type(error).__name__}: {reason.strip()} while executing {node}\n"
+        f"trace: the captured step cannot be prepared: {what}\n"
         f"  at: {_places(lines)}\n"
         "  Hint: express this line with other torch operators; torch.func transforms are not supported in a step."
     )

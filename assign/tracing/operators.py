@@ -23,6 +23,7 @@ from assign import _torch
 from assign.plan.tensors import SLICE
 from assign.tracing.capture import Capture, strip_module_path
 from assign.tracing.functionalize import Aliases, written
+from assign.tracing.layout import Layout
 
 MOVES = frozenset({"contiguous", "clone", "reshape", "flatten", "to", "detach", "flip", "roll", "repeat", "permute"})
 """Operators whose result holds the very values of their first argument: no new site, the same key."""
@@ -59,6 +60,15 @@ class Site:
     source: str = ""
     inputs: tuple[str, ...] = ()
     readers: tuple[fx.Node, ...] | None = None
+
+    def groups(self, layout: Layout) -> list[list[fx.Node]]:
+        """The readers of the tensor, in groups that see the same values: see :meth:`Layout.split_at_writes`."""
+        readers = self.readers if self.readers is not None else tuple(self.node.users)
+        if self.node.op == "placeholder":
+            return layout.split_at_writes(self.node, readers)
+        done = layout.order[self.after]
+        later = [node for node in readers if layout.order.get(node, -1) > done]
+        return [later] if later else []
 
     @property
     def elements(self) -> int:
@@ -116,10 +126,10 @@ def _walk_graph(graph: fx.GraphModule, result: Walk) -> None:
             continue
         arguments = [n for n in node.all_input_nodes if n.op != "get_attr" or n in result.key_of]
         _enter(graph, node, arguments, result)
-        if any(n in result.depends for n in arguments):
-            result.depends.add(node)
-        if any(n in result.parametric for n in arguments):
-            result.parametric.add(node)
+        if node.meta.get("assign_in_place") or _carries(result.values.get(node)):
+            for table in (result.depends, result.parametric):
+                if any(n in table for n in arguments):
+                    table.add(node)
         if node.target is _torch.CHECKPOINT_OP:
             _walk_body(graph, node, result)
         elif node.meta.get("assign_in_place"):
@@ -276,6 +286,13 @@ def floating_arguments(node: fx.Node, walked: Walk) -> Iterator[fx.Node]:
     for argument in node.all_input_nodes:
         if _is_float(walked.values.get(argument)):
             yield argument
+
+
+def _carries(value: Any) -> bool:
+    """Whether a value can carry a gradient: sizes, indices and masks made from a tensor are only bookkeeping."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_carries, value))
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _is_float(value: Any) -> bool:

@@ -3,6 +3,7 @@
 They stand where the executor marks, and compute nothing: in the joint graph, tensors are found by them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, fx, library
 
 from assign import _torch
 from assign.plan.tensors import MARK, grad_key
-from assign.tracing.operators import Walk
+from assign.tracing.layout import Layout
+from assign.tracing.operators import Site, Walk
 
 
 @library.custom_op("assign::probe", mutates_args=())
@@ -45,18 +47,22 @@ def insert_probes(graph: fx.GraphModule, walked: Walk) -> None:
     """Put a probe behind every site of a captured graph; whoever read the tensor reads the probe."""
     for node, key in walked.labels.items():
         _torch.label(node, key)
+    layouts: dict[fx.GraphModule, Layout] = {}
     for site in walked.sites:
-        owner = site.owner.graph
-        readers = list(site.readers if site.readers is not None else site.node.users)
-        order = {n: i for i, n in enumerate(owner.nodes)}
-        readers = [n for n in readers if n in order and order[n] > order[site.after]]
-        first = min(readers, key=order.__getitem__, default=None)
-        if first is None:
-            continue
-        with owner.inserting_before(first if site.node.op == "placeholder" else site.after.next):
-            marked = owner.call_function(probe_tensor, (site.node, site.key))
-        _torch.label(marked, MARK + site.key)
-        for reader in readers:
-            reader.replace_input_with(site.node, marked)
-        site.owner.recompile()
+        layout = layouts.get(site.owner) or layouts.setdefault(site.owner, Layout(site.owner.graph))
+        for group in site.groups(layout):
+            _insert_probe(site, layout, group)
+    for owner in layouts:
+        owner.recompile()
     graph.recompile()
+
+
+def _insert_probe(site: Site, layout: Layout, readers: Sequence[fx.Node]) -> None:
+    graph, is_input = site.owner.graph, site.node.op == "placeholder"
+    with graph.inserting_before(readers[0] if is_input else site.after.next):
+        probed = graph.call_function(probe_tensor, (site.node, site.key))
+    if is_input and readers[0] in layout.without_grad:
+        _torch.enable_grad_around(graph, probed)
+    _torch.label(probed, MARK + site.key)
+    for reader in readers:
+        reader.replace_input_with(site.node, probed)
