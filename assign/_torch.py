@@ -6,6 +6,8 @@ Written against torch 2.11 to 2.13.
 import contextlib
 import functools
 import logging
+import os
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,17 +19,34 @@ from torch import fx, nn
 from torch._decomp import decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, TorchRuntimeError, Unsupported, UserError
 from torch._dynamo.source import LocalSource
+from torch._dynamo.variables import TorchInGraphFunctionVariable
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    PendingUnbackedSymbolNotFound,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.fx.graph import _BoxedCodeGen
 from torch.nn.utils import stateless
+from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["FakeTensor", "FakeTensorMode"]
@@ -37,6 +56,9 @@ GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 CaptureError = TorchDynamoException
 """What Dynamo raises when it cannot capture a function as one graph."""
+
+CAPTURE_FAILURES = (TorchDynamoException, GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
+"""What comes out of Dynamo and of what it calls where a function is not captured as one graph."""
 
 GRAPH_BREAKS = (Unsupported, UserError, TorchRuntimeError)
 """Those among them that are about the user's code."""
@@ -434,13 +456,7 @@ def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
     gets or loses later makes a new graph; by default Dynamo would not look.
     """
 
-    def receive(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        # oneDNN's layer would be for inference, and torch takes every layer for that whose input needs no gradient
-        layer = decompositions.one_layer_lstm
-        with mock.patch.object(decompositions, "select_one_layer_lstm_function", return_value=layer):
-            return backend(graph, inputs)
-
-    compiled = torch.compile(step, backend=receive, fullgraph=True)
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
     names = ("debug", "info", "warning", "error", "warning_once", "info_once", "warning_advice")
     loggers = {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
     options = {
@@ -455,6 +471,15 @@ def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
             return compiled(*args, **kwargs)
 
     return run
+
+
+def unrolled_lstm() -> contextlib.AbstractContextManager[Any]:
+    """Within the context, AOTAutograd takes recurrent layers apart as for training.
+
+    oneDNN's layer would be for inference, and torch takes every layer for that whose input needs no gradient.
+    """
+    layer = decompositions.one_layer_lstm
+    return mock.patch.object(decompositions, "select_one_layer_lstm_function", return_value=layer)
 
 
 def multiply_in_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -629,3 +654,148 @@ def fsdp_forward(module: nn.Module, function: Callable[..., Any], args: Any, kwa
         return function(*args, **kwargs)
     args, kwargs = state._pre_forward(module, args, kwargs)
     return state._post_forward(module, args, function(*args, **kwargs))
+
+
+# ---- a step that is recorded in pieces
+
+NEEDS_DATA = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+"""What an operator raises on tensors without data if its result needs the data."""
+
+Modes = tuple[Any, ...]
+ENTER_AUTOCAST, EXIT_AUTOCAST = autocast_mode._enter_autocast, autocast_mode._exit_autocast
+NO_AUTOCAST: Modes = ()
+OWN_FILES = tuple(f"{Path(each).parent}{os.sep}" for each in (torch.__file__, __file__))
+"""Beginnings of the paths of torch's own files and of this package's."""
+
+_APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]  # of the class method itself
+
+
+def autocast_modes() -> Modes:
+    """Arguments of :data:`ENTER_AUTOCAST` for the autocast region that the code is in; empty outside of one."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            return device, torch.get_autocast_dtype(device), True, torch.is_autocast_cache_enabled()
+    return NO_AUTOCAST
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Within the context, no autocast region is entered."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def as_if_compiling(compiling: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Within the context, ``torch.compiler.is_compiling()`` says so: libraries then take the branch made for graphs."""
+    return mock.patch.object(torch.compiler, "_is_compiling_flag", compiling)
+
+
+@contextlib.contextmanager
+def recorded_functions(
+    apply: Callable[[Any, Any, Any], Any], checkpointed: Callable[[], contextlib.AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Within the context, autograd functions are given to ``apply``, and checkpointed blocks run in ``checkpointed()``.
+
+    Args:
+        apply: takes the class, positional and keyword arguments; returns None for what torch shall do as usual.
+    """
+
+    def replaced(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is torch_checkpoint.CheckpointFunction:
+            with checkpointed():
+                return args[0](*args[2:])
+        made = apply(cls, args, kwargs)
+        return _APPLY(cls, *args, **kwargs) if made is None else made
+
+    def block(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+        with checkpointed():
+            yield
+
+    with (
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(replaced)),
+        mock.patch.object(torch_checkpoint, "_checkpoint_without_reentrant_generator", block),
+    ):
+        yield
+
+
+def plain_functions() -> contextlib.AbstractContextManager[Any]:
+    """Within :func:`recorded_functions`, a context without it: what is compiled keeps torch's own ``apply``."""
+    return mock.patch.object(torch.autograd.Function, "apply", classmethod(_APPLY))
+
+
+class AppliedFunction:
+    """``function.apply`` as the target of a node, named as Dynamo names it."""
+
+    __name__ = "autograd_function_apply"
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _APPLY(self.function, *args, **kwargs)
+
+
+def stand_in_block_of(node: fx.Node, neighbour: fx.Node) -> None:
+    """Put a node that was added to a captured graph into the checkpointed block of another."""
+    node.meta |= {name: neighbour.meta[name] for name in ("recompute", "ac_graph_id") if name in neighbour.meta}
+
+
+def ask_recompute(node: fx.Node, region: int) -> None:
+    """Say that a captured node stands in the checkpointed block with this number."""
+    node.meta["recompute"] = torch_checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+    node.meta["ac_graph_id"] = region
+
+
+def tracing_context(mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
+    """Within the context, AOTAutograd traces with this mode, as if Dynamo had called it."""
+    return cast(contextlib.AbstractContextManager[Any], tracing(TracingContext(mode)))
+
+
+def wrapper_like(kind: type[torch.Tensor], example: torch.Tensor) -> Any:
+    """A tensor of class ``kind`` with the shape and dtype of ``example`` and no memory."""
+    make: Any = torch.Tensor._make_wrapper_subclass
+    return make(kind, example.size(), strides=example.stride(), dtype=example.dtype, device=example.device)
+
+
+def without_subclasses() -> contextlib.AbstractContextManager[Any]:
+    """Within the context, torch functions take tensors of every class as plain ones."""
+    return cast(contextlib.AbstractContextManager[Any], torch._C.DisableTorchFunctionSubclass())
+
+
+def without_functions() -> contextlib.AbstractContextManager[Any]:
+    """Within the context, no mode and no class of tensors sees torch functions."""
+    return cast(contextlib.AbstractContextManager[Any], torch._C.DisableTorchFunction())
+
+
+def memory_of(x: torch.Tensor) -> int:
+    """A number for the memory behind a tensor; the same for all views of it."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return id(x) if wrapped or x.layout != torch.strided else x.untyped_storage()._cdata
+
+
+def is_method(function: Any) -> bool:
+    """Whether a torch function is a method of tensors."""
+    return getattr(torch.Tensor, getattr(function, "__name__", ""), None) is function
+
+
+def is_inlined(function: Any) -> bool:
+    """Whether Dynamo would write what a Python function of torch's does into a graph, and not the function."""
+    if not isinstance(function, types.FunctionType):
+        return False
+    return is_method(function) or trace_rules.lookup(function) is not TorchInGraphFunctionVariable
+
+
+@functools.lru_cache(maxsize=256)
+def unchecked(function: types.FunctionType) -> Callable[..., Any]:
+    """A copy of a Python function of torch's that does its work itself and asks no ``__torch_function__``."""
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = {**function.__globals__, **dict.fromkeys(names, lambda *_: False)}
+    cells = function.__closure__
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

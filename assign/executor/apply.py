@@ -182,10 +182,13 @@ def compile_planned(
     graph_backend: _torch.GraphBackend,
     promotion: Promotion | None = None,
     scales: DelayedScales | None = None,
+    *,
+    whole: bool = False,
 ) -> Callable[..., Any]:
     """``call(module, …)`` → ``loss(model, …)`` under the plan; ``module`` is what the user calls.
 
-    What the plan stores must be so in the model already; ``graph_backend`` is :func:`make_backend`'s.
+    What the plan stores must be so in the model already; ``graph_backend`` is :func:`make_backend`'s. With ``whole``,
+    the step is one graph in any case: see :func:`compile_step`.
     """
     if promotion is not None and not promotion.watches(plan):
         raise PlanError(
@@ -215,7 +218,9 @@ def compile_planned(
         return without_unused_gradients(tapped, capture, needed) if capture.training else tapped
 
     narrow = narrow_buffers(plan.entries)
-    compiled = several.around(compile_step(_plain(model, type(model)), loss, receive, buffers=narrow), plan)
+    compiled = several.around(
+        compile_step(_plain(model, type(model)), loss, receive, buffers=narrow, whole=whole), plan
+    )
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         delayed.begin(torch.is_grad_enabled())
@@ -291,6 +296,8 @@ def _check_covers(walked: Walk, capture: Capture, plan: Assignment, whole_step: 
     ]
     keys += [site.key for site in walked.sites if site.key in frozen]
     keys += [key for key in plan.entries if key.removesuffix(".grad") in frozen and key not in keys]
+    if capture.is_part:  # the others have the rest
+        keys += [key for key in plan.entries if key not in keys]
     if not whole_step:  # the loss is computed outside: its entries have nothing to apply to
         keys += [key for key in plan.entries if key.startswith("loss/")]
     plan.check_covers(keys, where="the plan", buffers=capture.buffers.values())

@@ -35,7 +35,7 @@ from assign.plan.tensors import MARK, Role, grad_key, saved_key
 from assign.tracing.capture import Capture
 from assign.tracing.functionalize import written
 from assign.tracing.layout import Layout
-from assign.tracing.operators import Site, Walk, floating_arguments, operator_name
+from assign.tracing.operators import CROSSING, Site, Walk, floating_arguments, operator_name
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WIDENINGS = frozenset({"float", "to", "type", "type_as"})
@@ -192,7 +192,8 @@ def mark(
     """
     marker = _Marker(capture, walked, plan, promotion, scales)
     marker.mark_graph(capture.graph)
-    marker.widen_outputs(capture.graph)
+    if not capture.is_part:
+        marker.widen_outputs(capture.graph)
     capture.graph.graph.lint()
     capture.graph.recompile()
     return marker.taps
@@ -301,6 +302,7 @@ class _Marker:
                 else:
                     converted = graph.graph.call_method("to", (argument, _DTYPES[wanted]))
             _torch.label(converted, _torch.label_of(node))
+            _torch.stand_in_block_of(converted, node)
             node.replace_input_with(argument, converted)
 
     def _mark_sites(self, graph: fx.GraphModule, node: fx.Node) -> None:
@@ -317,18 +319,24 @@ class _Marker:
         have = self.dtypes.get(site.node, lowering.FLOAT32)
         names = {fmt.native for fmt in formats}
         explicit = saved_key(site.key) in self.plan.entries
+        forward, backward = self._names(site.key, formats)
+        if site.op == CROSSING:
+            if forward != formats[0].name:  # what watches or scales this tensor has seen it in the piece that made it
+                self.dtypes[site.node] = have
+                return
+            backward = "fp32"  # rounded where the whole gradient is known, behind the tensor's operator
         tap = self._tap(graph, site, have) if site.op == "parameter" else {}
         if have == dtype and names == {dtype} and not explicit and not tap:
             self.dtypes[site.node] = dtype
             return
         with graph.graph.inserting_before(before):
-            forward, backward = self._names(site.key, formats)
             arguments = (site.node, forward, backward, dtype, explicit)
             randomness = self._randomness(graph, site.key, (forward, backward))
             marked = graph.graph.call_function(mark_tensor, (*arguments, *randomness), tap)
         if site.node.op == "placeholder" and before in self.layouts[graph.graph].without_grad:
             _torch.enable_grad_around(graph.graph, marked)
         _torch.label(marked, MARK + site.key)
+        _torch.stand_in_block_of(marked, before if site.node.op == "placeholder" else site.after)
         for user in readers:
             user.replace_input_with(site.node, marked)
         self.dtypes[marked] = dtype

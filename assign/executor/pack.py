@@ -207,4 +207,7 @@ class _Packer:
 
 
 def _reads_input(mark: fx.Node) -> bool:
-    return isinstance(mark.args[0], fx.Node) and mark.args[0].op == "placeholder"
+    """Whether a mark is that of a parameter or of the batch, and not of a result of an earlier piece."""
+    label = _torch.label_of(mark)
+    made_before = label.startswith(MARK) and "/" in label and label.partition("#")[0] != f"{MARK}/input"
+    return isinstance(mark.args[0], fx.Node) and mark.args[0].op == "placeholder" and not made_before

@@ -74,7 +74,7 @@ def rehearse(
         model = copy.deepcopy(model)
         store(model, plan)
     programs = _Programs()
-    step = compile_planned(model, loss, plan, make_backend(plan, Backend.INDUCTOR, programs.receive))
+    step = compile_planned(model, loss, plan, make_backend(plan, Backend.INDUCTOR, programs.receive), whole=True)
     with contextlib.suppress(_Received):
         step(model, batch)
     forward, saved, backward = programs.run()

@@ -127,7 +127,7 @@ def _time_step(
         timers.append(timer)
         return _torch.boxed(lambda inputs: timer.run(*inputs))
 
-    step = compile_planned(model, loss, plan, make_backend(plan, Backend.EAGER, compiler))
+    step = compile_planned(model, loss, plan, make_backend(plan, Backend.EAGER, compiler), whole=True)
     with torch.random.fork_rng():
         for number in range(repeats + 1):
             step(model, batch).backward()

@@ -16,6 +16,8 @@ from assign.tracing.capture import Capture
 from assign.tracing.functionalize import written
 from assign.tracing.layout import views_through
 
+_INPUT = -1  # in the place of a result's position: whether what is read of an input later is used, is not known
+
 
 def without_unused_gradients(
     run: Callable[..., Sequence[Any]], capture: Capture, needed: Sequence[frozenset[int]]
@@ -44,7 +46,10 @@ def without_unused_gradients(
 
 
 def results_behind_inputs(graph: fx.GraphModule) -> list[frozenset[int]]:
-    """For each input of a captured graph, the positions of the results that depend on it."""
+    """For each input of a captured graph, the positions of the results that depend on it.
+
+    Where an input that the graph changes in place depends on it, :data:`_INPUT` is among them.
+    """
     reached: dict[fx.Node, set[int]] = {}
     outputs: Any = _torch.output_of(graph).args[0]
     for position, node in enumerate(outputs):
@@ -54,6 +59,8 @@ def results_behind_inputs(graph: fx.GraphModule) -> list[frozenset[int]]:
         if written(node) is not None:  # later nodes read what it writes through the tensor that it writes into
             for target in views_through(node)[1:]:
                 reached.setdefault(node, set()).update(reached.get(target, ()))
+                if target.op == "placeholder":
+                    reached[node].add(_INPUT)
         for source in node.all_input_nodes if node.op != "output" else ():
             reached.setdefault(source, set()).update(reached.get(node, ()))
     return [frozenset(reached.get(node, ())) for node in _inputs(graph)]
@@ -78,7 +85,7 @@ def _drop_zeros(outputs: Sequence[Any], parameters: Sequence[tuple[Tensor, froze
     edges = [behind.get(id(_torch.leaf_of(function))) for function, _ in node.next_functions]
 
     def drop(gradients: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        used = {position for position, (_, number) in nodes.items() if results[number] is not None}
+        used = {position for position, (_, number) in nodes.items() if results[number] is not None} | {_INPUT}
         return tuple(
             None if reached is not None and not reached & used else gradient
             for gradient, reached in zip(gradients, edges, strict=True)

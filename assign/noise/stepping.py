@@ -63,7 +63,7 @@ class ProbedStep:
 
     def __init__(self, model: nn.Module, loss: Loss, *, fused: bool = False) -> None:
         check_parameters(model)
-        self._step = compile_step(model, loss, self._receive)
+        self._step = compile_step(model, loss, self._receive, whole=True)
         self._fused = fused
         self._found: tuple[_Joint, Sequence[Any]] | None = None
 

@@ -197,10 +197,15 @@ class TensorTable(Drawn):
     Attributes:
         tensors: rows, in the order of execution.
         schedule: what :func:`assign.estimate` replays.
+        breaks: where the code of the step needs the values of tensors, and why: it is then captured in several graphs,
+            which end there. Empty if Dynamo captured it as one.
+        outside: operators that depend on a parameter and are in none of these graphs: they run as in plain PyTorch.
     """
 
     tensors: tuple[TensorInfo, ...]
     schedule: Schedule = Schedule()
+    breaks: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
 
     @cached_property
     def by_key(self) -> Mapping[str, TensorInfo]:
@@ -259,6 +264,8 @@ class TensorTable(Drawn):
             "groups": [dataclasses.asdict(group) for group in self.groups],
             "tensors": [dataclasses.asdict(info) for info in self.tensors],
             "schedule": dataclasses.asdict(self.schedule),
+            "breaks": list(self.breaks),
+            "outside": list(self.outside),
         }
 
     @classmethod
@@ -274,7 +281,8 @@ class TensorTable(Drawn):
             plain["buffers"] = tuple(Buffer(**row) for row in plain["buffers"])
             plain["events"] = tuple(Event(**_from_plain(Event, row)) for row in plain["events"])
             plain["kept"] = tuple(plain["kept"])
-            return cls(tensors=tuple(TensorInfo(**row) for row in rows), schedule=Schedule(**plain))
+            said = {name: tuple(map(str, data.get(name, ()))) for name in ("breaks", "outside")}
+            return cls(tensors=tuple(TensorInfo(**row) for row in rows), schedule=Schedule(**plain), **said)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(
                 f"table: not a tensor table ({error}). Make one with 'assign trace TASK --json FILE'."

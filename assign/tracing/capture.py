@@ -24,6 +24,8 @@ from torch import Tensor, fx, nn
 
 from assign import _torch
 from assign.errors import AssignError, TraceError
+from assign.tracing.pieces import Piece
+from assign.tracing.recording import Recorder
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -45,8 +47,10 @@ class Capture:
         parameters: placeholder → name of the parameter (one name for tied weights).
         buffers: placeholder → name of the buffer.
         widened: positions of the buffers that the graph takes and changes in float32, though they are stored narrower.
-        dtypes: of the parameters that are not in float32; the graph's own values say float32.
+        dtypes: of the parameters, and of results of earlier pieces, that are stored in fewer bits than float32; the
+            graph's own values say float32.
         training: whether the model was in training mode with gradients on.
+        piece: what is known of the graph if it was recorded; None if Dynamo captured it.
     """
 
     graph: fx.GraphModule
@@ -56,6 +60,12 @@ class Capture:
     widened: tuple[int, ...]
     dtypes: dict[fx.Node, torch.dtype]
     training: bool
+    piece: Piece | None = None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether other graphs have the rest of the step."""
+        return self.piece is not None and not self.piece.whole
 
 
 def call_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -94,31 +104,33 @@ class Step(nn.Module):
         return result
 
 
-def compile_step(
-    model: nn.Module,
-    loss: Callable[..., Any],
-    backend: Callable[[Capture], Callable[..., Any]],
-    *,
-    buffers: Collection[str] = (),
-) -> Callable[..., Any]:
-    """``loss(model, …)`` that goes through ``backend`` at its first call and whenever shapes or modes change.
+class CompiledStep:
+    """``loss(model, …)`` that goes through a backend at its first call and whenever shapes or modes change.
 
-    Args:
-        buffers: names of those that are stored in 16 bits and computed in float32.
-    Raises (when called):
-        TraceError: the model or the loss breaks the graph; says the user's line.
+    Dynamo captures the step as one graph. Where it cannot, :class:`Recorder` captures it in several, from then on.
     """
 
-    def receive(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        capture = _describe(model, graph, inputs, buffers)
-        return _widening(backend(capture), capture.widened)
+    def __init__(self, step: Step, receive: Callable[..., Callable[..., Any]], *, whole: bool) -> None:
+        self.recorder = Recorder(step, receive, whole=whole)
+        self._model = step.model
+        self._compiled = _torch.compile_step(step, receive)
+        self._in_pieces = False
 
-    compiled = _torch.compile_step(Step(model, loss, buffers), receive)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Result of the step.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+        Raises:
+            TraceError: the step cannot be captured; says the user's line.
+        """
         try:
-            with _hidden_gradients(model):
-                return compiled(*args, **kwargs)
+            with _hidden_gradients(self._model):
+                if not self._in_pieces:
+                    try:
+                        return self._compiled(*args, **kwargs)
+                    except _torch.CAPTURE_FAILURES as error:
+                        self._check_recordable(error)
+                        self._in_pieces = True
+                return self.recorder(*args, **kwargs)
         except _torch.CaptureError as error:
             inner = _torch.inner_exception(error)
             if isinstance(inner, AssignError):
@@ -129,7 +141,35 @@ def compile_step(
                 raise _explain_operator(inner) from error
             raise
 
-    return call
+    def _check_recordable(self, error: BaseException) -> None:
+        """Raise what Dynamo raised where running the user's code would not help."""
+        refused = isinstance(_torch.inner_exception(error), AssignError)
+        if refused or any(parameter.is_meta for parameter in self._model.parameters()):
+            raise error
+
+
+def compile_step(
+    model: nn.Module,
+    loss: Callable[..., Any],
+    backend: Callable[[Capture], Callable[..., Any]],
+    *,
+    buffers: Collection[str] = (),
+    whole: bool = False,
+) -> CompiledStep:
+    """``loss(model, …)`` that goes through ``backend``.
+
+    Args:
+        buffers: names of those that are stored in 16 bits and computed in float32.
+        whole: a step that Dynamo cannot capture is one graph all the same, in which the code took the branches that it
+            takes with these inputs: to look at a step, not to train with it.
+    """
+
+    def receive(graph: fx.GraphModule, inputs: Sequence[Any], piece: Piece | None = None) -> Callable[..., Any]:
+        capture = _describe(model, graph, inputs, buffers, piece)
+        with _torch.unrolled_lstm():
+            return _widening(backend(capture), capture.widened)
+
+    return CompiledStep(Step(model, loss, buffers), receive, whole=whole)
 
 
 def _widening(run: Callable[..., Any], positions: Collection[int]) -> Callable[..., Any]:
@@ -193,13 +233,18 @@ def strip_module_path(path: str) -> str | None:
 
 
 def _describe(
-    model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Any], stored_narrow: Collection[str]
+    model: nn.Module,
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    stored_narrow: Collection[str],
+    piece: Piece | None,
 ) -> Capture:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     buffers = {id(buffer): name for name, buffer in model.named_buffers()}
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     pairs = list(zip(placeholders, inputs, strict=True))
     dtypes = {node: value.dtype for node, value in pairs if id(value) in names and value.dtype in _SIXTEEN_BIT}
+    narrow = {node: value.dtype for node, value in pairs if piece and node in piece.crossing}
     widened = [position for position, value in enumerate(inputs) if buffers.get(id(value)) in stored_narrow]
     for node in (*dtypes, *(placeholders[position] for position in widened)):
         _drop_widening(graph, node)
@@ -210,8 +255,9 @@ def _describe(
         parameters={node: names[id(value)] for node, value in pairs if id(value) in names},
         buffers={node: buffers[id(value)] for node, value in pairs if id(value) in buffers},
         widened=tuple(widened),
-        dtypes=dtypes,
+        dtypes={**dtypes, **{n: dtype for n, dtype in narrow.items() if dtype != _torch.fake_value(n).dtype}},
         training=model.training and torch.is_grad_enabled(),
+        piece=piece,
     )
 
 

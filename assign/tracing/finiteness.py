@@ -47,7 +47,7 @@ def non_finite(model: nn.Module, batch: Any, loss: Loss) -> frozenset[str]:
         return torch.no_grad()(capture.graph.forward)
 
     with _unchanged(model), torch.enable_grad():
-        compile_step(model, loss, receive)(batch)
+        compile_step(model, loss, receive, whole=True)(batch)
     return frozenset(found)
 
 

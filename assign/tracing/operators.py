@@ -24,9 +24,13 @@ from assign.plan.tensors import SLICE
 from assign.tracing.capture import Capture, strip_module_path
 from assign.tracing.functionalize import Aliases, written
 from assign.tracing.layout import Layout
+from assign.tracing.pieces import Crossing
 
 MOVES = frozenset({"contiguous", "clone", "reshape", "flatten", "to", "detach", "flip", "roll", "repeat", "permute"})
 """Operators whose result holds the very values of their first argument: no new site, the same key."""
+
+CROSSING = "crossing"
+"""Operator of a site that is a result of an earlier piece: a tensor of the table already, marked there."""
 
 _CANONICAL = {
     "truediv": "div",
@@ -94,6 +98,7 @@ class Walk:
     depends: set[fx.Node] = field(default_factory=set)
     parametric: set[fx.Node] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
+    crossing: set[fx.Node] = field(default_factory=set)
 
     def fresh_key(self, module: str, op: str) -> str:
         """``module/op``, or ``module/op#2`` for the second such operator there."""
@@ -104,17 +109,35 @@ class Walk:
 
 def walk(capture: Capture) -> Walk:
     """Name every tensor of a functional captured graph."""
-    result = Walk()
+    piece = capture.piece
+    result = Walk(counts=piece.counts) if piece else Walk()
+    for node, crossing in piece.crossing.items() if piece else ():
+        if crossing.depends:
+            result.depends.add(node)
+            result.crossing.add(node)
+            if crossing.parametric:
+                result.parametric.add(node)
+            if crossing.key:
+                result.key_of[node] = crossing.key
     for node, name in capture.parameters.items():
         if _is_float(_torch.fake_value(node)):
             result.key_of[node] = name
             result.depends.add(node)
             result.parametric.add(node)
-    others = capture.parameters.keys() | capture.buffers.keys()
+    others = {*capture.parameters, *capture.buffers, *((*piece.constants, *piece.crossing) if piece else ())}
     for node in capture.graph.graph.nodes:
         if node.op == "placeholder" and node not in others and _is_float(_torch.fake_value(node)):
             result.depends.add(node)
     _walk_graph(capture.graph, result)
+    if piece:
+        outputs: Any = _torch.output_of(capture.graph).args[0]
+        piece.results[:] = [
+            Crossing(
+                key=result.key_of.get(node, ""), parametric=node in result.parametric, depends=node in result.depends
+            )
+            for node in outputs
+        ]
+        piece.entered |= {site.node: site.key for site in result.sites if site.op == "input"}
     return result
 
 
@@ -145,9 +168,10 @@ def _enter(graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], resul
         value: Any = result.values.get(argument)
         if argument.op == "placeholder" and argument in result.key_of:
             key = result.key_of[argument]
-            if key not in result.seen and argument in result.parametric:
+            if key not in result.seen and argument in result.parametric | result.crossing:
                 result.seen.add(key)
-                result.sites.append(_site(key, "parameter", argument, graph, value, result))
+                op = "parameter" if argument not in result.crossing else CROSSING
+                result.sites.append(_site(key, op, argument, graph, value, result))
         elif inside and _is_float(value) and argument in result.depends and argument not in result.parametric:
             outside = argument.op == "placeholder" or strip_module_path(_torch.module_path(argument)) is None
             if outside and argument not in result.labels.keys() | result.key_of.keys():

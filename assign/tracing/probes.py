@@ -64,5 +64,6 @@ def _insert_probe(site: Site, layout: Layout, readers: Sequence[fx.Node]) -> Non
     if is_input and readers[0] in layout.without_grad:
         _torch.enable_grad_around(graph, probed)
     _torch.label(probed, MARK + site.key)
+    _torch.stand_in_block_of(probed, readers[0] if is_input else site.after)
     for reader in readers:
         reader.replace_input_with(site.node, probed)

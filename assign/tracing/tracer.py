@@ -4,9 +4,8 @@ The model is captured with its loss as one graph, a probe stands at every tensor
 partitioner say what the backward pass does and which values wait for it. The graph traced here is the graph that runs.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from assign.tracing.allocations import Allocations
 from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
+from assign.tracing.kept_state import kept_state
 from assign.tracing.operators import Walk, walk
 from assign.tracing.probes import insert_probes
 from assign.tracing.workspace import kernel_scratch
@@ -57,8 +57,8 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
     """
     check_parameters(model)
     recorder = _Recorder()
-    step = compile_step(model, loss, recorder.receive)
-    with torch.enable_grad(), _kept_buffers(model):
+    step = compile_step(model, loss, recorder.receive, whole=True)
+    with torch.enable_grad(), kept_state(model):
         result = step(batch)
     if recorder.walked is None:
         raise TraceError("trace: the loss does not use the model. loss(model, batch) must call model.")
@@ -79,18 +79,8 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         optimizer_bytes=optimizer_bytes,
         optimizer_scratch_bytes=scratch,
     )
-    return TensorTable(tensors=assign_groups([*rows, *states]), schedule=schedule)
-
-
-@contextlib.contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Behind the context, the model has the buffers that it had before, and not what a trace puts in their place."""
-    kept = [(m, name, buffer) for m in model.modules() for name, buffer in m.named_buffers(recurse=False)]
-    try:
-        yield
-    finally:
-        for module, name, buffer in kept:
-            setattr(module, name, buffer)
+    breaks, outside = step.recorder.report()
+    return TensorTable(tensors=assign_groups([*rows, *states]), schedule=schedule, breaks=breaks, outside=outside)
 
 
 class _Recorder:

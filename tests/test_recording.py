@@ -1,0 +1,416 @@
+"""Steps that Dynamo cannot capture as one graph: recorded in pieces, with the same names and the same numbers."""
+
+import copy
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import adamw, everything, measured_peak, sgd, traced
+from models import (
+    GPT,
+    MLP,
+    Complex,
+    Explicit,
+    Gated,
+    OwnFunction,
+    Recurrent,
+    ResNet,
+    Upsampling,
+    class_loss,
+    images,
+    tokens,
+    vectors,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import assign
+from assign.errors import TraceError
+from assign.tracing.capture import compile_step
+from assign.tracing.functionalize import functionalize
+from assign.tracing.operators import walk
+
+
+def square_loss(model, x):
+    return model(x).square().mean()
+
+
+def broken(loss):
+    """The same loss, which Dynamo does not capture."""
+
+    def step(model, batch):
+        torch._dynamo.graph_break()
+        return loss(model, batch)
+
+    return step
+
+
+def run(model, step, batch):
+    torch.manual_seed(1)
+    loss = step(batch)
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters()], [b.clone() for b in model.buffers()]
+
+
+def plain_backend(capture):
+    functionalize(capture.graph)
+    walk(capture)
+    return capture.graph.forward
+
+
+def same(found, expected):
+    return found is expected is None or torch.equal(found, expected)
+
+
+def assert_same(found, expected):
+    assert torch.equal(found[0], expected[0])
+    assert all(map(same, found[1], expected[1]))
+    assert all(map(same, found[2], expected[2]))
+
+
+MODELS = {
+    "mlp": (MLP, vectors),
+    "gated": (Gated, vectors),
+    "resnet": (ResNet, images),
+    "gpt": (GPT, tokens),
+    "own function": (OwnFunction, vectors),
+    "upsampling": (Upsampling, images),
+    "explicit": (Explicit, vectors),
+    "complex": (Complex, vectors),
+    "recurrent": (Recurrent, vectors),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_graph_break_changes_neither_names_nor_numbers(name):
+    make, batches = MODELS[name]
+    model, batch = make(), batches()
+    table, other = (traced(model, batch, loss) for loss in (class_loss, broken(class_loss)))
+    assert other.fingerprint == table.fingerprint
+    assert [row.key for row in other.paper_tensors] == [row.key for row in table.paper_tensors]
+    for format_name in ("fp32", "bf16"):
+        plan, results = everything(table, format_name), []
+        for loss in (class_loss, broken(class_loss)):
+            copied = copy.deepcopy(model)
+            results.append(run(copied, assign.planned_step(copied, loss, plan, backend="eager"), batch))
+        assert_same(results[1], results[0])
+
+
+class Checked(nn.Module):
+    """Looks at its batch and at its own activations; draws random numbers in between."""
+
+    def __init__(self, look="both"):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+        self.norm, self.look, self.calls = nn.BatchNorm1d(32), look, 0
+
+    def forward(self, batch):
+        x, labels = batch
+        self.calls += 1
+        if labels.max() >= 4:
+            raise ValueError("label out of range")
+        h = F.dropout(self.norm(self.first(x)).relu(), 0.25)
+        if self.look != "batch" and h.abs().max().item() > 1e3:
+            return h.sum()
+        noise = torch.rand(1)
+        h = h + self.second(h * noise)
+        if self.look != "batch" and bool((h > 0).any()):
+            h = h.tanh()
+        return F.cross_entropy(self.head(h), labels)
+
+
+def call(model, batch):
+    return model(batch)
+
+
+@pytest.mark.parametrize(("look", "pieces"), [("batch", 2), ("both", 3)])
+def test_branches_on_values(look, pieces):
+    """What depends on the batch alone ends no piece; random numbers are drawn in the order of the code."""
+    model, batch = Checked(look), vectors()
+    plain, table = copy.deepcopy(model), traced(model, batch, call)
+    expected = run(plain, lambda each: call(plain, each), batch)
+    step = assign.planned_step(model, call, everything(table, "fp32"), backend="eager")
+    assert_same(run(model, step, batch), expected)
+    low = copy.deepcopy(model)
+    low.zero_grad()
+    found = run(low, assign.planned_step(low, call, everything(table, "bf16"), backend="eager"), batch)
+    assert float(found[0]) == pytest.approx(float(expected[0]), rel=0.02)  # a few bf16 ulps (2^-8) per tensor
+    assert len(table.breaks) == (0 if look == "batch" else 2)
+    assert all("test_recording.py" in each for each in table.breaks)
+    compiled = compile_step(model, call, plain_backend)
+    compiled(batch)
+    assert compiled.recorder.pieces == pieces
+
+
+def test_an_error_of_the_users_code_stays_the_users_error():
+    model, (x, labels) = Checked(), vectors()
+    plan = everything(traced(model, (x, labels), call), "bf16")
+    step = assign.planned_step(model, call, plan, backend="eager")
+    step((x, labels)).backward()
+    with pytest.raises(ValueError, match="label out of range"):
+        step((x, labels + 4))
+    step((x, labels)).backward()
+
+
+def test_tracing_leaves_everything_as_it_was():
+    model, batch = Checked(), vectors()
+    before, state = {n: v.clone() for n, v in model.state_dict().items()}, torch.random.get_rng_state()
+    python, numpy = random.getstate(), np.random.get_state()[1].copy()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    hooks = len(model._forward_hooks)
+    traced(model, batch, call, adamw)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert random.getstate() == python
+    assert np.array_equal(np.random.get_state()[1], numpy)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    assert (model.calls, len(model._forward_hooks)) == (0, hooks)
+
+
+class Experts(nn.Module):
+    """Tokens go to the experts that a router chooses: how many, depends on the weights."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.router, self.how = nn.Linear(16, 3), how
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        weights, chosen = self.router(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if self.how == "mask":
+                mine = chosen == number
+                y[mine] = expert(x[mine]) * weights[mine, None]
+            else:
+                (mine,) = torch.where(chosen == number)
+                if len(mine):
+                    y.index_add_(0, mine, expert(x[mine]) * weights[mine, None])
+        return self.head(y)
+
+
+@pytest.mark.parametrize("how", ["mask", "where"])
+def test_experts_that_a_router_chooses(how):
+    model, batch = Experts(how), vectors()
+    table = traced(model, batch)
+    assert {"experts.0/linear", "experts.2/linear", "/softmax"} <= table.by_key.keys()
+    plain = copy.deepcopy(model)
+    expected = run(plain, lambda each: class_loss(plain, each), batch)
+    step = assign.planned_step(model, class_loss, everything(table, "fp32"), backend="eager")
+    found = run(model, step, batch)
+    assert torch.equal(found[0], expected[0])
+    for gradient, other in zip(found[1], expected[1], strict=True):
+        assert torch.allclose(gradient, other, rtol=1e-5, atol=1e-7)  # parts are summed in another order
+
+
+class Dropped(nn.Module):
+    """Layers are left out at random, as by LayerDrop."""
+
+    def __init__(self, layers=6):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(layers))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        for layer in self.layers:
+            if torch.rand([]) < 0.5:
+                continue
+            x = x + layer(x).tanh()
+        return self.head(x)
+
+
+def test_branches_that_vary_compile_each_part_a_few_times():
+    """Not a graph for each of the 2^6 ways through the layers; parameters that are left out have no gradient."""
+    torch.manual_seed(3)
+    model, batch = Dropped(), vectors()
+    plan = assign.search(GivenAll(model), batch, class_loss, low_ratio=0.0)
+    plain, compiled = copy.deepcopy(model), []
+
+    def backend(capture):
+        compiled.append(capture)
+        return plain_backend(capture)
+
+    step = compile_step(model, class_loss, backend)
+    for number in range(40):
+        torch.manual_seed(number)
+        found = step(batch)
+        torch.manual_seed(number)
+        assert torch.equal(found, class_loss(plain, batch))
+    assert len(compiled) <= 4 * 6 + 8
+    assert plan.entries
+
+
+class GivenAll(nn.Module):
+    """A model whose random branches are all taken."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        for layer in self.model.layers:
+            x = x + layer(x).tanh()
+        return self.model.head(x)
+
+
+class Wrapped(torch.autograd.Function):
+    """Runs a module within a function of its own: autograd does not see the module's parameters in the arguments."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.y = module(ctx.x)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        torch.autograd.backward(ctx.y, grad)
+        return ctx.x.grad, None
+
+
+class Hidden(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.first, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(Wrapped.apply(self.first(x), self.inner).tanh())
+
+
+def test_an_operator_outside_every_piece_is_listed_and_trained():
+    model, batch = Hidden(), vectors()
+    table = traced(model, batch)
+    assert len(table.outside) == 1
+    assert "test_recording.py" in table.outside[0]
+    assert "autograd_function_apply, 256 elements" in table.outside[0]
+    plain = copy.deepcopy(model)
+    expected = run(plain, lambda each: class_loss(plain, each), batch)
+    plan = everything(table, "fp32")
+    with pytest.warns(UserWarning, match=r"autograd_function_apply at .*test_recording.*runs outside the plan"):
+        found = run(model, assign.planned_step(model, class_loss, plan, backend="eager"), batch)
+    assert_same(found, expected)
+
+
+def test_a_checkpointed_block_is_computed_again_in_pieces_too():
+    class Block(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.a, self.b, self.head, self.reentrant = (
+                nn.Linear(16, 64),
+                nn.Linear(64, 16),
+                nn.Linear(16, 4),
+                reentrant,
+            )
+
+        def inner(self, x):
+            return self.b(self.a(x).tanh())
+
+        def forward(self, x):
+            return self.head(checkpoint(self.inner, x + 0, use_reentrant=self.reentrant))
+
+    for reentrant in (False, True):
+        model, batch = Block(reentrant), vectors()
+        saved = [
+            {key for key in traced(model, batch, loss).by_key if key.endswith(".saved")}
+            for loss in (class_loss, broken(class_loss))
+        ]
+        assert saved[0] == saved[1]
+        assert "a/linear.saved" not in saved[1]
+
+
+def test_a_second_backward_pass_is_refused_with_its_line():
+    def penalty(model, batch):
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return slope.square().sum()
+
+    with pytest.raises(TraceError, match=r"(?s)differentiated twice.*test_recording\.py"):
+        traced(MLP(), vectors(), penalty)
+
+
+def test_hooks_and_inputs_that_require_gradients():
+    """What users of frozen models do: an activation is made to require gradients."""
+    seen = []
+
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.f, self.head = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+            self.tokens.requires_grad_(False)
+
+        def forward(self, ids):
+            h = self.tokens(ids)
+            h.requires_grad_(True)
+            h.register_hook(lambda gradient: seen.append(gradient))
+            return self.head(self.f(h).tanh())
+
+    model, batch = Frozen(), tokens(length=8)
+    model.tokens, batch = nn.Embedding(65, 8).requires_grad_(False), (batch[0], batch[1] % 4)
+    plan = everything(traced(model, batch), "fp32")
+    plain = copy.deepcopy(model)
+    expected = run(plain, lambda each: class_loss(plain, each), batch)
+    assert_same(run(model, assign.planned_step(model, class_loss, plan, backend="eager"), batch), expected)
+    assert len(seen) == 2
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_evaluation_and_outputs_that_are_kept():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.head, self.last = nn.Linear(16, 16), nn.Linear(16, 4), None
+
+        def forward(self, x):
+            self.last = self.f(x)
+            torch._dynamo.graph_break()
+            return {"logits": self.head(self.last.relu()), "hidden": [self.last]}
+
+    model, (x, _) = Keeping(), vectors()
+    plan = assign.search(model, x, lambda m, x: m(x)["logits"].square().mean(), low_ratio=0.0)
+    planned = assign.apply(model, plan, backend="eager")
+    with torch.no_grad():
+        out = planned.eval()(x)
+    assert type(out["logits"]) is torch.Tensor
+    assert out["hidden"][0].dtype == torch.float32
+    assert (model.last + 1).sum().isfinite()  # what the model keeps is a tensor too
+    planned.train()
+    planned(x)["logits"].sum().backward()
+    assert model.f.weight.grad is not None
+
+
+def test_the_peak_of_a_step_in_several_pieces():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(256, 256) for _ in range(6))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x).tanh()
+                if x.sum().isnan():
+                    break
+            return x
+
+    model, batch = Deep(), (torch.randn(2048, 256),)
+    loss = lambda model, batch: model(batch[0]).square().mean()  # noqa: E731
+    table = traced(model, batch, loss, sgd)
+    for format_name in ("fp32", "bf16"):
+        plan, copied = everything(table, format_name), copy.deepcopy(model)
+        step = assign.planned_step(copied, loss, plan, backend="eager")
+        measured = measured_peak(copied, batch, step, sgd(copied.parameters()))
+        assert assign.estimate(table, plan).peak_bytes == pytest.approx(measured, rel=0.05), format_name
+
+
+def test_nothing_warns_where_all_runs_under_the_plan():
+    model, batch = Checked(), vectors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = everything(traced(model, batch, call), "bf16")
+        assign.planned_step(model, call, plan, backend="eager")(batch)
