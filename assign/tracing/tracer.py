@@ -6,7 +6,7 @@ partitioner say what the backward pass does and which values wait for it. The gr
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from assign.plan.groups import assign_groups
 from assign.plan.tensors import (
     Buffer,
     Event,
+    Need,
     Role,
     Schedule,
     TensorInfo,
@@ -32,6 +33,7 @@ from assign.tracing.allocations import Allocations
 from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
+from assign.tracing.needs import find_exact, find_needs
 from assign.tracing.operators import Walk, walk
 from assign.tracing.probes import insert_probes
 from assign.tracing.workspace import kernel_scratch
@@ -100,6 +102,8 @@ class _Recorder:
         self.walked: Walk | None = None
         self.schedule = Schedule()
         self.saved: dict[str, str] = {}
+        self.needs: Mapping[str, Need] = {}
+        self.exact: Collection[str] = ()
         self.buffers: dict[str, Tensor] = {}
 
     def receive(self, capture: Capture) -> Callable[..., Any]:
@@ -107,6 +111,7 @@ class _Recorder:
         examples = [_torch.make_dense_output(_torch.fake_value(n) if isinstance(n, fx.Node) else n) for n in outputs]
         functionalize(capture.graph)
         self.walked = walk(capture)
+        self.needs = find_needs(capture, self.walked)
         insert_probes(capture.graph, self.walked)
         if not any(_requires_grad(value) for value in capture.inputs):
             raise TraceError("trace: no parameter of the model requires a gradient. Unfreeze one, or train nothing.")
@@ -123,6 +128,7 @@ class _Recorder:
         lister.list_graph(backward, backward=True)
         self.schedule = lister.schedule()
         self.saved = _note_saved(backward, forward)
+        self.exact = find_exact(backward, _saved_by(backward, forward))
         return forward, backward
 
 
@@ -198,13 +204,15 @@ class _Lister:
 
 def _note_saved(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, str]:
     """Which activations wait for the backward pass: key → dtype in which they do."""
+    sources = _saved_by(backward, forward).values()
+    return {str(each.args[1]): str(_torch.joint_value(each).dtype).removeprefix("torch.") for each in sources}
+
+
+def _saved_by(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, fx.Node]:
+    """Inputs of the backward graph that hold activations: their names → the probes of these."""
     waiting = {node.name for node in backward.graph.nodes if node.op == "placeholder"}
-    found = {}
-    for node in _torch.output_of(forward).all_input_nodes:
-        source = origin(node)
-        if node.name in waiting and source.target is torch.ops.assign.probe.default:
-            found[str(source.args[1])] = str(_torch.joint_value(source).dtype).removeprefix("torch.")
-    return found
+    found = {node.name: origin(node) for node in _torch.output_of(forward).all_input_nodes if node.name in waiting}
+    return {name: source for name, source in found.items() if source.target is torch.ops.assign.probe.default}
 
 
 def _is_getitem(node: fx.Node) -> bool:
@@ -254,6 +262,8 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
             source=site.source,
             inputs=site.inputs,
             consumers=tuple(readers.get(site.key, ())),
+            wide=site.wide,
+            need=recorder.needs.get(site.key, Need.NOTHING),
         )
         yield info
         if not weight or site.key in trainable:
@@ -261,7 +271,13 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
             yield dataclasses.replace(info, key=grad_key(site.key), role=role, inputs=(), consumers=())
         if site.key in recorder.saved and not weight and site.op != "input":
             yield dataclasses.replace(
-                info, key=saved_key(site.key), role=Role.SAVED, dtype=recorder.saved[site.key], inputs=(), consumers=()
+                info,
+                key=saved_key(site.key),
+                role=Role.SAVED,
+                dtype=recorder.saved[site.key],
+                inputs=(),
+                consumers=(),
+                need=_need_of_copy(recorder, site.key),
             )
     for name, buffer in recorder.buffers.items():
         yield TensorInfo(
@@ -273,6 +289,11 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
             op="buffer",
             module=name.rpartition(".")[0],
         )
+
+
+def _need_of_copy(recorder: _Recorder, key: str) -> Need:
+    """Of a saved copy: what its activation needs, or all the bits that were computed with."""
+    return Need.EXACT if key in recorder.exact else recorder.needs.get(key, Need.NOTHING)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
