@@ -27,18 +27,15 @@ from assign.plan.tensors import (
     buffer_key,
     grad_key,
     saved_key,
-    state_key,
 )
-from assign.tracing.allocations import Allocations
 from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
 from assign.tracing.needs import find_exact, find_needs
 from assign.tracing.operators import Walk, walk
+from assign.tracing.optimizer_states import OptimizerFactory, read_optimizer
 from assign.tracing.probes import insert_probes
 from assign.tracing.workspace import kernel_scratch
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory | None = None) -> TensorTable:
@@ -48,9 +45,11 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         model: in float32, on any device; its training flag is honoured.
         batch: what ``loss`` takes: a tensor, tuple, dict, or any nesting of them.
         loss: ``loss(model, batch)`` → scalar tensor.
-        optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states are counted; None counts none.
+        optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states are counted; None counts none. Where
+            no step shows them, as of LBFGS, none are counted, with a warning.
     Raises:
-        TraceError: a graph break, a loss that is no scalar, or a model that is not in float32.
+        TraceError: a graph break, a loss that is no scalar, a model that is not in float32, or an optimizer that cannot
+            be made.
     Examples:
         ```python
         table = assign.trace(model, batch, loss, adamw)
@@ -70,18 +69,18 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
             f"trace: loss(model, batch) returned {what}, a scalar tensor is needed. Reduce it with .mean()."
         )
     rows = list(_rows(recorder, model))
-    name, states, optimizer_bytes, scratch = _optimizer_states(model, optimizer)
+    kept = read_optimizer(model, optimizer)
     schedule = dataclasses.replace(
         recorder.schedule,
         parameter_bytes=_bytes(model.parameters()),
         buffer_bytes=_bytes(model.buffers()),
         batch_bytes=_bytes(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)),
         gradient_bytes=_bytes(p for p in model.parameters() if p.requires_grad),
-        optimizer=name,
-        optimizer_bytes=optimizer_bytes,
-        optimizer_scratch_bytes=scratch,
+        optimizer=kept.name,
+        optimizer_bytes=kept.bytes,
+        optimizer_scratch_bytes=kept.scratch,
     )
-    return TensorTable(tensors=assign_groups([*rows, *states]), schedule=schedule)
+    return TensorTable(tensors=assign_groups([*rows, *kept.rows]), schedule=schedule)
 
 
 @contextlib.contextmanager
@@ -300,49 +299,3 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind tensors."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
-
-
-def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> tuple[str, list[TensorInfo], int, int]:
-    """Class, rows, bytes and momentary bytes of the optimizer, read off a step on tensors without data.
-
-    A fused one updates in place, element by element, and has no momentary bytes.
-    """
-    if optimizer is None:
-        return "", [], 0, 0
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    twins = [nn.Parameter(torch.empty_like(p, device="meta")) for _, p in named]
-    instance = optimizer(twins)
-    fused = all(group.get("fused") for group in instance.param_groups)
-    for group in instance.param_groups:
-        if group.get("fused"):  # refuses tensors without data; its states are the same
-            group["fused"] = False
-        elif any(p.device.type == "cuda" for _, p in named):
-            group["foreach"] = True
-    for _ in range(2):  # the first step makes the states
-        for twin in twins:
-            twin.grad = torch.empty_like(twin)
-        with Allocations() as allocations:
-            instance.step()
-    rows, total = [], 0
-    for (name, _), twin in zip(named, twins, strict=True):
-        for state, value in instance.state[twin].items():
-            if isinstance(value, Tensor) and value.numel() > 1:
-                total += value.untyped_storage().nbytes()
-                rows.append(
-                    TensorInfo(
-                        key=state_key(name, state),
-                        role=Role.OPTIM_STATE,
-                        shape=tuple(value.shape),
-                        elements=value.numel(),
-                        dtype=str(value.dtype).removeprefix("torch."),
-                        op="optimizer",
-                        module=name.rpartition(".")[0],
-                    )
-                )
-    return optimizer_name(instance), rows, total, 0 if fused else allocations.peak
-
-
-def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
-    """``AdamW`` for torch's own; the whole path of another's class, which may compute anything."""
-    kind = type(optimizer)
-    return kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"
