@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 from torch import fx, nn
-from torch._decomp import decompositions
+from torch._decomp import decompositions, get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
@@ -629,3 +629,8 @@ def fsdp_forward(module: nn.Module, function: Callable[..., Any], args: Any, kwa
         return function(*args, **kwargs)
     args, kwargs = state._pre_forward(module, args, kwargs)
     return state._post_forward(module, args, function(*args, **kwargs))
+
+
+def decomposition(operator: Any) -> Callable[..., Any] | None:
+    """Differentiable operators that do what a fused one does, as one function; None if torch has none."""
+    return get_decompositions([operator]).get(operator)
