@@ -20,7 +20,7 @@ from assign.plan.tensors import SLICE, Need
 from assign.tracing.capture import Capture
 from assign.tracing.constants import WRITTEN, WRITTEN_BY_NAME, numbers_in
 from assign.tracing.functionalize import written
-from assign.tracing.joint import aten
+from assign.tracing.joint import COMPARISONS, aten
 from assign.tracing.operators import MOVES, Walk, operator_name
 
 _MASK = 1e4
@@ -156,7 +156,6 @@ def _is_polynomial(power: fx.Node) -> bool:
 # ---- saved copies
 
 
-_COMPARISONS = frozenset(getattr(aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge"))
 _POLES: Mapping[Any, int] = {  # operator → position of the operand
     aten.div.Tensor: 1, aten.reciprocal.default: 0, aten.rsqrt.default: 0, aten.log.default: 0, aten.exp.default: 0,
     aten._ctc_loss_backward.default: 1, aten._ctc_loss_backward.Tensor: 1,
@@ -184,7 +183,7 @@ def find_exact(backward: fx.GraphModule, saved: Mapping[str, fx.Node]) -> set[st
         sources = frozenset(key for each in arguments for key in made_of.get(each, ()))
         if all(each in made_of for each in arguments):
             made_of[node] = sources
-            if node.target in _COMPARISONS and len(sources) > 1:
+            if node.target in COMPARISONS and len(sources) > 1:
                 found |= sources
         pole = node.args[_POLES[node.target]] if node.target in _POLES else None
         found |= made_of.get(pole, frozenset()) if isinstance(pole, fx.Node) else frozenset()
