@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from torch import fx, nn
-from torch._decomp import decompositions
+from torch._decomp import decompositions, get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import trace_rules
@@ -799,3 +799,8 @@ def unchecked(function: types.FunctionType) -> Callable[..., Any]:
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def decomposition(operator: Any) -> Callable[..., Any] | None:
+    """Differentiable operators that do what a fused one does, as one function; None if torch has none."""
+    return get_decompositions([operator]).get(operator)

@@ -27,7 +27,8 @@ from assign.strategies.goal import parse_budget, split_names
 from assign.strategies.milp import Granularity, Milp, Solution
 from assign.tracing.capture import Loss
 from assign.tracing.finiteness import non_finite as find_non_finite
-from assign.tracing.tracer import OptimizerFactory, trace
+from assign.tracing.optimizer_states import OptimizerFactory
+from assign.tracing.tracer import trace
 
 
 def search(

@@ -249,10 +249,26 @@ def test_scale_is_the_least_power_of_two(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCALED)
 def test_scale_of_special_tensors(name: str) -> None:
-    highest = 2.0 ** FORMATS[name].scale_exponents[1]
-    for x, scale in [([0.0, -0.0], 1.0), ([], 1.0), ([1.0, -math.inf], highest), ([1.0, math.nan, 2.0], math.nan)]:
+    own = amax_scale(torch.tensor([3.0, 1.0]), name).item()
+    not_finite = [-math.inf, math.nan, math.inf]
+    for x, scale in [([0.0, -0.0], 1.0), ([], 1.0), (not_finite, 1.0), ([1.0, *not_finite, 3.0], own)]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert_same(amax_scale(torch.tensor(x, dtype=dtype), name), torch.tensor(scale))
+            for compiled in (False, True):
+                with use_compiled(compiled):
+                    assert_same(amax_scale(torch.tensor(x, dtype=dtype), name), torch.tensor(scale))
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_value_that_is_not_finite_leaves_the_others_as_they_would_be(name: str, compiled: bool) -> None:
+    x = torch.randn(2**14, generator=torch.Generator().manual_seed(0))
+    spoiled = x.clone()
+    spoiled[[5, 700, 9000]] = torch.tensor([math.nan, math.inf, -math.inf])
+    with use_compiled(compiled):
+        values, expected = quantize(spoiled, name, saturate=False), quantize(x, name, saturate=False)
+    others = spoiled.isfinite()
+    assert_same(values[others], expected[others])
+    assert_same(values[[5, 700, 9000]], spoiled[[5, 700, 9000]])
 
 
 @pytest.mark.parametrize("name", SCALED)

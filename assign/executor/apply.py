@@ -20,6 +20,7 @@ from assign.errors import PlanError, nearest
 from assign.executor.compile import Backend, make_backend
 from assign.executor.mark import mark, taps_of
 from assign.executor.parameters import check_storable, store_parameters
+from assign.executor.sparse import sparse_inputs, with_sparse_gradients
 from assign.executor.unused import results_behind_inputs, without_unused_gradients
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
@@ -46,7 +47,7 @@ def apply(
     in float32. Of masters in ``bf16+8`` the ``state_dict`` has the bf16 part, the optimizer's has the rest:
     :func:`assign.widened_weights` joins them. What is called outside the module (a loss on its output) runs as usual:
     entries under ``loss/`` need :func:`planned_step`. The optimizer's states follow the plan by
-    :func:`assign.optimizer`.
+    :func:`assign.optimizer`. Sparse gradients of embeddings stay sparse (:mod:`assign.executor.sparse`).
 
     The planned module goes into ``DistributedDataParallel`` or, for gradients stored in another dtype than their
     masters, :func:`assign.data_parallel`; or ``fully_shard`` shards it, or has sharded the model before, if masters are
@@ -200,7 +201,7 @@ def compile_planned(
 
     def receive(capture: Capture) -> Callable[..., Any]:
         functionalize(capture.graph)
-        needed = results_behind_inputs(capture.graph)
+        needed, sparse = results_behind_inputs(capture.graph), sparse_inputs(capture)
         walked = walk(capture)
         if capture.training:
             _check_covers(walked, capture, plan, whole_step)
@@ -210,7 +211,7 @@ def compile_planned(
             return [each for tap in taps for each in taps_of(inputs[tap.position], tap)]
 
         examples = [tap.detach().requires_grad_() for tap in all_taps(capture.inputs)]
-        run = graph_backend(capture.graph, [*capture.inputs, *examples])
+        run = with_sparse_gradients(graph_backend(capture.graph, [*capture.inputs, *examples]), sparse)
         for tap in taps:  # Dynamo counts the inputs of its graph once more
             for node in tap.nodes:
                 _torch.drop_input(capture.graph, node)

@@ -33,12 +33,13 @@ from assign.plan.formats import Format, parse_format
 from assign.plan.stored import gradient_format, stored_dtype
 from assign.plan.tensors import MARK, Role, grad_key, saved_key
 from assign.tracing.capture import Capture
+from assign.tracing.constants import ARITHMETIC, hold_numbers
 from assign.tracing.functionalize import written
 from assign.tracing.layout import Layout
-from assign.tracing.operators import CROSSING, Site, Walk, floating_arguments, operator_name
+from assign.tracing.operators import CROSSING, Site, Walk, floating_arguments, is_wide, operator_name
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WIDENINGS = frozenset({"float", "to", "type", "type_as"})
+_CONVERSIONS = frozenset({"float", "to", "type", "type_as"})
 
 
 class _Mark(torch.autograd.Function):
@@ -252,14 +253,14 @@ class _Marker:
     def _follow(self, node: fx.Node, sources: list[fx.Node]) -> None:
         """A view or a move keeps its source's dtype; a conversion to float32 that changed nothing is dropped.
 
-        A conversion to 16 bit is the user's own wish and stays.
+        Who reads it computes in float32 (:func:`is_wide`). A conversion to 16 bit is the user's own wish and stays.
         """
         value = self.walked.values.get(node)
         if isinstance(value, Tensor) and value.dtype != torch.float32:
             self.dtypes[node] = str(value.dtype).removeprefix("torch.")
         elif sources:
             self.dtypes[node] = self.dtypes[sources[0]]
-            if node.op == "call_method" and node.target in _WIDENINGS:
+            if node.op == "call_method" and node.target in _CONVERSIONS:
                 node.replace_all_uses_with(sources[0])
 
     def _formats(self, key: str) -> tuple[Format, Format] | None:
@@ -268,7 +269,7 @@ class _Marker:
     def _compute_dtype(self, node: fx.Node, key: str) -> str:
         site_op = operator_name(node.target)
         formats = self._formats(key)
-        if formats is None:
+        if formats is None or is_wide(node, self.walked):
             return lowering.FLOAT32
         operands = []
         for argument in floating_arguments(node, self.walked):
@@ -289,21 +290,26 @@ class _Marker:
     def _lower(self, graph: fx.GraphModule, node: fx.Node, dtype: str) -> None:
         """Give every floating-point operand of ``node`` the dtype in which it computes."""
         arguments = list(floating_arguments(node, self.walked))
-        mixed = operator_name(node.target) in lowering.FLOAT32_PARAMETERS
+        op = operator_name(node.target)
+        mixed = op in lowering.FLOAT32_PARAMETERS
         for position, argument in enumerate(arguments):
             wanted = lowering.FLOAT32 if mixed and position else dtype
             have = self.dtypes.get(argument, lowering.FLOAT32)
-            constant = argument not in self.walked.key_of and not self.walked.values[argument].dim()
-            if have == wanted or constant:
+            number = argument not in self.walked.key_of and not self.walked.values[argument].dim()
+            if have == wanted or (number and (wanted == lowering.FLOAT32 or op in ARITHMETIC)):
                 continue
             with graph.graph.inserting_before(node):
-                if argument not in self.walked.key_of:  # a mask: its −inf must not become NaN behind the cast
+                if number:
+                    converted = graph.graph.call_function(_held_in, (argument, _DTYPES[wanted]))
+                elif argument not in self.walked.key_of:  # a mask: its −inf must not become NaN behind the cast
                     converted = graph.graph.call_function(mark_tensor, (argument, _name(wanted), "fp32", wanted))
                 else:
                     converted = graph.graph.call_method("to", (argument, _DTYPES[wanted]))
             _torch.label(converted, _torch.label_of(node))
             _torch.stand_in_block_of(converted, node)
             node.replace_input_with(argument, converted)
+        if dtype != lowering.FLOAT32:
+            hold_numbers(node, op, torch.finfo(_DTYPES[dtype]).max)
 
     def _mark_sites(self, graph: fx.GraphModule, node: fx.Node) -> None:
         """Mark a tensor behind its operator; an input before its first reader, and once more after each write."""
@@ -426,6 +432,12 @@ def _slots(walked: Walk, plan: Assignment, promotion: Promotion | None) -> dict[
         if site.key in plan.entries
     }
     return {key: slot for key, slot in found.items() if slot is not None}
+
+
+def _held_in(number: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor without axes in ``dtype``: beyond its range the largest number, but infinities stay."""
+    limit = torch.finfo(dtype).max
+    return torch.where(number.isinf(), number, number.clamp(-limit, limit)).to(dtype)
 
 
 def _ask_for(node: fx.Node, dtype: torch.dtype) -> None:

@@ -64,7 +64,8 @@ def measure_noise(
         formats: measured for every tensor besides, e.g. ``e4m3:pow2``; or ``e4m3/e5m2``, for values and for gradients.
         saved: formats of the copies that wait for the backward pass, e.g. ``int4:block64``.
         pins: pattern of keys → a format measured for these.
-        method: ``first-order``: all at once, from derivatives; ``measured``: one step for each.
+        method: ``first-order``: all at once, from derivatives, and only tensors of which torch has no derivative one by
+            one; ``measured``: one step for each.
         seed: of what a step draws; batch number n has ``seed + n``.
         optimizer: of parameters; trains for ``warm_up`` steps, on the first batches, before anything is measured.
             Noise at random weights ranks plans less well than noise after some 40 steps.
@@ -75,7 +76,7 @@ def measure_noise(
         PlanError: the file is of another model, or was measured in another way; there is no batch, or
             no such method; or ``warm_up`` without an optimizer.
         FormatError: unknown formats.
-        TraceError: as :func:`assign.trace`; or torch has no second derivative of the step, which ``first-order`` needs.
+        TraceError: as :func:`assign.trace`.
         DivergedError: the unrounded step's gradient is zero or not finite.
     Examples:
         ```python

@@ -8,9 +8,11 @@ to first order, and the mean of its square over r is ‖δg‖². Rounding error
 other: Σ (aₜ δ)² has the same mean, and needs far fewer draws. What they do have in common shows along g itself: with
 r = g the change is ⟨g, δg⟩, which also gives the cosine. The loss changes by ⟨∂loss/∂t, δ⟩. Where relu's gates flip,
 the gradient jumps, and a derivative says nothing: :mod:`assign.noise.gates` adds what that comes to.
+
+Some operators of the backward pass cannot be differentiated once more. Where torch knows the operator's parts, these
+run in its place. Otherwise what is rounded before it is measured, and so is a tensor whose derivative is not finite.
 """
 
-import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assign.errors import DivergedError, TraceError
+from assign.errors import DivergedError
 from assign.noise.gates import flip_factor, root_mean_square
 from assign.noise.rounding import largest_gradient, loss_scale, round_tensor
 from assign.noise.stepping import ProbedStep, Result
@@ -31,7 +33,7 @@ from assign.plan.tensors import base_key, is_saved_key
 DRAWS = 2
 """Vectors r per batch: other batches draw others, and the sum over elements is an average already."""
 
-_NO_DERIVATIVE = re.compile(r"derivative for '?([\w:.]+)'? is not implemented")
+_NO_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?(\w+)[\w:. ]*'? (?:is )?not implemented")
 
 
 def sample(
@@ -43,7 +45,6 @@ def sample(
         loss_scaling: gradients are rounded under the loss scale that training comes to.
     Raises:
         DivergedError: loss or gradient of the unrounded step are not finite, or the gradient is zero.
-        TraceError: first-order, of an operator whose backward pass torch cannot differentiate.
     """
     run = _measure if method is Method.MEASURED else _differentiate
     yield from run(step, batch, cells, seed, loss_scaling)
@@ -74,16 +75,41 @@ def _measure(
 def _differentiate(
     step: ProbedStep, batch: Any, cells: Sequence[Cell], seed: int, loss_scaling: bool
 ) -> Iterator[tuple[Cell, Sample]]:
-    derivatives = _Derivatives.of(step, batch, {cell.key for cell in cells}, seed)
+    derivatives = _derivatives(step, batch, {cell.key for cell in cells}, seed)
+    if derivatives is None:
+        yield from _measure(step, batch, cells, seed, loss_scaling)
+        return
     largest = largest_gradient(derivatives.values) if loss_scaling else 0.0
+    left = []
     for cell in cells:
         key = derivatives.find(cell.key)
-        if key is None:  # no gradient reaches it, as that of the batch
+        if not step.hidden.isdisjoint({cell.key, base_key(cell.key)}):
+            left.append(cell)
+        elif key is None:  # no gradient reaches it, as that of the batch
             yield cell, Sample(0.0, 1.0, 0.0)
-            continue
-        value = derivatives.values[key]
-        error = _rounding(cell, largest, seed)(value) - value
-        yield cell, derivatives.sample(key, error)
+        else:
+            value = derivatives.values[key]
+            error = _rounding(cell, largest, seed)(value) - value
+            found = derivatives.sample(key, error)
+            if found is None:
+                left.append(cell)
+            else:
+                yield cell, found
+    if left:
+        yield from _measure(step, batch, left, seed, loss_scaling)
+
+
+def _derivatives(step: ProbedStep, batch: Any, keys: set[str], seed: int) -> "_Derivatives | None":
+    """Those of one step, without operators that have none; None if torch does not say which these are."""
+    while True:
+        try:
+            return _Derivatives.of(step, batch, keys, seed)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch's NotImplementedError among them
+            refused = _NO_DERIVATIVE.search(str(error))
+            if refused is None or not step.avoid(refused[1]):
+                return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +135,7 @@ class _Derivatives:
             tensors[key] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             return tensors[key]
 
-        with torch.enable_grad(), _explained():
+        with torch.enable_grad():
             result = step.run(batch, record, seed=seed)
             gradients = [x for x in result.gradients if x.requires_grad]
             size = _squared_norm(result)
@@ -138,14 +164,12 @@ class _Derivatives:
         """
         return next((each for each in (key, base_key(key) if is_saved_key(key) else key) if each in self.values), None)
 
-    def sample(self, key: str, error: Tensor) -> Sample:
+    def sample(self, key: str, error: Tensor) -> Sample | None:
+        """None where the derivative of the gradient is not finite, as behind a square root of zero."""
         along = _dot(self.along.get(key), error) / self.size
         noise = (_dot(self.squares.get(key), error.square()) + self._flipped(key, error)) / self.size + along**2
         if not math.isfinite(noise):
-            raise TraceError(
-                f"noise: the derivative of the gradient by {key!r} is not finite on this batch, as behind a square "
-                "root of zero, so first-order noise says nothing.\n  Use the measured way: --method measured"
-            )
+            return None
         return _as_sample(noise, along, _dot(self.by_loss.get(key), error))
 
     def _flipped(self, key: str, error: Tensor) -> float:
@@ -162,23 +186,10 @@ class _Derivatives:
 def _adjoints(
     gradients: Sequence[Tensor], directions: Sequence[Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
+    if not gradients:  # every one of them is made of constants
+        return {}
     found = torch.autograd.grad(gradients, list(tensors.values()), directions, retain_graph=True, allow_unused=True)
     return {key: each for key, each in zip(tensors, found, strict=True) if each is not None}
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Torch's error about an operator that cannot be differentiated twice, in a user's words."""
-    try:
-        yield
-    except RuntimeError as error:  # torch's NotImplementedError among them
-        found = _NO_DERIVATIVE.search(str(error))
-        if not found:
-            raise
-        raise TraceError(
-            f"noise: torch cannot differentiate {found[1]}, an operator of this step's backward pass, "
-            "once more, as first-order noise needs.\n  Use the measured way: --method measured"
-        ) from error
 
 
 def _rounding(cell: Cell, largest: float, seed: int) -> Callable[[Tensor], Tensor]:

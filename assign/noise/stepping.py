@@ -8,7 +8,7 @@ the gradients can be differentiated by it (the first-order way). Formats are arg
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,35 @@ class ProbedStep:
         self._step = compile_step(model, loss, self._receive, whole=True)
         self._fused = fused
         self._found: tuple[_Joint, Sequence[Any]] | None = None
+        self._avoided: dict[Any, Callable[..., Any] | None] = {}  # operator → what runs in its place; None: a constant
+        self._hidden: frozenset[str] = frozenset()
+        self._joint: _Joint | None = None
+
+    @property
+    def hidden(self) -> frozenset[str]:
+        """Keys of tensors on which gradients depend through operators that are constants here: see :meth:`avoid`."""
+        return self._hidden
+
+    def avoid(self, name: str) -> bool:
+        """Let differentiable operators run in the place of an operator that cannot be differentiated twice.
+
+        Where torch has none, or had some that could not either, its result is a constant from now on.
+
+        Args:
+            name: as torch calls it, e.g. ``native_group_norm_backward``.
+        Returns:
+            Whether anything has changed.
+        """
+        assert self._joint is not None
+        targets = self._joint.operators(name)
+        for target in targets:
+            parts = _torch.decomposition(target) if target not in self._avoided else None
+            if target in self._avoided and self._avoided[target] is None:
+                return False
+            self._avoided[target] = parts
+        constants = {target for target, parts in self._avoided.items() if parts is None}
+        self._hidden = self._joint.before(constants)
+        return bool(targets)
 
     def run(self, batch: Any, touch: Touch, *, seed: int) -> Result:
         """Loss and gradients, what is drawn under ``seed``; differentiable where gradients are enabled.
@@ -79,10 +108,10 @@ class ProbedStep:
         if self._found is None:
             raise TraceError("noise: the loss does not use the model. loss(model, batch) must call model.")
         joint, inputs = self._found
-        self._found = None
+        self._found, self._joint = None, joint
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return joint.run([x.detach() if isinstance(x, Tensor) else x for x in inputs], touch)
+            return joint.run([x.detach() if isinstance(x, Tensor) else x for x in inputs], touch, self._avoided)
 
     def _receive(self, capture: Capture) -> Callable[..., Any]:
         outputs: Any = _torch.output_of(capture.graph).args[0]
@@ -131,13 +160,26 @@ class _Joint:
         self.tangents = [_torch.joint_value(node) for node in inputs if _torch.is_tangent(node)]
         self.primals = len(inputs) - len(self.tangents)
 
-    def run(self, inputs: Sequence[Any], touch: Touch) -> Result:
+    def operators(self, name: str) -> list[Any]:
+        """The operators of the graph called so."""
+        targets = {node.target: None for node in self.module.graph.nodes if node.op == "call_function"}
+        return [target for target in targets if getattr(target, "__name__", "").partition(".")[0] == name]
+
+    def before(self, targets: Collection[Any]) -> frozenset[str]:
+        """Keys of all probes whose values these operators depend on."""
+        above: set[fx.Node] = set()
+        for node in reversed(self.module.graph.nodes):
+            if node.target in targets or node in above:
+                above.update(node.all_input_nodes)
+        return frozenset(str(node.args[1]) for node in above if node.target is _PROBE)
+
+    def run(self, inputs: Sequence[Any], touch: Touch, avoided: Mapping[Any, Callable[..., Any] | None]) -> Result:
         if len(self.tangents) != 1 or math.prod(self.tangents[0].shape) != 1:
             raise TraceError(
                 f"noise: {len(self.tangents)} tensors leave the step with a gradient; noise is measured of one scalar "
                 "loss. Return the loss alone, and detach what the model keeps for itself."
             )
-        runner = _Runner(self.module, touch)
+        runner = _Runner(self.module, touch, avoided)
         one = torch.ones(tuple(self.tangents[0].shape), dtype=torch.float32, device=self.tangents[0].device)
         results = runner.run(*inputs[: self.primals], one)
         gradients = tuple(x for x in results[len(results) - self.primals :] if isinstance(x, Tensor))
@@ -146,9 +188,10 @@ class _Joint:
 
 
 class _Runner(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, touch: Touch) -> None:
+    def __init__(self, module: fx.GraphModule, touch: Touch, avoided: Mapping[Any, Callable[..., Any] | None]) -> None:
         super().__init__(module)
         self.touch = touch
+        self.avoided = avoided
         self.loss: Tensor | None = None
         self.slopes = Slopes()
         self.touched: set[str] = set()
@@ -165,7 +208,16 @@ class _Runner(fx.Interpreter):
         if target is gates.OPERATOR and torch.is_grad_enabled():
             grad, y, threshold = args
             return gates.gate(grad, y, threshold, self.slopes)
+        if target in self.avoided and torch.is_grad_enabled():
+            return self._in_place_of(target, args, kwargs)
         return super().call_function(target, args, kwargs)
+
+    def _in_place_of(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parts = self.avoided[target]
+        if parts is not None:
+            return parts(*args, **kwargs)
+        with torch.no_grad():
+            return super().call_function(target, args, kwargs)
 
 
 def _probe_saved(graph: fx.Graph) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from assign.errors import PlanError
-from assign.numerics.kernels import INF, scaling
+from assign.numerics.kernels import scaling
 from assign.plan.assignment import Assignment
 from assign.plan.formats import Format, parse_format
 from assign.plan.stored import owner_of
@@ -148,8 +148,7 @@ class DelayedScales:
         new = [key for key in seen if key not in self._keys]
         self._keys += new
         nothing = torch.zeros_like(next(iter(seen.values())))
-        latest = torch.stack([seen.get(key, nothing) for key in self._keys])
-        latest = torch.where(latest < INF, latest, 0)[None]  # nor does what is not finite
+        latest = torch.stack([seen.get(key, nothing) for key in self._keys])[None]
         if self._past is not None:
             past = torch.nn.functional.pad(self._past, (0, len(new)))
             latest = torch.cat([latest, past[: self._length - 1]])

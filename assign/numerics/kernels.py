@@ -25,16 +25,19 @@ def bits_of(value: float) -> int:
 
 
 def largest(x: Tensor) -> Tensor:
-    """The bits of the largest magnitude, int32 without axes; those of a NaN are above infinity's."""
-    return (x.to(torch.float32).view(torch.int32) & MAGNITUDE).amax()
+    """The bits of the largest finite magnitude, int32 without axes; 0 where there is none.
+
+    One infinity or NaN, which may well stand behind a ``where``, must not take the scale of all other elements.
+    """
+    bits = x.to(torch.float32).view(torch.int32) & MAGNITUDE
+    return torch.where(bits < INF, bits, 0).amax()
 
 
 def power_of_two(magnitude: Tensor, limits: Sequence[Any]) -> Tensor:
     """The smallest power of two with which ``magnitude``, bits of a float32, lands within a format's largest value."""
     carry, highest_value, lowest, highest = limits
     exponent = (((magnitude + carry) >> WIDTH) - highest_value).clamp(lowest, highest)
-    scale = torch.where(magnitude == 0, bits_of(1.0), (exponent + BIAS) << WIDTH)
-    return torch.where(magnitude > INF, magnitude, scale).view(torch.float32)
+    return torch.where(magnitude == 0, bits_of(1.0), (exponent + BIAS) << WIDTH).view(torch.float32)
 
 
 def inverse_power(scale: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ class Scaler(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def scaling(fmt: Format) -> Scaler:
-    """How the scale of a tensor follows from its largest magnitude; NaN for NaN, 1 where all is zero."""
+    """How the scale of a tensor follows from its largest magnitude; 1 where that is zero."""
     if fmt.scaling is Scaling.AMAX:
         return Scaler(share_of, (), (1 / fmt.max_value, *(math.ldexp(1.0, each) for each in fmt.scale_exponents)))
     limit = bits_of(fmt.max_value)

@@ -137,7 +137,7 @@ def run_measured(
 
 @torch.no_grad()
 def find_scale(scaler: Scaler, x: Tensor) -> Tensor:
-    """The scale for ``x``, float32 without axes: 1 for no elements, NaN for any NaN."""
+    """The scale for ``x``, float32 without axes: 1 where no element is finite and not zero."""
     if not x.numel():
         return torch.ones((), dtype=torch.float32, device=x.device)
     count = _lanes(x)
@@ -151,11 +151,10 @@ def find_scale(scaler: Scaler, x: Tensor) -> Tensor:
 
 
 def find_largest(x: Tensor) -> Tensor:
-    """The bits of the largest magnitude in ``x``, int32 without axes: 0 for no elements, a NaN's for any NaN."""
+    """The bits of the largest finite magnitude in ``x``, int32 without axes: 0 where there is none."""
     if not x.numel():
         return torch.zeros((), dtype=torch.int32, device=x.device)
-    low, high = torch.aminmax(x)
-    return largest(torch.maximum(-low, high))
+    return _largest_of(_pieces(_flat(x if _is_dense(x) else x.clone())))
 
 
 @torch.no_grad()
@@ -278,7 +277,7 @@ def _compiled_count(source: torch.dtype, device: torch.device) -> _Lazy:
     return _Lazy(store, 1)
 
 
-def _largest_of(parts: list[Tensor]) -> Tensor:
+def _largest_of(parts: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.maximum, map(largest, parts))
 
 

@@ -252,8 +252,9 @@ def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
 
     Under ``amax`` the largest magnitude over ``fmt.max_value``; under ``pow2`` the smallest power of two with which it
     lands within ``fmt.max_value``, so that scaling rounds nothing. It is held within ``fmt.scale_exponents``:
-    only magnitudes in the last binade of bfloat16 can then overflow. All zero or no elements: 1. Any NaN: NaN. Where
-    the format's scale is delayed, it is that of a first step, which knows of none before.
+    only magnitudes in the last binade of bfloat16 can then overflow. Elements that are not finite do not count: they
+    saturate, or stay NaN. Where none is finite and not zero: 1. Where the format's scale is delayed, it is that of a
+    first step, which knows of none before.
 
     Args:
         x: any shape; float32, bfloat16 or float16.

@@ -52,7 +52,7 @@ from assign.plan.stored import (
     stored_dtype,
 )
 from assign.plan.tensors import Role, state_key
-from assign.tracing.tracer import optimizer_name
+from assign.tracing.optimizer_states import optimizer_name
 
 
 def optimizer(

@@ -64,6 +64,8 @@ class Lowered:
                 found = lowering.FLOAT32
             elif info.op == SLICE:
                 found = self.carrier(info.inputs[0])
+            elif info.wide:
+                found = lowering.FLOAT32
             else:
                 found = lowering.compute_dtype(info.op, self._operands(info).values(), self._made_in(key))
             self._computes[key] = found
@@ -114,6 +116,8 @@ class Lowered:
         dtype, result, operands = self.compute(info.key), self._made_in(info.key), self._operands(info)
         if dtype != lowering.FLOAT32:
             return f"all it reads and makes lives in {dtype}"
+        if info.wide:
+            return "the model's own code asks for float32"
         if info.op not in lowering.SIXTEEN_BIT:
             return "not known to sum in float32 when its operands are 16-bit"
         if result == lowering.FLOAT32:

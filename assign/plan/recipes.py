@@ -12,8 +12,10 @@ from types import MappingProxyType
 from assign.errors import FormatError, PlanError, nearest
 from assign.plan.assignment import Entry
 from assign.plan.formats import BlockFormat, Format, parse_format, parse_saved
+from assign.plan.precision import EXPONENTIATED, LOSS_OPS
 from assign.plan.stored import is_stored, parse_stored, waiting_bytes
 from assign.plan.tensors import (
+    Need,
     Role,
     TensorInfo,
     TensorTable,
@@ -56,7 +58,7 @@ class Recipe:
     promote_every: int
 
     def candidates(self, info: TensorInfo) -> Candidates:
-        """The formats that ``info`` may have.
+        """The formats that ``info`` may have: both alike where its values need more than the low one has.
 
         Raises:
             FormatError: the tensor's role is none of the paper's four.
@@ -68,6 +70,10 @@ class Recipe:
                 f"and a recipe is for {', '.join(self.by_role)}. Other tensors follow one of these."
             )
         hi, lo = pair
+        if info.need is Need.HIGH:
+            lo = hi
+        elif info.need is Need.FLOAT32 and info.op not in self.overrides:
+            hi = lo = "fp32"
         return Candidates(hi=parse_format(hi), lo=parse_format(lo))
 
     def promotion(self, role: Role, op: str, entry: Entry) -> Format | None:
@@ -89,21 +95,6 @@ class Recipe:
 def _value_and_gradient(pair: Pair) -> Mapping[Role, Pair]:
     return {Role.ACTIVATION: pair, Role.ACTIVATION_GRAD: pair}
 
-
-LOSS_OPS = frozenset(
-    {
-        "nll_loss", "nll_loss_nd", "nll_loss2d", "cross_entropy", "cross_entropy_loss", "linear_cross_entropy",
-        "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div",
-        "binary_cross_entropy", "binary_cross_entropy_with_logits", "gaussian_nll_loss", "poisson_nll_loss",
-        "ctc_loss", "cosine_embedding_loss", "hinge_embedding_loss", "margin_ranking_loss", "multi_margin_loss",
-        "multilabel_margin_loss", "multilabel_soft_margin_loss", "soft_margin_loss", "triplet_margin_loss",
-        "triplet_margin_with_distance_loss",
-    }
-)  # fmt: skip
-"""The losses of ``torch.nn.functional``: few elements, and every gradient passes through them."""
-
-EXPONENTIATED = LOSS_OPS | {"log_softmax", "log_sigmoid", "logsigmoid", "logsumexp"}
-"""Operators whose backward pass takes the exponential of what waits: half a step of 4 bits would be a factor there."""
 
 _HI = "fp(6,9,0)"
 
@@ -155,11 +146,11 @@ NATIVE_DELAYED = replace(
 
 
 def _one_format(name: str) -> Recipe:
-    """A recipe with nothing to choose: losses too, as in arXiv 2305.10947's standalone training."""
+    """A recipe with nothing to choose, but for what autocast keeps in float32."""
     roles = (Role.ACTIVATION, Role.ACTIVATION_GRAD, Role.WEIGHT, Role.WEIGHT_GRAD)
     return Recipe(
         name=name,
-        description=f"{name} everywhere; with the strategy standalone, in what is stored too",
+        description=f"{name}, float32 where autocast has it; with the strategy standalone {name} in all, stored too",
         by_role=dict.fromkeys(roles, (name, name)),
         loss_scaling=False,  # of its own; training scales where gradients are fp16 and masters are not
         promote_every=0,
@@ -208,7 +199,7 @@ def candidates_of(table: TensorTable, recipe: Recipe, formats: Sequence[str] = (
 
     Args:
         formats: names in place of the recipe's, the high one first; ``e4m3/e5m2`` means the first for values, the
-            second for gradients.
+            second for gradients. A tensor whose values need more than a low format has the first one in each place.
     Raises:
         FormatError: no such format.
     """
@@ -217,7 +208,8 @@ def candidates_of(table: TensorTable, recipe: Recipe, formats: Sequence[str] = (
     for row in table.paper_tensors:
         gradient = row.role in (Role.ACTIVATION_GRAD, Role.WEIGHT_GRAD)
         own = recipe.candidates(row) if not pairs else None
-        found[row.key] = (own.hi, own.lo) if own else tuple(pair[-1 if gradient else 0] for pair in pairs)
+        given = tuple(pair[-1 if gradient else 0] for pair in pairs)
+        found[row.key] = (own.hi, own.lo) if own else given[:1] * len(given) if row.need else given
     return found
 
 
@@ -277,7 +269,7 @@ def save(
 ) -> dict[str, Entry]:
     """Entries for the copies that wait for the backward pass, wherever ``saved`` takes fewer bytes than ``entries`` do.
 
-    Not for those of ``EXPONENTIATED`` operators.
+    Not for those of ``EXPONENTIATED`` operators, nor where the backward pass needs the exact values.
 
     Args:
         entries: of paper's tensors: what a copy has without an entry of its own. Only their copies are looked at.
@@ -294,6 +286,7 @@ def save(
         for row, key in waiting
         if key not in keep
         and row.op not in EXPONENTIATED
+        and not row.need
         and waiting_bytes(fmt, math.prod(row.shape))
         < waiting_bytes(parse_format(entries[key].format), math.prod(row.shape))
     }

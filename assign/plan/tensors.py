@@ -35,6 +35,19 @@ class Role(StrEnum):
     BUFFER = "buffer"
 
 
+class Need(StrEnum):
+    """What a tensor's values need, whatever a search would like.
+
+    ``high``: never the low format of a recipe. ``float32``: no format but fp32. ``exact``, of a saved copy: none but
+    the activation's own.
+    """
+
+    NOTHING = ""
+    HIGH = "high"
+    FLOAT32 = "float32"
+    EXACT = "exact"
+
+
 PAPER_ROLES = frozenset({Role.WEIGHT, Role.WEIGHT_GRAD, Role.ACTIVATION, Role.ACTIVATION_GRAD})
 
 
@@ -53,6 +66,8 @@ class TensorInfo:
         group: number of the group that shares its decision.
         inputs: for an activation, keys that its operator reads, in order of the arguments.
         consumers: for an activation or weight, keys of the activations made from it.
+        wide: its operator computes in float32 under every plan: the user's code asks for that.
+        need: the least that its values need (see :mod:`assign.plan.precision`).
     """
 
     key: str
@@ -66,6 +81,8 @@ class TensorInfo:
     group: int = 0
     inputs: tuple[str, ...] = ()
     consumers: tuple[str, ...] = ()
+    wide: bool = False
+    need: Need = Need.NOTHING
 
 
 def grad_key(key: str) -> str:
@@ -276,7 +293,7 @@ class TensorTable(Drawn):
             PlanError: the data is not a table.
         """
         try:
-            rows = tuple(_from_plain(TensorInfo, row) | {"role": Role(row["role"])} for row in data["tensors"])
+            rows = tuple(_row_from_plain(row) for row in data["tensors"])
             plain = dict(data["schedule"])
             plain["buffers"] = tuple(Buffer(**row) for row in plain["buffers"])
             plain["events"] = tuple(Event(**_from_plain(Event, row)) for row in plain["events"])
@@ -333,6 +350,11 @@ class TensorTable(Drawn):
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise PlanError(f"cannot read the table {path}: {error}. Give what TensorTable.save wrote.") from error
+
+
+def _row_from_plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    fields = _from_plain(TensorInfo, row)
+    return fields | {"role": Role(row["role"]), "need": Need(row.get("need", ""))}
 
 
 def _from_plain(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,14 +81,14 @@ def standalone(table: TensorTable, recipe: Recipe) -> dict[str, Entry]:
         FormatError: the recipe's formats are not one 16-bit format of torch's.
     Source: arXiv 2305.10947.
     """
-    entries = initial(table, recipe)
-    names = {entry.format for entry in entries.values()}
+    names = {name for pair in recipe.by_role.values() for name in pair}
     if names not in ({"bf16"}, {"fp16"}):
         raise FormatError(
             f"the strategy standalone stores all in one 16-bit format; the recipe {recipe.name!r} has "
             f"{', '.join(sorted(names))}. Choose the recipe bf16 or fp16."
         )
     (name,) = names
+    entries = uniform_in(table, name)
     has_states = any(row.role is Role.OPTIM_STATE for row in table.tensors)
     return entries | store(table, master=name, gradients=name, states=name if has_states else None, buffers=name)
 

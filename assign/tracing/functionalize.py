@@ -35,6 +35,9 @@ _INPLACE_FLAG: dict[Any, int] = {  # function → position of its ``inplace`` ar
 }  # fmt: skip
 
 
+_SPARSE_FLAG: dict[Any, int] = {F.embedding: 6, F.embedding_bag: 7, torch.embedding: 4, torch.embedding_bag: 5}
+
+
 class Aliases:
     """Which nodes share storage: run once over a graph, on values without data."""
 
@@ -87,6 +90,7 @@ def functionalize(graph: fx.GraphModule) -> None:
         if node.op == "call_function" and node.target is _torch.CHECKPOINT_OP:
             functionalize(_torch.body_of(graph, node))
     _split_cross_entropy(graph)
+    _make_gradients_dense(graph)
     while _rewrite_first_mutation(graph):
         pass
     graph.graph.lint()
@@ -231,6 +235,21 @@ def _replay(graph: fx.Graph, member: fx.Node, root: fx.Node, updated: fx.Node) -
     new = graph.node_copy(member, lambda n: base if n is sources[0] else n)
     new.meta = dict(member.meta)
     return new
+
+
+def _make_gradients_dense(graph: fx.GraphModule) -> None:
+    """Let embeddings make dense gradients, the only ones that a joint graph knows; see :func:`is_sparse`."""
+    for node in graph.graph.nodes:
+        place = _SPARSE_FLAG.get(node.target, 0)
+        if place and node.kwargs.get("sparse", node.args[place] if len(node.args) > place else False):
+            node.args = tuple(False if at == place else value for at, value in enumerate(node.args))
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != "sparse"}
+            node.meta["assign_sparse"] = True
+
+
+def is_sparse(parameter: fx.Node) -> bool:
+    """Whether the user's code makes a sparse gradient of a parameter: all who read it are sparse embeddings."""
+    return bool(parameter.users) and all(user.meta.get("assign_sparse") for user in parameter.users)
 
 
 def _split_cross_entropy(graph: fx.GraphModule) -> None:

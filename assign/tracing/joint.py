@@ -28,6 +28,10 @@ COPIES = frozenset({aten._to_copy.default, aten.clone.default, torch.ops.prims.c
 """Operators that copy the very values of their first argument, at most into a wider dtype or another layout."""
 
 
+COMPARISONS = frozenset(getattr(aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge"))
+"""Comparisons of two tensors."""
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether a node of a joint graph allocates nothing: a view, a tuple of views, or one of such a tuple."""
     if node.target is operator.getitem:
@@ -80,8 +84,9 @@ def _tag_backward(graph: fx.Graph) -> None:
 def read_marked_outputs(graph: fx.Graph, mark_op: Any) -> None:
     """Let backward operators that read their own output (relu, softmax, attention) read the marked one.
 
-    Otherwise the unrounded output would wait for the backward pass beside the rounded one. A joint graph is read after
-    this only: what runs in the backward pass says so then.
+    Otherwise the unrounded output would wait for the backward pass beside the rounded one. But not those that compare
+    it with an operand, as that of a maximum does: rounded it would equal none. A joint graph is read after this only:
+    what runs in the backward pass says so then.
     """
     _tag_backward(graph)
     for mark in list(graph.find_nodes(op="call_function", target=mark_op)):
@@ -90,12 +95,18 @@ def read_marked_outputs(graph: fx.Graph, mark_op: Any) -> None:
             continue
         value, source = _torch.joint_value(mark), _torch.joint_value(raw)
         for reader in _backward_readers(raw):
+            if _compares(reader):
+                continue
             replacement = mark
             if source.dtype != value.dtype:
                 with graph.inserting_before(reader):
                     replacement = graph.call_function(aten._to_copy.default, (mark,), {"dtype": source.dtype})
                 describe(replacement, source, reader, backward=True)
             reader.replace_input_with(raw, replacement)
+
+
+def _compares(node: fx.Node) -> bool:
+    return node.target in COMPARISONS or (is_view(node) and any(map(_compares, node.users)))
 
 
 def _backward_readers(node: fx.Node) -> list[fx.Node]:

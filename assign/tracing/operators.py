@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, fx
 
 from assign import _torch
+from assign.plan.lowering import MATRIX_PRODUCTS
 from assign.plan.tensors import SLICE
 from assign.tracing.capture import Capture, strip_module_path
+from assign.tracing.constants import ARITHMETIC, LARGEST_FP16, numbers_in
 from assign.tracing.functionalize import Aliases, written
 from assign.tracing.layout import Layout
 from assign.tracing.pieces import Crossing
@@ -51,6 +53,7 @@ class Site:
         node: holds the tensor; ``after``: the node behind which it is complete.
         owner: the graph (main, or body of a checkpointed block) that holds ``node``.
         readers: for an input, the nodes that read it as the model's input (None: all).
+        wide: its operator computes in float32 under every plan.
     """
 
     key: str
@@ -64,6 +67,7 @@ class Site:
     source: str = ""
     inputs: tuple[str, ...] = ()
     readers: tuple[fx.Node, ...] | None = None
+    wide: bool = False
 
     def groups(self, layout: Layout) -> list[list[fx.Node]]:
         """The readers of the tensor, in groups that see the same values: see :meth:`Layout.split_at_writes`."""
@@ -88,6 +92,8 @@ class Walk:
         sites: in execution order, parameters first read first.
         key_of: the table's key whose values a node holds, through views and moves.
         labels: operator key of every node that computes.
+        asked: nodes that the user's code converts to float32, and views of these; ``float32``: what is computed from
+            them up to the next matrix product, or to the conversion that ends it, which is in ``back``.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -99,6 +105,9 @@ class Walk:
     parametric: set[fx.Node] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
     crossing: set[fx.Node] = field(default_factory=set)
+    asked: set[fx.Node] = field(default_factory=set)
+    float32: set[fx.Node] = field(default_factory=set)
+    back: set[fx.Node] = field(default_factory=set)
 
     def fresh_key(self, module: str, op: str) -> str:
         """``module/op``, or ``module/op#2`` for the second such operator there."""
@@ -159,6 +168,53 @@ def _walk_graph(graph: fx.GraphModule, result: Walk) -> None:
             _name_written(graph, node, aliases, result)
         elif node.meta.get("assign_after", node) is node:
             _name_output(graph, node, aliases, result)
+        _follow_float32(node, result)
+
+
+def _follow_float32(node: fx.Node, result: Walk) -> None:
+    """Note a conversion to float32 in the user's code, and what comes of it.
+
+    In a model in float32, a second one is how code goes back to the dtype that its input had.
+    """
+    if is_conversion(node):
+        source = _torch.source_of(node)
+        if source in result.float32:
+            result.back.add(node)
+        elif source in result.key_of and node in result.key_of:
+            result.asked.add(node)
+            result.float32.add(node)
+    elif _converts(node) or operator_name(node.target) in MATRIX_PRODUCTS:
+        return
+    elif not result.float32.isdisjoint(node.all_input_nodes):
+        result.float32.add(node)
+        if node not in result.labels and not result.asked.isdisjoint(node.all_input_nodes):
+            result.asked.add(node)
+
+
+def is_conversion(node: fx.Node) -> bool:
+    """Whether a node is ``x.float()``, ``x.to(torch.float32)`` or ``x.type(torch.float32)``."""
+    named = torch.float32 in (*node.args[1:], *node.kwargs.values())
+    return node.op == "call_method" and (node.target == "float" or (node.target in ("to", "type") and named))
+
+
+def _converts(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target in ("to", "type", "type_as", "half", "bfloat16", "double")
+
+
+def is_wide(node: fx.Node, walked: Walk) -> bool:
+    """Whether an operator computes in float32 under every plan.
+
+    One that reads what the user's code converts to float32, or complex numbers, or that computes with a number which
+    float16 does not hold.
+    """
+    op = operator_name(node.meta.get("assign_op", node.target))
+    if op in MATRIX_PRODUCTS:
+        return False
+    if not walked.asked.isdisjoint(node.all_input_nodes):
+        return True
+    if any(_is_complex(walked.values.get(argument)) for argument in node.all_input_nodes):
+        return True
+    return op in ARITHMETIC and any(abs(number) > LARGEST_FP16 for number in numbers_in((node.args, dict(node.kwargs))))
 
 
 def _enter(graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], result: Walk) -> None:
@@ -190,7 +246,7 @@ def _walk_body(graph: fx.GraphModule, node: fx.Node, result: Walk) -> None:
     inner = [n for n in body.graph.nodes if n.op == "placeholder"]
     for placeholder, outer in zip(inner, node.args[1:], strict=False):
         if isinstance(outer, fx.Node):
-            for table in (result.depends, result.parametric):
+            for table in (result.depends, result.parametric, result.asked, result.float32):
                 if outer in table:
                     table.add(placeholder)
             if outer in result.key_of:
@@ -201,6 +257,9 @@ def _walk_body(graph: fx.GraphModule, node: fx.Node, result: Walk) -> None:
     for user in node.users:
         if user.target is operator.getitem:
             source = outputs[int(str(user.args[1]))]
+            for table in (result.asked, result.float32):
+                if source in table:
+                    table.add(user)
             if source in result.key_of:
                 result.key_of[user] = result.key_of[source]
             result.labels[user] = result.labels.get(source, "")
@@ -244,6 +303,7 @@ def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result:
     key = result.fresh_key("loss" if module is None else module, op if not part else f"{op}[{part}]")
     site = _site(key, op, node, graph, value, result)
     site.module = module or ""
+    site.wide = is_wide(maker, result)
     site.after = node.meta.get("assign_after", node)
     site.source = source_line(maker)
     site.inputs = tuple(dict.fromkeys(result.key_of[n] for n in maker.all_input_nodes if n in result.key_of))
@@ -317,6 +377,10 @@ def _carries(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(map(_carries, value))
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _is_complex(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_complex()
 
 
 def _is_float(value: Any) -> bool:

@@ -5,7 +5,7 @@ partitioner say what the backward pass does and which values wait for it. The gr
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from assign.plan.groups import assign_groups
 from assign.plan.tensors import (
     Buffer,
     Event,
+    Need,
     Role,
     Schedule,
     TensorInfo,
@@ -25,18 +26,16 @@ from assign.plan.tensors import (
     buffer_key,
     grad_key,
     saved_key,
-    state_key,
 )
-from assign.tracing.allocations import Allocations
 from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
 from assign.tracing.kept_state import kept_state
+from assign.tracing.needs import find_exact, find_needs
 from assign.tracing.operators import Walk, walk
+from assign.tracing.optimizer_states import OptimizerFactory, read_optimizer
 from assign.tracing.probes import insert_probes
 from assign.tracing.workspace import kernel_scratch
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory | None = None) -> TensorTable:
@@ -46,9 +45,11 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         model: in float32, on any device; its training flag is honoured.
         batch: what ``loss`` takes: a tensor, tuple, dict, or any nesting of them.
         loss: ``loss(model, batch)`` → scalar tensor.
-        optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states are counted; None counts none.
+        optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states are counted; None counts none. Where
+            no step shows them, as of LBFGS, none are counted, with a warning.
     Raises:
-        TraceError: a graph break, a loss that is no scalar, or a model that is not in float32.
+        TraceError: a graph break, a loss that is no scalar, a model that is not in float32, or an optimizer that cannot
+            be made.
     Examples:
         ```python
         table = assign.trace(model, batch, loss, adamw)
@@ -68,19 +69,20 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
             f"trace: loss(model, batch) returned {what}, a scalar tensor is needed. Reduce it with .mean()."
         )
     rows = list(_rows(recorder, model))
-    name, states, optimizer_bytes, scratch = _optimizer_states(model, optimizer)
+    kept = read_optimizer(model, optimizer)
     schedule = dataclasses.replace(
         recorder.schedule,
         parameter_bytes=_bytes(model.parameters()),
         buffer_bytes=_bytes(model.buffers()),
         batch_bytes=_bytes(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)),
         gradient_bytes=_bytes(p for p in model.parameters() if p.requires_grad),
-        optimizer=name,
-        optimizer_bytes=optimizer_bytes,
-        optimizer_scratch_bytes=scratch,
+        optimizer=kept.name,
+        optimizer_bytes=kept.bytes,
+        optimizer_scratch_bytes=kept.scratch,
     )
     breaks, outside = step.recorder.report()
-    return TensorTable(tensors=assign_groups([*rows, *states]), schedule=schedule, breaks=breaks, outside=outside)
+    tensors = assign_groups([*rows, *kept.rows])
+    return TensorTable(tensors=tensors, schedule=schedule, breaks=breaks, outside=outside)
 
 
 class _Recorder:
@@ -90,6 +92,8 @@ class _Recorder:
         self.walked: Walk | None = None
         self.schedule = Schedule()
         self.saved: dict[str, str] = {}
+        self.needs: Mapping[str, Need] = {}
+        self.exact: Collection[str] = ()
         self.buffers: dict[str, Tensor] = {}
 
     def receive(self, capture: Capture) -> Callable[..., Any]:
@@ -97,6 +101,7 @@ class _Recorder:
         examples = [_torch.make_dense_output(_torch.fake_value(n) if isinstance(n, fx.Node) else n) for n in outputs]
         functionalize(capture.graph)
         self.walked = walk(capture)
+        self.needs = find_needs(capture, self.walked)
         insert_probes(capture.graph, self.walked)
         if not any(_requires_grad(value) for value in capture.inputs):
             raise TraceError("trace: no parameter of the model requires a gradient. Unfreeze one, or train nothing.")
@@ -113,6 +118,7 @@ class _Recorder:
         lister.list_graph(backward, backward=True)
         self.schedule = lister.schedule()
         self.saved = _note_saved(backward, forward)
+        self.exact = find_exact(backward, _saved_by(backward, forward))
         return forward, backward
 
 
@@ -188,13 +194,15 @@ class _Lister:
 
 def _note_saved(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, str]:
     """Which activations wait for the backward pass: key → dtype in which they do."""
+    sources = _saved_by(backward, forward).values()
+    return {str(each.args[1]): str(_torch.joint_value(each).dtype).removeprefix("torch.") for each in sources}
+
+
+def _saved_by(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, fx.Node]:
+    """Inputs of the backward graph that hold activations: their names → the probes of these."""
     waiting = {node.name for node in backward.graph.nodes if node.op == "placeholder"}
-    found = {}
-    for node in _torch.output_of(forward).all_input_nodes:
-        source = origin(node)
-        if node.name in waiting and source.target is torch.ops.assign.probe.default:
-            found[str(source.args[1])] = str(_torch.joint_value(source).dtype).removeprefix("torch.")
-    return found
+    found = {node.name: origin(node) for node in _torch.output_of(forward).all_input_nodes if node.name in waiting}
+    return {name: source for name, source in found.items() if source.target is torch.ops.assign.probe.default}
 
 
 def _is_getitem(node: fx.Node) -> bool:
@@ -244,6 +252,8 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
             source=site.source,
             inputs=site.inputs,
             consumers=tuple(readers.get(site.key, ())),
+            wide=site.wide,
+            need=recorder.needs.get(site.key, Need.NOTHING),
         )
         yield info
         if not weight or site.key in trainable:
@@ -251,7 +261,13 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
             yield dataclasses.replace(info, key=grad_key(site.key), role=role, inputs=(), consumers=())
         if site.key in recorder.saved and not weight and site.op != "input":
             yield dataclasses.replace(
-                info, key=saved_key(site.key), role=Role.SAVED, dtype=recorder.saved[site.key], inputs=(), consumers=()
+                info,
+                key=saved_key(site.key),
+                role=Role.SAVED,
+                dtype=recorder.saved[site.key],
+                inputs=(),
+                consumers=(),
+                need=_need_of_copy(recorder, site.key),
             )
     for name, buffer in recorder.buffers.items():
         yield TensorInfo(
@@ -265,53 +281,12 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
         )
 
 
+def _need_of_copy(recorder: _Recorder, key: str) -> Need:
+    """Of a saved copy: what its activation needs, or all the bits that were computed with."""
+    return Need.EXACT if key in recorder.exact else recorder.needs.get(key, Need.NOTHING)
+
+
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind tensors."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
-
-
-def _optimizer_states(model: nn.Module, optimizer: OptimizerFactory | None) -> tuple[str, list[TensorInfo], int, int]:
-    """Class, rows, bytes and momentary bytes of the optimizer, read off a step on tensors without data.
-
-    A fused one updates in place, element by element, and has no momentary bytes.
-    """
-    if optimizer is None:
-        return "", [], 0, 0
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    twins = [nn.Parameter(torch.empty_like(p, device="meta")) for _, p in named]
-    instance = optimizer(twins)
-    fused = all(group.get("fused") for group in instance.param_groups)
-    for group in instance.param_groups:
-        if group.get("fused"):  # refuses tensors without data; its states are the same
-            group["fused"] = False
-        elif any(p.device.type == "cuda" for _, p in named):
-            group["foreach"] = True
-    for _ in range(2):  # the first step makes the states
-        for twin in twins:
-            twin.grad = torch.empty_like(twin)
-        with Allocations() as allocations:
-            instance.step()
-    rows, total = [], 0
-    for (name, _), twin in zip(named, twins, strict=True):
-        for state, value in instance.state[twin].items():
-            if isinstance(value, Tensor) and value.numel() > 1:
-                total += value.untyped_storage().nbytes()
-                rows.append(
-                    TensorInfo(
-                        key=state_key(name, state),
-                        role=Role.OPTIM_STATE,
-                        shape=tuple(value.shape),
-                        elements=value.numel(),
-                        dtype=str(value.dtype).removeprefix("torch."),
-                        op="optimizer",
-                        module=name.rpartition(".")[0],
-                    )
-                )
-    return optimizer_name(instance), rows, total, 0 if fused else allocations.peak
-
-
-def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
-    """``AdamW`` for torch's own; the whole path of another's class, which may compute anything."""
-    kind = type(optimizer)
-    return kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,190 @@
+"""What the values of a step's tensors need, read off its graphs without computing anything.
+
+* *float32*: what stays there by default (:mod:`assign.plan.precision`); what the user's own code computes in float32;
+  and what leads to the pole of a logarithm, a root or a quotient: rounding ``1 - p + eps`` would lose all of it.
+* *high*: a constant like −1e9 or −inf masks some elements, so that one scale cannot serve the others.
+* *exact*, of saved copies: the backward pass compares the copy with another saved value, divides by it or takes its
+  exponential.
+"""
+
+import operator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from assign import _torch
+from assign.plan.lowering import MATRIX_PRODUCTS
+from assign.plan.precision import SHIFTS, SINGULAR, stays_float32
+from assign.plan.tensors import SLICE, Need
+from assign.tracing.capture import Capture
+from assign.tracing.constants import WRITTEN, WRITTEN_BY_NAME, numbers_in
+from assign.tracing.functionalize import written
+from assign.tracing.joint import COMPARISONS, aten
+from assign.tracing.operators import MOVES, Walk, operator_name
+
+_MASK = 1e4
+"""Magnitude from which a constant is a mask. Source: the first BERT masks with −10000, later models with more."""
+
+_ON_CONSTANTS = frozenset({"add", "sub", "rsub", "mul", "div"})
+"""Operators whose number makes a mask of a constant, as in ``(1 - mask) * -1e9``."""
+
+_CARRY_MASKS = MOVES | frozenset(
+    {
+        SLICE, "add", "sub", "rsub", "mul", "div", "neg", "abs", "where", "masked_fill", "masked_scatter",
+        "maximum", "minimum", "max", "min", "cat", "stack", "getitem", "setitem", "index_put", "index_select",
+        "gather", "scatter", "pad", "tril", "triu", "copy", "clamp", "repeat_interleave", "view", "expand",
+        "expand_as", "unsqueeze", "squeeze", "transpose", "view_as", "reshape_as", "type", "type_as", "float",
+        "broadcast_to", "unfold", "select", "narrow", "split", "chunk", "unbind", "movedim", "swapaxes", "T", "mT",
+    }
+)  # fmt: skip
+"""Operators whose result holds a mask where one of their arguments does."""
+
+
+def find_needs(capture: Capture, walked: Walk) -> dict[str, Need]:
+    """What each activation of a captured graph needs, by key; those that need nothing are left out."""
+    masked, singular = _find_masked(capture, walked), _find_singular(walked)
+    readers: dict[str, set[str]] = {}
+    for site in walked.sites:
+        for key in site.inputs:
+            readers.setdefault(key, set()).add(site.op)
+    found = {}
+    for site in walked.sites:
+        if site.op == "parameter":
+            continue
+        own = readers.get(site.key, set())
+        is_product = not MATRIX_PRODUCTS.isdisjoint({site.op, *own})
+        computed = site.op not in ("input", SLICE)
+        poles = site.key in singular
+        wide = poles or stays_float32(site.key, site.op, own) or _in_float32(site.node, walked)
+        if computed and not is_product and wide:
+            found[site.key] = Need.FLOAT32
+        elif poles or site.node in masked:
+            found[site.key] = Need.HIGH
+    return found
+
+
+def _in_float32(node: fx.Node, walked: Walk) -> bool:
+    """Whether the user's code computes a tensor in float32, and does not go back at once."""
+    return node in walked.float32 and any(user not in walked.back for user in node.users)
+
+
+def _nodes(graph: fx.GraphModule, tables: Collection[set[fx.Node]]) -> Iterator[fx.Node]:
+    """Operators of a graph in order, checkpointed bodies included; what ``tables`` say of a value goes in and out."""
+    for node in graph.graph.nodes:
+        if node.target is not _torch.CHECKPOINT_OP:
+            if node.op in ("call_function", "call_method"):
+                yield node
+            continue
+        body = _torch.body_of(graph, node)
+        inner = [n for n in body.graph.nodes if n.op == "placeholder"]
+        _carry(zip(inner, node.args[1:], strict=False), tables)
+        yield from _nodes(body, tables)
+        outputs: Any = _torch.output_of(body).args[0]
+        parts = [user for user in node.users if user.target is operator.getitem]
+        _carry(((user, outputs[int(str(user.args[1]))]) for user in parts), tables)
+
+
+def _carry(pairs: Any, tables: Collection[set[fx.Node]]) -> None:
+    for target, source in pairs:
+        for table in tables:
+            if source in table:
+                table.add(target)
+
+
+def _find_masked(capture: Capture, walked: Walk) -> set[fx.Node]:
+    """Nodes whose values hold a mask: constants of large magnitude, and what is made of them with nothing but sums."""
+    placeholders = capture.graph.graph.find_nodes(op="placeholder")
+    pairs = zip(placeholders, capture.inputs, strict=False)
+    masked = {node for node, value in pairs if node not in capture.parameters and _is_mask(value)}
+    for node in _nodes(capture.graph, [masked]):
+        if _writes_mask(node, walked) or _carries_mask(node, masked):
+            target = written(node)
+            masked |= {node} if target is None else _family(target, walked)
+    return masked
+
+
+def _writes_mask(node: fx.Node, walked: Walk) -> bool:
+    op = operator_name(node.target)
+    positions = (0, 1) if op in _ON_CONSTANTS and node not in walked.parametric else WRITTEN.get(op, ())
+    given = [node.args[place] for place in positions if place < len(node.args)]
+    given += [node.kwargs.get(name) for name in WRITTEN_BY_NAME] if positions else []
+    return any(abs(number) >= _MASK for number in numbers_in(given))
+
+
+def _carries_mask(node: fx.Node, masked: set[fx.Node]) -> bool:
+    return operator_name(node.target) in _CARRY_MASKS and not masked.isdisjoint(node.all_input_nodes)
+
+
+def _family(node: fx.Node, walked: Walk) -> set[fx.Node]:
+    """Nodes that share the storage of ``node``."""
+    address = walked.values[node].untyped_storage()._cdata
+    tensors = ((n, value) for n, value in walked.values.items() if isinstance(value, Tensor))
+    return {n for n, value in tensors if value.untyped_storage()._cdata == address}
+
+
+def _is_mask(value: Any) -> bool:
+    known = isinstance(value, Tensor) and value.is_floating_point() and value.device.type != "meta"
+    if not known or isinstance(value, _torch.FakeTensor) or not value.numel():
+        return False
+    return bool((value.detach().abs() >= _MASK).any())
+
+
+def _find_singular(walked: Walk) -> set[str]:
+    """Keys of tensors that an operator with a pole reads, and of what these are made of by scalars."""
+    by_key = {site.key: site for site in walked.sites}
+    found: set[str] = set()
+    for node in walked.labels:
+        op = operator_name(node.meta.get("assign_op", node.target))
+        for position in SINGULAR.get(op, ()):
+            argument = node.args[position] if len(node.args) > position else None
+            key = walked.key_of.get(argument) if isinstance(argument, fx.Node) else None
+            if key is None or (op == "pow" and _is_polynomial(node)):
+                continue
+            while key is not None and key not in found and by_key[key].op != "parameter":
+                found.add(key)
+                site = by_key[key]
+                key = site.inputs[0] if site.op in SHIFTS and len(site.inputs) == 1 else None
+    return found
+
+
+def _is_polynomial(power: fx.Node) -> bool:
+    exponent = power.args[1] if len(power.args) > 1 else None
+    return isinstance(exponent, (int, float)) and exponent >= 1
+
+
+# ---- saved copies
+
+
+_POLES: Mapping[Any, int] = {  # operator → position of the operand
+    aten.div.Tensor: 1, aten.reciprocal.default: 0, aten.rsqrt.default: 0, aten.log.default: 0, aten.exp.default: 0,
+    aten._ctc_loss_backward.default: 1, aten._ctc_loss_backward.Tensor: 1,
+    aten.binary_cross_entropy_backward.default: 1, aten._log_softmax_backward_data.default: 1,
+    aten._cdist_backward.default: 1,
+}  # fmt: skip
+
+
+def find_exact(backward: fx.GraphModule, saved: Mapping[str, fx.Node]) -> set[str]:
+    """Keys of the activations whose saved copies must hold the values that were computed with.
+
+    Args:
+        saved: names of the backward graph's inputs that hold activations → their probes.
+    """
+    made_of: dict[fx.Node, frozenset[str]] = {}  # of saved values alone
+    found: set[str] = set()
+    for node in backward.graph.nodes:
+        if node.op == "placeholder":
+            if not _torch.is_tangent(node):
+                made_of[node] = frozenset((str(saved[node.name].args[1]) if node.name in saved else node.name,))
+            continue
+        if node.op != "call_function" or _torch.is_recomputed(node):
+            continue
+        arguments = node.all_input_nodes
+        sources = frozenset(key for each in arguments for key in made_of.get(each, ()))
+        if all(each in made_of for each in arguments):
+            made_of[node] = sources
+            if node.target in COMPARISONS and len(sources) > 1:
+                found |= sources
+        pole = node.args[_POLES[node.target]] if node.target in _POLES else None
+        found |= made_of.get(pole, frozenset()) if isinstance(pole, fx.Node) else frozenset()
+    return found

@@ -1,0 +1,160 @@
+"""The states that an optimizer keeps, read off a step of its own.
+
+On tensors without data where it can be: nothing is computed, and what the step allocates is counted. An optimizer that
+looks at a value takes a step on zeros in memory instead, up to a size. What neither shows, as the states of an
+optimizer that needs a closure, is unknown: none are counted, and a warning says so.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from assign.errors import TraceError
+from assign.plan.tensors import Role, TensorInfo, state_key
+from assign.tracing.allocations import Allocations
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+_MOST = 2**28
+"""Elements of parameters up to which a step on zeros is taken: 1 GiB, and as much for each state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerStates:
+    """What an optimizer keeps.
+
+    Attributes:
+        name: of its class, ``''`` without an optimizer.
+        rows: of the states that are plain tensors; what a library keeps in a form of its own is in ``bytes`` alone.
+        bytes: of all states; ``scratch``: what a step allocates for a moment.
+    """
+
+    name: str = ""
+    rows: tuple[TensorInfo, ...] = ()
+    bytes: int = 0
+    scratch: int = 0
+
+
+def read_optimizer(model: nn.Module, make: OptimizerFactory | None) -> OptimizerStates:
+    """What the optimizer keeps for the model's parameters.
+
+    Raises:
+        TraceError: it cannot be made.
+    """
+    if make is None:
+        return OptimizerStates()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    ways = [_Way(device="meta")]
+    if sum(p.numel() for _, p in named) <= _MOST:
+        ways += [_Way(device="cpu"), _Way(device="cpu", sparse=True)]
+    failures = []
+    for way in ways:
+        twins = [nn.Parameter(torch.zeros_like(p, device=way.device)) for _, p in named]
+        instance = _made(make, twins)
+        try:
+            scratch = _step(instance, twins, way, on_gpu=any(p.device.type == "cuda" for _, p in named))
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            continue
+        rows, total = _read(instance, [name for name, _ in named], twins)
+        return OptimizerStates(name=optimizer_name(instance), rows=tuple(rows), bytes=total, scratch=scratch)
+    name = optimizer_name(instance)
+    warnings.warn(
+        f"trace: the states of {name} are unknown and not counted: no step without data or on zeros shows them "
+        f"({failures[-1]}). The predicted memory of a step is without them.",
+        stacklevel=3,
+    )
+    return OptimizerStates(name=name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way:
+    """How to take a step: on which device, with which gradients."""
+
+    device: str
+    sparse: bool = False
+
+    def gradient(self, twin: Tensor) -> Tensor:
+        if not self.sparse:
+            return torch.zeros_like(twin)
+        first = torch.zeros(1, 1, dtype=torch.int64)
+        return torch.sparse_coo_tensor(first, twin.new_zeros((1, *twin.shape[1:])), twin.shape, check_invariants=True)
+
+
+def _made(make: OptimizerFactory, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    try:
+        return make(parameters)
+    except Exception as error:
+        raise TraceError(
+            f"trace: optimizer(parameters) failed on the {len(parameters)} trained parameters of the model: "
+            f"{type(error).__name__}: {error}\n"
+            "  Allowed: a function that makes a torch optimizer of all of them. Give another, or None to count none."
+        ) from error
+
+
+def _step(instance: torch.optim.Optimizer, twins: Sequence[nn.Parameter], way: _Way, *, on_gpu: bool) -> int:
+    """Take two steps, the first of which makes the states; bytes that the second one allocates for a moment.
+
+    A fused one updates in place, element by element, and allocates nothing.
+    """
+    fused = all(group.get("fused") for group in instance.param_groups)
+    for group in instance.param_groups:
+        if group.get("fused"):  # refuses tensors without data; its states are the same
+            group["fused"] = False
+        elif on_gpu:
+            group["foreach"] = True
+    counting = way.device == "meta"
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(2 if counting else 1):
+            for twin in twins:
+                twin.grad = way.gradient(twin)
+            with Allocations() if counting else contextlib.nullcontext(Allocations()) as allocations:
+                instance.step()
+    return 0 if fused else allocations.peak
+
+
+def _read(
+    instance: torch.optim.Optimizer, names: Sequence[str], twins: Sequence[nn.Parameter]
+) -> tuple[list[TensorInfo], int]:
+    rows, total = [], 0
+    for name, twin in zip(names, twins, strict=True):
+        states = {key: x for key, x in instance.state[twin].items() if isinstance(x, Tensor) and x.numel() > 1}
+        total += sum(part.untyped_storage().nbytes() for state in states.values() for part in _parts(state))
+        if not all(type(state) is Tensor and state.is_floating_point() for state in states.values()):
+            continue
+        rows += [_row(name, key, state) for key, state in states.items()]
+    return rows, total
+
+
+def _parts(state: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a state: itself, or those within a library's own kind of tensor."""
+    if not is_traceable_wrapper_subclass(state):
+        yield state
+        return
+    for name in state.__tensor_flatten__()[0]:
+        yield from _parts(getattr(state, name))
+
+
+def _row(name: str, key: str, state: Tensor) -> TensorInfo:
+    return TensorInfo(
+        key=state_key(name, key),
+        role=Role.OPTIM_STATE,
+        shape=tuple(state.shape),
+        elements=state.numel(),
+        dtype=str(state.dtype).removeprefix("torch."),
+        op="optimizer",
+        module=name.rpartition(".")[0],
+    )
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """``AdamW`` for torch's own; the whole path of another's class, which may compute anything."""
+    kind = type(optimizer)
+    return (
+        kind.__name__ if f"{kind.__module__}.".startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"
+    )
