@@ -168,3 +168,146 @@ def test_tables_are_the_same_in_an_old_process_and_with_weights_that_follow():
     model, x = Teacher("lerp", "between"), torch.randn(4, 4)
     table = traced(model, x, square_loss, adamw)
     assert traced(Teacher("lerp", "between"), torch.randn(9, 4), square_loss, adamw).fingerprint == table.fingerprint
+
+
+class Siamese(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f, self.head, self.criterion = nn.Linear(8, 16), nn.Linear(16, 4), nn.MSELoss()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.head(self.f(x).tanh())
+
+    def encode(self, x):
+        return self.f(x).tanh()
+
+    def described(self):
+        return f"{sum(p.numel() for p in self.parameters())} parameters"
+
+    def both(self, x):
+        return self(x), self.encode(x)
+
+
+PAIR = (torch.arange(32.0).reshape(4, 8) / 16 - 1, torch.arange(32.0).reshape(4, 8).flip(0) / 32)
+
+
+def far(model, batch):
+    return 1 - F.cosine_similarity(model(batch[0]), model(batch[1])).mean()
+
+
+def with_reference(model, batch):
+    with torch.no_grad():
+        reference = model(batch[1])
+    return (model(batch[0]) - reference).square().mean()
+
+
+def inside(model, batch):
+    return model.criterion(model(batch[0]), model.head(model.f(batch[1]))) * model.scale
+
+
+def two_encodings(model, batch):
+    return F.mse_loss(model.encode(batch[0]), model.encode(batch[1]))
+
+
+@pytest.mark.parametrize("loss", [far, with_reference, inside, two_encodings])
+def test_a_plan_of_a_loss_that_calls_the_model_twice_applies(loss):
+    model = Siamese()
+    plan = assign.search(model, PAIR, loss, low_ratio=0.0)
+    plain = copy.deepcopy(model)
+    found, expected = loss(assign.apply(model, plan, backend="eager"), PAIR), loss(plain, PAIR)
+    found.backward()
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=0.03)  # a few bf16 ulps (2^-8) per tensor
+    assert found.item() != expected.item()
+    for (name, parameter), other in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert (parameter.grad is None) == (other[1].grad is None), name
+
+
+def test_methods_run_under_the_plan():
+    model = Siamese()
+    plan = assign.search(model, PAIR, two_encodings, low_ratio=0.0)
+    planned = assign.apply(model, plan, backend="eager")
+    encoded = planned.encode(PAIR[0])
+    assert not torch.equal(encoded, model.encode(PAIR[0]))
+    assert near(encoded, model.encode(PAIR[0]))
+    assert planned.described() == model.described()
+    assert torch.equal(copy.deepcopy(planned).encode(PAIR[0]), encoded)
+    with torch.no_grad():  # it calls the model, and so is no method of its own
+        assert torch.equal(planned.both(PAIR[0])[1], encoded)
+
+
+def test_a_method_that_the_plan_does_not_know_says_so():
+    model = Siamese()
+    plan = assign.search(model, PAIR[0], square_loss, low_ratio=0.0)
+    planned = assign.apply(model, plan, backend="eager")
+    with pytest.warns(UserWarning, match=r"loss/tanh.* not narrowed|not narrowed.*loss/tanh"):
+        planned.encode(PAIR[0]).sum().backward()
+    assert near(planned.encode(PAIR[0]), model.encode(PAIR[0]))
+
+
+class Alternating(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f, self.heads = nn.Linear(8, 16), nn.ModuleDict({"a": nn.Linear(16, 4), "b": nn.Linear(16, 2)})
+
+    def forward(self, x, head):
+        return self.heads[head](self.f(x).relu())
+
+
+def by_head(model, batch):
+    return model(batch["x"], batch["head"]).square().mean()
+
+
+@pytest.mark.parametrize("planned_for", ["a", "both"])
+def test_heads_that_take_turns(planned_for):
+    model, x = Alternating(), torch.randn(4, 8)
+
+    def both(model, batch):
+        return by_head(model, {"x": batch["x"], "head": "a"}) + by_head(model, {"x": batch["x"], "head": "b"})
+
+    batch = {"x": x, "head": "a"}
+    plan = assign.search(model, batch, by_head if planned_for == "a" else both, low_ratio=0.0)
+    planned, plain = assign.apply(model, plan, backend="eager"), copy.deepcopy(model)
+    for head in ("a", "b", "a"):
+        model.zero_grad()
+        plain.zero_grad()
+        if head == "b" and planned_for == "a":
+            with pytest.warns(UserWarning, match=r"the plan does not know.*heads\.b"):
+                by_head(planned, {"x": x, "head": head}).backward()
+        else:
+            by_head(planned, {"x": x, "head": head}).backward()
+        by_head(plain, {"x": x, "head": head}).backward()
+        for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (parameter.grad is None) == (other.grad is None)
+            assert other.grad is None or near(parameter.grad, other.grad)
+
+
+def test_parameters_that_are_trained_later_and_evaluation_before_training():
+    model, x = Siamese(), PAIR[0]
+    model.f.requires_grad_(False)
+    plan = assign.search(model, x, square_loss, low_ratio=0.0)
+    planned = assign.apply(model, plan, backend="eager")
+    with torch.no_grad():
+        planned.eval()(x)
+    planned.train()
+    square_loss(planned, x).backward()
+    assert model.f.weight.grad is None
+    model.f.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"f\.weight\.grad.*|were not trained when the plan was made"):
+        square_loss(planned, x).backward()
+    plain = copy.deepcopy(model)
+    plain.zero_grad()
+    square_loss(plain, x).backward()
+    assert near(model.f.weight.grad, plain.f.weight.grad)
+
+
+def test_a_plan_of_another_model_is_still_refused():
+    class Other(Siamese):
+        def forward(self, x):
+            return self.head(self.f(x).relu())
+
+    plan = assign.search(Other(), PAIR[0], square_loss, low_ratio=0.0)
+    planned = assign.apply(Siamese(), plan, backend="eager")
+    with pytest.raises(assign.AssignError, match=r"(?s)no entry for .*'/tanh'"):
+        planned(PAIR[0])

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from assign import _torch, several
 from assign.errors import PlanError, nearest
 from assign.executor.compile import Backend, make_backend
+from assign.executor.fit import Scope, fit
 from assign.executor.mark import mark, taps_of
+from assign.executor.methods import methods_of, planned_method
 from assign.executor.parameters import check_storable, store_parameters
 from assign.executor.sparse import sparse_inputs, with_sparse_gradients
 from assign.executor.unused import results_behind_inputs, without_unused_gradients
@@ -26,10 +28,9 @@ from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
 from assign.plan.assignment import Assignment
 from assign.plan.stored import buffer_of, is_lasting, narrow_buffers, owner_of
-from assign.plan.tensors import grad_key
 from assign.tracing.capture import Capture, Loss, call_model, compile_step
 from assign.tracing.functionalize import functionalize
-from assign.tracing.operators import Walk, walk
+from assign.tracing.operators import walk
 
 
 def apply(
@@ -68,8 +69,12 @@ def apply(
         ```
     """
     store(model, plan)
-    compiled = compile_planned(model, call_model, plan, _graph_backend(plan, backend), promotion, scales)
-    original = type(model)
+    graph_backend, original = _graph_backend(plan, backend), type(model)
+
+    def planned_call(function: Callable[..., Any], scope: Scope) -> Callable[..., Any]:
+        return compile_planned(model, function, plan, graph_backend, promotion, scales, scope=scope)
+
+    compiled = planned_call(call_model, Scope.CALL)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return compiled(self, *args, **kwargs)
@@ -83,7 +88,20 @@ def apply(
     def reduce(self: nn.Module, _protocol: int = 2) -> Any:
         return _restore, (_plain(self, original), current(self), backend)
 
-    body = {"__call__": call, "__deepcopy__": duplicate, "__reduce_ex__": reduce, "assign_plan": property(current)}
+    def plain(self: nn.Module) -> nn.Module:
+        return _plain(self, original)
+
+    def method(name: str) -> Callable[..., Any]:
+        compile_method = functools.cache(lambda: planned_call(_calling(original, name), Scope.METHOD))
+        return planned_method(name, plain, compile_method)
+
+    body = {
+        **{name: method(name) for name in methods_of(original)},
+        "__call__": call,
+        "__deepcopy__": duplicate,
+        "__reduce_ex__": reduce,
+        "assign_plan": property(current),
+    }
     planned: nn.Module = _share(
         model, type(original.__name__, (original,), {**body, "__module__": original.__module__})
     )
@@ -184,6 +202,7 @@ def compile_planned(
     promotion: Promotion | None = None,
     scales: DelayedScales | None = None,
     *,
+    scope: Scope = Scope.STEP,
     whole: bool = False,
 ) -> Callable[..., Any]:
     """``call(module, …)`` → ``loss(model, …)`` under the plan; ``module`` is what the user calls.
@@ -196,16 +215,14 @@ def compile_planned(
             "apply: the promotion was made for another plan. Make one for this plan: Promotion(plan), and give it to "
             "everything that runs the plan in this training."
         )
-    whole_step = loss is not call_model
     delayed = scales or DelayedScales(plan)
 
     def receive(capture: Capture) -> Callable[..., Any]:
         functionalize(capture.graph)
         needed, sparse = results_behind_inputs(capture.graph), sparse_inputs(capture)
         walked = walk(capture)
-        if capture.training:
-            _check_covers(walked, capture, plan, whole_step)
-        taps = mark(capture, walked, plan, promotion, delayed)
+        fitted = fit(plan, walked, capture, scope) if capture.training else plan
+        taps = mark(capture, walked, fitted, promotion, delayed)
 
         def all_taps(inputs: Sequence[Any]) -> list[Tensor]:
             return [each for tap in taps for each in taps_of(inputs[tap.position], tap)]
@@ -241,6 +258,12 @@ def _share(model: nn.Module, kind: type) -> Any:
 def _plain(model: nn.Module, kind: type) -> nn.Module:
     twin: nn.Module = _share(model, kind)
     return twin
+
+
+def _calling(kind: type[nn.Module], name: str) -> Callable[..., Any]:
+    """The method ``name``, as a function."""
+    method: Callable[..., Any] = getattr(kind, name)
+    return lambda model, *args, **kwargs: method(model, *args, **kwargs)
 
 
 def _restore(model: nn.Module, plan: Assignment, backend: str) -> nn.Module:
@@ -284,21 +307,3 @@ def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
             f"  The plan names {len(planned)} parameters, the model has {len(names)}.\n"
             "  Use the plan's own model, or make a new plan with assign.search or 'assign search'."
         )
-
-
-def _check_covers(walked: Walk, capture: Capture, plan: Assignment, whole_step: bool) -> None:
-    """Every tensor of the captured step stands in the plan, and the other way round; its buffers may."""
-    frozen = {name for node, name in capture.parameters.items() if not _torch.fake_value(node).requires_grad}
-    keys = [
-        key
-        for site in walked.sites
-        for key in (site.key, grad_key(site.key))
-        if key.removesuffix(".grad") not in frozen
-    ]
-    keys += [site.key for site in walked.sites if site.key in frozen]
-    keys += [key for key in plan.entries if key.removesuffix(".grad") in frozen and key not in keys]
-    if capture.is_part:  # the others have the rest
-        keys += [key for key in plan.entries if key not in keys]
-    if not whole_step:  # the loss is computed outside: its entries have nothing to apply to
-        keys += [key for key in plan.entries if key.startswith("loss/")]
-    plan.check_covers(keys, where="the plan", buffers=capture.buffers.values())
