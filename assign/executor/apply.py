@@ -19,16 +19,17 @@ from assign import _torch, several
 from assign.errors import PlanError, nearest
 from assign.executor.compile import Backend, make_backend
 from assign.executor.mark import mark, taps_of
-from assign.executor.parameters import check_storable, store_parameters
+from assign.executor.parameters import store_parameters
 from assign.executor.sparse import sparse_inputs, with_sparse_gradients
 from assign.executor.unused import results_behind_inputs, without_unused_gradients
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
 from assign.plan.assignment import Assignment
 from assign.plan.stored import buffer_of, is_lasting, narrow_buffers, owner_of
-from assign.plan.tensors import grad_key
-from assign.tracing.capture import Capture, Loss, call_model, compile_step
+from assign.plan.tensors import base_key, grad_key, is_input_key
+from assign.tracing.capture import Capture, Loss, call_model, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
+from assign.tracing.loaded import complete
 from assign.tracing.operators import Walk, walk
 
 
@@ -170,9 +171,9 @@ def planned_step(
 def store(model: nn.Module, plan: Assignment) -> None:
     """Make sure that the plan is the model's, and give parameters and gradients their dtypes."""
     several.check_one_module(model)
-    check_storable(model, plan)
+    check_parameters(model)
     _check_parameters_named(model, plan)
-    several.check_sharded(model, plan)
+    several.check_sharded(model, complete(plan, model))
     store_parameters(model, plan)
 
 
@@ -198,13 +199,14 @@ def compile_planned(
         )
     whole_step = loss is not call_model
     delayed = scales or DelayedScales(plan)
+    given, plan = plan, complete(plan, model)
 
     def receive(capture: Capture) -> Callable[..., Any]:
         functionalize(capture.graph)
         needed, sparse = results_behind_inputs(capture.graph), sparse_inputs(capture)
         walked = walk(capture)
         if capture.training:
-            _check_covers(walked, capture, plan, whole_step)
+            _check_covers(walked, capture, given, whole_step)
         taps = mark(capture, walked, plan, promotion, delayed)
 
         def all_taps(inputs: Sequence[Any]) -> list[Tensor]:
@@ -287,7 +289,10 @@ def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
 
 
 def _check_covers(walked: Walk, capture: Capture, plan: Assignment, whole_step: bool) -> None:
-    """Every tensor of the captured step stands in the plan, and the other way round; its buffers may."""
+    """Every tensor of the captured step stands in the plan, and the other way round; its buffers may.
+
+    So may what is computed of the batch alone: in another dtype, as integers, it has other tensors or none.
+    """
     frozen = {name for node, name in capture.parameters.items() if not _torch.fake_value(node).requires_grad}
     keys = [
         key
@@ -301,4 +306,7 @@ def _check_covers(walked: Walk, capture: Capture, plan: Assignment, whole_step: 
         keys += [key for key in plan.entries if key not in keys]
     if not whole_step:  # the loss is computed outside: its entries have nothing to apply to
         keys += [key for key in plan.entries if key.startswith("loss/")]
+    of_batch = {site.key for site in walked.sites if site.node not in walked.parametric and site.op != "parameter"}
+    keys = [key for key in keys if base_key(key) not in of_batch or key in plan.entries]
+    keys += [key for key in plan.entries if is_input_key(base_key(key))]
     plan.check_covers(keys, where="the plan", buffers=capture.buffers.values())
