@@ -8,14 +8,16 @@ them is pure Python and never imports torch.
                       ``functionalize``: no in-place operators, so every value has one node; ``operators``: the walk
                       that names every tensor, for tracer and executor alike; ``probes`` at them; ``joint``,
                       ``workspace``, ``finiteness``: the backward pass, what kernels need, which tensors must not
-                      be narrowed; ``allocations``: bytes counted without data; ``tracer``: all of it
+                      be narrowed; ``allocations``: bytes counted without data; ``loaded``: the dtypes in which a
+                      model was loaded; ``tracer``: all of it
 ``plan``              pure Python. ``tensors``: TensorTable, the first waist: rows by key, groups, the schedule of the
                       step; ``formats`` as rows of data; ``recipes``: candidates per role; ``groups``: shared
                       decisions; ``lowering``, ``lowered``: in which dtype an operator computes; ``memory``:
                       (table, assignment) → peak and timeline; ``stored``: what stays between steps; ``libraries``:
                       who can keep it; ``timeline``: bytes moment by moment, and by decision; ``moments``: by role, and
                       what they are; ``noise``, ``times``: tables of what was measured; ``display``: what a notebook
-                      shows of any of these; ``assignment``: **Assignment**, the second waist, ``plan.json``
+                      shows of any of these; ``entry``, ``assignment``: **Assignment**, the second waist,
+                      ``plan.json``
 ``strategies``        searches: (table, recipe, goal) → entries; ``milp``: that of least noise;
                       ``planning``: trace, strategy, provenance in one call; ``fronts``: a plan for every budget
 ``noise``             ``stepping``: a step in which every tensor can be touched; ``sampling``: what rounding one

@@ -24,6 +24,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, TorchRuntimeError, Unsupported, UserError
 from torch._dynamo.source import LocalSource
 from torch._dynamo.variables import TorchInGraphFunctionVariable
+from torch._dynamo.variables.tensor import TensorVariable
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
@@ -453,7 +454,8 @@ def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
     """``torch.compile`` of a module as one graph, with a backend of ours; logging and recurrent layers do not break it.
 
     One graph within ``DistributedDataParallel`` too, where Dynamo would cut it at the buckets. A hook that a module
-    gets or loses later makes a new graph; by default Dynamo would not look.
+    gets or loses later makes a new graph; by default Dynamo would not look. ``requires_grad_(True)`` in the middle of a
+    step, as behind a frozen embedding, asks for a gradient that no parameter gets; it says nothing here.
     """
 
     compiled = torch.compile(step, backend=backend, fullgraph=True)
@@ -467,7 +469,8 @@ def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
     }
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with dynamo_config.patch(options):
+        ignore = mock.patch.object(TensorVariable, "method_requires_grad_", _ignore_requires_grad)
+        with dynamo_config.patch(options), ignore:
             return compiled(*args, **kwargs)
 
     return run
@@ -480,6 +483,14 @@ def unrolled_lstm() -> contextlib.AbstractContextManager[Any]:
     """
     layer = decompositions.one_layer_lstm
     return mock.patch.object(decompositions, "select_one_layer_lstm_function", return_value=layer)
+
+
+_REQUIRES_GRAD = TensorVariable.method_requires_grad_
+
+
+def _ignore_requires_grad(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+    """Dynamo's ``Tensor.requires_grad_``, which leaves what the graph itself makes as it is."""
+    return _REQUIRES_GRAD(self, tx, *args, **kwargs) if self.source else self
 
 
 def multiply_in_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -544,6 +555,18 @@ def replaced_parameters(
     """
     replaced = stateless._reparametrize_module(model, dict(tensors), tie_weights=True)
     return cast(contextlib.AbstractContextManager[None], replaced)
+
+
+def is_wrapper(value: Any) -> bool:
+    """Whether a value is a tensor of a wrapper subclass, as those of quantized weights are; not one without data."""
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
+
+
+def is_foreign(target: Any) -> bool:
+    """Whether an operator is not torch's own, or has a body of its own."""
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims")
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:

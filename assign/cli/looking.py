@@ -96,10 +96,10 @@ def estimate(
     data: Data = None,
     json_file: Json = None,
 ) -> None:
-    """Predict the memory of one training step under a plan (or all in fp32), before anything runs."""
+    """Predict the memory of one training step under a plan (or as the model is loaded), before anything runs."""
     loaded = open_task(task, seed, batch_size, device, data, None)
     table = traced(loaded, device)
-    chosen = Assignment.load(plan) if plan else search_table(table, strategy="uniform", format_name="fp32")
+    chosen = Assignment.load(plan) if plan else search_table(table, strategy="as-loaded")
     costs = estimate_plan(table, chosen, update_rounding=update_rounding)
     compiled = _rehearsed(loaded, device, chosen, table, update_rounding) if backend is Backend.INDUCTOR else None
     console.print(tables.estimate_table(costs, compiled))

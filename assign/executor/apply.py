@@ -21,15 +21,16 @@ from assign.executor.compile import Backend, make_backend
 from assign.executor.fit import Scope, fit
 from assign.executor.mark import mark, taps_of
 from assign.executor.methods import methods_of, planned_method
-from assign.executor.parameters import check_storable, store_parameters
+from assign.executor.parameters import store_parameters
 from assign.executor.sparse import sparse_inputs, with_sparse_gradients
 from assign.executor.unused import results_behind_inputs, without_unused_gradients
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
 from assign.plan.assignment import Assignment
 from assign.plan.stored import buffer_of, is_lasting, narrow_buffers, owner_of
-from assign.tracing.capture import Capture, Loss, call_model, compile_step
+from assign.tracing.capture import Capture, Loss, call_model, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
+from assign.tracing.loaded import complete
 from assign.tracing.operators import walk
 
 
@@ -188,9 +189,9 @@ def planned_step(
 def store(model: nn.Module, plan: Assignment) -> None:
     """Make sure that the plan is the model's, and give parameters and gradients their dtypes."""
     several.check_one_module(model)
-    check_storable(model, plan)
+    check_parameters(model)
     _check_parameters_named(model, plan)
-    several.check_sharded(model, plan)
+    several.check_sharded(model, complete(plan, model))
     store_parameters(model, plan)
 
 
@@ -216,13 +217,14 @@ def compile_planned(
             "everything that runs the plan in this training."
         )
     delayed = scales or DelayedScales(plan)
+    given, plan = plan, complete(plan, model)
 
     def receive(capture: Capture) -> Callable[..., Any]:
         functionalize(capture.graph)
         needed, sparse = results_behind_inputs(capture.graph), sparse_inputs(capture)
         walked = walk(capture)
-        fitted = fit(plan, walked, capture, scope) if capture.training else plan
-        taps = mark(capture, walked, fitted, promotion, delayed)
+        new = fit(given, walked, capture, scope) if capture.training else {}
+        taps = mark(capture, walked, plan.replace(new), promotion, delayed)
 
         def all_taps(inputs: Sequence[Any]) -> list[Tensor]:
             return [each for tap in taps for each in taps_of(inputs[tap.position], tap)]

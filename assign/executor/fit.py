@@ -11,7 +11,7 @@ from enum import StrEnum
 from assign import _torch
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.recipes import get_recipe
-from assign.plan.tensors import Role, base_key, grad_key
+from assign.plan.tensors import Role, base_key, grad_key, is_input_key
 from assign.tracing.capture import Capture
 from assign.tracing.operators import Walk
 
@@ -24,20 +24,25 @@ class Scope(StrEnum):
     METHOD = "method"
 
 
-def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> Assignment:
-    """The plan for a captured training step.
+def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> dict[str, Entry]:
+    """Check that a plan fits a captured training step.
 
     Parameters that were frozen when the plan was made get the recipe's high format for their gradients. Tensors of a
     module that the plan does not know, or of a method that it does not know, are not narrowed. Both are said in a
     warning. Entries of modules that this step does not run, and of a second call that is not in this graph, wait for
-    another step.
+    another step. What is computed of the batch alone may have other tensors, or none: the batch may come in another
+    dtype.
 
+    Returns:
+        Entries for the gradients of parameters that were frozen when the plan was made.
     Raises:
         PlanError: a tensor has no entry, or an entry no tensor, for another reason: names the nearest keys.
     """
     frozen = {name for node, name in capture.parameters.items() if not _torch.fake_value(node).requires_grad}
     keys = [site.key for site in walked.sites]
     keys += [grad_key(key) for key in keys if key not in frozen]
+    of_batch = {site.key for site in walked.sites if site.node not in walked.parametric and site.op != "parameter"}
+    keys = [key for key in keys if base_key(key) not in of_batch or key in plan.entries]
     missing = [key for key in keys if key not in plan.entries]
     planned, run = set(map(_path, plan.entries)), set(map(_path, keys))
     unfrozen = [key for key in missing if "/" not in key and key != base_key(key) and base_key(key) in plan.entries]
@@ -48,13 +53,12 @@ def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> Assig
         waiting = [key for key in plan.entries if _waits(key, frozen, run, scope)]
     expected = [key for key in keys if key not in unknown and key not in unfrozen]
     plan.check_covers([*expected, *waiting], where="the plan", buffers=capture.buffers.values())
-    if unfrozen:
-        high = get_recipe(plan.recipe).by_role[Role.WEIGHT_GRAD][0]
-        _say(unfrozen, f"were not trained when the plan was made: their gradients are {high}")
-        plan = plan.replace({key: Entry(high, False) for key in unfrozen})
+    high = get_recipe(plan.recipe).by_role[Role.WEIGHT_GRAD][0]
     if unknown:
         _say(unknown, "are of a part of the model that the plan does not know: they are not narrowed")
-    return plan
+    if unfrozen:
+        _say(unfrozen, f"were not trained when the plan was made: their gradients are {high}")
+    return {key: Entry(high, False) for key in unfrozen}
 
 
 def _waits(key: str, frozen: Iterable[str], run: Iterable[str], scope: Scope) -> bool:
@@ -63,7 +67,7 @@ def _waits(key: str, frozen: Iterable[str], run: Iterable[str], scope: Scope) ->
         return base_key(key) in frozen or scope is not Scope.STEP or _path(key) not in run
     path = _path(key)
     outside = scope is not Scope.STEP and (path in ("", "loss") or "#" in key)
-    return outside or path not in run
+    return outside or path not in run or is_input_key(base_key(key))
 
 
 def _path(key: str) -> str:

@@ -2,7 +2,8 @@
 
 A mark is an autograd function, so the joint graph holds a rounding node exactly at v, at dv (after the sum over v's
 readers), at θ and at dθ. Between operators a tensor lives in its carrier dtype (see :mod:`assign.plan.lowering`);
-operands are widened where an operator must run in float32.
+operands are widened where an operator must run in float32. An operator of which nothing has another dtype than in the
+model as it was loaded stays as the user wrote it.
 
 Where a plan rounds stochastically, the graph begins with one node that draws a seed. Every mark reads it and has a
 number of its own, made from the tensor's key; checkpointed bodies take it as one more operand. What is rounded again in
@@ -29,17 +30,28 @@ from assign.numerics.rounding import draw_seed, stream_of, torch_dtype
 from assign.optim.gradients import keep_scale
 from assign.plan import lowering
 from assign.plan.assignment import Assignment, format_pair
-from assign.plan.formats import Format, parse_format
+from assign.plan.formats import LOADED, Format, loaded_format, parse_format
 from assign.plan.stored import gradient_format, stored_dtype
 from assign.plan.tensors import MARK, Role, grad_key, saved_key
 from assign.tracing.capture import Capture
 from assign.tracing.constants import ARITHMETIC, hold_numbers
 from assign.tracing.functionalize import written
 from assign.tracing.layout import Layout
-from assign.tracing.operators import CROSSING, Site, Walk, floating_arguments, is_wide, operator_name
+from assign.tracing.operators import (
+    CROSSING,
+    Site,
+    Walk,
+    converts,
+    dtype_of,
+    floating_arguments,
+    is_opaque,
+    is_wide,
+    operator_name,
+)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CONVERSIONS = frozenset({"float", "to", "type", "type_as"})
+_DTYPES = {name: torch_dtype(name) for name in LOADED}
+_CONVERSIONS = lowering.CONVERSIONS | {"to"}
+_SIXTEEN_BIT = ("bfloat16", "float16")
 
 
 class _Mark(torch.autograd.Function):
@@ -121,9 +133,11 @@ def _round(
 ) -> Tensor:
     history = find_history(name)
     fmt = history.format if history else format_named(name)
-    exact = x.dtype == dtype and _DTYPES.get(fmt.native or "") in (dtype, torch.float32)
+    exact = x.dtype == dtype and lowering.changes_nothing(fmt, _name_of(dtype))
     if exact and not visible:
         return x.view_as(x)
+    if torch.float64 in (x.dtype, dtype) and not exact and not history and fmt.native != "float64":
+        return _round(x.float(), name, torch.float32, randomness, saturate=saturate).to(dtype)  # kernels are in float32
     saturate = saturate and not exact  # what changes nothing leaves an infinity too
     scale = torch.ops.assign.scale(x, name) if fmt.scaled else None
     name = fmt.name if history else name
@@ -185,7 +199,7 @@ def mark(
 ) -> list[Tap]:
     """Edit the captured graph so that it computes under ``plan``; graphs of an all-fp32 plan stay as they are.
 
-    Tensors that the plan does not name (only in evaluation: training checks the plan first) stay in float32.
+    Tensors that the plan does not name (in evaluation: training checks the plan first) stay as they were loaded.
     What may be promoted lives in a carrier that holds its high format too.
 
     Returns:
@@ -194,7 +208,7 @@ def mark(
     marker = _Marker(capture, walked, plan, promotion, scales)
     marker.mark_graph(capture.graph)
     if not capture.is_part:
-        marker.widen_outputs(capture.graph)
+        marker.restore_outputs(capture.graph)
     capture.graph.graph.lint()
     capture.graph.recompile()
     return marker.taps
@@ -212,7 +226,8 @@ class _Marker:
         self.sites: dict[fx.Node, list[Site]] = {}
         for site in walked.sites:
             self.sites.setdefault(site.after, []).append(site)
-        self.dtypes = {node: str(dtype).removeprefix("torch.") for node, dtype in capture.dtypes.items()}
+        self.own = {site.key: dtype_of(site.value) for site in reversed(walked.sites)}  # as loaded
+        self.dtypes = {node: _name_of(dtype) for node, dtype in capture.dtypes.items()}  # where not as loaded
         self.taps: list[Tap] = []
         self.seeds: dict[fx.Graph, fx.Node] = {}
         self.layouts: dict[fx.Graph, Layout] = {}
@@ -228,87 +243,120 @@ class _Marker:
                 self._mark_operator(graph, node)
         graph.recompile()
 
+    def _loaded(self, node: fx.Node) -> str:
+        """Dtype of a node's value in the model as it was loaded."""
+        value = self.walked.values.get(node)
+        return dtype_of(value) if isinstance(value, Tensor) else lowering.FLOAT32
+
+    def _now(self, node: fx.Node) -> str:
+        """Dtype of a node's value under the plan."""
+        return self.dtypes.get(node) or self._loaded(node)
+
     def _mark_operator(self, graph: fx.GraphModule, node: fx.Node) -> None:
-        sources = [n for n in floating_arguments(node, self.walked) if n in self.dtypes]
         key = self.walked.labels.get(node)
         if key is not None:
             _torch.label(node, key)
         target = written(node)
         if target is not None:
-            self._lower(graph, node, self.dtypes.get(target, lowering.FLOAT32))
+            self._lower(graph, node, self._now(target))
         elif node.target is operator.getitem and _is_tuple(self.walked.values.get(_torch.source_of(node))):
             maker = _torch.source_of(node)
             if maker in self.dtypes and node not in self.dtypes:
                 self.dtypes[node] = self.dtypes[maker]
-        elif key is not None and "assign_op" not in node.meta:
-            self.dtypes[node] = self._compute_dtype(node, key)
-            self._lower(graph, node, self.dtypes[node])
-            _ask_for(node, _DTYPES[self.dtypes[node]])
+        elif key is not None:
+            dtype = self._compute_dtype(node, key)
+            if dtype is not None:  # else it stays as it is written
+                self.dtypes[node] = dtype
+                self._compute_in(graph, node, dtype)
         elif _is_complex(self.walked.values.get(node)):  # there is none of 16 bit
-            self._lower(graph, node, lowering.FLOAT32)
+            self._lower(graph, node, None)
         elif node in self.walked.key_of or _is_tuple(self.walked.values.get(node)):
-            self._follow(node, sources)
+            self._follow(node)
         self._mark_sites(graph, node)
 
-    def _follow(self, node: fx.Node, sources: list[fx.Node]) -> None:
-        """A view or a move keeps its source's dtype; a conversion to float32 that changed nothing is dropped.
+    def _compute_in(self, graph: fx.GraphModule, node: fx.Node, dtype: str) -> None:
+        """Let an operator run in ``dtype``."""
+        if is_opaque(node, self.walked):
+            self._lower(graph, node, None)
+        elif operator_name(node.target) in lowering.CONVERSIONS:
+            _convert_to(node, _DTYPES[dtype])
+        else:
+            self._lower(graph, node, dtype)
+            _ask_for(node, _DTYPES[self._loaded(node)], _DTYPES[dtype])
 
-        Who reads it computes in float32 (:func:`is_wide`). A conversion to 16 bit is the user's own wish and stays.
+    def _follow(self, node: fx.Node) -> None:
+        """A view or a move keeps its source's dtype; a conversion that changed nothing is dropped.
+
+        Who reads one to float32 computes there (:func:`is_wide`). A conversion to another dtype is the user's own wish
+        and stays; one back to the dtype that the tensor had, which several in a row may be, goes back to the carrier
+        that the plan gives it.
         """
-        value = self.walked.values.get(node)
-        if isinstance(value, Tensor) and value.dtype != torch.float32:
-            self.dtypes[node] = str(value.dtype).removeprefix("torch.")
-        elif sources:
-            self.dtypes[node] = self.dtypes[sources[0]]
-            if node.op == "call_method" and node.target in _CONVERSIONS:
-                node.replace_all_uses_with(sources[0])
+        source = next(floating_arguments(node, self.walked), None)
+        if converts(node, self.walked):
+            self.dtypes[node] = self._under_plan(self.walked.key_of.get(node, ""), self._loaded(node))
+            if self._now(node) != self._loaded(node) or len(node.all_input_nodes) > 1:  # to another tensor's dtype
+                _convert_to(node, _DTYPES[self._now(node)])
+        elif source is not None and source in self.dtypes:
+            self.dtypes[node] = self.dtypes[source]
+            is_moved = _device_of(self.walked.values.get(node)) != _device_of(self.walked.values[source])
+            if node.op == "call_method" and node.target in _CONVERSIONS and not is_moved:
+                node.replace_all_uses_with(source)
+
+    def _under_plan(self, key: str, loaded: str) -> str:
+        """Dtype under the plan of a value of ``key`` that had the dtype ``loaded``: it may be the user's conversion."""
+        formats = self._formats(key)
+        return self._carrier(key, formats) if formats and self.own.get(key) == loaded else loaded
 
     def _formats(self, key: str) -> tuple[Format, Format] | None:
         return format_pair(self.plan.entries, key)
 
-    def _compute_dtype(self, node: fx.Node, key: str) -> str:
-        site_op = operator_name(node.target)
-        formats = self._formats(key)
-        if formats is None or is_wide(node, self.walked):
-            return lowering.FLOAT32
-        operands = []
-        for argument in floating_arguments(node, self.walked):
-            if argument in self.walked.key_of:
-                operands.append(self.dtypes.get(argument, lowering.FLOAT32))
-            elif self.walked.values[argument].dim() and site_op not in lowering.MATRIX_PRODUCTS:
-                operands.append(lowering.FLOAT32)
-        if site_op in lowering.FLOAT32_PARAMETERS:
-            operands = operands[:1]
+    def _compute_dtype(self, node: fx.Node, key: str) -> str | None:
+        loaded = self._loaded_result(node, key)
+        formats = self._formats(key) or (loaded_format(loaded),) * 2
+        arguments = (n for n in floating_arguments(node, self.walked) if n in self.walked.key_of)
+        operands = [lowering.Value(self._loaded(n), self._now(n)) for n in arguments]
+        if "assign_op" in node.meta:  # a copy, and behind it a write into it: of what is written too
+            (site,) = (each for each in self.sites[node.meta["assign_after"]] if each.node is node)
+            read = zip(site.inputs, site.reads, strict=True)
+            operands = [lowering.Value(dtype, self._under_plan(own, dtype)) for own, dtype in read]
         slot = self.slots.get(key)
         forward = (slot.low, slot.high) if slot else formats[:1]
-        return lowering.compute_dtype(site_op, operands, lowering.made_in(self._carrier(key, formats), *forward))
+        result = lowering.Value(loaded, lowering.made_in(self._carrier(key, formats), *forward))
+        op = operator_name(node.meta.get("assign_op", node.target))
+        opaque, wide = is_opaque(node, self.walked), is_wide(node, self.walked)
+        return lowering.compute_dtype(op, operands, result, opaque=opaque, wide=wide)
+
+    def _loaded_result(self, node: fx.Node, key: str) -> str:
+        """Dtype of what an operator makes, in the model as it was loaded; of several results, of that with the key."""
+        made = (node, *node.users) if _is_tuple(self.walked.values.get(node)) else (node,)
+        return next((self._loaded(n) for n in made if self.walked.key_of.get(n) == key), self._loaded(node))
 
     def _carrier(self, key: str, formats: tuple[Format, Format]) -> str:
         slot = self.slots.get(key)
         return lowering.carrier(*formats, *((slot.low, slot.high) if slot else ()))
 
-    def _lower(self, graph: fx.GraphModule, node: fx.Node, dtype: str) -> None:
-        """Give every floating-point operand of ``node`` the dtype in which it computes."""
+    def _lower(self, graph: fx.GraphModule, node: fx.Node, dtype: str | None) -> None:
+        """Give every floating-point operand of ``node`` the dtype in which it computes; None: that which it had."""
         arguments = list(floating_arguments(node, self.walked))
         op = operator_name(node.target)
         mixed = op in lowering.FLOAT32_PARAMETERS
         for position, argument in enumerate(arguments):
-            wanted = lowering.FLOAT32 if mixed and position else dtype
-            have = self.dtypes.get(argument, lowering.FLOAT32)
+            wanted = lowering.FLOAT32 if mixed and position else dtype or self._loaded(argument)
+            have = self._now(argument)
             number = argument not in self.walked.key_of and not self.walked.values[argument].dim()
-            if have == wanted or (number and (wanted == lowering.FLOAT32 or op in ARITHMETIC)):
+            if have == wanted or (number and (wanted not in _SIXTEEN_BIT or op in ARITHMETIC)):
                 continue
             with graph.graph.inserting_before(node):
                 if number:
                     converted = graph.graph.call_function(_held_in, (argument, _DTYPES[wanted]))
                 elif argument not in self.walked.key_of:  # a mask: its −inf must not become NaN behind the cast
-                    converted = graph.graph.call_function(mark_tensor, (argument, _name(wanted), "fp32", wanted))
+                    converted = graph.graph.call_function(mark_tensor, (argument, LOADED[wanted].name, "fp64", wanted))
                 else:
                     converted = graph.graph.call_method("to", (argument, _DTYPES[wanted]))
             _torch.label(converted, _torch.label_of(node))
             _torch.stand_in_block_of(converted, node)
             node.replace_input_with(argument, converted)
-        if dtype != lowering.FLOAT32:
+        if dtype in _SIXTEEN_BIT:
             hold_numbers(node, op, torch.finfo(_DTYPES[dtype]).max)
 
     def _mark_sites(self, graph: fx.GraphModule, node: fx.Node) -> None:
@@ -322,7 +370,7 @@ class _Marker:
         if formats is None:
             return
         dtype = self._carrier(site.key, formats)
-        have = self.dtypes.get(site.node, lowering.FLOAT32)
+        have = self._now(site.node)
         names = {fmt.native for fmt in formats}
         explicit = saved_key(site.key) in self.plan.entries
         forward, backward = self._names(site.key, formats)
@@ -412,14 +460,14 @@ class _Marker:
             if user.target is operator.getitem and results[user.args[1]] in self.dtypes:
                 self.dtypes[user] = self.dtypes[results[user.args[1]]]
 
-    def widen_outputs(self, graph: fx.GraphModule) -> None:
+    def restore_outputs(self, graph: fx.GraphModule) -> None:
         """What leaves the graph has the dtype that the user's own code gave it."""
         output = _torch.output_of(graph)
         for argument in output.all_input_nodes:
-            if self.dtypes.get(argument, lowering.FLOAT32) != lowering.FLOAT32:
+            if self._now(argument) != self._loaded(argument):
                 with graph.graph.inserting_before(output):
-                    widened = graph.graph.call_method("float", (argument,))
-                output.replace_input_with(argument, widened)
+                    restored = graph.graph.call_method("to", (argument, _DTYPES[self._loaded(argument)]))
+                output.replace_input_with(argument, restored)
 
 
 def _slots(walked: Walk, plan: Assignment, promotion: Promotion | None) -> dict[str, Slot]:
@@ -440,14 +488,24 @@ def _held_in(number: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(number.isinf(), number, number.clamp(-limit, limit)).to(dtype)
 
 
-def _ask_for(node: fx.Node, dtype: torch.dtype) -> None:
-    """Let an operator that names the dtype of its result, float32 as in all of the user's code, make ``dtype``."""
-    node.args = map_aggregate(node.args, lambda value: dtype if value is torch.float32 else value)
-    node.kwargs = map_aggregate(node.kwargs, lambda value: dtype if value is torch.float32 else value)
+def _ask_for(node: fx.Node, named: torch.dtype, dtype: torch.dtype) -> None:
+    """Let an operator that names the dtype of its result make ``dtype``."""
+    node.args = map_aggregate(node.args, lambda value: dtype if value is named else value)
+    node.kwargs = map_aggregate(node.kwargs, lambda value: dtype if value is named else value)
 
 
-def _name(dtype: str) -> str:
-    return {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "fp32")
+def _convert_to(node: fx.Node, dtype: torch.dtype) -> None:
+    """Let a conversion make ``dtype``."""
+    node.op, node.target = "call_method", "to"
+    node.args, node.kwargs = (node.args[0], dtype), {}
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _device_of(value: Any) -> torch.device | None:
+    return value.device if isinstance(value, Tensor) else None
 
 
 def _is_complex(value: Any) -> bool:

@@ -13,16 +13,7 @@ from assign.optim.states import count_changed
 from assign.plan.assignment import Assignment
 from assign.plan.stored import buffer_format, buffer_of, gradient_format, master_format, stored_dtype
 from assign.plan.tensors import master_key
-from assign.tracing.capture import check_parameters
-
-
-def check_storable(model: nn.Module, plan: Assignment) -> None:
-    """Make sure that the model is one in float32, or already has the dtypes of the plan's masters.
-
-    Raises:
-        TraceError: names the first parameter that is neither.
-    """
-    check_parameters(model, {key: master_dtype(plan, key) for key in plan.entries})
+from assign.tracing.loaded import complete, note_loaded_dtypes
 
 
 def master_dtype(plan: Assignment, key: str) -> torch.dtype:
@@ -41,6 +32,8 @@ def store_parameters(model: nn.Module, plan: Assignment) -> None:
         PlanError: the plan stores a buffer that the model does not have, or that is not in float32; or extra bits of a
             frozen parameter.
     """
+    note_loaded_dtypes(model)
+    plan = complete(plan, model)
     named = {name: p for name, p in model.named_parameters() if name in plan.entries}
     split = {name for name in named if master_format(plan.entries, name).extra_bits}
     _check_trained(split, named)
@@ -93,7 +86,7 @@ def _check_buffer(name: str, named: Mapping[str, torch.Tensor], dtype: torch.dty
     if buffer.dtype not in (torch.float32, dtype):
         raise PlanError(
             f"apply: the plan stores the buffer {name!r} as {dtype}, but it is {buffer.dtype}.\n"
-            "  Allowed: buffers in float32.\n  Call model.float() first, or leave the entry out."
+            "  Allowed: buffers in float32, or in that dtype already.\n  Leave the entry out."
         )
 
 

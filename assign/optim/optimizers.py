@@ -52,6 +52,7 @@ from assign.plan.stored import (
     stored_dtype,
 )
 from assign.plan.tensors import Role, state_key
+from assign.tracing.loaded import complete
 from assign.tracing.optimizer_states import optimizer_name
 
 
@@ -109,6 +110,7 @@ def follow(
     Raises:
         PlanError: as :func:`optimizer`.
     """
+    plan = complete(plan, several.unwrapped(model))
     check_unsplit(update_rounding, plan.entries, where="optimizer")
     stored = _stored(made, model, plan)
     try:

@@ -19,25 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from assign.errors import FormatError, PlanError, nearest
 from assign.files import write_whole
 from assign.plan.display import Drawn, frame, human_bytes, table_html
+from assign.plan.entry import STRICT as _STRICT
+from assign.plan.entry import Entry as Entry
 from assign.plan.formats import BlockFormat, Format, parse_format, parse_saved
-from assign.plan.stored import buffer_of, check_stored, owner_of, parse_stored
+from assign.plan.stored import buffer_of, check_stored, owner_of, parse_stored, with_loaded
 from assign.plan.tensors import Role, base_key, grad_key, is_saved_key, saved_key
 
 VERSION = 1
 """Version of the file that this package writes, under the key ``assign_plan``."""
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
 _NAMED = 3  # keys named in an error message before "and n more"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What one tensor is given: the name of its format, and whether that is its recipe's low candidate."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    format: str
-    low: bool
 
 
 def format_pair(entries: Mapping[str, Entry], key: str) -> tuple[Format, Format] | None:
@@ -104,7 +95,7 @@ class Assignment(Drawn):
     Attributes:
         entries: key → entry, for every tensor in the paper's four roles. Keys of saved copies, masters, stored
             gradients and optimizer states may stand here too; where they do not, a saved copy follows its activation,
-            and what is stored between steps is fp32 (see :mod:`assign.plan.stored`).
+            and what is stored between steps is as it was loaded (see :mod:`assign.plan.stored`).
         recipe: name of the one whose formats they are.
         fingerprint: of the model that the assignment is for.
         provenance: where it comes from.
@@ -178,6 +169,15 @@ class Assignment(Drawn):
     def replace(self, entries: Mapping[str, Entry]) -> "Assignment":
         """The same assignment with these entries changed or added."""
         return dataclasses.replace(self, entries={**self.entries, **entries})
+
+    def with_loaded(self, loaded: Mapping[str, str]) -> "Assignment":
+        """The same assignment, with an entry for each master that it leaves as it is loaded in another dtype than fp32.
+
+        Args:
+            loaded: weight → name of the format in which it is loaded.
+        """
+        entries = with_loaded(self.entries, loaded)
+        return self if entries is self.entries else dataclasses.replace(self, entries=entries)
 
     def with_provenance(self, provenance: Provenance) -> "Assignment":
         """The same assignment, said to come from elsewhere."""

@@ -51,7 +51,13 @@ class Storage(StrEnum):
     EMULATED = "emulated"
 
 
-ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "uint8": 1})
+ITEM_BYTES: Mapping[str, int] = MappingProxyType(
+    {
+        "complex128": 16, "complex64": 8, "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2,
+        "float8_e5m2": 1, "float8_e4m3fn": 1, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+    }
+)  # fmt: skip
+"""Bytes of one element, by torch dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +133,8 @@ class Format:
         """
         if self.scaled:
             return "bfloat16" if self.mantissa_bits <= FORMATS["bf16"].mantissa_bits else "float32"
+        if self.native == "float64":
+            return self.native
         return next((dtype for name, dtype in _CARRIERS if FORMATS[name].contains(self)), "float32")
 
     @property
@@ -190,7 +198,7 @@ class Format:
         )
 
 
-_PLAIN = ("float32", "bfloat16", "float16")
+_PLAIN = ("float64", "float32", "bfloat16", "float16")
 _CARRIERS = (("bf16", "bfloat16"), ("fp16", "float16"))
 
 
@@ -235,6 +243,20 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 )
 """Formats that tensors are computed in, by name: ``fp32``, ``bf16``, ``fp16``, ``e4m3``, ``e5m2``; the last two also
 with a scale, ``:pow2`` or ``:amax``, and ``:delayed`` behind either. :func:`parse_format` knows more."""
+
+
+FP64 = _float("fp64", 11, 52, math.ldexp(2 - 2**-52, 1023), native="float64")
+"""What a float64 tensor has as it is loaded. No search chooses it for another; a plan may."""
+
+LOADED: Mapping[str, Format] = MappingProxyType(
+    {"float64": FP64, "float32": FORMATS["fp32"], "bfloat16": FORMATS["bf16"], "float16": FORMATS["fp16"]}
+)
+"""The format that a tensor has as it is loaded, by its torch dtype."""
+
+
+def loaded_format(dtype: str) -> Format:
+    """The format that a tensor of a torch dtype has as it is loaded; fp32 for dtypes that no plan is for."""
+    return LOADED.get(dtype, FORMATS["fp32"])
 
 
 # Source: the 24-bit masters of FlashOptim (arXiv 2602.23349); what a code means is in assign.optim.masters.
@@ -414,7 +436,7 @@ def parse_format(name: str) -> Format:
     fmt = _find_plain(name, plain)
     if plain == wanted:
         return fmt
-    if fmt.native == "float32":
+    if fmt.native in ("float32", "float64"):
         raise FormatError(
             f"{name!r}: everything is computed in fp32, so that rounding to it has nothing to choose between.\n"
             f"  Allowed: {_ALLOWED}.\n  Choose fp32."
@@ -448,6 +470,8 @@ def _find_plain(name: str, wanted: str) -> Format:
     """The format ``wanted``, for which the user wrote ``name``."""
     if wanted in FORMATS:
         return FORMATS[wanted]
+    if wanted == FP64.name:
+        return FP64
     match = _PAPER_NAME.fullmatch(wanted)
     only: tuple[tuple[Collection[str], str], ...] = (
         (STATE_FORMATS, "optimizer states"),

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from assign.errors import PlanError
-from assign.plan.formats import ITEM_BYTES, BlockFormat, Format
+from assign.plan.entry import Entry
+from assign.plan.formats import FORMATS, ITEM_BYTES, BlockFormat, Format, parse_format
 from assign.plan.stored import (
     NATIVE,
-    Named,
     StateFormat,
     UpdateRounding,
     gradient_format,
@@ -18,6 +18,7 @@ from assign.plan.stored import (
     master_format,
     state_format,
     stepped_format,
+    with_loaded,
 )
 from assign.plan.tensors import Role, Schedule, TensorTable, grad_key, state_key
 
@@ -32,13 +33,14 @@ class Library(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One parameter as it is between two steps."""
+    """One parameter as it is between two steps; ``loaded``: the format in which it was loaded."""
 
     key: str
     elements: int
     master: Format
     gradient: Format
     states: Mapping[str, StateFormat]
+    loaded: Format = FORMATS["fp32"]
 
     @property
     def read_master(self) -> Format:
@@ -105,7 +107,7 @@ def _refusal(library: Library, optimizer: str, stored: Stored) -> str:
         case Library.TORCH:
             if optimizer != "SGD":
                 return "steps on masters, gradients and states of one dtype only (SGD on any native ones)"
-            return "" if formats <= {*NATIVE} else f"keeps SGD's states as {', '.join(NATIVE)}"
+            return "" if formats <= {*NATIVE, "fp64"} else f"keeps SGD's states as {', '.join(NATIVE)}"
         case Library.TORCHAO:
             return "" if optimizer in ("Adam", "AdamW") else "has Adam and AdamW only"
         case Library.BITSANDBYTES:
@@ -182,9 +184,10 @@ def _step_scratch(schedule: Schedule, parameters: Sequence[Stored], update_round
         narrow, wide = _OWN_SCRATCH[schedule.optimizer]
         sizes = ((each.elements, narrow[update_rounding] if is_narrow(each.master) else wide) for each in parameters)
         return max((elements * size for elements, size in sizes), default=0)
+    loaded = max((item_bytes(each.loaded) for each in parameters), default=4)
     if all(each.is_uniform for each in parameters):
         widest = max((item_bytes(each.read_master) for each in parameters), default=4)
-        return schedule.optimizer_scratch_bytes * widest // ITEM_BYTES["float32"]
+        return schedule.optimizer_scratch_bytes * widest // loaded
     library = choose_library(schedule.optimizer, parameters)
     largest = max(each.elements for each in parameters)
     match library:
@@ -200,12 +203,13 @@ def _step_scratch(schedule: Schedule, parameters: Sequence[Stored], update_round
         case Library.TORCH:
             states = any(fmt.name != "fp32" for each in parameters for fmt in each.states.values())
             gradients = any(each.read_gradient.name != "fp32" for each in parameters)
-            temporaries = min(schedule.optimizer_scratch_bytes // (4 * largest), 1)
+            temporaries = min(schedule.optimizer_scratch_bytes // (loaded * largest), 1)
             return largest * _SGD_SCRATCH[states, gradients][temporaries]
 
 
-def stored_in(table: TensorTable, entries: Mapping[str, Named]) -> list[Stored]:
+def stored_in(table: TensorTable, entries: Mapping[str, Entry]) -> list[Stored]:
     """Every parameter of a table that is trained."""
+    entries = with_loaded(entries, table.loaded)
     states: dict[str, dict[str, StateFormat]] = {}
     for row in table.tensors:
         if row.role is Role.OPTIM_STATE:
@@ -218,6 +222,7 @@ def stored_in(table: TensorTable, entries: Mapping[str, Named]) -> list[Stored]:
             master=master_format(entries, row.key),
             gradient=gradient_format(entries, row.key),
             states=states.get(row.key, {}),
+            loaded=parse_format(table.loaded[row.key]),
         )
         for row in table.tensors
         if row.role is Role.WEIGHT and is_stored(row) and grad_key(row.key) in table.by_key

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from assign.plan import lowering
 from assign.plan.assignment import Entry, format_pair
-from assign.plan.formats import Format, parse_format
+from assign.plan.formats import Format, loaded_format
 from assign.plan.tensors import SLICE, Role, TensorInfo, TensorTable, saved_key
 
 
@@ -30,25 +30,30 @@ class Operator:
 
 
 class Lowered:
-    """A table under some entries; tensors without one are fp32."""
+    """A table under some entries; tensors without one are as they were loaded."""
 
     def __init__(self, table: TensorTable, entries: Mapping[str, Entry]) -> None:
         self._table, self._entries = table, entries
-        self._fp32 = parse_format("fp32")
+        self._rows = {info.key: info for info in reversed(table.tensors)}  # of two, as in checkpointing, the first
         self._carriers: dict[str, str] = {}
-        self._computes: dict[str, str] = {}
+        self._computes: dict[str, str | None] = {}
 
     @property
     def narrowed(self) -> bool:
-        """Whether any forward tensor or gradient is not fp32, or a saved copy has a format of its own."""
+        """Whether a plan has anything in another format than fp32, so that what waits is packed."""
         keys = [info.key for info in self._table.tensors if info.role in (Role.WEIGHT, Role.ACTIVATION)]
         if any(saved_key(key) in self._entries for key in keys):
             return True
-        return any(fmt != self._fp32 for key in keys for fmt in self.formats(key))
+        return bool(self._entries) and any(fmt.name != "fp32" for key in keys for fmt in self.formats(key))
+
+    def loaded(self, key: str) -> str:
+        """Dtype of a forward tensor in the model as it was loaded."""
+        info = self._rows.get(key)
+        return lowering.FLOAT32 if info is None else info.dtype
 
     def formats(self, key: str) -> tuple[Format, Format]:
         """Of a forward tensor and of its gradient."""
-        return format_pair(self._entries, key) or (self._fp32, self._fp32)
+        return format_pair(self._entries, key) or (loaded_format(self.loaded(key)),) * 2
 
     def carrier(self, key: str) -> str:
         """Dtype in which a forward tensor lives between operators."""
@@ -57,17 +62,22 @@ class Lowered:
         return self._carriers[key]
 
     def compute(self, key: str) -> str:
-        """Dtype in which the operator that makes ``key`` runs."""
+        """Dtype in which the operator that makes ``key`` runs; that of ``key`` as loaded if it runs as written."""
+        return self._compute(key) or self.loaded(key)
+
+    def as_written(self, key: str) -> bool:
+        """Whether the operator that makes ``key`` runs as the user wrote it: nothing of it has changed its dtype."""
+        return self._compute(key) is None
+
+    def _compute(self, key: str) -> str | None:
         if key not in self._computes:
-            info = self._table.by_key.get(key)
-            if info is None or info.op in ("parameter", "input"):
-                found = lowering.FLOAT32
-            elif info.op == SLICE:
+            info = self._rows.get(key)
+            found = None
+            if info is not None and info.op == SLICE:
                 found = self.carrier(info.inputs[0])
-            elif info.wide:
-                found = lowering.FLOAT32
-            else:
-                found = lowering.compute_dtype(info.op, self._operands(info).values(), self._made_in(key))
+            elif info is not None and info.op not in ("parameter", "input"):
+                read, result = self._operands(info).values(), lowering.Value(info.dtype, self._made_in(key))
+                found = lowering.compute_dtype(info.op, read, result, opaque=info.opaque, wide=info.wide)
             self._computes[key] = found
         return self._computes[key]
 
@@ -75,7 +85,7 @@ class Lowered:
         """Whether rounding changes nothing: what the operator makes is on the format's grid and stays where it is."""
         carrier, fmt = self.carrier(key), self.formats(key)[backward]
         explicit = not backward and saved_key(key) in self._entries
-        return carrier == self.compute(key) and fmt.native in (carrier, lowering.FLOAT32) and not explicit
+        return carrier == self.compute(key) and lowering.changes_nothing(fmt, carrier) and not explicit
 
     def operators(self, *, fp8: bool = False) -> tuple[Operator, ...]:
         """Every operator of the forward pass, in order; its backward pass runs in the same dtype.
@@ -104,16 +114,21 @@ class Lowered:
         keys = info.inputs[-2:] if info.op == "addmm" else info.inputs[:2]
         return [self.formats(key)[0] for key in keys]
 
-    def _operands(self, info: TensorInfo) -> dict[str, str]:
-        """Carriers of what an operator reads and that has a say in where it runs."""
-        read = info.inputs[:1] if info.op in lowering.FLOAT32_PARAMETERS else info.inputs
-        return {key: self.carrier(key) for key in read}
+    def _operands(self, info: TensorInfo) -> dict[str, lowering.Value]:
+        """What an operator reads: a user's conversion stays what it was."""
+        reads = info.reads or tuple(self.loaded(key) for key in info.inputs)
+        own = zip(info.inputs, reads, strict=True)
+        return {
+            key: lowering.Value(dtype, self.carrier(key) if dtype == self.loaded(key) else dtype) for key, dtype in own
+        }
 
     def _made_in(self, key: str) -> str:
         return lowering.made_in(self.carrier(key), self.formats(key)[0])
 
     def _why(self, info: TensorInfo) -> str:
         dtype, result, operands = self.compute(info.key), self._made_in(info.key), self._operands(info)
+        if self.as_written(info.key):
+            return f"all it reads and makes has the dtype in which the model was loaded: {dtype}"
         if dtype != lowering.FLOAT32:
             return f"all it reads and makes lives in {dtype}"
         if info.wide:
@@ -122,5 +137,5 @@ class Lowered:
             return "not known to sum in float32 when its operands are 16-bit"
         if result == lowering.FLOAT32:
             return f"its result, {' and its gradient '.join(fmt.name for fmt in self.formats(info.key))}, needs float32"
-        wide = next((key for key, carrier in operands.items() if carrier == lowering.FLOAT32), None)
+        wide = next((key for key, value in operands.items() if value.now == lowering.FLOAT32), None)
         return f"it reads {wide}, which lives in float32" if wide else "it reads both bfloat16 and float16"

@@ -4,8 +4,12 @@ The executor and the memory model both ask here, so that the bytes predicted are
 
 * A value lives between operators in its *carrier*: the narrowest torch dtype that holds both its format and its
   gradient's exactly (autograd gives a gradient the dtype of its tensor).
-* An operator runs in a 16-bit dtype if all it reads and makes lives there and torch computes it with float32
+* An operator of which nothing that it reads or makes has another dtype than in the model as it was loaded runs as the
+  user wrote it. So a plan that changes nothing computes what the model computes without one, bit for bit.
+* Any other operator runs in a 16-bit dtype if all it reads and makes lives there and torch computes it with float32
   accumulation inside, as autocast trusts it to; otherwise its operands are widened to float32.
+* Operands that no plan names, as buffers and constants, have no say: they are converted to what the others are in.
+* A conversion of the user's to another dtype stays; where its result has a key, it converts to that one's carrier.
 * Rounding to bf16 or fp16 stochastically needs more bits than they have: the operator that makes such a tensor runs
   in float32, and where it is the gradient that is rounded so, the tensor lives there.
 * A custom ``fp(e,m,b)`` tensor lives in float32 and is computed there: rounded once, as in the paper's simulation.
@@ -14,11 +18,11 @@ The executor and the memory model both ask here, so that the bytes predicted are
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from assign.plan.formats import FORMATS, Format, Storage
+from assign.plan.formats import FORMATS, ITEM_BYTES, Format, Storage
 
-FLOAT32 = "float32"
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e5m2": 1, "float8_e4m3fn": 1}
+FLOAT32, FLOAT64 = "float32", "float64"
 
 MATRIX_PRODUCTS = frozenset(
     {
@@ -41,6 +45,7 @@ SIXTEEN_BIT = MATRIX_PRODUCTS | frozenset(
         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d",
         "max_pool2d_with_indices",
         "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout",
+        "setitem", "copy", "fill", "zero",
         "cat", "stack", "pad", "embedding", "gather", "index_select", "take_along_dim", "getitem", "repeat_interleave",
         "mean", "sum", "amax", "amin", "sqrt", "rsqrt", "square", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
         "tril", "triu", "unfold", "interpolate",
@@ -50,6 +55,9 @@ SIXTEEN_BIT = MATRIX_PRODUCTS | frozenset(
 
 FLOAT32_INSIDE = frozenset({"scaled_dot_product_attention", "interpolate"})
 """Operators that torch takes apart where no fused kernel fits, as attention with dropout; float32 between the parts."""
+
+CONVERSIONS = frozenset({"float", "half", "bfloat16", "double", "type", "type_as"})
+"""Operators that are conversions to another dtype, and have a key of their own; ``to`` has its operand's."""
 
 FLOAT32_PARAMETERS = frozenset({"batch_norm", "instance_norm"})
 """Operators whose kernels take 16-bit values beside float32 scales and running statistics."""
@@ -61,6 +69,8 @@ def carrier(forward: Format, gradient: Format, *later: Format) -> str:
     float32 for formats that torch does not have, so that each of their values is rounded once.
     """
     formats = (forward, gradient, *later)
+    if any(fmt.carrier == FLOAT64 for fmt in formats):
+        return FLOAT64
     if any(fmt.native is None for fmt in formats) or _needs_float32(gradient):
         return FLOAT32
     dtypes = {fmt.carrier for fmt in formats}
@@ -85,18 +95,43 @@ def _needs_float32(fmt: Format) -> bool:
     return fmt.stochastic and fmt.storage is Storage.NATIVE
 
 
-def compute_dtype(op: str, operands: Iterable[str], result: str) -> str:
-    """Dtype in which ``op`` runs.
+def changes_nothing(fmt: Format, dtype: str) -> bool:
+    """Whether rounding values of a dtype to a format leaves them as they are: its own, or a wider one."""
+    return fmt.native == dtype or (fmt.native in (FLOAT32, FLOAT64) and ITEM_BYTES[fmt.native] >= ITEM_BYTES[dtype])
+
+
+class Value(NamedTuple):
+    """What an operator reads or makes: its dtype in the model as it was loaded, and under the plan."""
+
+    loaded: str
+    now: str
+
+
+def compute_dtype(
+    op: str, operands: Iterable[Value], result: Value, *, opaque: bool = False, wide: bool = False
+) -> str | None:
+    """Dtype in which ``op`` runs; None: as the user wrote it.
 
     Args:
         op: operator name as in the table.
-        operands: carriers of the floating-point tensors it reads; float32 for values that no plan names.
-        result: what :func:`made_in` says of the tensor it makes.
+        operands: those of the floating-point tensors it reads that have keys.
+        result: what it makes; ``now`` is what :func:`made_in` says of it.
+        opaque: it is known to run only as it was written: each operand is in the dtype that it was loaded in.
+        wide: it computes in float32 wherever the plan changes anything of it.
     """
-    dtypes = {*operands, result}
-    if len(dtypes) > 1 or FLOAT32 in dtypes or op not in SIXTEEN_BIT:
-        return FLOAT32
-    return dtypes.pop()
+    read = list(operands)
+    if all(value.loaded == value.now for value in (*read, result)):
+        return None
+    if opaque:
+        return result.loaded
+    if op in CONVERSIONS:
+        return result.now
+    if op in FLOAT32_PARAMETERS:
+        read = read[:1]
+    dtypes = {*(value.now for value in read), result.now}
+    if FLOAT64 in dtypes:
+        return FLOAT64
+    return FLOAT32 if wide or len(dtypes) > 1 or op not in SIXTEEN_BIT else dtypes.pop()
 
 
 def multiply_dtype(op: str, compute: str, operands: Iterable[Format], *, fp8: bool = False) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from assign.plan import lowering
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.display import Drawn, frame, human_bytes, table_html
-from assign.plan.formats import parse_format, parse_saved
+from assign.plan.formats import ITEM_BYTES, LOADED, parse_format, parse_saved
 from assign.plan.libraries import optimizer_scratch, stored_in
 from assign.plan.lowered import Lowered
 from assign.plan.recipes import Recipe, get_recipe, initial
@@ -33,11 +33,9 @@ from assign.plan.stored import (
     resident,
     stored_dtype,
     waiting_bytes,
+    with_loaded,
 )
 from assign.plan.tensors import MARK, SLICE, Buffer, Event, Role, TensorTable, base_key, saved_key
-
-_ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
-
 
 SLOTS = 4
 """Slots of time of one event."""
@@ -80,7 +78,7 @@ class Estimate(Drawn):
         low_ratio_bits: the same by bits, 2·(1 − bits / bits with all high); negative for a plan wider than that.
         groups_low: groups in which everything is low.
         peak_bytes: every byte alive at the worst moment of one whole step.
-        baseline_peak_bytes: the same in fp32.
+        baseline_peak_bytes: the same of the model as it was loaded, without a plan.
         saved_bytes: what waits for the backward pass when the forward pass ends.
         peak_at: operator at the peak, ``optimizer`` if the peak is in its step.
         by_role: bytes alive at the peak, by what they are for.
@@ -111,7 +109,7 @@ class Estimate(Drawn):
         found = sorted(self.by_role.items(), key=lambda item: -item[1])
         rows = [((role.replace("_", " "), human_bytes(size)), size / most) for role, size in found]
         share = self.peak_bytes / max(self.baseline_peak_bytes, 1)
-        title = f"peak {human_bytes(self.peak_bytes)}, {share:.1%} of fp32's, in {self.peak_at}"
+        title = f"peak {human_bytes(self.peak_bytes)}, {share:.1%} of that without a plan, in {self.peak_at}"
         return table_html(title, ["alive at the peak", "bytes"], rows)
 
     def to_json(self) -> dict[str, Any]:
@@ -147,7 +145,7 @@ def estimate(table: TensorTable, plan: Assignment, *, update_rounding: str = Upd
         ```
     """
     plan.check_covers([info.key for info in table.paper_tensors], where="estimate", buffers=table.buffers)
-    check_rounding(update_rounding, plan.entries, where="estimate")
+    check_rounding(update_rounding, with_loaded(plan.entries, table.loaded), where="estimate")
     replay = Replay(table, plan.entries, update_rounding)
     return Estimate(
         aggregate_bytes=aggregate_bytes(table, plan.entries),
@@ -165,7 +163,7 @@ def estimate(table: TensorTable, plan: Assignment, *, update_rounding: str = Upd
 
 
 def peak_bytes(table: TensorTable, entries: Mapping[str, Entry], update_rounding: str = UpdateRounding.NEAREST) -> int:
-    """Peak of one step; tensors without an entry stay in fp32."""
+    """Peak of one step; tensors without an entry stay as they were loaded."""
     return Replay(table, entries, update_rounding).peak_bytes
 
 
@@ -208,14 +206,14 @@ def changes_of(segments: Iterable[Segment], events: int) -> Bytes:
 
 
 class Replay:
-    """The schedule of a table under some entries; tensors without one are fp32."""
+    """The schedule of a table under some entries; tensors without one are as they were loaded."""
 
     def __init__(
         self, table: TensorTable, entries: Mapping[str, Entry], update_rounding: str = UpdateRounding.NEAREST
     ) -> None:
         self.table = table
         self.schedule = table.schedule
-        self.entries = entries
+        self.entries = with_loaded(entries, table.loaded)
         self.segments: list[Segment] = []
         self.saved_bytes = 0
         self._lowered = Lowered(table, entries)
@@ -226,6 +224,7 @@ class Replay:
         self._apart = self._find_apart()
         self._reads = self._index_reads()
         self._alias = self._find_aliases(self.schedule.events)
+        self._copies = self._index_copies()
         self._spans = [self._replay_event(number, event) for number, event in enumerate(self.schedule.events)]
         forward = sum(not event.backward for event in self.schedule.events)
         self._add(0, _behind(forward - 1), widened, "buffers in float32", "scratch")
@@ -243,6 +242,17 @@ class Replay:
             for buffer in event.reads:
                 reads[buffer].append(number)
         return reads
+
+    def _index_copies(self) -> dict[int, list[int]]:
+        """Buffer of a tensor → copies of it in another dtype or layout: made again in the backward pass, from it."""
+        copies: dict[int, list[int]] = defaultdict(list)
+        for event in self.schedule.events:
+            for copied in event.writes if self._narrowed and not event.backward else ():
+                held = self.schedule.buffers[copied].holds
+                for source in event.reads:
+                    if held and not event.op.startswith(MARK) and self.schedule.buffers[source].holds == held:
+                        copies[source].append(copied)
+        return copies
 
     # ---- which buffers are one ------------------------------------------------------------------------------------
 
@@ -264,7 +274,7 @@ class Replay:
             return self._lowered.is_identity(key, backward=backward)
         carrier, fmt = self._lowered.carrier(key), self._lowered.formats(key)[backward]
         outside = self._kept(key) if backward else stored_dtype(master_format(self.entries, key))
-        return carrier == outside and fmt.native in (carrier, lowering.FLOAT32)
+        return carrier == outside and lowering.changes_nothing(fmt, carrier)
 
     def _is_weight(self, key: str) -> bool:
         info = self.table.by_key.get(key)
@@ -277,8 +287,10 @@ class Replay:
         return self._lowered.compute(key)
 
     def _readers(self, buffer: int) -> list[int]:
-        twins = [b for b, source in self._alias.items() if source == buffer]
-        return sorted(n for b in (buffer, *twins) for n in self._reads.get(b, ()))
+        family = [buffer, *(b for b, source in self._alias.items() if source == buffer)]
+        copies = [copied for b in family for copied in self._copies.get(b, ())]
+        again = [n for copied in copies for n in self._readers(copied) if self.schedule.events[n].backward]
+        return sorted({*again, *(n for b in family for n in self._reads.get(b, ()))})
 
     # ---- segments ---------------------------------------------------------------------------------------------------
 
@@ -296,7 +308,7 @@ class Replay:
             for buffer in event.reads:
                 info = self.schedule.buffers[buffer]
                 if self._is_converted(info, event):
-                    size = info.elements * lowering.BYTES[compute]
+                    size = info.elements * ITEM_BYTES[compute]
                     self._add(_widening(number), _running(number), size, info.holds, "scratch")
         return slice(first, len(self.segments))
 
@@ -304,7 +316,14 @@ class Replay:
         """Whether the event reads a copy of the buffer in a wider dtype."""
         if not info.holds or info.holds.endswith(".grad") or event.op not in self.table.by_key:
             return False
-        return self._lowered.carrier(info.holds) != self._lowered.compute(event.op)
+        if self._lowered.as_written(event.op) or self.table.by_key[event.op].op in lowering.CONVERSIONS:
+            return False
+        return self._lives_in(info) != self._lowered.compute(event.op)
+
+    def _lives_in(self, info: Buffer) -> str:
+        """Dtype of a buffer that holds a forward tensor, or a copy of it that the user converted to another dtype."""
+        is_own = info.dtype == self._lowered.loaded(info.holds)
+        return self._lowered.carrier(info.holds) if is_own else info.dtype
 
     def _last_slot(self, info: Buffer, number: int) -> int:
         """Slot in which a buffer last read by event ``number`` goes; before it runs, if it reads a converted copy."""
@@ -382,18 +401,21 @@ class Replay:
         return event.op.removeprefix(MARK), "scratch"
 
     def _size(self, info: Buffer, event: Event, compute: str, is_mark: bool) -> int:
-        if not info.dtype.startswith("float") or (event.op == "" and not info.holds):
-            return info.elements * _ITEMSIZE.get(info.dtype, 1)
+        return info.elements * ITEM_BYTES.get(self._dtype(info, event, compute, is_mark), 1)
+
+    def _dtype(self, info: Buffer, event: Event, compute: str, is_mark: bool) -> str:
+        if info.dtype not in LOADED or (event.op == "" and not info.holds):
+            return info.dtype
         if info.holds.endswith(".grad"):
             forward = base_key(info.holds)
-            dtype = self._kept(forward) if is_mark else self._lowered.carrier(forward)
-        elif event.op in self._apart:
-            dtype = lowering.FLOAT32
-        elif info.holds:
-            dtype = self._lowered.carrier(info.holds)
-        else:
-            dtype = lowering.FLOAT32 if info.part else compute
-        return info.elements * lowering.BYTES[dtype]
+            return self._kept(forward) if is_mark else self._lowered.carrier(forward)
+        if not is_mark and not info.holds and self._lowered.as_written(event.op):
+            return info.dtype
+        if event.op in self._apart:
+            return info.dtype if self._lowered.as_written(event.op) else lowering.FLOAT32
+        if info.holds:
+            return self._lives_in(info)
+        return lowering.FLOAT32 if info.part else compute
 
     def _convert(self, info: Buffer, number: int, event: Event, compute: str, is_mark: bool) -> int:
         """A gradient that is made in one dtype and kept in another is there twice for a moment.
@@ -406,11 +428,11 @@ class Replay:
         made = carrier if is_mark or event.op == "" else compute
         kept = self._kept(base_key(info.holds)) if is_mark else carrier
         gradient = self._lowered.formats(base_key(info.holds))[1]
-        rounded = not is_mark or gradient.native not in (carrier, lowering.FLOAT32)
+        rounded = not is_mark or not lowering.changes_nothing(gradient, carrier)
         if made == kept or not rounded:
             return _running(number)
         done = _behind(self._last_of_operator(number))  # autograd converts once the whole operator is done
-        self._add(_running(number), done, info.elements * lowering.BYTES[made], info.holds, "scratch")
+        self._add(_running(number), done, info.elements * ITEM_BYTES[made], info.holds, "scratch")
         return done
 
     def _last_of_operator(self, number: int) -> int:
@@ -436,7 +458,8 @@ class Replay:
     ) -> list[Segment]:
         """What :meth:`of_events` would be under other entries; ``marks``: all events that may alias their buffers."""
         twin = copy.copy(self)
-        twin.entries, twin.segments, twin._lowered = entries, [], Lowered(self.table, entries)
+        twin.entries, twin.segments = with_loaded(entries, self.table.loaded), []
+        twin._lowered = Lowered(self.table, entries)
         twin._alias = twin._find_aliases(self.schedule.events[number] for number in marks)
         for number in numbers:
             twin._replay_event(number, self.schedule.events[number])

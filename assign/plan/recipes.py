@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from assign.errors import FormatError, PlanError, nearest
 from assign.plan.assignment import Entry
-from assign.plan.formats import BlockFormat, Format, parse_format, parse_saved
+from assign.plan.formats import BlockFormat, Format, loaded_format, parse_format, parse_saved
 from assign.plan.precision import EXPONENTIATED, LOSS_OPS
 from assign.plan.stored import is_stored, parse_stored, waiting_bytes
 from assign.plan.tensors import (
@@ -60,6 +60,8 @@ class Recipe:
     def candidates(self, info: TensorInfo) -> Candidates:
         """The formats that ``info`` may have: both alike where its values need more than the low one has.
 
+        None has more bits than the tensor was loaded with.
+
         Raises:
             FormatError: the tensor's role is none of the paper's four.
         """
@@ -74,7 +76,8 @@ class Recipe:
             lo = hi
         elif info.need is Need.FLOAT32 and info.op not in self.overrides:
             hi = lo = "fp32"
-        return Candidates(hi=parse_format(hi), lo=parse_format(lo))
+        loaded = loaded_format(info.dtype)
+        return Candidates(hi=_at_most(parse_format(hi), loaded), lo=_at_most(parse_format(lo), loaded))
 
     def promotion(self, role: Role, op: str, entry: Entry) -> Format | None:
         """The format that a low forward tensor gets when it overflows too often; None where that cannot happen.
@@ -90,6 +93,11 @@ class Recipe:
 
     def _pair(self, role: Role, op: str) -> Pair | None:
         return self.overrides.get(op, {}).get(role) or self.by_role.get(role)
+
+
+def _at_most(fmt: Format, loaded: Format) -> Format:
+    """A recipe narrows: what is no shorter than the format in which a tensor was loaded leaves it as it was."""
+    return loaded if fmt.bits >= loaded.bits else fmt
 
 
 def _value_and_gradient(pair: Pair) -> Mapping[Role, Pair]:
@@ -224,7 +232,8 @@ def store(
     """Entries for all masters, stored gradients, optimizer states and buffers of a table; None leaves a role out.
 
     A state that is too small for a format in blocks keeps the dtype of its master, as in the libraries. A frozen
-    weight has no entry for a master with extra bits: no optimizer would keep them.
+    weight has no entry for a master with extra bits: no optimizer would keep them. A weight that was loaded in 16 bits
+    has none for what its master or its gradient is without one.
 
     Raises:
         FormatError: no such format, or not for this role.
@@ -237,11 +246,12 @@ def store(
         is_split = isinstance(fmt, Format) and fmt.extra_bits
         weights = [row.key for row in stored if row.role is Role.WEIGHT]
         trained = [key for key in weights if grad_key(key) in table.by_key or not is_split]
-        entries |= {master_key(key): Entry(fmt.name, False) for key in trained}
+        entries |= {master_key(key): Entry(fmt.name, False) for key in trained if not _is_loaded_in(table, key, fmt)}
     if gradients is not None:
         name = parse_stored(gradients, Role.WEIGHT_GRAD).name
         weights = [row.key.removesuffix(".grad") for row in stored if row.role is Role.WEIGHT_GRAD]
-        entries |= {stored_grad_key(key): Entry(name, False) for key in weights}
+        stay = [key for key in weights if master is None and _is_loaded_in(table, key, parse_format(name))]
+        entries |= {stored_grad_key(key): Entry(name, False) for key in weights if key not in stay}
     if states is not None:
         fmt = parse_stored(states, Role.OPTIM_STATE)
         rows = [row for row in stored if row.role is Role.OPTIM_STATE]
@@ -262,6 +272,10 @@ def store(
         name = parse_stored(buffers, Role.BUFFER).name
         entries |= {buffer_key(each): Entry(name, False) for each in table.buffers}
     return entries
+
+
+def _is_loaded_in(table: TensorTable, key: str, fmt: Format | BlockFormat) -> bool:
+    return fmt.name != "fp32" and table.loaded[key] == fmt.name
 
 
 def save(

@@ -1,14 +1,15 @@
 """What stays between two steps: masters, stored gradients, optimizer states, buffers. Keys, formats, bytes.
 
-Entries for them are optional. A master without one is fp32; a stored gradient and an optimizer state without one have
-the dtype of their master, as torch makes them. So a plan without such entries keeps parameters, gradients and states in
-float32, whatever it rounds on the way. A master in ``bf16+8`` is a parameter in bf16, with gradients in bf16 by
-default, and 8 extra bits in the optimizer's state; the optimizer steps on both joined, in float32, and so are its other
-states. Buffers that the step updates, as the running statistics of a batch normalisation, have rows of their own; a
-buffer without an entry is fp32. A step computes them in float32 and rounds them to nearest at its end, so that a moving
-average stands still before it has arrived: with a momentum of 0.1, an update of a tenth of the distance is lost where
-that is less than half a step, which is within 2 % of the value in bf16 and within 0.25 % in fp16; with a smaller
-momentum, proportionally earlier. Above 65504 fp16 has no variance.
+Entries for them are optional. A master without one has the dtype in which the parameter was loaded, fp32 unless
+:func:`with_loaded` has said otherwise; a stored gradient and an optimizer state without one have the dtype of their
+master, as torch makes them. So a plan without such entries keeps parameters, gradients and states in the dtypes of the
+model as it was loaded, whatever it rounds on the way. A master in ``bf16+8`` is a parameter in bf16, with gradients in
+bf16 by default, and 8 extra bits in the optimizer's state; the optimizer steps on both joined, in float32, and so are
+its other states. Buffers in float32 that the step updates, as the running statistics of a batch normalisation, have
+rows of their own; a buffer without an entry stays as it was loaded. A step computes them in float32 and rounds them to
+nearest at its end, so that a moving average stands still before it has arrived: with a momentum of 0.1, an update of a
+tenth of the distance is lost where that is less than half a step, which is within 2 % of the value in bf16 and within
+0.25 % in fp16; with a smaller momentum, proportionally earlier. Above 65504 fp16 has no variance.
 Who can keep it, :mod:`assign.plan.libraries` says. No torch in here.
 """
 
@@ -18,6 +19,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from assign.errors import FormatError, PlanError, nearest
+from assign.plan.entry import Entry
 from assign.plan.formats import (
     FORMATS,
     ITEM_BYTES,
@@ -41,7 +43,9 @@ from assign.plan.tensors import (
 StateFormat = Format | BlockFormat
 
 NATIVE = ("fp32", "bf16", "fp16")
-"""Formats for which torch has arithmetic: of masters and buffers; stored gradients and states may have them too."""
+"""Formats for which torch has arithmetic: of masters and buffers; stored gradients and states may have them too.
+
+So has fp64, for what was loaded so."""
 
 GRADIENTS = (*NATIVE, "e5m2:pow2", "e4m3:pow2")
 """Formats of stored gradients. In 8 bits they need their scale: without it e5m2 ends at 2^-16, and most are smaller."""
@@ -108,8 +112,8 @@ def parse_stored(name: str, role: Role) -> StateFormat:
         return STATE_FORMATS[wanted]
     if role is Role.MASTER and wanted in MASTER_FORMATS:
         return MASTER_FORMATS[wanted]
-    if wanted in NATIVE or (role is Role.WEIGHT_GRAD and wanted in GRADIENTS):
-        return FORMATS[wanted]
+    if wanted in (*NATIVE, "fp64") or (role is Role.WEIGHT_GRAD and wanted in GRADIENTS):
+        return parse_format(wanted)
     what, why, allowed = _WORDS[role]
     if wanted not in STATE_FORMATS:
         parse_format(name)  # one that does not exist says so, with what is near
@@ -130,6 +134,17 @@ _WORDS: Mapping[Role, tuple[str, str, tuple[str, ...]]] = {
     Role.BUFFER: ("a buffer", "a step adds to it, in a dtype that torch has arithmetic for", NATIVE),
     Role.OPTIM_STATE: ("an optimizer state", "no library keeps states in it", (*NATIVE, *STATE_FORMATS)),
 }
+
+
+def with_loaded(entries: Mapping[str, Entry], loaded: Mapping[str, str]) -> Mapping[str, Entry]:
+    """The entries, and one for each master that has none and is loaded in another dtype than float32.
+
+    Args:
+        loaded: weight → name of the format in which it is loaded; weights in fp32 may be left out.
+    """
+    absent = {master_key(key): name for key, name in loaded.items() if name != "fp32"}
+    absent = {key: name for key, name in absent.items() if key not in entries}
+    return {**entries, **{key: Entry(name, False) for key, name in absent.items()}} if absent else entries
 
 
 def master_format(entries: Mapping[str, Named], key: str) -> Format:
@@ -297,7 +312,7 @@ def item_bytes(fmt: Format) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
-    """Bytes of what is stored, by key. ``others``: of parameters that the step does not use, which are fp32."""
+    """Bytes of what is stored, by key. ``others``: of parameters that the step does not use, which are as loaded."""
 
     masters: Mapping[str, int]
     stored_gradients: Mapping[str, int]
@@ -321,7 +336,7 @@ class Resident:
 
 
 def resident(
-    table: TensorTable, entries: Mapping[str, Named], update_rounding: str = UpdateRounding.NEAREST
+    table: TensorTable, entries: Mapping[str, Entry], update_rounding: str = UpdateRounding.NEAREST
 ) -> Resident:
     """Bytes of masters, stored gradients and optimizer states of a table under some entries.
 
@@ -330,26 +345,30 @@ def resident(
     Args:
         update_rounding: with ``kahan``, each 16-bit master that is trained has one state more.
     """
+    entries = with_loaded(entries, table.loaded)
     sizes: dict[Role, dict[str, int]] = {Role.WEIGHT: {}, Role.WEIGHT_GRAD: {}, Role.OPTIM_STATE: {}}
-    wide = dict.fromkeys(sizes, 0)
+    known = dict.fromkeys(sizes, 0)
     for row in filter(is_stored, table.tensors):
         fmt: StateFormat
+        size = None
         if row.role is Role.OPTIM_STATE:
             key, _, state = row.key.rpartition(".optim.")
             name, fmt = row.key, state_format(entries, key, state)
+            if row.key not in entries and table.loaded.get(key) in (None, master_format(entries, key).name):
+                size = ITEM_BYTES[row.dtype] * row.elements  # as the optimizer itself makes it
         elif row.role is Role.WEIGHT:
             name, fmt = master_key(row.key), parameter_format(master_format(entries, row.key))
         else:
             name, fmt = row.key, gradient_format(entries, row.key.removesuffix(".grad"))
-        sizes[row.role][name] = waiting_bytes(fmt, row.elements)
-        wide[row.role] += ITEM_BYTES["float32"] * row.elements
+        sizes[row.role][name] = waiting_bytes(fmt, row.elements) if size is None else size
+        known[row.role] += ITEM_BYTES[row.dtype] * row.elements
         if row.role is Role.WEIGHT_GRAD:
             sizes[Role.OPTIM_STATE] |= _beside(
                 row, master_format(entries, row.key.removesuffix(".grad")), update_rounding
             )
     s = table.schedule
-    others = zip((s.parameter_bytes, s.gradient_bytes, s.optimizer_bytes), wide.values(), strict=True)
-    parameters, gradients, states = (max(total - known, 0) for total, known in others)
+    others = zip((s.parameter_bytes, s.gradient_bytes, s.optimizer_bytes), known.values(), strict=True)
+    parameters, gradients, states = (max(total - named, 0) for total, named in others)
     return Resident(
         masters=sizes[Role.WEIGHT],
         stored_gradients=sizes[Role.WEIGHT_GRAD],

@@ -20,6 +20,7 @@ import networkx
 from assign.errors import PlanError
 from assign.files import write_whole
 from assign.plan.display import SHOWN, Drawn, frame, table_html
+from assign.plan.formats import loaded_format
 
 
 class Role(StrEnum):
@@ -59,12 +60,14 @@ class TensorInfo:
         key: stable name, e.g. ``layer1.0/relu``, ``fc.weight.grad``.
         shape: as traced; the first axis is usually the batch.
         elements: what the paper counts; for a loss, one per sample.
-        dtype: torch dtype it has in the fp32 step, e.g. ``float32``.
+        dtype: torch dtype it has in the step of the model as it was loaded, e.g. ``float32``.
         op: operator that makes it (``parameter`` for weights, ``input`` for the batch).
         module: path of the module whose forward makes it, ``''`` for the root.
         source: ``file.py:line`` of the user's code, ``''`` where unknown.
         group: number of the group that shares its decision.
         inputs: for an activation, keys that its operator reads, in order of the arguments.
+        reads: the dtypes in which it does; empty where each is its tensor's own.
+        opaque: its operator is another library's, and runs in the dtypes that it was written for.
         consumers: for an activation or weight, keys of the activations made from it.
         wide: its operator computes in float32 under every plan: the user's code asks for that.
         need: the least that its values need (see :mod:`assign.plan.precision`).
@@ -80,6 +83,8 @@ class TensorInfo:
     source: str = ""
     group: int = 0
     inputs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    opaque: bool = False
     consumers: tuple[str, ...] = ()
     wide: bool = False
     need: Need = Need.NOTHING
@@ -103,6 +108,11 @@ def is_saved_key(key: str) -> bool:
 def base_key(key: str) -> str:
     """The forward tensor's key behind a ``.grad`` or ``.saved`` key."""
     return key.removesuffix(".grad").removesuffix(".saved")
+
+
+def is_input_key(key: str) -> bool:
+    """Whether ``key`` is that of a part of the batch, as it enters the model."""
+    return key.partition("#")[0] == "/input"
 
 
 def master_key(key: str) -> str:
@@ -137,7 +147,7 @@ class Buffer:
     """Memory that one operator of the step allocates.
 
     Attributes:
-        elements: how many; dtype: torch dtype in the fp32 step.
+        elements: how many; dtype: torch dtype in the step of the model as it was loaded.
         holds: key of the tensor (or gradient) whose values it holds, ``''`` for an operator's own scratch.
         part: position in the operator's result; what follows the first part are statistics that stay as they are.
     """
@@ -228,6 +238,12 @@ class TensorTable(Drawn):
     def by_key(self) -> Mapping[str, TensorInfo]:
         """Rows by key."""
         return {info.key: info for info in self.tensors}
+
+    @cached_property
+    def loaded(self) -> Mapping[str, str]:
+        """Weight → name of the format in which it is loaded."""
+        weights = (info for info in self.tensors if info.role is Role.WEIGHT and "/" not in info.key)
+        return {info.key: loaded_format(info.dtype).name for info in weights}
 
     @cached_property
     def paper_tensors(self) -> tuple[TensorInfo, ...]:

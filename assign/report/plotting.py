@@ -34,7 +34,7 @@ _MOST_BARS = 25
 
 @plot.register
 def _(thing: TensorTable, table: TensorTable | None = None) -> Any:
-    plain = search_table(thing, strategy="uniform", format_name="fp32")
+    plain = search_table(thing, strategy="as-loaded")
     rows = tensor_rows(thing, plain, moments(thing, plain.entries))
     return _figure(figures.model_figure(rows, lambda row: ROLES[row.alive_as][1]))
 

@@ -14,7 +14,7 @@ from assign.errors import AssignError, nearest
 from assign.plan.assignment import Entry
 from assign.plan.recipes import Recipe
 from assign.plan.tensors import TensorTable
-from assign.strategies.baselines import operator_based, standalone, uniform
+from assign.strategies.baselines import as_loaded, operator_based, standalone, uniform
 from assign.strategies.goal import PeakBytes
 from assign.strategies.greedy import Order, greedy
 
@@ -51,6 +51,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
 
 BASELINES: Mapping[str, Callable[[TensorTable, Recipe], dict[str, Entry]]] = MappingProxyType(
     {
+        "as-loaded": as_loaded,
         "operator": operator_based,
         "operator-prime": partial(operator_based, gradients_follow=True),
         "standalone": standalone,

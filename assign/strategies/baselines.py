@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from assign.errors import FormatError
 from assign.plan.assignment import Entry
-from assign.plan.formats import parse_format
+from assign.plan.formats import loaded_format, parse_format
 from assign.plan.groups import GEMM_OPS, INPUT_OP
 from assign.plan.recipes import Recipe, initial, store
 from assign.plan.tensors import Role, TensorInfo, TensorTable, grad_key
@@ -49,6 +49,11 @@ def uniform_in(table: TensorTable, format_name: str, *, low: bool = False) -> di
     """
     name = parse_format(format_name).name
     return {row.key: Entry(name, low) for row in table.paper_tensors}
+
+
+def as_loaded(table: TensorTable, recipe: Recipe) -> dict[str, Entry]:
+    """Every tensor in the dtype that it has in the model as it was loaded: nothing changes. No recipe is asked."""
+    return {row.key: Entry(loaded_format(row.dtype).name, False) for row in table.paper_tensors}
 
 
 def operator_based(table: TensorTable, recipe: Recipe, *, gradients_follow: bool = False) -> dict[str, Entry]:

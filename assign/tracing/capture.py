@@ -3,9 +3,10 @@
 The graph that Dynamo hands over has torch-level operators (``conv2d``, ``relu``, …), with the path of the module and
 the line of the user's code on every node. Parameters and buffers are its inputs, told apart by identity.
 
-Parameters in 16 bit are captured as if they were in float32, so that the user's code is the same code and a graph the
-same graph, whatever the plan stores; in the graph handed on, who read the widened parameter reads the parameter. So are
-buffers that a plan stores in 16 bits; they are widened when the graph is called, and rounded again behind it.
+Parameters that a plan stores in another dtype are captured as if they were in the one in which they were loaded, so
+that the user's code is the same code and a graph the same graph, whatever the plan stores; in the graph handed on, who
+read the converted parameter reads the parameter. Buffers that a plan stores in 16 bits are captured as if they were in
+float32; they are widened when the graph is called, and rounded again behind it.
 """
 
 import contextlib
@@ -13,10 +14,9 @@ import itertools
 import os
 import re
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from assign import _torch
 from assign.errors import AssignError, TraceError
+from assign.tracing.loaded import stored_otherwise
 from assign.tracing.pieces import Piece
 from assign.tracing.recording import Recorder
 
@@ -31,7 +32,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 _PREFIX = "L['self'].model"
 _GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # how Dynamo says a.b where parameters are replaced
-_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS = itertools.count()  # of steps: Dynamo remembers by a function's name which sizes have varied
 _OPERATOR = "\nWhile executing "  # how torch.fx says which node failed
 _PACKAGES = tuple(f'File "{Path(each).parent}{os.sep}' for each in (torch.__file__, Path(__file__).parent))
@@ -47,8 +48,8 @@ class Capture:
         parameters: placeholder → name of the parameter (one name for tied weights).
         buffers: placeholder → name of the buffer.
         widened: positions of the buffers that the graph takes and changes in float32, though they are stored narrower.
-        dtypes: of the parameters, and of results of earlier pieces, that are stored in fewer bits than float32; the
-            graph's own values say float32.
+        dtypes: of the parameters that a plan stores otherwise, and of results of earlier pieces that it keeps
+            otherwise; the graph's own values say what they are in the model as it was loaded.
         training: whether the model was in training mode with gradients on.
         piece: what is known of the graph if it was recorded; None if Dynamo captured it.
     """
@@ -84,22 +85,22 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
-        self.narrow = tuple(name for name, p in model.named_parameters() if p.dtype in _SIXTEEN_BIT)
-        self.narrow_buffers = tuple(name for name, buffer in model.named_buffers() if name in buffers)
+        self.stored_otherwise = stored_otherwise(model)
+        self.stored_otherwise |= {name: torch.float32 for name, _ in model.named_buffers() if name in buffers}
         function = Step._forward
         code = function.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
         own = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
         self.forward = types.MethodType(own, self)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.narrow and not self.narrow_buffers:
+        if not self.stored_otherwise:
             return self.loss(self.model, *args, **kwargs)
         stored = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        wide = {name: stored[name].to(torch.float32) for name in (*self.narrow, *self.narrow_buffers)}
-        with _torch.replaced_parameters(self.model, wide):
+        own = {name: stored[name].to(dtype) for name, dtype in self.stored_otherwise.items()}
+        with _torch.replaced_parameters(self.model, own):
             result = self.loss(self.model, *args, **kwargs)
             for name, buffer in self.model.named_buffers():
-                if buffer is not wide.get(name, stored[name]):  # the model has put another tensor in its place
+                if buffer is not own.get(name, stored[name]):  # the model has put another tensor in its place
                     stored[name].copy_(buffer)
         return result
 
@@ -200,11 +201,9 @@ def _hidden_gradients(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def check_parameters(model: nn.Module, masters: Mapping[str, torch.dtype] = MappingProxyType({})) -> None:
-    """Refuse models that are not in float32: the plan narrows a model, it does not widen one.
+def check_parameters(model: nn.Module) -> None:
+    """Refuse what is no model, and parameters to train in dtypes that no plan is for.
 
-    Args:
-        masters: dtypes that a plan gives to parameters, who may be in them already.
     Raises:
         TraceError: names the first such parameter.
     """
@@ -213,11 +212,11 @@ def check_parameters(model: nn.Module, masters: Mapping[str, torch.dtype] = Mapp
             f"trace: the model is a {type(model).__name__}, a torch.nn.Module is needed. Pass the module itself."
         )
     for name, parameter in model.named_parameters():
-        allowed = (torch.float32, masters.get(name, torch.float32))
-        if parameter.is_floating_point() and parameter.dtype not in allowed:
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype not in _FLOATS:
             raise TraceError(
-                f"trace: parameter {name!r} is {parameter.dtype}; a plan starts from float32 and narrows it. "
-                "Call model.float() first."
+                f"trace: parameter {name!r} is {parameter.dtype} and requires a gradient, for which torch has no "
+                f"arithmetic.\n  Allowed: {', '.join(map(str, _FLOATS))}; frozen parameters in any dtype.\n"
+                "  Convert it, or call requires_grad_(False) on it."
             )
 
 
@@ -243,7 +242,8 @@ def _describe(
     buffers = {id(buffer): name for name, buffer in model.named_buffers()}
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     pairs = list(zip(placeholders, inputs, strict=True))
-    dtypes = {node: value.dtype for node, value in pairs if id(value) in names and value.dtype in _SIXTEEN_BIT}
+    otherwise = stored_otherwise(model)
+    dtypes = {node: value.dtype for node, value in pairs if names.get(id(value)) in otherwise}
     narrow = {node: value.dtype for node, value in pairs if piece and node in piece.crossing}
     widened = [position for position, value in enumerate(inputs) if buffers.get(id(value)) in stored_narrow]
     for node in (*dtypes, *(placeholders[position] for position in widened)):

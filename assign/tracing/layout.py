@@ -52,6 +52,6 @@ def views_through(node: fx.Node) -> list[fx.Node]:
     chain, target = [node], written(node)
     while target is not None:
         chain.append(target)
-        sources = target.all_input_nodes
+        sources = [] if "assign_after" in target.meta else target.all_input_nodes  # a copy made to be written into
         target = sources[0] if sources else None
     return chain

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from assign import _torch
-from assign.plan.lowering import MATRIX_PRODUCTS
+from assign.errors import TraceError
+from assign.plan.lowering import CONVERSIONS, MATRIX_PRODUCTS
 from assign.plan.tensors import SLICE
 from assign.tracing.capture import Capture, strip_module_path
 from assign.tracing.constants import ARITHMETIC, LARGEST_FP16, numbers_in
@@ -52,6 +53,8 @@ class Site:
         counted: has as many elements as the paper counts (a loss: one per sample).
         node: holds the tensor; ``after``: the node behind which it is complete.
         owner: the graph (main, or body of a checkpointed block) that holds ``node``.
+        reads: dtypes in which its operator reads ``inputs``.
+        opaque: its operator is another library's: see :func:`is_opaque`.
         readers: for an input, the nodes that read it as the model's input (None: all).
         wide: its operator computes in float32 under every plan.
     """
@@ -66,6 +69,8 @@ class Site:
     module: str = ""
     source: str = ""
     inputs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    opaque: bool = False
     readers: tuple[fx.Node, ...] | None = None
     wide: bool = False
 
@@ -94,6 +99,8 @@ class Walk:
         labels: operator key of every node that computes.
         asked: nodes that the user's code converts to float32, and views of these; ``float32``: what is computed from
             them up to the next matrix product, or to the conversion that ends it, which is in ``back``.
+        dtypes: of values that have keys. float64 among them where a parameter is: elsewhere it is a user's own choice,
+            in the middle of a step, and stays.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -108,6 +115,11 @@ class Walk:
     asked: set[fx.Node] = field(default_factory=set)
     float32: set[fx.Node] = field(default_factory=set)
     back: set[fx.Node] = field(default_factory=set)
+    dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+    def plans(self, value: Any) -> bool:
+        """Whether a value is a floating-point tensor that may have a key: not one that a library has quantized."""
+        return isinstance(value, Tensor) and value.dtype in self.dtypes and not _torch.is_wrapper(value)
 
     def fresh_key(self, module: str, op: str) -> str:
         """``module/op``, or ``module/op#2`` for the second such operator there."""
@@ -128,16 +140,22 @@ def walk(capture: Capture) -> Walk:
                 result.parametric.add(node)
             if crossing.key:
                 result.key_of[node] = crossing.key
+    is_cast = any(node.target is torch.amp.autocast_mode._enter_autocast for node in capture.graph.graph.nodes)
+    if any(_torch.fake_value(node).dtype == torch.float64 for node in capture.parameters):
+        result.dtypes |= {torch.float64}
     for node, name in capture.parameters.items():
-        if _is_float(_torch.fake_value(node)):
+        if result.plans(_torch.fake_value(node)):
             result.key_of[node] = name
             result.depends.add(node)
             result.parametric.add(node)
-    others = {*capture.parameters, *capture.buffers, *((*piece.constants, *piece.crossing) if piece else ())}
+    others = {*capture.parameters, *capture.buffers, *_kept_with_parameters(capture)}
+    others |= {*piece.constants, *piece.crossing} if piece else set()
     for node in capture.graph.graph.nodes:
-        if node.op == "placeholder" and node not in others and _is_float(_torch.fake_value(node)):
+        if node.op == "placeholder" and node not in others and _is_floating(_torch.fake_value(node)):
             result.depends.add(node)
     _walk_graph(capture.graph, result)
+    for node in () if is_cast else result.values:
+        _check_operands(node, result)
     if piece:
         outputs: Any = _torch.output_of(capture.graph).args[0]
         piece.results[:] = [
@@ -148,6 +166,32 @@ def walk(capture: Capture) -> Walk:
         ]
         piece.entered |= {site.node: site.key for site in result.sites if site.op == "input"}
     return result
+
+
+def _kept_with_parameters(capture: Capture) -> set[fx.Node]:
+    """Inputs that hang on a parameter, as the scales of a quantized weight do: they are no part of the batch."""
+    if capture.piece:  # its inputs are not named after where they come from
+        return set()
+    owners = tuple(str(node.target) for node in capture.parameters)
+    return {node for node in capture.graph.graph.find_nodes(op="placeholder") if str(node.target).startswith(owners)}
+
+
+def _check_operands(node: fx.Node, walked: Walk) -> None:
+    """Refuse a product of matrices of different dtypes, which torch refuses once it has data.
+
+    Raises:
+        TraceError: names the operator, its line and the dtypes.
+    """
+    if operator_name(node.target) not in MATRIX_PRODUCTS - {"scaled_dot_product_attention"}:
+        return
+    values = [walked.values.get(argument) for argument in node.all_input_nodes]
+    dtypes = dict.fromkeys(dtype_of(value) for value in values if isinstance(value, Tensor))
+    if len(dtypes) > 1:
+        raise TraceError(
+            f"trace: {operator_name(node.target)} multiplies tensors in {' and '.join(dtypes)}, which torch does not.\n"
+            f"  at: {source_line(node) or 'unknown line'}\n  Allowed: one dtype for all of them.\n"
+            "  Convert the batch to the dtype of the model's parameters, x.to(weight.dtype), or the model to its dtype."
+        )
 
 
 def _walk_graph(graph: fx.GraphModule, result: Walk) -> None:
@@ -228,8 +272,13 @@ def _enter(graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], resul
                 result.seen.add(key)
                 op = "parameter" if argument not in result.crossing else CROSSING
                 result.sites.append(_site(key, op, argument, graph, value, result))
-        elif inside and _is_float(value) and argument in result.depends and argument not in result.parametric:
-            outside = argument.op == "placeholder" or strip_module_path(_torch.module_path(argument)) is None
+        elif inside and result.plans(value) and argument in result.depends and argument not in result.parametric:
+            if converts(node, result):  # the batch enters in the dtype that the model converts it to
+                continue
+            source = argument
+            while converts(source, result):
+                source = _torch.source_of(source)
+            outside = source.op == "placeholder" or strip_module_path(_torch.module_path(source)) is None
             if outside and argument not in result.labels.keys() | result.key_of.keys():
                 key = result.fresh_key("", "input")
                 site = _site(key, "input", argument, graph, value, result)
@@ -275,8 +324,9 @@ def _name_written(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result
         _name_output(graph, copy, aliases, result)
         site = next((site for site in reversed(result.sites) if site.node is copy), None)
         if site is not None:
-            written = (result.key_of[n] for n in node.all_input_nodes if n is not copy and n in result.key_of)
-            site.inputs = tuple(dict.fromkeys((*site.inputs, *(key for key in written if key != site.key))))
+            for argument in node.all_input_nodes:
+                if argument is not copy and result.key_of.get(argument) != site.key:
+                    _note_read(site, argument, result)
 
 
 def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result: Walk) -> None:
@@ -287,13 +337,14 @@ def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result:
         if maker.op not in ("call_function", "call_method") or maker.target is _torch.CHECKPOINT_OP:
             return
     op = operator_name(maker.meta.get("assign_op", maker.target))
-    if not _is_float(value):
+    if not result.plans(value):
         return
     if aliases.root[node] is not node:
         _name_view(graph, node, maker, aliases, result)
         return
     first = next((n for n in maker.all_input_nodes if n in result.key_of), None)
-    if op in MOVES and "assign_op" not in maker.meta:
+    moves = op in MOVES or (op in CONVERSIONS and node not in result.parametric)
+    if moves and "assign_op" not in maker.meta:
         if first is not None:
             result.key_of[node] = result.key_of[first]
         return
@@ -306,7 +357,9 @@ def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result:
     site.wide = is_wide(maker, result)
     site.after = node.meta.get("assign_after", node)
     site.source = source_line(maker)
-    site.inputs = tuple(dict.fromkeys(result.key_of[n] for n in maker.all_input_nodes if n in result.key_of))
+    site.opaque = is_opaque(maker, result)
+    for argument in maker.all_input_nodes:
+        _note_read(site, argument, result)
     if op == "nll_loss" and len(maker.args) > 1:
         site.counted = aliases.values[_torch.source_of(maker, 1)]
     result.key_of[node] = key
@@ -328,9 +381,16 @@ def _name_view(graph: fx.GraphModule, node: fx.Node, maker: fx.Node, aliases: Al
     site = _site(result.fresh_key("loss" if module is None else module, SLICE), SLICE, node, graph, value, result)
     site.module = module or ""
     site.source = source_line(maker)
-    site.inputs = (key,)
+    _note_read(site, source, result)
     result.key_of[node] = site.key
     result.sites.append(site)
+
+
+def _note_read(site: Site, argument: fx.Node, result: Walk) -> None:
+    """Note that the operator of a site reads the tensor whose values ``argument`` holds."""
+    key = result.key_of.get(argument)
+    if key is not None and key not in site.inputs:
+        site.inputs, site.reads = (*site.inputs, key), (*site.reads, dtype_of(result.values[argument]))
 
 
 def _is_written_later(node: fx.Node, aliases: Aliases) -> bool:
@@ -365,10 +425,34 @@ def source_line(node: fx.Node) -> str:
     return "/".join(path.split("/")[-2:]) + f":{line}"
 
 
+def dtype_of(value: Tensor) -> str:
+    """Its name, as in the table."""
+    return str(value.dtype).removeprefix("torch.")
+
+
+def converts(node: fx.Node, walked: Walk) -> bool:
+    """Whether a node is the user's conversion of a tensor to another dtype."""
+    source = node.args[0] if node.args else None
+    if operator_name(node.target) not in CONVERSIONS | {"to"} or not isinstance(source, fx.Node):
+        return False
+    before, after = walked.values.get(source), walked.values.get(node)
+    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype != after.dtype
+
+
+def is_opaque(node: fx.Node, walked: Walk) -> bool:
+    """Whether an operator is known to run only in the dtypes that it was written for.
+
+    It reads a tensor that hides its data, as weights do that a library has quantized; or it is a library's own, or has
+    a body of its own, as an ``autograd.Function`` has.
+    """
+    wrapped = any(_torch.is_wrapper(walked.values.get(argument)) for argument in node.all_input_nodes)
+    return wrapped or _torch.is_foreign(node.target)
+
+
 def floating_arguments(node: fx.Node, walked: Walk) -> Iterator[fx.Node]:
     """Arguments of a node that are floating-point tensors, each once."""
     for argument in node.all_input_nodes:
-        if _is_float(walked.values.get(argument)):
+        if walked.plans(walked.values.get(argument)):
             yield argument
 
 
@@ -383,5 +467,5 @@ def _is_complex(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_complex()
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from assign.errors import TraceError
 from assign.plan.tensors import Role, TensorInfo, state_key
 from assign.tracing.allocations import Allocations
+from assign.tracing.loaded import loaded_dtypes
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -49,12 +50,15 @@ def read_optimizer(model: nn.Module, make: OptimizerFactory | None) -> Optimizer
     if make is None:
         return OptimizerStates()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    loaded = loaded_dtypes(model)
     ways = [_Way(device="meta")]
     if sum(p.numel() for _, p in named) <= _MOST:
         ways += [_Way(device="cpu"), _Way(device="cpu", sparse=True)]
     failures = []
     for way in ways:
-        twins = [nn.Parameter(torch.zeros_like(p, device=way.device)) for _, p in named]
+        twins = [
+            nn.Parameter(torch.zeros_like(p, device=way.device, dtype=loaded.get(name, p.dtype))) for name, p in named
+        ]
         instance = _made(make, twins)
         try:
             scratch = _step(instance, twins, way, on_gpu=any(p.device.type == "cuda" for _, p in named))

@@ -5,6 +5,8 @@ partitioner say what the backward pass does and which values wait for it. The gr
 """
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -31,8 +33,9 @@ from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
 from assign.tracing.kept_state import kept_state
+from assign.tracing.loaded import loaded_dtypes
 from assign.tracing.needs import find_exact, find_needs
-from assign.tracing.operators import Walk, walk
+from assign.tracing.operators import Walk, dtype_of, walk
 from assign.tracing.optimizer_states import OptimizerFactory, read_optimizer
 from assign.tracing.probes import insert_probes
 from assign.tracing.workspace import kernel_scratch
@@ -42,14 +45,13 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
     """Table of every tensor of one training step.
 
     Args:
-        model: in float32, on any device; its training flag is honoured.
+        model: in any floating-point dtypes, on any device; its training flag is honoured.
         batch: what ``loss`` takes: a tensor, tuple, dict, or any nesting of them.
         loss: ``loss(model, batch)`` → scalar tensor.
         optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states are counted; None counts none. Where
             no step shows them, as of LBFGS, none are counted, with a warning.
     Raises:
-        TraceError: a graph break, a loss that is no scalar, a model that is not in float32, or an optimizer that cannot
-            be made.
+        TraceError: a graph break, a loss that is no scalar, or an optimizer that cannot be made.
     Examples:
         ```python
         table = assign.trace(model, batch, loss, adamw)
@@ -72,10 +74,10 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
     kept = read_optimizer(model, optimizer)
     schedule = dataclasses.replace(
         recorder.schedule,
-        parameter_bytes=_bytes(model.parameters()),
+        parameter_bytes=_bytes(_as_loaded(model)),
         buffer_bytes=_bytes(model.buffers()),
         batch_bytes=_bytes(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)),
-        gradient_bytes=_bytes(p for p in model.parameters() if p.requires_grad),
+        gradient_bytes=_bytes(twin for twin in _as_loaded(model) if twin.requires_grad),
         optimizer=kept.name,
         optimizer_bytes=kept.bytes,
         optimizer_scratch_bytes=kept.scratch,
@@ -126,9 +128,15 @@ def _updated_buffers(capture: Capture) -> Iterable[tuple[str, Tensor]]:
     """Buffers in float32 that the graph just compiled changes, by name."""
     changed = _torch.changed_inputs()
     placeholders = capture.graph.graph.find_nodes(op="placeholder")
-    for position, (node, value) in enumerate(zip(placeholders, capture.inputs, strict=True)):
+    positions = itertools.accumulate(map(_parts, capture.inputs), initial=0)
+    for position, node, value in zip(positions, placeholders, capture.inputs, strict=False):
         if position in changed and node in capture.buffers and value.dtype is torch.float32:
             yield capture.buffers[node], value
+
+
+def _parts(value: Any) -> int:
+    """How many inputs of the joint graph a value is: those of a wrapper subclass are the tensors in it."""
+    return len(_torch.inner_tensors(value)) if isinstance(value, Tensor) else 1
 
 
 def _requires_grad(value: Any) -> bool:
@@ -184,7 +192,7 @@ class _Lister:
                 holds = str(node.args[1])
             elif node.target in COPIES and isinstance(node.args[0], fx.Node):
                 holds = holds or next((self.buffers[b].holds for b in self._read(node.args[0])), "")
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            dtype = dtype_of(tensor)
             elements = storage.nbytes() // tensor.dtype.itemsize
             self._owner[storage._cdata] = len(self.buffers)
             written.append(len(self.buffers))
@@ -195,7 +203,7 @@ class _Lister:
 def _note_saved(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, str]:
     """Which activations wait for the backward pass: key → dtype in which they do."""
     sources = _saved_by(backward, forward).values()
-    return {str(each.args[1]): str(_torch.joint_value(each).dtype).removeprefix("torch.") for each in sources}
+    return {str(each.args[1]): dtype_of(_torch.joint_value(each)) for each in sources}
 
 
 def _saved_by(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, fx.Node]:
@@ -239,6 +247,7 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
     for site in recorder.walked.sites:
         for source in site.inputs:
             readers.setdefault(source, []).append(site.key)
+    own = {site.key: dtype_of(site.value) for site in recorder.walked.sites}
     for site in recorder.walked.sites:
         weight = site.op == "parameter"
         info = TensorInfo(
@@ -246,11 +255,13 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
             role=Role.WEIGHT if weight else Role.ACTIVATION,
             shape=tuple(int(size) for size in site.value.shape),
             elements=site.elements,
-            dtype=str(site.value.dtype).removeprefix("torch."),
+            dtype=own[site.key],
             op=site.op,
             module=site.key.rpartition(".")[0] if weight else site.module,
             source=site.source,
             inputs=site.inputs,
+            opaque=site.opaque,
+            reads=() if all(map(operator.eq, site.reads, map(own.get, site.inputs))) else site.reads,
             consumers=tuple(readers.get(site.key, ())),
             wide=site.wide,
             need=recorder.needs.get(site.key, Need.NOTHING),
@@ -258,17 +269,11 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
         yield info
         if not weight or site.key in trainable:
             role = Role.WEIGHT_GRAD if weight else Role.ACTIVATION_GRAD
-            yield dataclasses.replace(info, key=grad_key(site.key), role=role, inputs=(), consumers=())
+            yield dataclasses.replace(info, key=grad_key(site.key), role=role, inputs=(), reads=(), consumers=())
         if site.key in recorder.saved and not weight and site.op != "input":
-            yield dataclasses.replace(
-                info,
-                key=saved_key(site.key),
-                role=Role.SAVED,
-                dtype=recorder.saved[site.key],
-                inputs=(),
-                consumers=(),
-                need=_need_of_copy(recorder, site.key),
-            )
+            saved: dict[str, Any] = {"key": saved_key(site.key), "role": Role.SAVED, "dtype": recorder.saved[site.key]}
+            saved["need"] = _need_of_copy(recorder, site.key)
+            yield dataclasses.replace(info, **saved, inputs=(), reads=(), consumers=())
     for name, buffer in recorder.buffers.items():
         yield TensorInfo(
             key=buffer_key(name),
@@ -288,5 +293,17 @@ def _need_of_copy(recorder: _Recorder, key: str) -> Need:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind tensors."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    inner = (part.untyped_storage() for tensor in tensors for part in _torch.inner_tensors(tensor))
+    storages = {storage._cdata: storage.nbytes() for storage in inner}
     return sum(storages.values())
+
+
+def _as_loaded(model: nn.Module) -> list[Tensor]:
+    """The parameters in the dtypes in which they were loaded; without data where a plan has changed that."""
+    loaded = loaded_dtypes(model)
+    return [
+        p
+        if loaded.get(name, p.dtype) == p.dtype
+        else nn.Parameter(torch.empty_like(p, device="meta", dtype=loaded[name]), p.requires_grad)
+        for name, p in model.named_parameters()
+    ]

@@ -5,7 +5,8 @@ A convolution works channels-last where its source or its weight lies so, else c
 otherwise. Weights are then reordered into blocks, contiguous images too. In 16 bit, a weight's gradient is summed in
 float32, from one image at a time that is transposed (each thread its own; one is counted). Large depthwise filters are
 padded in the backward pass, if channels-last. That of batch normalisation copies the gradient; a 16-bit ``mean`` sums a
-float32 copy. CUDA workspaces are not modelled.
+float32 copy. Products in bf16 work on packed blocks (each thread its own; one is counted); in fp16 there are none, and
+float64 convolutions, which are not modelled, need more. CUDA workspaces are not modelled.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from assign import _torch
 aten = torch.ops.aten
 _FILTER_BLOCK = 16 * 16  # elements for each one of a large depthwise filter; in 16 bit a float32 sum beside it
 _OWN_KERNEL = 9  # elements of the largest filter for which oneDNN has a kernel of its own
-_GEMM_BLOCKS = 2**19  # packed blocks of a 16-bit product; at most twice its operands
+_GEMM_ROWS, _GEMM_COLUMNS, _GEMM_BLOCKS = 256, 64, 2**17  # of a block of a 16-bit product, and bytes without the left
 
 
 def kernel_scratch(node: fx.Node) -> tuple[int, int]:
@@ -41,10 +42,17 @@ def scratch_of(operator: Any, inputs: Sequence[Any], result: Any) -> tuple[int, 
         elements = tensors[0].numel()
         return 4 * elements, 2 * elements
     if kind in (aten.mm, aten.addmm, aten.bmm):
-        return 0, min(_GEMM_BLOCKS, 4 * sum(tensor.numel() for tensor in tensors))
+        return 0, _product(tensors[-2:][0])
     if operator is aten.mean.dim:
         return 0, 4 * tensors[0].numel()
     return 0, 0
+
+
+def _product(left: Tensor) -> int:
+    """Of a 16-bit product: a block of the right operand, one of float32 sums, and one of a transposed left operand."""
+    rows, inner = min(left.shape[-2], _GEMM_ROWS), left.shape[-1]
+    packed = 0 if left.stride(-1) == 1 else 2 * inner * rows
+    return min(2 * _GEMM_COLUMNS * inner + 4 * _GEMM_COLUMNS * rows, _GEMM_BLOCKS) + packed
 
 
 def _convolution(gradient: Tensor, source: Tensor, weight: Tensor, *, backward: bool) -> tuple[int, int]:

@@ -1,0 +1,36 @@
+"""The dtypes in which a model was loaded: what its own code computes with, whatever a plan stores.
+
+A plan that stores a parameter in another dtype changes the parameter itself. What it was before is kept in an attribute
+of the model, so that copies, pickles and sharded models know it too.
+"""
+
+import torch
+from torch import nn
+
+from assign.plan.assignment import Assignment
+from assign.plan.formats import LOADED
+
+_ATTRIBUTE = "_assign_loaded"
+
+
+def loaded_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype in which each floating-point parameter was loaded: its own, unless a plan has changed it."""
+    noted = getattr(model, _ATTRIBUTE, {})
+    return {name: noted.get(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point()}
+
+
+def note_loaded_dtypes(model: nn.Module) -> None:
+    """Keep the dtypes in which the parameters were loaded, before a plan changes some."""
+    setattr(model, _ATTRIBUTE, loaded_dtypes(model))
+
+
+def stored_otherwise(model: nn.Module) -> dict[str, torch.dtype]:
+    """Parameters that a plan has given another dtype: the one in which they were loaded."""
+    now = dict(model.named_parameters())
+    return {name: dtype for name, dtype in loaded_dtypes(model).items() if now[name].dtype != dtype}
+
+
+def complete(plan: Assignment, model: nn.Module) -> Assignment:
+    """The plan, with an entry for each master that it leaves as it is in the model, in another dtype than float32."""
+    names = {name: str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters()}
+    return plan.with_loaded({name: LOADED[dtype].name for name, dtype in names.items() if dtype in LOADED})
