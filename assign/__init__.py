@@ -4,7 +4,8 @@ The house is an hourglass. Above its first waist torch is read, below its second
 them is pure Python and never imports torch.
 
 ====================  ==========================================================================================
-``tracing``           model + batch → **TensorTable**. ``capture``: model and loss as one graph (Dynamo);
+``tracing``           model + batch → **TensorTable**. ``capture``: model and loss as one graph (Dynamo), or as several
+                      ``pieces`` (``recording``), the model left as it was (``kept_state``); ``layout`` of a graph;
                       ``functionalize``: no in-place operators, so every value has one node; ``operators``: the walk
                       that names every tensor, for tracer and executor alike; ``probes`` at them; ``joint``,
                       ``workspace``, ``finiteness``: the backward pass, what kernels need, which tensors must not
@@ -28,7 +29,9 @@ them is pure Python and never imports torch.
                       an integer; ``blocks``: a few bits and a scale per block; ``products`` of narrow matrices;
                       ``promotion``: low tensors that overflow go back to high; ``delayed``: scales that the steps
                       before gave; ``registry``: a function made an operator
-``executor``          mark → pack → compile → apply: a plan made to run; ``rehearsal``: a compiled step's bytes, before;
+``executor``          mark → pack → compile → apply: a plan made to run; ``fit``: whether it is the step's; ``methods``
+                      of a planned model; ``unused``: parameters that a step does not train; ``rehearsal``: a compiled
+                      step's bytes, before;
                       ``timing``: seconds, choice by choice
 ``optim``             ``optimizers`` whose states follow a plan, from three libraries; ``states``: each one's form of
                       them; ``updates``: SGD and AdamW for weights of 16 bits; ``gradients`` that wait in 8;

@@ -16,7 +16,7 @@ class FormatError(AssignError):
 
 
 class TraceError(AssignError):
-    """The model or the loss cannot be captured as one graph."""
+    """The model or the loss cannot be captured."""
 
 
 class PlanError(AssignError):

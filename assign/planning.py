@@ -89,7 +89,7 @@ def search(
         BudgetError: no goal, one that makes no sense, or a budget below the floor (says the floor).
         FormatError: formats that do not exist, or that cannot be stored.
         PlanError: formats that no library's optimizer can keep.
-        TraceError: a graph break, a loss that is no scalar, a model that is not in float32.
+        TraceError: the step cannot be captured, or the loss is no scalar.
     Examples:
         ```python
         plan = assign.search(model, batch, loss, budget="90%", optimizer=adamw)

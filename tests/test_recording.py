@@ -1,6 +1,7 @@
 """Steps that Dynamo cannot capture as one graph: recorded in pieces, with the same names and the same numbers."""
 
 import copy
+import io
 import random
 import warnings
 
@@ -24,11 +25,13 @@ from models import (
     tokens,
     vectors,
 )
+from rich.console import Console
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import assign
 from assign.errors import TraceError
+from assign.report.tables import trace_table
 from assign.tracing.capture import compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.operators import walk
@@ -414,3 +417,23 @@ def test_nothing_warns_where_all_runs_under_the_plan():
         warnings.simplefilter("error")
         plan = everything(traced(model, batch, call), "bf16")
         assign.planned_step(model, call, plan, backend="eager")(batch)
+
+
+def test_a_table_says_where_the_code_needs_a_value():
+    table = traced(Sign(), torch.randn(4, 4), square_loss)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(trace_table(table))
+    text = console.export_text()
+    assert "places where the code needs a value" in text
+    assert "test_recording.py" in text
+    assert assign.TensorTable.from_json(table.to_json()).breaks == table.breaks
+
+
+class Sign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.f(x)
+        return h if h.sum() > 0 else -h

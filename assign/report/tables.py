@@ -116,7 +116,12 @@ def trace_table(table: TensorTable, limit: int = 20) -> RenderableType:
     for info in sorted(forward, key=lambda i: -i.elements)[:limit]:
         shape = "×".join(map(str, info.shape)) or "scalar"
         rows.add_row(info.key, info.role, shape, f"{info.elements:,}", str(info.group), info.source)
-    return Rows(groups, rows)
+    notes = (
+        ("Captured in several graphs; places where the code needs a value:", table.breaks),
+        (f"Not under the plan, {len(table.outside)} operators that run as in plain PyTorch:", table.outside),
+    )
+    said = [Text("\n  ".join((title, *places))) for title, places in notes if places]
+    return Rows(groups, rows, *said)
 
 
 def estimate_table(costs: Estimate, compiled: Rehearsal | None = None, limit: int = 12) -> RenderableType:

@@ -3,18 +3,21 @@
 import contextlib
 import copy
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import nn
 
+_CONTAINERS = (dict, OrderedDict, list, set)  # a library's own kinds may refuse changes
+
 
 @contextlib.contextmanager
 def kept_state(model: nn.Module) -> Iterator[None]:
     """Leave a model and the random generators as they were: a step in several pieces really runs while it is traced."""
     attributes = [vars(module) for module in model.modules()]
-    containers = [x for each in attributes for x in each.values() if isinstance(x, (dict, list, set))]
+    containers = [x for each in attributes for x in each.values() if type(x) in _CONTAINERS]
     before = [(each, copy.copy(each)) for each in (*attributes, *containers)]
     buffers = [(m, name, buffer) for m in model.modules() for name, buffer in m.named_buffers(recurse=False)]
     values = [buffer.clone() for _, _, buffer in buffers]

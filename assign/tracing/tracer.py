@@ -44,6 +44,9 @@ from assign.tracing.workspace import kernel_scratch
 def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory | None = None) -> TensorTable:
     """Table of every tensor of one training step.
 
+    The model, its buffers and gradients, and the random generators are left as they were. Where Dynamo cannot capture
+    the step as one graph, the code really runs (see :mod:`assign.tracing.recording`): the table's ``breaks`` say where.
+
     Args:
         model: in any floating-point dtypes, on any device; its training flag is honoured.
         batch: what ``loss`` takes: a tensor, tuple, dict, or any nesting of them.
@@ -51,7 +54,7 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states are counted; None counts none. Where
             no step shows them, as of LBFGS, none are counted, with a warning.
     Raises:
-        TraceError: a graph break, a loss that is no scalar, or an optimizer that cannot be made.
+        TraceError: the step cannot be captured, a loss that is no scalar, or an optimizer that cannot be made.
     Examples:
         ```python
         table = assign.trace(model, batch, loss, adamw)

@@ -1,0 +1,140 @@
+"""One architecture under plans, in a process of its own: prints a line of JSON.
+
+python benchmarks/zoo/try_model.py causal gpt2
+"""
+
+import copy
+import json
+import os
+import random
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+import torch
+from torch import nn
+
+import assign
+from assign.errors import AssignError
+from assign.plan.assignment import Assignment, Entry
+from assign.plan.recipes import get_recipe, initial
+from benchmarks.zoo.build import build, loss
+
+AUTOCAST_FLOOR = 0.01
+"""Relative gradient error below which a 16-bit plan is as good as any: two steps of bf16."""
+
+
+def main() -> None:
+    task, name = sys.argv[1:3]
+    torch.set_num_threads(1)
+    torch._logging.set_logs(all=50)
+    warnings.simplefilter("ignore")
+    row: dict[str, Any] = {"task": task, "name": name}
+    try:
+        model, batch = build(task, name)
+        expected = run(copy.deepcopy(model), loss, batch)
+    except Exception as error:
+        row |= {"result": "not built", "reason": said(error)}
+    else:
+        try:
+            row |= examine(model, batch, expected)
+        except AssignError as error:
+            row |= {"result": "refused", "reason": said(error)}
+        except Exception as error:
+            row |= {"result": "raw", "reason": said(error)}
+    print("RESULT " + json.dumps(row), flush=True)
+
+
+def examine(model: nn.Module, batch: Any, expected: Any) -> dict[str, Any]:
+    """What came out under an all-fp32 plan, and under an all-bf16 one beside autocast."""
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    generator = torch.random.get_rng_state()
+    table = assign.trace(model, batch, loss)
+    kept = all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    kept = kept and torch.equal(generator, torch.random.get_rng_state())
+    row: dict[str, Any] = {
+        "tensors": len(table.tensors),
+        "breaks": len(table.breaks),
+        "outside": list(table.outside),
+        "tracing changes nothing": kept,
+    }
+    high = Assignment(
+        entries={each.key: Entry(_loaded(each.dtype), False) for each in table.paper_tensors},
+        recipe="native",
+        fingerprint=table.fingerprint,
+    )
+    found = planned(model, batch, high)
+    row["as loaded"] = "eager" if same(found, expected) else ""
+    if not row["as loaded"]:
+        torch._dynamo.reset()
+        compiled = copy.deepcopy(model)
+        reference = run(compiled, torch.compile(loss, backend="aot_eager"), batch)
+        row["as loaded"] = "aot_eager" if same(found, reference) else ""
+        row["gradient error"] = distance(found, expected)
+    low = Assignment(entries=initial(table, get_recipe("bf16")), recipe="bf16", fingerprint=table.fingerprint)
+    row["bf16 error"] = distance(planned(model, batch, low), expected)
+    row["autocast error"] = distance(run(copy.deepcopy(model), autocast, batch), expected)
+    good = row["as loaded"] or row["gradient error"] < 1e-5
+    near = row["bf16 error"] <= max(2 * row["autocast error"], AUTOCAST_FLOOR)
+    row["result"] = "ok" if good and near and kept else "differs"
+    if row["result"] == "differs":
+        row["reason"] = (
+            "under the plan as loaded" if not good else "under bf16" if not near else "tracing changed the model"
+        )
+    return row
+
+
+def planned(model: nn.Module, batch: Any, plan: Assignment) -> Any:
+    copied = copy.deepcopy(model)
+    step = assign.planned_step(copied, loss, plan, backend="eager")
+    return run(copied, lambda _, each: step(each), batch)
+
+
+def autocast(model: nn.Module, batch: Any) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return loss(model, batch)
+
+
+def run(model: nn.Module, step: Any, batch: Any) -> Any:
+    """Loss, gradients and buffers of one step."""
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    found = step(model, batch)
+    found.backward()
+    return found.detach(), [p.grad for p in model.parameters()], [b.clone() for b in model.buffers()]
+
+
+def same(found: Any, expected: Any) -> bool:
+    pairs = zip([found[0], *found[1], *found[2]], [expected[0], *expected[1], *expected[2]], strict=True)
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def distance(found: Any, expected: Any) -> float:
+    """Relative error of the gradient of all parameters; infinite where one has a gradient and should not."""
+    if any((a is None) != (b is None) for a, b in zip(found[1], expected[1], strict=True)):
+        return float("inf")
+    pairs = [(a.double(), b.double()) for a, b in zip(found[1], expected[1], strict=True) if b is not None]
+    error = sum(float((a - b).square().sum()) for a, b in pairs)
+    size = sum(float(b.square().sum()) for _, b in pairs)
+    return (error / size) ** 0.5 if size else 0.0
+
+
+def _loaded(dtype: str) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(dtype, "fp32")
+
+
+def said(error: BaseException) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()][:4]
+    return f"{type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {' | '.join(lines)}"[:600]
+
+
+if __name__ == "__main__":
+    main()
