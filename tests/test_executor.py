@@ -6,10 +6,12 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import all_high, all_low, everything, sgd, steps, traced
 from models import GPT, MLP, MODELS, Complex, Gated, InPlace, Recurrent, ResNet, class_loss, images, tokens, vectors
 from torch import nn
 
+import assign
 from assign import _torch
 from assign.errors import PlanError
 from assign.executor import compile as compiling
@@ -534,3 +536,24 @@ def test_the_compiler_caches_by_the_passes_that_are_there(monkeypatch):
     assert all(path.is_file() for path in taken["passes"])
     named = {f"{path.parent.name}/{path.stem}" for path in taken["passes"]}
     assert {"executor/pack", "executor/reuse", "numerics/kernels", "numerics/rounding", "tracing/joint"} <= named
+
+
+def test_kernels_that_lay_results_out_otherwise_than_without_data():
+    """The backward pass of softplus keeps the strides of its input on a real tensor and not on one without data."""
+
+    class Softplus(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.scale = nn.Linear(16, 2), nn.Parameter(torch.ones(2))
+            self.weight = nn.Parameter(torch.randn(4, 2, 4))
+
+        def forward(self, x):
+            h = torch.exp(self.scale * F.softplus(self.f(x.view(4, 4, 16)))).transpose(-1, -2)
+            return (h * self.weight).reshape(8, 4).repeat(2, 1)
+
+    model, batch = Softplus(), vectors()
+    plan, plain = everything(traced(model, batch), "fp32"), copy.deepcopy(model)
+    class_loss(plain, batch).backward()
+    assign.planned_step(model, class_loss, plan, backend="eager")(batch).backward()
+    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)

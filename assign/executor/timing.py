@@ -123,6 +123,7 @@ def _time_step(
     timers: list[_Timer] = []
 
     def compiler(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+        _torch.reshape_views(graph.graph)
         timer = _Timer(graph, clock)
         timers.append(timer)
         return _torch.boxed(lambda inputs: timer.run(*inputs))

@@ -155,6 +155,7 @@ class _Joint:
         self.module = fx.GraphModule(joint, graph)
         read_marked_outputs(graph, _PROBE)
         _probe_saved(graph)
+        _torch.reshape_views(graph)
         graph.lint()
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self.tangents = [_torch.joint_value(node) for node in inputs if _torch.is_tangent(node)]
