@@ -347,7 +347,11 @@ class _Marker:
             if have == wanted or (number and (wanted not in _SIXTEEN_BIT or op in ARITHMETIC)):
                 continue
             with graph.graph.inserting_before(node):
-                if number:
+                if mixed and argument in self.capture.buffers:
+                    converted = graph.graph.call_method("to", (argument, _DTYPES[wanted]))
+                    with graph.graph.inserting_after(node):  # running statistics, which the operator updates
+                        graph.graph.call_method("copy_", (argument, converted))
+                elif number:
                     converted = graph.graph.call_function(_held_in, (argument, _DTYPES[wanted]))
                 elif argument not in self.walked.key_of:  # a mask: its −inf must not become NaN behind the cast
                     converted = graph.graph.call_function(mark_tensor, (argument, LOADED[wanted].name, "fp64", wanted))

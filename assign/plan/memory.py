@@ -11,7 +11,7 @@ narrowing of what it made and the encoding of what it was the last to read.
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -205,6 +205,26 @@ def changes_of(segments: Iterable[Segment], events: int) -> Bytes:
     return change
 
 
+def converts(event: Event, table: TensorTable) -> bool:
+    """Whether an event is nothing but the user's conversion of a tensor, or of its gradient, to another dtype."""
+    if len(event.reads) != 1 or len(event.writes) != 1 or event.op.startswith(MARK):
+        return False
+    before, after = (table.schedule.buffers[buffer] for buffer in (*event.reads, *event.writes))
+    row = table.by_key.get(event.op)
+    if before.dtype == after.dtype or before.elements != after.elements:
+        return False
+    return {before.dtype, after.dtype} <= LOADED.keys() and (row is None or row.op in lowering.CONVERSIONS)
+
+
+def copies_in(event: Event, table: TensorTable) -> list[tuple[int, int]]:
+    """Buffers of a tensor that a forward event reads, each with one of a copy of it that the event makes."""
+    if event.backward or event.op.startswith(MARK):
+        return []
+    buffers = table.schedule.buffers
+    held = ((copied, buffers[copied].holds) for copied in event.writes)
+    return [(s, copied) for copied, key in held for s in event.reads if key and buffers[s].holds == key]
+
+
 class Replay:
     """The schedule of a table under some entries; tensors without one are as they were loaded."""
 
@@ -246,27 +266,34 @@ class Replay:
     def _index_copies(self) -> dict[int, list[int]]:
         """Buffer of a tensor → copies of it in another dtype or layout: made again in the backward pass, from it."""
         copies: dict[int, list[int]] = defaultdict(list)
-        for event in self.schedule.events:
-            for copied in event.writes if self._narrowed and not event.backward else ():
-                held = self.schedule.buffers[copied].holds
-                for source in event.reads:
-                    if held and not event.op.startswith(MARK) and self.schedule.buffers[source].holds == held:
-                        copies[source].append(copied)
+        for event in self.schedule.events if self._narrowed else ():
+            for source, copied in copies_in(event, self.table):
+                if not self._is_rounded_copy(self.schedule.buffers[copied]):
+                    copies[source].append(copied)
         return copies
 
     # ---- which buffers are one ------------------------------------------------------------------------------------
 
     def _find_aliases(self, events: Iterable[Event]) -> dict[int, int | None]:
-        """Marks that change nothing: their result is their source (None: a parameter or the batch itself)."""
+        """Marks and conversions that change nothing: their result is their source (None: a parameter or the batch)."""
         alias: dict[int, int | None] = {}
         for event in events:
-            if not event.op.startswith(MARK) or not event.writes:
+            if not event.writes or not self._changes_nothing(event):
                 continue
-            key = event.op.removeprefix(MARK)
-            if self._is_identity(key, backward=event.backward):
-                source = event.reads[0] if event.reads else None
-                alias[event.writes[0]] = alias.get(source, source) if source is not None else None
+            source = event.reads[0] if event.reads else None
+            alias[event.writes[0]] = alias.get(source, source) if source is not None else None
         return alias
+
+    def _changes_nothing(self, event: Event) -> bool:
+        if event.op.startswith(MARK):
+            return self._is_identity(event.op.removeprefix(MARK), backward=event.backward)
+        if not converts(event, self.table):
+            return False
+        before, after = (self.schedule.buffers[buffer] for buffer in (*event.reads, *event.writes))
+        compute = self._lowered.compute(event.op)
+        return self._dtype(before, Event(op="", backward=event.backward), compute, False) == self._dtype(
+            after, event, compute, False
+        )
 
     def _is_identity(self, key: str, *, backward: bool) -> bool:
         """Whether a mark changes nothing: a parameter's reads its master, and makes the gradient that is stored."""
@@ -342,13 +369,15 @@ class Replay:
         start = self._convert(info, number, event, compute, is_mark)
         later = [n for n in readers if self.schedule.events[n].backward]
         if event.backward or not later:
-            self._add(start, max(self._last_slot(info, end), start), size, key, role)
+            known = info if info.holds else replace(info, holds=self._held_by(buffer))
+            self._add(start, max(self._last_slot(known, end), start), size, key, role)
             return
         last = max((n for n in readers if not self.schedule.events[n].backward), default=number)
-        held = self._held_by(buffer)
+        held = "" if self._is_rounded_copy(info) else self._held_by(buffer)
         if event.op in self._apart and (held == event.op or self._is_part(held)):
             held = ""
-        moved = self._narrowed and held != "" and not self._marks(buffer, event)
+        is_copy = converts(event, self.table) or not self._marks(buffer, event)
+        moved = self._narrowed and held != "" and is_copy
         if moved or (is_mark and self._is_source_resident(held)):
             self._add(start, self._last_slot(info, last), size, key, role)
             self._add(_decoding(later[0]), self._last_slot(info, later[-1]), size, key, role)
@@ -363,6 +392,11 @@ class Replay:
         self._add(start, _behind(last), size, key, role)
         self._add(_behind(last), _decoding(later[0]), waiting, key, Role.SAVED)
         self._add(_decoding(later[0]), self._last_slot(info, later[-1]), size, key, role)
+
+    def _is_rounded_copy(self, info: Buffer) -> bool:
+        """Whether a buffer is what the user converted a tensor to, in fewer bits: it is kept for its own sake."""
+        own = ITEM_BYTES.get(self._lowered.loaded(info.holds), 0)
+        return info.holds in self.table.by_key and ITEM_BYTES.get(info.dtype, own) < own
 
     def _held_by(self, buffer: int) -> str:
         for b in (buffer, *(b for b, source in self._alias.items() if source == buffer)):
@@ -411,6 +445,8 @@ class Replay:
             return self._kept(forward) if is_mark else self._lowered.carrier(forward)
         if not is_mark and not info.holds and self._lowered.as_written(event.op):
             return info.dtype
+        if not event.backward and event.op in self.table.by_key and converts(event, self.table):
+            return compute
         if event.op in self._apart:
             return info.dtype if self._lowered.as_written(event.op) else lowering.FLOAT32
         if info.holds:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from assign.plan.assignment import Entry
-from assign.plan.memory import Bytes, Replay, changes_of
+from assign.plan.memory import Bytes, Replay, changes_of, converts, copies_in
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import MARK, TensorTable, base_key, saved_key
 
@@ -78,7 +78,7 @@ class _Neighbours:
     def __init__(self, table: TensorTable) -> None:
         self._rows, self._events = table.by_key, table.schedule.events
         self._buffers = table.schedule.buffers
-        self._family = self._find_families()
+        self._family = self._find_families(table)
         self._readers: dict[int, list[int]] = defaultdict(list)
         self._marks: dict[int, list[int]] = defaultdict(list)
         self._members: dict[int, list[int]] = defaultdict(list)
@@ -87,7 +87,7 @@ class _Neighbours:
         for number, event in enumerate(self._events):
             for buffer in event.reads:
                 self._readers[self._family[buffer]].append(number)
-            if event.op.startswith(MARK) and event.writes:
+            if (event.op.startswith(MARK) or converts(event, table)) and event.writes:
                 self._marks[self._family[event.writes[0]]].append(number)
         self._by_key: dict[str, list[int]] = defaultdict(list)
         for number in range(len(self._events)):
@@ -100,12 +100,16 @@ class _Neighbours:
         families = {self._family[b] for n in events for b in (*self._events[n].reads, *self._events[n].writes)}
         return events, sorted({number for family in families for number in self._marks.get(family, ())})
 
-    def _find_families(self) -> list[int]:
-        """Buffers that marks connect, by the first of them: any of these may be one and the same."""
+    def _find_families(self, table: TensorTable) -> list[int]:
+        """Buffers that marks and copies connect, by the first of them: any of these may be one and the same."""
         family = list(range(len(self._buffers)))
         for event in self._events:
-            if event.op.startswith(MARK) and event.writes and event.reads:
-                family[event.writes[0]] = family[event.reads[0]]
+            if event.op.startswith(MARK) or converts(event, table):
+                pairs = [*zip(event.reads[:1], event.writes[:1], strict=False)]
+            else:
+                pairs = copies_in(event, table)
+            for source, copied in pairs:
+                family[copied] = family[source]
         return family
 
     def _keys(self, number: int) -> set[str]:

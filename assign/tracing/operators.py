@@ -263,7 +263,7 @@ def is_wide(node: fx.Node, walked: Walk) -> bool:
 
 def _enter(graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], result: Walk) -> None:
     """Give parameters at their first reader, and inputs where they enter the model, a site."""
-    inside = strip_module_path(_torch.module_path(node)) is not None
+    inside = _is_inside(node)
     for argument in arguments:
         value: Any = result.values.get(argument)
         if argument.op == "placeholder" and argument in result.key_of:
@@ -273,20 +273,22 @@ def _enter(graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], resul
                 op = "parameter" if argument not in result.crossing else CROSSING
                 result.sites.append(_site(key, op, argument, graph, value, result))
         elif inside and result.plans(value) and argument in result.depends and argument not in result.parametric:
-            if converts(node, result):  # the batch enters in the dtype that the model converts it to
-                continue
+            if all(converts(user, result) for user in argument.users if _is_inside(user)):
+                continue  # the batch enters in the dtype that the model converts it to
             source = argument
             while converts(source, result):
                 source = _torch.source_of(source)
-            outside = source.op == "placeholder" or strip_module_path(_torch.module_path(source)) is None
+            outside = source.op == "placeholder" or not _is_inside(source)
             if outside and argument not in result.labels.keys() | result.key_of.keys():
                 key = result.fresh_key("", "input")
                 site = _site(key, "input", argument, graph, value, result)
-                site.readers = tuple(
-                    user for user in argument.users if strip_module_path(_torch.module_path(user)) is not None
-                )
+                site.readers = tuple(filter(_is_inside, argument.users))
                 result.key_of[argument] = key
                 result.sites.append(site)
+
+
+def _is_inside(node: fx.Node) -> bool:
+    return strip_module_path(_torch.module_path(node)) is not None
 
 
 def _walk_body(graph: fx.GraphModule, node: fx.Node, result: Walk) -> None:
