@@ -72,7 +72,10 @@ def test_what_a_grouped_convolution_has_in_its_backward_pass(layout, groups, siz
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
-@pytest.mark.parametrize("sizes", [(48, 50, 32), (256, 256, 256), (512, 256, 64), (2048, 192, 576), (2048, 768, 192)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(64, 32, 8), (32, 64, 1), (48, 50, 32), (256, 256, 256), (512, 256, 64), (2048, 192, 576), (2048, 768, 192)],
+)
 def test_what_a_product_in_bf16_packs(sizes, transposed):
     """Blocks have fixed sizes, so that a small product has more beside it than a large one."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -81,4 +84,4 @@ def test_what_a_product_in_bf16_packs(sizes, transposed):
     left = torch.randn(inner, rows).bfloat16().t() if transposed else torch.randn(rows, inner).bfloat16()
     right = torch.randn(inner, columns).bfloat16()
     scratch, (result,) = measured(aten.mm.default, left, right)
-    assert said(aten.mm.default, [left, right], result) == pytest.approx(scratch, rel=0.1, abs=2**15)
+    assert said(aten.mm.default, [left, right], result) == pytest.approx(scratch, rel=0.1, abs=2**14)

@@ -20,7 +20,8 @@ from assign import _torch
 aten = torch.ops.aten
 _FILTER_BLOCK = 16 * 16  # elements for each one of a large depthwise filter; in 16 bit a float32 sum beside it
 _OWN_KERNEL = 9  # elements of the largest filter for which oneDNN has a kernel of its own
-_GEMM_ROWS, _GEMM_COLUMNS, _GEMM_BLOCKS = 256, 64, 2**17  # of a block of a 16-bit product, and bytes without the left
+_GEMM_ROWS, _GEMM_COLUMNS, _GEMM_STEP = 256, 64, 16  # of a block of a 16-bit product
+_GEMM_BLOCKS = 2**17  # bytes of its blocks, without the left operand's
 
 
 def kernel_scratch(node: fx.Node) -> tuple[int, int]:
@@ -42,17 +43,23 @@ def scratch_of(operator: Any, inputs: Sequence[Any], result: Any) -> tuple[int, 
         elements = tensors[0].numel()
         return 4 * elements, 2 * elements
     if kind in (aten.mm, aten.addmm, aten.bmm):
-        return 0, _product(tensors[-2:][0])
+        return 0, _product(*tensors[-2:])
     if operator is aten.mean.dim:
         return 0, 4 * tensors[0].numel()
     return 0, 0
 
 
-def _product(left: Tensor) -> int:
-    """Of a 16-bit product: a block of the right operand, one of float32 sums, and one of a transposed left operand."""
+def _product(left: Tensor, right: Tensor) -> int:
+    """Of a 16-bit product: a block of the right operand, one of float32 sums, and one of a transposed left operand.
+
+    A product with a vector has none.
+    """
     rows, inner = min(left.shape[-2], _GEMM_ROWS), left.shape[-1]
+    columns = min(-(-right.shape[-1] // _GEMM_STEP) * _GEMM_STEP, _GEMM_COLUMNS)
+    if 1 in (left.shape[-2], right.shape[-1]):
+        return 0
     packed = 0 if left.stride(-1) == 1 else 2 * inner * rows
-    return min(2 * _GEMM_COLUMNS * inner + 4 * _GEMM_COLUMNS * rows, _GEMM_BLOCKS) + packed
+    return min(2 * columns * inner + 4 * columns * rows, _GEMM_BLOCKS) + packed
 
 
 def _convolution(gradient: Tensor, source: Tensor, weight: Tensor, *, backward: bool) -> tuple[int, int]:
