@@ -47,8 +47,8 @@ def apply(
     Parameters, their names and the ``state_dict`` are the model's own. Where the plan stores masters, gradients or
     buffers in another dtype, the model's own become so, rounded to nearest, and its ``state_dict`` with them; else they
     stay as they were loaded. Of masters in ``bf16+8`` the ``state_dict`` has the bf16 part, the optimizer's has the
-    rest: :func:`assign.widened_weights` joins them. What is called outside the module (a loss on its output) runs as usual:
-    entries under ``loss/`` need :func:`planned_step`. The optimizer's states follow the plan by
+    rest: :func:`assign.widened_weights` joins them. What is called outside the module (a loss on its output) runs as
+    usual: entries under ``loss/`` need :func:`planned_step`. The optimizer's states follow the plan by
     :func:`assign.optimizer`. Sparse gradients of embeddings stay sparse (:mod:`assign.executor.sparse`).
 
     The planned module goes into ``DistributedDataParallel`` or, for gradients stored in another dtype than their
