@@ -59,17 +59,18 @@ def search(
     still needs.
 
     Args:
-        model: in float32; nothing of it is changed, and nothing is computed but one forward pass if ``saved`` is given.
+        model: in any floating-point dtypes; nothing of it is changed, and nothing is computed but one forward pass if
+            ``saved`` is given. No recipe widens what was loaded in 16 bits.
         batch: what ``loss`` takes.
         loss: ``loss(model, batch)`` → scalar tensor.
-        budget: peak bytes of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the all-fp32 peak.
+        budget: peak bytes of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the peak without a plan.
         low_ratio: share of elements to hold low, 0 to 1. One of the two must be given.
         strategy: which search: ``greedy`` or another of ``assign.STRATEGIES``, or ``milp``, the least noise; or, with
-            no goal, ``operator``, ``operator-prime`` or ``standalone``.
+            no goal, ``as-loaded``, ``operator``, ``operator-prime`` or ``standalone``.
         recipe: which formats a tensor may have, by its role: one of ``assign.RECIPES``.
         optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states count; None counts none.
         master: format of the parameters themselves, ``bf16``, ``fp16``, or ``bf16+8``: 24 bits, 8 of them beside the
-            parameter; None leaves them in fp32, or as the strategy says.
+            parameter; None leaves them as they were loaded, or as the strategy says.
         gradients: format in which gradients wait for the optimizer, e.g. ``e5m2:pow2``; None: that of their masters.
         optimizer_states: e.g. ``bf16`` or ``dynamic8``; None: that of their masters.
         saved: format of the copies that wait for the backward pass, e.g. ``int4:block64``, where it takes fewer bytes
@@ -154,9 +155,9 @@ def search_table(
     """As :func:`search`, from a table.
 
     ``format_name`` puts every tensor in one format; it takes no goal, nor do the strategies that follow from the model
-    alone (``operator``, ``operator-prime``, ``standalone``). ``non_finite`` are the activations whose copies ``saved``
-    does not narrow. ``milp`` needs ``noise``, and ``times`` for a ``max_step_time``; with any strategy, the
-    plan's predicted noise is written down where it is given.
+    alone (``as-loaded``, ``operator``, ``operator-prime``, ``standalone``). ``non_finite`` are the activations whose
+    copies ``saved`` does not narrow. ``milp`` needs ``noise``, and ``times`` for a ``max_step_time``; with any strategy,
+    the plan's predicted noise is written down where it is given.
     """
     start = time.perf_counter()
     rules = get_recipe(recipe)
@@ -229,7 +230,7 @@ def search_table(
             seed=seed,
         )
     plan = Assignment(entries=whole(entries), recipe=rules.name, fingerprint=table.fingerprint)
-    check_rounding(update_rounding, plan.entries, where="search")
+    check_rounding(update_rounding, plan.with_loaded(table.loaded).entries, where="search")
     if saved is not None and not chosen_copies and not any(map(is_saved_key, plan.entries)):
         raise PlanError(
             f"search: what waits for the backward pass is asked for in {saved!r}, but nothing that waits takes fewer "

@@ -231,6 +231,17 @@ def test_a_bf16_model_takes_the_optimizers_for_weights_in_16_bits():
     assert more > 0
 
 
+@pytest.mark.parametrize("method", ["first-order", "measured"])
+def test_noise_of_a_bf16_model(method):
+    torch.manual_seed(0)
+    model, batch = MLP().to(B), narrow_vectors()
+    noise = assign.measure_noise(model, [batch], loss, method=method)
+    assert all(0 <= noise.noise(cell.key, cell.format) < 1 for cell in noise.cells)
+    assert noise.noise("first.weight", "bf16") == 0 < noise.noise("first.weight", "e4m3:pow2")
+    plan = assign.search(model, batch, loss, strategy="milp", low_ratio=0.5, noise=noise)
+    assert any(entry.low for entry in plan.entries.values())
+
+
 class FloatFirst(nn.Module):
     def __init__(self):
         super().__init__()

@@ -86,7 +86,9 @@ Pins = Annotated[
 ]
 Shares = Annotated[Granularity, typer.Option(help="With --strategy milp: what shares a decision.")]
 LowRatio = Annotated[float | None, typer.Option(help="Share of the elements to hold low, 0 to 1.")]
-Budget = Annotated[str | None, typer.Option(help="Peak bytes of a step: 512MiB, 6GB, or 50% of the all-fp32 peak.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Peak bytes of a step: 512MiB, 6GB, or 50% of the peak without a plan.")
+]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="PLAN", help="A plan's file; without one: plain fp32.")
 ]

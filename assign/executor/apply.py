@@ -45,10 +45,10 @@ def apply(
     """The model, computing under ``plan``; train it exactly as before.
 
     Parameters, their names and the ``state_dict`` are the model's own. Where the plan stores masters, gradients or
-    buffers in 16 bit, the model's own become so, rounded to nearest, and its ``state_dict`` with them; else they stay
-    in float32. Of masters in ``bf16+8`` the ``state_dict`` has the bf16 part, the optimizer's has the rest:
-    :func:`assign.widened_weights` joins them. What is called outside the module (a loss on its output) runs as usual:
-    entries under ``loss/`` need :func:`planned_step`. The optimizer's states follow the plan by
+    buffers in another dtype, the model's own become so, rounded to nearest, and its ``state_dict`` with them; else they
+    stay as they were loaded. Of masters in ``bf16+8`` the ``state_dict`` has the bf16 part, the optimizer's has the
+    rest: :func:`assign.widened_weights` joins them. What is called outside the module (a loss on its output) runs as
+    usual: entries under ``loss/`` need :func:`planned_step`. The optimizer's states follow the plan by
     :func:`assign.optimizer`. Sparse gradients of embeddings stay sparse (:mod:`assign.executor.sparse`).
 
     The planned module goes into ``DistributedDataParallel`` or, for gradients stored in another dtype than their
@@ -56,13 +56,14 @@ def apply(
     in float32. See :mod:`assign.several`.
 
     Args:
-        model: in float32. It can still be called without the plan, unless its parameters or buffers are in 16 bit now.
+        model: in any floating-point dtypes. It can still be called without the plan, unless the plan has changed the
+            dtype of its parameters or buffers.
         backend: ``inductor`` (compiled, fast) or ``eager`` (no compiler needed, exact memory, slower rounding).
         promotion: made for ``plan``: tensors that overflow too often get their high format back.
         scales: the histories behind delayed scales; None: fresh ones.
     Raises:
         PlanError: the plan belongs to another model; names the nearest keys. Or the promotion to another plan.
-        TraceError: the model is not in float32; or, at the first call, it breaks the graph.
+        TraceError: a parameter to train in a dtype such as float8; or, at the first call, a graph break.
     Examples:
         ```python
         planned = assign.apply(model, plan, backend="eager")

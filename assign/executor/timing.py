@@ -56,7 +56,7 @@ def measure_times(
     """Seconds of a forward and backward pass, by tensor and format.
 
     Args:
-        model: in float32; nothing of it is changed: a copy runs.
+        model: nothing of it is changed: a copy runs.
         batch: what ``loss`` takes.
         loss: ``loss(model, batch)`` → scalar tensor.
         recipe: whose formats each tensor may have.

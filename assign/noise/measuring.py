@@ -57,7 +57,7 @@ def measure_noise(
     batches or more), or ``most`` batches are through, or there are no more.
 
     Args:
-        model: in float32, with the weights it has; nothing of it is changed: a copy is trained first, if asked for.
+        model: with the weights it has; nothing of it is changed: a copy is trained first, if asked for.
         batches: what ``loss`` takes, one after the other.
         loss: ``loss(model, batch)`` → scalar tensor.
         recipe: whose candidates are measured; it also says whether gradients are rounded under a loss scale.

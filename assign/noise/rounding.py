@@ -41,12 +41,13 @@ def round_tensor(x: Tensor, key: str, fmt: Format | BlockFormat, *, scale: float
     """The values of tensor ``key`` rounded to ``fmt``, saturated; those that are not finite stay as they are.
 
     Args:
-        x: float32, any shape.
+        x: floating-point, any shape.
         scale: of the loss: a gradient is rounded times this.
         seed: which way a stochastic format rounds.
     Returns:
-        float32, of the shape of ``x``.
+        Of the shape and dtype of ``x``: values that it does not hold are rounded to it too.
     """
+    dtype, x = x.dtype, x.to(torch.float32)
     scaled = x * scale if is_gradient(key) and scale != 1 else x
     seeds = torch.tensor(seed, dtype=torch.int64, device=x.device)
     rounded = (
@@ -55,7 +56,7 @@ def round_tensor(x: Tensor, key: str, fmt: Format | BlockFormat, *, scale: float
         else quantize(scaled, fmt, dtype=torch.float32, seed=seeds)
     )
     rounded = rounded / scale if scaled is not x else rounded
-    return torch.where(x.isfinite() & rounded.isfinite(), rounded, x)
+    return torch.where(x.isfinite() & rounded.isfinite(), rounded, x).to(dtype)
 
 
 def _round_blocks(x: Tensor, key: str, fmt: BlockFormat, seed: Tensor) -> Tensor:

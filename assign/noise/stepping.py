@@ -54,7 +54,7 @@ class ProbedStep:
     Nothing of the model changes, running statistics included.
 
     Args:
-        model: in float32; captured in its present mode.
+        model: captured in its present mode.
         loss: ``loss(model, batch)`` → scalar tensor.
         fused: attention is one operator, as in training, which torch cannot differentiate twice; else its parts.
     Raises:
@@ -181,7 +181,7 @@ class _Joint:
                 "loss. Return the loss alone, and detach what the model keeps for itself."
             )
         runner = _Runner(self.module, touch, avoided)
-        one = torch.ones(tuple(self.tangents[0].shape), dtype=torch.float32, device=self.tangents[0].device)
+        one = torch.ones(tuple(self.tangents[0].shape), dtype=self.tangents[0].dtype, device=self.tangents[0].device)
         results = runner.run(*inputs[: self.primals], one)
         gradients = tuple(x for x in results[len(results) - self.primals :] if isinstance(x, Tensor))
         assert runner.loss is not None

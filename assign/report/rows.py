@@ -111,6 +111,7 @@ def _tensors(
 ) -> Iterator[tuple[TensorInfo, str, Role, str, int]]:
     """Row of the table, key, role, format and bytes of each tensor."""
     stored = resident(table, plan.entries, update_rounding)
+    plan = plan.with_loaded(table.loaded)
     for info in table.tensors:
         fmt = _format(info, plan)
         yield info, info.key, info.role, fmt.name, waiting_bytes(fmt, info.elements)

@@ -113,5 +113,5 @@ def parse_budget(text: str | int, baseline: int) -> int:
         return int(float(match[1]) * _UNITS[match[2].upper()])
     raise BudgetError(
         f"search: {text!r} is not a budget. Write bytes ('512MiB', '6GB', '1000000') "
-        "or a share of the all-fp32 peak ('50%')."
+        "or a share of the peak without a plan ('50%')."
     )

@@ -37,10 +37,12 @@ from assign.plan.stored import (
     is_narrow,
     is_narrowed,
     master_format,
+    narrow_buffers,
 )
 from assign.plan.tensors import TensorTable
 from assign.tasks.batch import Batch, count_bytes, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
+from assign.tracing.loaded import complete, stored_otherwise
 from assign.training import checkpoints
 from assign.training.history import EpochResult, History, Point, TrainResult
 from assign.training.measuring import measure_peak
@@ -176,7 +178,6 @@ class _Run:
         update_rounding: str,
         weights: Path | None,
     ) -> None:
-        self.update_rounding = check_rounding(update_rounding, plan.entries if plan else {}, where="train")
         self.task, self.plan, self.promotion, self.seed, self.epochs = task, plan, promotion, seed, epochs
         self.device = check_device(device)
         self.on_step: Callable[[Progress], None] | None = None
@@ -185,6 +186,8 @@ class _Run:
         _seed(seed)
         self.model = task.make_model().to(self.device)
         self.model.train()
+        stored = complete(plan, self.model) if plan else None
+        self.update_rounding = check_rounding(update_rounding, stored.entries if stored else {}, where="train")
         states = continue_from(task, self.model, plan, weights) if weights else None
         self.length = len(task.train) if isinstance(task.train, Sized) else None
         self.scaler: torch.amp.GradScaler | None = None
@@ -196,13 +199,13 @@ class _Run:
             shared: Any = {"backend": backend, "promotion": promotion, "scales": self.scales}
             self.loss = planned_step(self.model, task.loss, plan, **shared)
             self.planned = apply(self.model, plan, **shared)
-            if needs_loss_scaling(plan):
+            if needs_loss_scaling(stored or plan):
                 _check_divisible(plan)
                 self.scaler = torch.amp.GradScaler(
                     self.device.type, init_scale=INITIAL_SCALE, growth_interval=self.length or 2000
                 )
         self.optimizer = task.make_optimizer(self.model)  # of parameters that have the plan's dtypes by now
-        if plan is not None and is_narrowed(plan.entries):
+        if plan is not None and stored is not None and is_narrowed(stored.entries):
             self.optimizer = follow(self.optimizer, self.model, plan, update_rounding=self.update_rounding)
         if states:
             load_states(self.optimizer, states)
@@ -272,7 +275,7 @@ class _Run:
         """Evaluate, and turn to the next epoch if this one is complete; returns where it diverged, '' if it did not."""
         h = self.history
         metrics = self._evaluate(self.planned)
-        fp32_metrics = self._evaluate(self._in_float32()) if self.plan else {}
+        fp32_metrics = self._evaluate(self._as_loaded()) if self.plan else {}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             return self._diverged(f"{bad[0]} is {metrics[bad[0]]}")
@@ -331,15 +334,21 @@ class _Run:
         number = self.history.steps + 1
         return Point(step=number, loss=value, seconds=seconds, loss_scale=scale, skipped=int(skipped))
 
-    def _in_float32(self) -> nn.Module:
-        """The model, or a copy of it with its masters where what it keeps is in 16 bit."""
-        kept = (*self.model.parameters(), *self.model.buffers())
-        is_wide = all(tensor.dtype == torch.float32 for tensor in kept if tensor.is_floating_point())
-        if is_wide:
+    def _as_loaded(self) -> nn.Module:
+        """The model, or a copy of it with its masters in the dtypes in which they were loaded."""
+        changed = stored_otherwise(self.model)
+        buffers = narrow_buffers(self.plan.entries if self.plan else {})
+        if not changed and not buffers:
             return self.model
-        wide = copy.deepcopy(self.model).float()
-        wide.load_state_dict(widened_weights(self.model, self.optimizer))
-        return wide
+        plain = copy.deepcopy(self.model)
+        for name, parameter in plain.named_parameters():
+            if name in changed:
+                parameter.grad = None
+                parameter.data = parameter.data.to(changed[name])
+        for name, buffer in plain.named_buffers():
+            buffer.data = buffer.data.float() if name in buffers else buffer.data
+        plain.load_state_dict(widened_weights(self.model, self.optimizer))
+        return plain
 
     def _evaluate(self, model: nn.Module) -> Metrics:
         if self.task.evaluate is None:
