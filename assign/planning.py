@@ -156,8 +156,8 @@ def search_table(
 
     ``format_name`` puts every tensor in one format; it takes no goal, nor do the strategies that follow from the model
     alone (``as-loaded``, ``operator``, ``operator-prime``, ``standalone``). ``non_finite`` are the activations whose
-    copies ``saved`` does not narrow. ``milp`` needs ``noise``, and ``times`` for a ``max_step_time``; with any strategy,
-    the plan's predicted noise is written down where it is given.
+    copies ``saved`` does not narrow. ``milp`` needs ``noise``, and ``times`` for a ``max_step_time``; with any
+    strategy, the plan's predicted noise is written down where it is given.
     """
     start = time.perf_counter()
     rules = get_recipe(recipe)

@@ -210,7 +210,7 @@ def compile_planned(
     """``call(module, …)`` → ``loss(model, …)`` under the plan; ``module`` is what the user calls.
 
     What the plan stores must be so in the model already; ``graph_backend`` is :func:`make_backend`'s. With ``whole``,
-    the step is one graph in any case: see :func:`compile_step`.
+    the step is one graph in any case, as ``compile_step`` says.
     """
     if promotion is not None and not promotion.watches(plan):
         raise PlanError(

@@ -48,7 +48,7 @@ def without_unused_gradients(
 def results_behind_inputs(graph: fx.GraphModule) -> list[frozenset[int]]:
     """For each input of a captured graph, the positions of the results that depend on it.
 
-    Where an input that the graph changes in place depends on it, :data:`_INPUT` is among them.
+    Where an input that the graph changes in place depends on it, -1 is among them.
     """
     reached: dict[fx.Node, set[int]] = {}
     outputs: Any = _torch.output_of(graph).args[0]

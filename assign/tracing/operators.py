@@ -75,7 +75,7 @@ class Site:
     wide: bool = False
 
     def groups(self, layout: Layout) -> list[list[fx.Node]]:
-        """The readers of the tensor, in groups that see the same values: see :meth:`Layout.split_at_writes`."""
+        """The readers of the tensor, in groups that see the same values: a write into an input ends a group."""
         readers = self.readers if self.readers is not None else tuple(self.node.users)
         if self.node.op == "placeholder":
             return layout.split_at_writes(self.node, readers)
