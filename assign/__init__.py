@@ -9,11 +9,13 @@ them is pure Python and never imports torch.
                       ``functionalize``: no in-place operators, so every value has one node; ``operators``: the walk
                       that names every tensor, for tracer and executor alike; ``probes`` at them; ``joint``,
                       ``workspace``, ``finiteness``: the backward pass, what kernels need, which tensors must not
-                      be narrowed; ``allocations``: bytes counted without data; ``loaded``: the dtypes in which a
+                      be narrowed; ``needs``, ``constants``: what a tensor's values need; ``optimizer_states``, read
+                      off a step; ``allocations``: bytes counted without data; ``loaded``: the dtypes in which a
                       model was loaded; ``tracer``: all of it
 ``plan``              pure Python. ``tensors``: TensorTable, the first waist: rows by key, groups, the schedule of the
-                      step; ``formats`` as rows of data; ``recipes``: candidates per role; ``groups``: shared
-                      decisions; ``lowering``, ``lowered``: in which dtype an operator computes; ``memory``:
+                      step; ``formats`` as rows of data; ``recipes``: candidates per role; ``precision``:
+                      operators in float32; ``groups``: shared decisions; ``lowering``, ``lowered``: in which dtype an
+                      operator computes; ``memory``:
                       (table, assignment) → peak and timeline; ``stored``: what stays between steps; ``libraries``:
                       who can keep it; ``timeline``: bytes moment by moment, and by decision; ``moments``: by role, and
                       what they are; ``noise``, ``times``: tables of what was measured; ``display``: what a notebook

@@ -74,7 +74,17 @@ def test_what_a_grouped_convolution_has_in_its_backward_pass(layout, groups, siz
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize(
     "sizes",
-    [(64, 32, 8), (32, 64, 1), (48, 50, 32), (256, 256, 256), (512, 256, 64), (2048, 192, 576), (2048, 768, 192)],
+    [
+        (64, 32, 8),
+        (32, 64, 1),
+        (48, 50, 32),
+        (256, 256, 256),
+        (512, 256, 64),
+        (256, 2048, 256),
+        (192, 2048, 576),
+        (2048, 192, 576),
+        (2048, 768, 192),
+    ],
 )
 def test_what_a_product_in_bf16_packs(sizes, transposed):
     """Blocks have fixed sizes, so that a small product has more beside it than a large one."""

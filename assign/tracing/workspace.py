@@ -20,8 +20,8 @@ from assign import _torch
 aten = torch.ops.aten
 _FILTER_BLOCK = 16 * 16  # elements for each one of a large depthwise filter; in 16 bit a float32 sum beside it
 _OWN_KERNEL = 9  # elements of the largest filter for which oneDNN has a kernel of its own
-_GEMM_ROWS, _GEMM_COLUMNS, _GEMM_STEP = 256, 64, 16  # of a block of a 16-bit product
-_GEMM_BLOCKS = 2**17  # bytes of its blocks, without the left operand's
+_GEMM_ROWS, _GEMM_COLUMNS, _GEMM_STEP, _GEMM_INNER = 256, 64, 16, 288  # of blocks of a 16-bit product
+_GEMM_DEPTH = 512  # of a block of its right operand, twice that in long sums
 
 
 def kernel_scratch(node: fx.Node) -> tuple[int, int]:
@@ -58,8 +58,11 @@ def _product(left: Tensor, right: Tensor) -> int:
     columns = min(-(-right.shape[-1] // _GEMM_STEP) * _GEMM_STEP, _GEMM_COLUMNS)
     if 1 in (left.shape[-2], right.shape[-1]):
         return 0
-    packed = 0 if left.stride(-1) == 1 else 2 * inner * rows
-    return min(2 * columns * inner + 4 * columns * rows, _GEMM_BLOCKS) + packed
+    packed = 0
+    if left.stride(-1) != 1:  # whole, or a part of it beside float32 sums of whole rows
+        packed = min(2 * rows * inner, 2 * rows * _GEMM_INNER + 4 * rows * right.shape[-1])
+    deep = min(inner, _GEMM_DEPTH if inner <= 2 * _GEMM_DEPTH else 2 * _GEMM_DEPTH)
+    return 2 * columns * deep + 4 * columns * rows + packed
 
 
 def _convolution(gradient: Tensor, source: Tensor, weight: Tensor, *, backward: bool) -> tuple[int, int]:
