@@ -58,10 +58,11 @@ def _product(left: Tensor, right: Tensor) -> int:
     columns = min(-(-right.shape[-1] // _GEMM_STEP) * _GEMM_STEP, _GEMM_COLUMNS)
     if 1 in (left.shape[-2], right.shape[-1]):
         return 0
-    packed = 0
+    packed, long = 0, inner > 2 * _GEMM_DEPTH
     if left.stride(-1) != 1:  # whole, or a part of it beside float32 sums of whole rows
         packed = min(2 * rows * inner, 2 * rows * _GEMM_INNER + 4 * rows * right.shape[-1])
-    deep = min(inner, _GEMM_DEPTH if inner <= 2 * _GEMM_DEPTH else 2 * _GEMM_DEPTH)
+        long = inner > _GEMM_DEPTH
+    deep = 2 * _GEMM_DEPTH if long else min(inner, _GEMM_DEPTH)
     return 2 * columns * deep + 4 * columns * rows + packed
 
 
