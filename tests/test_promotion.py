@@ -78,7 +78,8 @@ def test_weights_are_watched_and_gradients_are_not():
     (assign.planned_step(model, total, plan, backend="eager", promotion=promotion)(x) * 1e6).backward()
     assert [past.key for past in promotion.step()] == ["weight"]
     assert not any(key.endswith(".grad") for key in promotion.overflow)
-    assert set(promotion.overflow) == {key for key in plan.entries if not key.endswith(".grad")}
+    low = {key for key, entry in plan.entries.items() if entry.format == LOW}
+    assert set(promotion.overflow) == {key for key in low if not key.endswith(".grad")}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -223,7 +224,7 @@ def test_goldens_through_the_executors(backend):
     """A1: the input is rounded on its way in, the product's gradient on its way back, the weight's to 16 bits."""
     model = Product(len(FORWARD))
     x = torch.tensor(FORWARD)
-    plan = plan_of(model, x)
+    plan = plan_of(model, torch.ones(len(FORWARD)))  # an infinity in the batch would keep it in more bits
     planned = assign.apply(model, plan, backend=backend)
     with torch.no_grad():
         assert planned(x).tolist() == FORWARD_LOW

@@ -155,7 +155,7 @@ def test_greedy_plans_and_the_starts_come_first(tmp_path, table):
 
 def test_what_diverges_is_pruned(tmp_path):
     def task(seed):
-        return dataclasses.replace(make_task(seed), optimizer=partial(torch.optim.SGD, lr=math.inf))
+        return dataclasses.replace(make_task(seed), optimizer=partial(torch.optim.SGD, lr=math.nan))
 
     found = tune(task, storage=tmp_path / "s.db", trials=3)
     assert (found.trained, found.pruned, found.front) == (0, 3, ())
