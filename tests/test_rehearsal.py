@@ -98,7 +98,7 @@ def test_gradients_of_16_bit_masters_are_half_as_wide():
     narrow = dataclasses.replace(plain, entries={**plain.entries, **store(table, master="bf16")})
     wide, half = (assign.rehearse(model, batch, class_loss, plan, table) for plan in (plain, narrow))
     assert half.backward_bytes < 0.6 * wide.backward_bytes
-    assert half.forward_bytes < wide.forward_bytes - 2 * 4096 * 16  # no 16-bit copy of the larger weight
+    assert half.forward_bytes < 0.6 * wide.forward_bytes  # no 16-bit copy of the larger weight
 
 
 def test_the_optimizer_may_be_the_peak():
