@@ -18,7 +18,7 @@ from assign.plan.memory import Estimate, estimate, peak_bytes
 from assign.plan.noise import NoiseTable
 from assign.plan.recipes import Recipe, candidates_of, get_recipe, save, store
 from assign.plan.stored import UpdateRounding, check_rounding
-from assign.plan.tensors import TensorTable, is_saved_key
+from assign.plan.tensors import TensorTable, is_saved_key, master_key
 from assign.plan.timeline import Timeline
 from assign.plan.times import TimeTable, parse_step_time
 from assign.strategies import BASELINES, MILP, Strategy, get_strategy
@@ -229,7 +229,9 @@ def search_table(
             budget_bytes=None if budget is None else parse_budget(budget, peak_bytes(table, {})),
             seed=seed,
         )
-    plan = Assignment(entries=whole(entries), recipe=rules.name, fingerprint=table.fingerprint)
+    chosen_entries = whole(entries)
+    loaded = {key: name for key, name in table.loaded.items() if name != "fp32" and master_key(key) in chosen_entries}
+    plan = Assignment(entries=chosen_entries, recipe=rules.name, fingerprint=table.fingerprint, loaded=loaded)
     check_rounding(update_rounding, plan.with_loaded(table.loaded).entries, where="search")
     if saved is not None and not chosen_copies and not any(map(is_saved_key, plan.entries)):
         raise PlanError(

@@ -89,7 +89,7 @@ def test_schema_describes_the_file() -> None:
     schema = Assignment.schema()
     assert schema["type"] == "object"
     assert schema["title"] == "assign plan"
-    assert sorted(schema["properties"]) == ["assign_plan", "fingerprint", "provenance", "recipe", "tensors"]
+    assert sorted(schema["properties"]) == ["assign_plan", "fingerprint", "loaded", "provenance", "recipe", "tensors"]
     assert sorted(schema["required"]) == ["assign_plan", "fingerprint", "recipe", "tensors"]
     assert schema["additionalProperties"] is False
     assert schema["properties"]["assign_plan"]["const"] == 1

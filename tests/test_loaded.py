@@ -336,6 +336,18 @@ def test_copies_and_pickles_of_a_planned_model_know_what_was_loaded(tmp_path):
         model.load_state_dict(Branching().state_dict())
 
 
+def test_a_plan_remembers_what_was_loaded_where_its_masters_are_changed():
+    torch.manual_seed(0)
+    model, batch = MLP().to(B), narrow_vectors()
+    expected = loss(model, batch)
+    plan = assign.search(model, batch, loss, strategy="as-loaded", master="bf16+8", optimizer=sgd)
+    assert set(plan.loaded.values()) == {"bf16"}
+    assert plan == assign.Assignment.from_json(plan.to_json())
+    step = assign.planned_step(model, loss, plan, backend="eager")
+    assert torch.equal(step(batch), expected)
+    assert '"loaded"' not in assign.search(MLP(), vectors(), loss, strategy="as-loaded", master="bf16").to_json()
+
+
 def test_the_strategy_as_loaded_takes_no_goal():
     with pytest.raises(assign.AssignError, match="'as-loaded' follows from the model alone"):
         assign.search(*_mlp(), loss, strategy="as-loaded", low_ratio=0.5)

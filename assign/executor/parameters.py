@@ -32,7 +32,7 @@ def store_parameters(model: nn.Module, plan: Assignment) -> None:
         PlanError: the plan stores a buffer that the model does not have, or that is not in float32; or extra bits of a
             frozen parameter.
     """
-    note_loaded_dtypes(model)
+    note_loaded_dtypes(model, plan)
     plan = complete(plan, model)
     named = {name: p for name, p in model.named_parameters() if name in plan.entries}
     split = {name for name in named if master_format(plan.entries, name).extra_bits}

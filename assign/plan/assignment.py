@@ -85,6 +85,7 @@ class _PlanFile(BaseModel):
     recipe: str = Field(description="name of the recipe that the formats were chosen from")
     fingerprint: str = Field(description="of the model that the plan was made for")
     provenance: Provenance = Field(default_factory=Provenance)
+    loaded: dict[str, str] = Field(default_factory=dict, description="weight → the format in which it was loaded")
     tensors: dict[str, Entry] = Field(description="tensor's key → its format")
 
 
@@ -99,6 +100,8 @@ class Assignment(Drawn):
         recipe: name of the one whose formats they are.
         fingerprint: of the model that the assignment is for.
         provenance: where it comes from.
+        loaded: of the weights whose masters have entries, those that were loaded in another format than fp32. A plan
+            has changed their dtype already where it is applied again, as to a model that was saved under it.
 
     Raises:
         PlanError: an entry names a format that does not exist, or that is not for what it names.
@@ -114,6 +117,7 @@ class Assignment(Drawn):
     recipe: str
     fingerprint: str
     provenance: Provenance = field(default_factory=Provenance)
+    loaded: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         entries = {key: Entry(self._canonical(key, entry.format), entry.low) for key, entry in self.entries.items()}
@@ -243,6 +247,7 @@ class Assignment(Drawn):
             "recipe": self.recipe,
             "fingerprint": self.fingerprint,
             "provenance": dataclasses.asdict(self.provenance),
+            **({"loaded": dict(self.loaded)} if self.loaded else {}),
         }
         rows = [
             f"    {json.dumps(key)}: {json.dumps({'format': entry.format, 'low': entry.low})}"
@@ -269,7 +274,11 @@ class Assignment(Drawn):
             ) from None
         try:
             return cls(
-                entries=file.tensors, recipe=file.recipe, fingerprint=file.fingerprint, provenance=file.provenance
+                entries=file.tensors,
+                recipe=file.recipe,
+                fingerprint=file.fingerprint,
+                provenance=file.provenance,
+                loaded=file.loaded,
             )
         except PlanError as error:
             raise PlanError(f"{where}: {error}") from error

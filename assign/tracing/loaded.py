@@ -7,8 +7,11 @@ of the model, so that copies, pickles and sharded models know it too.
 import torch
 from torch import nn
 
+from assign.numerics.rounding import torch_dtype
 from assign.plan.assignment import Assignment
-from assign.plan.formats import LOADED
+from assign.plan.formats import LOADED, Format, parse_format
+from assign.plan.stored import master_format, stored_dtype
+from assign.plan.tensors import master_key
 
 _ATTRIBUTE = "_assign_loaded"
 
@@ -19,9 +22,21 @@ def loaded_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     return {name: noted.get(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point()}
 
 
-def note_loaded_dtypes(model: nn.Module) -> None:
-    """Keep the dtypes in which the parameters were loaded, before a plan changes some."""
-    setattr(model, _ATTRIBUTE, loaded_dtypes(model))
+def note_loaded_dtypes(model: nn.Module, plan: Assignment) -> None:
+    """Keep the dtypes in which the parameters were loaded, before a plan changes some.
+
+    One that has the dtype of its master in the plan already, as in a model that was saved under it, was loaded in what
+    the plan says.
+    """
+    dtypes = loaded_dtypes(model)
+    for name in dtypes.keys() - getattr(model, _ATTRIBUTE, {}).keys():
+        if master_key(name) in plan.entries and dtypes[name] == _dtype_of(master_format(plan.entries, name)):
+            dtypes[name] = _dtype_of(parse_format(plan.loaded.get(name, "fp32")))
+    setattr(model, _ATTRIBUTE, dtypes)
+
+
+def _dtype_of(fmt: Format) -> torch.dtype:
+    return torch_dtype(stored_dtype(fmt))
 
 
 def stored_otherwise(model: nn.Module) -> dict[str, torch.dtype]:
