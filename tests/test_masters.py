@@ -379,12 +379,9 @@ def test_only_a_master_that_is_trained_has_them():
 
 
 def test_a_model_that_is_bf16_already_begins_with_zeros_and_a_second_optimizer_does_not():
-    def loss(model, batch):
-        return class_loss(model, (batch[0].to(torch.bfloat16), batch[1]))
-
     model = MLP().to(torch.bfloat16)
     plan = made()[3]
-    step = planned_step(model, loss, plan, backend="eager")
+    step = planned_step(model, class_loss, plan, backend="eager")
     first = follow(sgd(model.parameters()), model, plan)
     assert all(state[EXTRA_BITS].count_nonzero() == 0 for state in first.state.values())
     trained(step, first, 2)
