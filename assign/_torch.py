@@ -59,7 +59,7 @@ CaptureError = TorchDynamoException
 """What Dynamo raises when it cannot capture a function as one graph."""
 
 CAPTURE_FAILURES = (TorchDynamoException, GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
-"""What comes out of Dynamo and of what it calls where a function is not captured as one graph."""
+"""Exceptions that Dynamo raises or passes on if it cannot capture a function as one graph."""
 
 GRAPH_BREAKS = (Unsupported, UserError, TorchRuntimeError)
 """Those among them that are about the user's code."""
@@ -706,7 +706,7 @@ NO_AUTOCAST: Modes = ()
 OWN_FILES = tuple(f"{Path(each).parent}{os.sep}" for each in (torch.__file__, __file__))
 """Beginnings of the paths of torch's own files and of this package's."""
 
-_APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]  # of the class method itself
+_APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]  # torch declares no class method
 
 
 def autocast_modes() -> Modes:

@@ -40,7 +40,7 @@ class Lowered:
 
     @property
     def narrowed(self) -> bool:
-        """Whether a plan has anything in another format than fp32, so that what waits is packed."""
+        """Whether a plan has any format other than fp32, so that saved activations are packed."""
         keys = [info.key for info in self._table.tensors if info.role in (Role.WEIGHT, Role.ACTIVATION)]
         if any(saved_key(key) in self._entries for key in keys):
             return True

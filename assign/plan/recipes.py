@@ -58,7 +58,7 @@ class Recipe:
     promote_every: int
 
     def candidates(self, info: TensorInfo) -> Candidates:
-        """The formats that ``info`` may have: both alike where its values need more than the low one has.
+        """The formats that ``info`` may have; the same one twice if the low format is too short for its values.
 
         None has more bits than the tensor was loaded with.
 

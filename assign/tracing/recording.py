@@ -741,7 +741,7 @@ class Deferred(Tensor):
         args, kwargs = _map(_unwrapped, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    @classmethod
+    @classmethod  # torch declares it without ``func``
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """An operator that torch itself calls on a deferred tensor: recorded like any other."""
         recording = next(x.recording for x in _tensors((args, kwargs or {})) if isinstance(x, Deferred))
