@@ -790,6 +790,62 @@ def tracing_context(mode: FakeTensorMode) -> contextlib.AbstractContextManager[A
     return cast(contextlib.AbstractContextManager[Any], tracing(TracingContext(mode)))
 
 
+SizeGuard = Callable[[Sequence[torch.Tensor]], bool]
+
+
+def symbolic_mode() -> FakeTensorMode:
+    """A mode for tensors without data some sizes of which are symbols (:func:`symbolic`)."""
+    return FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True, static_shapes=True)
+
+
+def symbolic(mode: FakeTensorMode, x: torch.Tensor, dynamic: Sequence[int], name: str) -> FakeTensor:
+    """``x`` without data, with symbols for the sizes of its axes in ``dynamic``."""
+    if not dynamic:
+        return mode.from_tensor(x)
+    kinds = [DimDynamic.DYNAMIC if axis in dynamic else DimDynamic.STATIC for axis in range(x.dim())]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
+    return mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=LocalSource(name))
+
+
+def as_example(mode: FakeTensorMode, x: FakeTensor, like: torch.Tensor) -> torch.Tensor:
+    """``x`` in the dtype of ``like``, with a gradient or a history of operators if that has one."""
+    if (x.dtype, x.requires_grad, x.is_leaf) == (like.dtype, like.requires_grad, like.is_leaf):
+        return x
+    with mode, torch.enable_grad():
+        found = x.detach().to(like.dtype).requires_grad_(like.requires_grad)
+        return found if like.is_leaf else found.clone()
+
+
+def attach_examples(graph: fx.Graph, values: dict[fx.Node, Any], mode: FakeTensorMode) -> None:
+    """Attach values without data to the nodes of a graph, as Dynamo does; ``values``: those of its placeholders."""
+    with mode, torch.set_grad_enabled(torch.is_grad_enabled()):
+        for node in graph.nodes:
+            if node.op in ("call_function", "call_method"):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                function = node.target if node.op == "call_function" else getattr(args[0], str(node.target))
+                values[node] = function(*(args if node.op == "call_function" else args[1:]), **kwargs)
+            if node in values:
+                node.meta["example_value"] = values[node]
+
+
+def size_guard(mode: FakeTensorMode, examples: Sequence[Any]) -> SizeGuard | None:
+    """What compiling with symbols for sizes has assumed of them; None if nothing.
+
+    Args:
+        examples: arguments of the compiled function; those with symbols are fake tensors.
+    """
+    places = [place for place, x in enumerate(examples) if isinstance(x, FakeTensor)]
+    env = mode.shape_env
+    assert env is not None
+    code = env.produce_guards_expression([examples[place] for place in places])
+    return None if code is None else lambda args: bool(env.evaluate_guards_expression(code, [args[i] for i in places]))
+
+
+def recompile_limit() -> int:
+    """How many times Dynamo compiles one piece of code before it gives up."""
+    return int(dynamo_config.recompile_limit)
+
+
 def wrapper_like(kind: type[torch.Tensor], example: torch.Tensor) -> Any:
     """A tensor of class ``kind`` with the shape and dtype of ``example`` and no memory."""
     make: Any = torch.Tensor._make_wrapper_subclass

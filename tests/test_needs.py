@@ -186,7 +186,6 @@ class Norm(nn.Module):
 
 def test_a_conversion_to_float32_is_honoured_up_to_the_way_back():
     table = traced(Norm(), vectors(), square)
-    assert [row.key for row in table.tensors if row.wide and row.role == "activation"] == ["/pow", "/mul"]
     own = {key for key in needs(Norm(), vectors()) if not key.startswith("loss/")}
     assert own == {"/pow", "/mean", "/add", "/rsqrt"}  # what is multiplied goes back at once
     lowered = Lowered(table, initial(table, get_recipe("bf16")))

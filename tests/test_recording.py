@@ -211,6 +211,97 @@ def test_experts_that_a_router_chooses(how):
         assert torch.allclose(gradient, other, rtol=1e-5, atol=1e-7)  # parts are summed in another order
 
 
+def counting(compiled):
+    """A backend that runs what was captured, and notes the line of its first operator."""
+
+    def backend(capture):
+        compiled.append(
+            next(node for node in capture.graph.graph.nodes if "stack_trace" in node.meta).meta["stack_trace"]
+        )
+        return plain_backend(capture)
+
+    return backend
+
+
+@pytest.mark.parametrize("how", ["mask", "where"])
+def test_an_expert_loop_compiles_each_part_for_any_number_of_tokens(how):
+    torch.manual_seed(0)
+    model, compiled = Experts(how), []
+    plain, step = copy.deepcopy(model), compile_step(model, class_loss, counting(compiled))
+    for number in range(50):
+        torch.manual_seed(number)
+        batch = torch.randn(24 + 5 * number, 16), torch.randint(0, 4, (24 + 5 * number,))
+        found, expected = step(batch), class_loss(plain, batch)
+        assert torch.equal(found, expected)
+        found.backward()
+        expected.backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-6)  # parts are summed in another order
+    pieces = 1 + 3 + 1
+    assert len(compiled) <= 3 * pieces
+
+
+class Lengths(nn.Module):
+    """Attention by hand over sequences of any length, with shapes that the code computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Embedding(20, 16), nn.Linear(16, 48), nn.Linear(16, 20)
+
+    def forward(self, ids):
+        rows, length = ids.shape
+        if ids.max() >= 20:
+            raise ValueError("no such token")
+        q, k, v = self.qkv(self.embed(ids)).view(rows, length, 6, 8).permute(0, 2, 1, 3).chunk(3, dim=1)
+        scores = (q @ k.mT).masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+        if float(scores[:, :, -1].detach().max()) > 1e6:
+            raise ValueError("scores explode")
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(rows * length, 16)
+        return self.head(mixed[: length - 1]), self.head(mixed.view(rows, length * 16)[:, -16:])
+
+
+def last_loss(model, ids):
+    first, last = model(ids)
+    return first.square().mean() + F.cross_entropy(last, ids[:, 0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_batches_of_any_size_share_the_compiled_pieces(backend):
+    torch.manual_seed(0)
+    model = Lengths()
+    batches = [torch.randint(0, 20, (2 + number % 3, 5 + number)) for number in range(12 if backend == "eager" else 4)]
+    table = traced(model, batches[0], last_loss)
+    plain, compiled = copy.deepcopy(model), []
+    step = assign.planned_step(model, last_loss, everything(table, "fp32"), backend=backend)
+    for batch in batches:
+        found, expected = run(model, step, batch), run(plain, lambda each: last_loss(plain, each), batch)
+        assert torch.equal(found[0], expected[0]) or backend == "inductor"
+        assert found[0] == pytest.approx(expected[0].item(), rel=1e-5)
+        for one, other in zip(found[1], expected[1], strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    model, compiled = Lengths(), []
+    step = compile_step(model, last_loss, counting(compiled))
+    for batch in batches:
+        step(batch)
+    assert len(compiled) <= 3 * 2
+
+
+def test_numbers_that_change_in_every_batch_are_refused_in_the_end():
+    model, (x, _) = MLP(), vectors()
+
+    def loss(model, batch):
+        y = model(x)
+        if float(y.detach().sum()) > 1e9:
+            raise ValueError
+        return (y * batch).sum()
+
+    step = compile_step(model, loss, plain_backend)
+    for number in range(torch._dynamo.config.recompile_limit):
+        assert step(1 + number**3).item() == pytest.approx(loss(model, 1 + number**3).item(), rel=1e-5)
+    with pytest.raises(TraceError, match=r"(?s)compiled 8 times for the same operators.*test_recording.py:\d+"):
+        step(10**6)
+
+
 class Dropped(nn.Module):
     """Layers are left out at random, as by LayerDrop."""
 

@@ -39,7 +39,8 @@ SIXTEEN_BIT = MATRIX_PRODUCTS | frozenset(
     {
         "add", "sub", "mul", "div", "neg", "abs", "maximum", "minimum", "where", "masked_fill", "clamp", "lerp",
         "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardsigmoid",
-        "hardtanh", "sigmoid", "tanh", "softplus", "softmax", "glu", "threshold", "logsigmoid", "softsign",
+        "hardtanh", "sigmoid", "tanh", "softplus", "softmax", "log_softmax", "glu",
+        "threshold", "logsigmoid", "softsign",
         "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm",
         "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d",

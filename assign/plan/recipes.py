@@ -131,7 +131,7 @@ NATIVE = Recipe(
         Role.WEIGHT_GRAD: ("bf16", "bf16"),
     },
     overrides={
-        "log_softmax": _value_and_gradient(("fp32", "bf16")),
+        **dict.fromkeys(("log_softmax", "float"), _value_and_gradient(("fp32", "bf16"))),
         **{op: _value_and_gradient(("fp32", "fp32")) for op in sorted(LOSS_OPS)},
     },
     loss_scaling=False,

@@ -97,8 +97,8 @@ class Walk:
         sites: in execution order, parameters first read first.
         key_of: the table's key whose values a node holds, through views and moves.
         labels: operator key of every node that computes.
-        asked: nodes that the user's code converts to float32, and views of these; ``float32``: what is computed from
-            them up to the next matrix product, or to the conversion that ends it, which is in ``back``.
+        float32: nodes that the user's code converts to float32, and what is computed from them up to the next matrix
+            product, or to the conversion that ends it, which is in ``back``.
         dtypes: of values that have keys. float64 among them where a parameter is: elsewhere it is a user's own choice,
             in the middle of a step, and stays.
     """
@@ -112,7 +112,6 @@ class Walk:
     parametric: set[fx.Node] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
     crossing: set[fx.Node] = field(default_factory=set)
-    asked: set[fx.Node] = field(default_factory=set)
     float32: set[fx.Node] = field(default_factory=set)
     back: set[fx.Node] = field(default_factory=set)
     dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -225,14 +224,11 @@ def _follow_float32(node: fx.Node, result: Walk) -> None:
         if source in result.float32:
             result.back.add(node)
         elif source in result.key_of and node in result.key_of:
-            result.asked.add(node)
             result.float32.add(node)
     elif _converts(node) or operator_name(node.target) in MATRIX_PRODUCTS:
         return
     elif not result.float32.isdisjoint(node.all_input_nodes):
         result.float32.add(node)
-        if node not in result.labels and not result.asked.isdisjoint(node.all_input_nodes):
-            result.asked.add(node)
 
 
 def is_conversion(node: fx.Node) -> bool:
@@ -248,14 +244,11 @@ def _converts(node: fx.Node) -> bool:
 def is_wide(node: fx.Node, walked: Walk) -> bool:
     """Whether an operator computes in float32 under every plan.
 
-    One that reads what the user's code converts to float32, or complex numbers, or that computes with a number which
-    float16 does not hold.
+    One with complex numbers, or with a number that float16 cannot hold.
     """
     op = operator_name(node.meta.get("assign_op", node.target))
     if op in MATRIX_PRODUCTS:
         return False
-    if not walked.asked.isdisjoint(node.all_input_nodes):
-        return True
     if any(_is_complex(walked.values.get(argument)) for argument in node.all_input_nodes):
         return True
     return op in ARITHMETIC and any(abs(number) > LARGEST_FP16 for number in numbers_in((node.args, dict(node.kwargs))))
@@ -297,7 +290,7 @@ def _walk_body(graph: fx.GraphModule, node: fx.Node, result: Walk) -> None:
     inner = [n for n in body.graph.nodes if n.op == "placeholder"]
     for placeholder, outer in zip(inner, node.args[1:], strict=False):
         if isinstance(outer, fx.Node):
-            for table in (result.depends, result.parametric, result.asked, result.float32):
+            for table in (result.depends, result.parametric, result.float32):
                 if outer in table:
                     table.add(placeholder)
             if outer in result.key_of:
@@ -308,9 +301,8 @@ def _walk_body(graph: fx.GraphModule, node: fx.Node, result: Walk) -> None:
     for user in node.users:
         if user.target is operator.getitem:
             source = outputs[int(str(user.args[1]))]
-            for table in (result.asked, result.float32):
-                if source in table:
-                    table.add(user)
+            if source in result.float32:
+                result.float32.add(user)
             if source in result.key_of:
                 result.key_of[user] = result.key_of[source]
             result.labels[user] = result.labels.get(source, "")

@@ -10,6 +10,7 @@ A value that depends on inputs only, and not on a parameter, is computed beside 
 """
 
 import contextlib
+import functools
 import operator
 import sys
 import warnings
@@ -29,6 +30,7 @@ from assign import _torch
 from assign.errors import TraceError
 from assign.tracing.kept_state import kept_state
 from assign.tracing.pieces import Crossing, Piece
+from assign.tracing.sizes import Number, Sizes, arguments_of, axes_of, compare, generalized
 
 Run = Callable[..., Sequence[Any]]
 
@@ -106,7 +108,8 @@ class _Pending:
 
     Attributes:
         inputs: by identity of the tensor: its placeholder and the tensor.
-        nodes: what each node is, as data: together they tell whether a piece was compiled before.
+        signature: what each node is, as data, but for its integers, which are ``numbers``: together they tell whether
+            a piece was compiled before.
         waiting: the deferred tensors that have a node here.
         written: nodes and memory that an operator has changed in place.
         grad: whether gradients are on behind the last node.
@@ -115,6 +118,7 @@ class _Pending:
     graph: fx.Graph = field(default_factory=fx.Graph)
     inputs: dict[int, tuple[fx.Node, Tensor]] = field(default_factory=dict)
     signature: list[Any] = field(default_factory=list)
+    numbers: list[Number] = field(default_factory=list)
     index: dict[fx.Node, int] = field(default_factory=dict)
     waiting: list[weakref.ref[Any]] = field(default_factory=list)
     crossing: dict[fx.Node, Crossing] = field(default_factory=dict)
@@ -156,7 +160,7 @@ class Recorder:
         self.outside: dict[str, Outside] = {}
         self.pieces = 0
         self._compile = compile_piece
-        self._compiled: dict[Any, _Compiled] = {}
+        self._compiled: dict[Any, list[tuple[Sizes, _Compiled]]] = {}
         self._seen: dict[tuple[str, int], Any] = {}
         self._varying: set[str] = set()
         self.applied: dict[Any, _torch.AppliedFunction] = {}
@@ -175,11 +179,35 @@ class Recorder:
             self._varying.add(place)
         return place in self._varying
 
-    def compiled(self, signature: Any, make: Callable[[], _Compiled]) -> _Compiled:
-        """The compiled piece with this signature; made where it is the first."""
-        if signature not in self._compiled:
-            self._compiled[signature] = make()
-        return self._compiled[signature]
+    def compiled(
+        self,
+        signature: Any,
+        numbers: Sequence[Number],
+        inputs: Sequence[Tensor],
+        make: Callable[[Sizes], _Compiled],
+        place: str,
+    ) -> _Compiled:
+        """The compiled piece with this signature that allows these numbers; made where there is none.
+
+        Raises:
+            TraceError: it was made as often as Dynamo would compile it, each time for other numbers.
+        """
+        values = tuple(number.value for number in numbers)
+        variants = self._compiled.setdefault(signature, [])
+        for sizes, compiled in variants:
+            if sizes.allow(values, inputs):
+                return compiled
+        if len(variants) >= _torch.recompile_limit():
+            raise TraceError(
+                f"a step that is captured in several pieces has been compiled {len(variants)} times for the same "
+                f"operators with other sizes or other integers.\n  at: {place}\n"
+                f"  Allowed: {_torch.recompile_limit()} times (torch._dynamo.config.recompile_limit).\n"
+                "  Pad the batches to a few sizes, keep numbers that change in tensors, or raise the limit."
+            )
+        seen = (compare(numbers, sizes.numbers) for sizes, _ in reversed(variants))
+        sizes = next((each for each in seen if each is not None), Sizes(numbers=values))
+        variants.append((sizes, make(sizes)))
+        return variants[-1][1]
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[Any], piece: Piece) -> _Compiled:
         """Compile a piece."""
@@ -401,6 +429,7 @@ class _Recording(TorchFunctionMode):
         pending.index[node] = len(pending.index)
         key = node.target if node.op == "call_method" else id(node.target)
         pending.signature.append((key, path, self.region, _frozen((args, kwargs), pending.index)))
+        pending.numbers += arguments_of(node)
         return node
 
     def _wrap(self, node: fx.Node, made: Any, owners: dict[int, Tensor], parametric: bool) -> Any:
@@ -462,9 +491,13 @@ class _Recording(TorchFunctionMode):
                 pending.crossing[node] = crossing
             elif not known:
                 pending.constants.add(node)
-            which = id(tensor) if known and id(tensor) not in self.batch else id(tensor) in self.batch
-            sizes = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
-            pending.signature.append(("input", which, crossing, sizes, self.grad))
+            fixed = known and id(tensor) not in self.batch
+            if not fixed:
+                pending.numbers += axes_of(node, tensor)
+            which = id(tensor) if fixed else id(tensor) in self.batch
+            layout = (tuple(tensor.shape), tensor.stride()) if fixed else (tensor.dim(), tensor.is_contiguous())
+            facts = (*layout, tensor.dtype, tensor.device, tensor.requires_grad)
+            pending.signature.append(("input", which, crossing, facts, self.grad))
         return pending.inputs[id(tensor)][0]
 
     def _crossing(self, x: Tensor) -> Crossing | None:
@@ -597,7 +630,9 @@ class _Recording(TorchFunctionMode):
         signature = (tuple(pending.signature), outputs, tuple(sorted(before.items())), self.recorder.step.training)
         plain = torch.set_grad_enabled(self.grad), _torch.without_autocast(), _torch.as_if_compiling(False)
         with plain[0], plain[1], plain[2], _torch.plain_functions():
-            found = self.recorder.compiled(signature, lambda: self._compile(inputs))
+            place = _place(self._where())
+            make = functools.partial(self._compile, inputs)
+            found = self.recorder.compiled(signature, pending.numbers, inputs, make, place)
             results = dict(zip(nodes, found.run(*inputs), strict=True))
         self.counts.update(found.counts - self.counts)
         self.entered |= {id(inputs[place]): key for place, key in found.entered.items()}
@@ -606,22 +641,39 @@ class _Recording(TorchFunctionMode):
             x.computed, x.crossing = results[x.node], found.results[places[x.node]]
         self.pending = _Pending(grad=self.grad)
 
-    def _compile(self, inputs: Sequence[Any]) -> _Compiled:
+    def _compile(self, inputs: Sequence[Any], sizes: Sizes) -> _Compiled:
+        """Compile the pending piece, for all the batches that ``sizes`` allow."""
         pending = self.pending
         for node in pending.graph.nodes:
             frames = node.meta.pop("frames", None)
             if frames is not None:
                 node.meta["stack_trace"] = "".join(f'  File "{f}", line {n}, in {c}\n' for f, n, c in frames)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The .grad attribute")  # torch looks at that of every input
+            if sizes.varying:
+                try:
+                    graph, twins, examples, mode = generalized(pending.graph, pending.numbers, sizes, inputs)
+                    compiled = self._compile_graph(graph, examples, twins, mode)
+                except (RuntimeError, TypeError, AssertionError):  # torch says in many ways that a size must be known
+                    sizes.varying = ()
+                else:
+                    sizes.guard = _torch.size_guard(mode, examples)
+                    return compiled
+            return self._compile_graph(pending.graph, inputs, {}, self.fake_mode)
+
+    def _compile_graph(
+        self, graph: fx.Graph, inputs: Sequence[Any], twins: Mapping[fx.Node, fx.Node], mode: _torch.FakeTensorMode
+    ) -> _Compiled:
+        pending = self.pending
         piece = Piece(
             whole=self.recorder.whole,
             counts=Counter(self.counts),
-            crossing=dict(pending.crossing),
-            constants=frozenset(pending.constants),
+            crossing={twins.get(node, node): crossing for node, crossing in pending.crossing.items()},
+            constants=frozenset(twins.get(node, node) for node in pending.constants),
         )
-        graph = fx.GraphModule(nn.Module(), pending.graph)
-        with _torch.tracing_context(self.fake_mode), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The .grad attribute")  # torch looks at that of every input
-            return self.recorder.compile(graph, inputs, piece)
+        module = fx.GraphModule(nn.Module(), graph)
+        with _torch.tracing_context(mode):
+            return self.recorder.compile(module, inputs, piece)
 
     # ---- where the user's code is
 
@@ -831,6 +883,8 @@ def _frozen(value: Any, index: dict[fx.Node, int]) -> Any:
         return tuple((key, _frozen(each, index)) for key, each in value.items())
     if isinstance(value, slice):
         return ("slice", *(_frozen(each, index) for each in (value.start, value.stop, value.step)))
+    if type(value) is int:  # see _Pending.numbers
+        return int
     return (type(value), repr(value) if isinstance(value, float) else value)
 
 

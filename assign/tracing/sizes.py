@@ -1,0 +1,207 @@
+"""One compiled piece for batches of different sizes.
+
+A piece is recorded with the sizes of its batch as plain numbers. Where it comes again with other numbers, those that
+differ become expressions of the sizes of its inputs, and it is compiled once more, for any sizes. Expressions are found
+from two batches only; so every later batch is checked against them, and compiled for itself if they do not hold.
+"""
+
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx
+
+from assign import _torch
+
+
+class What(StrEnum):
+    """What an integer in a graph is."""
+
+    SIZE = "size"
+    STRIDE = "stride"
+    ARGUMENT = "argument"
+
+
+class Number(NamedTuple):
+    """An integer in a graph: of a placeholder the size or stride of an axis, of an operator an argument.
+
+    ``rank`` counts the axes, or the integers among the arguments.
+    """
+
+    node: fx.Node
+    what: What
+    rank: int
+    value: int
+
+
+_SMALLEST = 2
+"""A compiler treats sizes of 0 and 1 as cases of their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """``factor × the sizes at these positions + offset``: what a number of the graph is."""
+
+    factor: int
+    sizes: tuple[int, ...]
+    offset: int
+
+    def of(self, numbers: Sequence[int]) -> int:
+        """Its value with these numbers."""
+        result = self.factor
+        for position in self.sizes:
+            result *= numbers[position]
+        return result + self.offset
+
+
+@dataclass(slots=True, kw_only=True)
+class Sizes:
+    """Which numbers of a graph vary, and how they hang on the sizes of its inputs.
+
+    Attributes:
+        numbers: those of the batch that it was compiled with.
+        varying: positions of the sizes of inputs that vary; ``implied``: of strides that do, which hang on them.
+        products: position → what the number there is.
+        guard: what the compiler has assumed of the sizes; filled in when it is done.
+    """
+
+    numbers: tuple[int, ...]
+    varying: tuple[int, ...] = ()
+    implied: tuple[int, ...] = ()
+    products: dict[int, Product] = field(default_factory=dict)
+    guard: _torch.SizeGuard | None = None
+
+    def allow(self, numbers: tuple[int, ...], inputs: Sequence[Tensor]) -> bool:
+        """Whether what was compiled computes a graph with these numbers, too."""
+        if numbers == self.numbers:
+            return True
+        if not self.varying or any(numbers[position] < _SMALLEST for position in self.varying):
+            return False
+        free = {*self.varying, *self.implied}
+        same = all(
+            position in free or (self.products[position].of(numbers) if position in self.products else mine) == number
+            for position, (mine, number) in enumerate(zip(self.numbers, numbers, strict=True))
+        )
+        return same and (self.guard is None or self.guard(inputs))
+
+
+def compare(found: Sequence[Number], before: Sequence[int]) -> Sizes | None:
+    """How the numbers of a graph vary, seen from those of another batch; None if it cannot be said."""
+    numbers = tuple(number.value for number in found)
+    different = [place for place, (a, b) in enumerate(zip(before, numbers, strict=True)) if a != b]
+    varying, implied, arguments = ([place for place in different if found[place].what is what] for what in What)
+    if any(min(before[place], numbers[place]) < _SMALLEST for place in varying):
+        return None
+    sources = list({(before[place], numbers[place]): place for place in reversed(varying)}.values())
+    products = {}
+    for place in arguments:
+        product = _product((before[place], numbers[place]), sources, before, numbers)
+        if product is None:
+            return None
+        products[place] = product
+    return Sizes(numbers=numbers, varying=tuple(varying), implied=tuple(implied), products=products)
+
+
+def _product(
+    wanted: tuple[int, int], sources: Sequence[int], before: Sequence[int], now: Sequence[int]
+) -> Product | None:
+    """The simplest product of sizes that has the values ``wanted``: with the smallest offset."""
+    found = []
+    for count in (1, 2):
+        for chosen in itertools.combinations_with_replacement(sources, count):
+            plain = Product(factor=1, sizes=chosen, offset=0)
+            first, second = plain.of(before), plain.of(now)
+            if first == second or (wanted[1] - wanted[0]) % (second - first):
+                continue
+            factor = (wanted[1] - wanted[0]) // (second - first)
+            found.append(Product(factor=factor, sizes=chosen, offset=wanted[0] - factor * first))
+    return min(found, key=lambda each: (abs(each.offset), abs(each.factor), len(each.sizes)), default=None)
+
+
+def generalized(
+    graph: fx.Graph, numbers: Sequence[Number], sizes: Sizes, inputs: Sequence[Tensor]
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node], list[Any], _torch.FakeTensorMode]:
+    """The graph for any sizes.
+
+    Args:
+        inputs: of the graph, in the order of its placeholders.
+    Returns:
+        A graph, which node of it stands for which of the old one, its inputs without data where their sizes vary, and
+        the mode that these belong to.
+    """
+    mode = _torch.symbolic_mode()
+    varying = [numbers[position] for position in sizes.varying]
+    placeholders = graph.find_nodes(op="placeholder")
+    values: dict[fx.Node, Any] = {}
+    examples: list[Any] = []
+    result, twins = fx.Graph(), dict[fx.Node, fx.Node]()
+    for place, (node, tensor) in enumerate(zip(placeholders, inputs, strict=True)):
+        dynamic = [number.rank for number in varying if number.node is node]
+        without_data = _torch.symbolic(mode, tensor, dynamic, f"input_{place}")
+        examples.append(without_data if dynamic else tensor)
+        twins[node] = result.node_copy(node)
+        values[twins[node]] = _torch.as_example(mode, without_data, node.meta["example_value"])
+    read: dict[int, fx.Node] = {}
+    for position in sorted({place for product in sizes.products.values() for place in product.sizes}):
+        read[position] = result.call_method("size", (twins[numbers[position].node], numbers[position].rank))
+    made: dict[Product, fx.Node] = {}
+    replaced: dict[fx.Node, dict[int, fx.Node]] = {}
+    for position, product in sizes.products.items():
+        if product not in made:
+            made[product] = _expression(result, product, read)
+        replaced.setdefault(numbers[position].node, {})[numbers[position].rank] = made[product]
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        twin = twins[node] = result.node_copy(node, twins.__getitem__)
+        if node in replaced:
+            twin.args, twin.kwargs = _with_numbers((twin.args, twin.kwargs), replaced[node].get, itertools.count())
+    _torch.attach_examples(result, values, mode)
+    return result, twins, examples, mode
+
+
+def _expression(graph: fx.Graph, product: Product, sizes: dict[int, fx.Node]) -> fx.Node:
+    first, *others = product.sizes
+    node = sizes[first]
+    for position in others:
+        node = graph.call_function(operator.mul, (node, sizes[position]))
+    if product.factor != 1:
+        node = graph.call_function(operator.mul, (node, product.factor))
+    return graph.call_function(operator.add, (node, product.offset)) if product.offset else node
+
+
+def arguments_of(node: fx.Node) -> list[Number]:
+    """The integers among the arguments of a node."""
+    found: list[Number] = []
+
+    def note(rank: int, value: int) -> int:
+        found.append(Number(node, What.ARGUMENT, rank, value))
+        return value
+
+    _with_numbers((node.args, node.kwargs), note, itertools.count())
+    return found
+
+
+def axes_of(node: fx.Node, x: Tensor) -> list[Number]:
+    """The sizes of ``x``, which a placeholder stands for, and its strides where they do not follow from them."""
+    sizes = [Number(node, What.SIZE, axis, size) for axis, size in enumerate(x.shape)]
+    strides = () if x.is_contiguous() else x.stride()
+    return [*sizes, *(Number(node, What.STRIDE, axis, stride) for axis, stride in enumerate(strides))]
+
+
+def _with_numbers(values: Any, change: Callable[[int, int], Any], rank: Iterator[int]) -> Any:
+    """The same arguments with ``change(rank, integer)`` in place of each integer."""
+    if isinstance(values, (tuple, list)):
+        parts = [_with_numbers(each, change, rank) for each in values]
+        return type(values)(parts) if type(values) in (tuple, list) else tuple(parts)
+    if isinstance(values, dict):
+        return {key: _with_numbers(each, change, rank) for key, each in values.items()}
+    if isinstance(values, slice):
+        return slice(*(_with_numbers(each, change, rank) for each in (values.start, values.stop, values.step)))
+    return change(next(rank), values) if type(values) is int else values
+
+
+__all__ = ["Number", "Sizes", "arguments_of", "axes_of", "compare", "generalized"]
