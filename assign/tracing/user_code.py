@@ -1,0 +1,68 @@
+"""Where the user's code is while it runs: the module, and the line."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from assign import _torch
+
+Frames = tuple[tuple[str, int, str], ...]
+"""File, line and function of some frames, the innermost last."""
+
+
+class UserCode:
+    """Follows the modules of a model that run.
+
+    A module that is not the model's counts as part of the one that calls it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._paths = {id(module): name for name, module in model.named_modules()}
+        self._stack: list[str | None] = []
+
+    @property
+    def module(self) -> str | None:
+        """Path of the module that runs; None outside the model."""
+        return self._stack[-1] if self._stack else None
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Within the context, modules are followed."""
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            self._stack.append(self._paths.get(id(module), self.module))
+
+        def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+            if self._stack:
+                self._stack.pop()
+
+        hooks = nn.modules.module
+        handles = [
+            hooks.register_module_forward_pre_hook(enter),
+            hooks.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def frames() -> Frames:
+    """The two innermost frames that are not torch's or this package's."""
+    found: list[tuple[str, int, str]] = []
+    frame: Any = sys._getframe(1)
+    while frame is not None and len(found) < 2:
+        if not frame.f_code.co_filename.startswith(_torch.OWN_FILES):
+            found.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back
+    return tuple(reversed(found))
+
+
+def place() -> str:
+    """``file:line`` of the innermost frame of the user's code."""
+    own = frames()
+    return f"{own[-1][0]}:{own[-1][1]}" if own else "unknown line"
