@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 import assign
 from assign.errors import TraceError
 from assign.report.tables import trace_table
+from assign.tracing import recording
 from assign.tracing.capture import compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.operators import walk
@@ -300,6 +301,55 @@ def test_numbers_that_change_in_every_batch_are_refused_in_the_end():
         assert step(1 + number**3).item() == pytest.approx(loss(model, 1 + number**3).item(), rel=1e-5)
     with pytest.raises(TraceError, match=r"(?s)compiled 8 times for the same operators.*test_recording.py:\d+"):
         step(10**6)
+
+
+class Winding(nn.Module):
+    """In-place operators, several results of one function, a buffer, and a way that depends on the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.register_buffer("seen", torch.zeros(()))
+        self.way = 0
+
+    def forward(self, x):
+        self.seen += 1
+        y = torch.zeros_like(x)
+        left, right = self.first(x).chunk(2, dim=-1)
+        y[:, :8], y[:, 8:] = left.tanh(), right
+        if y.detach().abs().max() > 1e6:
+            raise ValueError("explodes")
+        best, _ = y.max(-1, keepdim=True)
+        if self.way == 1:
+            y = y.relu_()
+        elif self.way == 2:
+            with torch.no_grad():
+                y = y + self.second(x)
+        y = y + best
+        if self.way != 3:
+            y = self.second(y)
+            y.mul_(0.5)
+        return self.head(y)
+
+
+def test_a_step_that_goes_as_the_one_before_is_not_recorded_again(monkeypatch):
+    torch.manual_seed(0)
+    model, batch = Winding(), vectors()
+    plain, recorded = copy.deepcopy(model), []
+    step = compile_step(model, class_loss, plain_backend)
+    write = recording._Recording._write
+    monkeypatch.setattr(
+        recording._Recording, "_write", lambda self, func, *rest: (recorded.append(func), write(self, func, *rest))[1]
+    )
+    counts = []
+    for way in (0, 0, 0, 1, 1, 2, 2, 3, 3, 0, 0):
+        recorded.clear()
+        model.way = plain.way = way
+        assert_same(run(model, step, batch), run(plain, lambda each: class_loss(plain, each), batch))
+        counts.append(len(recorded))
+    assert counts[0] > 10
+    assert counts[1] == counts[2] == counts[4] == counts[6] == counts[8] == counts[10] == 0
+    assert 0 < counts[3] < counts[0]  # the piece before the other way is as it was
 
 
 class Dropped(nn.Module):

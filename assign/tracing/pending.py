@@ -5,9 +5,10 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -16,6 +17,7 @@ from assign.errors import TraceError
 from assign.tracing.deferred import Deferred
 from assign.tracing.pieces import Crossing, Piece
 from assign.tracing.sizes import Number, Sizes, arguments_of, axes_of, compare, generalized
+from assign.tracing.user_code import Frames
 
 Run = Callable[..., Sequence[Any]]
 CompilePiece = Callable[[fx.GraphModule, Sequence[Any], Piece], Run]
@@ -37,30 +39,105 @@ class CompiledPiece:
     counts: Counter[str]
 
 
-@dataclass(slots=True)
-class Pending:
-    """The piece that is being recorded.
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """A torch function that has been recorded.
 
     Attributes:
-        inputs: by identity of the tensor: its placeholder and the tensor.
+        key: what was called, how and where: a call with the same key, at the same place of a script, makes the same.
+        node: of its result; ``inputs``: placeholders of the real tensors that it was the first to read.
+        made: its result without data.
+        changed: which of the tensors among its arguments it changes or returns, counted in order.
+        parametric: whether its result depends on a parameter.
+        draws: whether it draws random numbers.
+        modes: those behind it: whether gradients are on; the autocast region, and the node that enters it.
+        end: how many nodes, entries of the signature and numbers the script has behind it.
+    """
+
+    key: Any
+    node: fx.Node
+    inputs: tuple[fx.Node, ...]
+    made: Any
+    changed: tuple[int, ...]
+    parametric: bool
+    draws: bool
+    modes: tuple[bool, Any, fx.Node | None]
+    end: tuple[int, int, int]
+
+
+@dataclass(slots=True)
+class Script:
+    """What has been recorded of a piece: the same in every step that calls the same functions.
+
+    Attributes:
         signature: what each node is, as data, but for its integers, which are ``numbers``: together they tell whether
             a piece was compiled before.
+        calls: the functions, in order.
+        results: its nodes that the piece computes, once it has ended; ``compiled``: what it became, behind which
+            operators of its ``modules`` and in which context.
+    """
+
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    nodes: list[fx.Node] = field(default_factory=list)
+    index: dict[fx.Node, int] = field(default_factory=dict)
+    signature: list[Any] = field(default_factory=list)
+    numbers: list[Number] = field(default_factory=list)
+    crossing: dict[fx.Node, Crossing] = field(default_factory=dict)
+    constants: set[fx.Node] = field(default_factory=set)
+    calls: list[Call] = field(default_factory=list)
+    results: list[fx.Node] | None = None
+    compiled: tuple[Any, Any, CompiledPiece] | None = None
+    modules: set[str] | None = None
+
+    def count(self, node: fx.Node) -> None:
+        """Number a new node."""
+        self.index[node] = len(self.nodes)
+        self.nodes.append(node)
+
+    def relevant(self, counts: Counter[str]) -> tuple[tuple[str, int], ...]:
+        """Those of the modules that it calls."""
+        if self.modules is None:
+            stacks = (node.meta.get("nn_module_stack", ("loss",)) for node in self.nodes if node.op != "placeholder")
+            self.modules = {next(iter(stack)) for stack in stacks}
+        return tuple(sorted((stem, n) for stem, n in counts.items() if stem.rpartition("/")[0] in self.modules))
+
+    def beginning(self, calls: int) -> tuple["Script", dict[fx.Node, fx.Node]]:
+        """A copy of its first calls, and which of its nodes stands for which."""
+        nodes, signature, numbers = self.calls[calls - 1].end if calls else (0, 0, 0)
+        result, twins = Script(), dict[fx.Node, fx.Node]()
+        for node in self.nodes[:nodes]:
+            twins[node] = result.graph.node_copy(node, twins.__getitem__)
+            result.count(twins[node])
+        result.signature = self.signature[:signature]
+        result.numbers = [number._replace(node=twins[number.node]) for number in self.numbers[:numbers]]
+        result.crossing = {twins[node]: each for node, each in self.crossing.items() if node in twins}
+        result.constants = {twins[node] for node in self.constants if node in twins}
+        for call in self.calls[:calls]:
+            grad, autocast, entered = call.modes
+            modes = grad, autocast, twins.get(entered) if entered else None
+            inputs = tuple(twins[node] for node in call.inputs)
+            result.calls.append(replace(call, node=twins[call.node], inputs=inputs, modes=modes))
+        return result, twins
+
+
+@dataclass(slots=True)
+class Pending:
+    """The piece that is being recorded, along the script of an earlier step for as long as that fits.
+
+    Attributes:
+        script: what is recorded; ``done``: how many of its calls have happened in this step.
+        inputs: by identity of the tensor: its placeholder and the tensor.
         waiting: the deferred tensors that have a node here.
         memory: of its inputs; ``dirty``: of those that an operator has changed in place.
         values: of nodes that were computed beside the graph.
         unrepeatable: an operator has changed something in place or drawn random numbers.
-        grad: whether gradients are on behind the last node.
+        grad: whether gradients are on behind the last node; ``autocast`` and ``entered``: the region, and its node.
     """
 
-    graph: fx.Graph = field(default_factory=fx.Graph)
+    script: Script = field(default_factory=Script)
+    done: int = 0
     inputs: dict[int, tuple[fx.Node, Tensor]] = field(default_factory=dict)
-    signature: list[Any] = field(default_factory=list)
-    numbers: list[Number] = field(default_factory=list)
-    index: dict[fx.Node, int] = field(default_factory=dict)
     waiting: list[weakref.ref[Deferred]] = field(default_factory=list)
-    crossing: dict[fx.Node, Crossing] = field(default_factory=dict)
-    constants: set[fx.Node] = field(default_factory=set)
-    modules: set[str] = field(default_factory=set)
     memory: set[int] = field(default_factory=set)
     dirty: set[int] = field(default_factory=set)
     values: dict[fx.Node, Any] = field(default_factory=dict)
@@ -70,6 +147,11 @@ class Pending:
     autocast: tuple[Any, ...] | None = None
     entered: fx.Node | None = None
 
+    @property
+    def size(self) -> int:
+        """How many nodes this step has so far."""
+        return self.script.calls[self.done - 1].end[0] if self.done else 0
+
     def alive(self) -> Iterator[Deferred]:
         """The deferred tensors of this piece that the user's code still holds."""
         for each in self.waiting:
@@ -77,16 +159,40 @@ class Pending:
             if x is not None and x.computed is None:
                 yield x
 
-    def add(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        *,
-        path: str | None,
-        region: int,
-        frames: tuple[tuple[str, int, str], ...],
-    ) -> fx.Node:
+    # ---- along a script
+
+    def next(self, key: Any) -> Call | None:
+        """The script's next call if it has this key: it has happened again."""
+        calls = self.script.calls
+        if self.done == len(calls) or calls[self.done].key != key:
+            return None
+        call = calls[self.done]
+        self.done += 1
+        self.grad, self.autocast, self.entered = call.modes
+        return call
+
+    def leave_script(self) -> None:
+        """Go on with a script of one's own: a copy of what has happened in this step."""
+        if self.script.results is None:
+            return
+        self.script, twins = self.script.beginning(self.done)
+        self.inputs = {key: (twins[node], tensor) for key, (node, tensor) in self.inputs.items()}
+        self.values = {twins[node]: value for node, value in self.values.items() if node in twins}
+        self.entered = twins.get(self.entered) if self.entered else None
+        for x in self.alive():
+            x.node = twins[x.node]
+
+    def ends_as_before(self, results: Sequence[fx.Node], counts: Counter[str], context: Any) -> CompiledPiece | None:
+        """What the script became, if this step has followed it to its end and wants the same results."""
+        script = self.script
+        if script.compiled is None or self.done < len(script.calls) or script.results != list(results):
+            return None
+        before, around, compiled = script.compiled
+        return compiled if (before, around) == (script.relevant(counts), context) else None
+
+    # ---- recording
+
+    def add(self, func: Any, args: Any, kwargs: Any, *, path: str | None, region: int, frames: Frames) -> fx.Node:
         """A node for a torch function.
 
         Args:
@@ -94,81 +200,138 @@ class Pending:
             region: number of the checkpointed block that it stands in; 0 for none.
             frames: of the user's code.
         """
+        script = self.script
         if _torch.is_method(func):
-            node = self.graph.call_method(func.__name__, args, kwargs)
+            node = script.graph.call_method(func.__name__, args, kwargs)
         else:
-            node = self.graph.call_function(func, args, kwargs)
+            node = script.graph.call_function(func, args, kwargs)
         if path is not None:
             node.meta["nn_module_stack"] = {path: (f"L['self'].model{'.' * bool(path)}{path}", nn.Module)}
-        self.modules.add("loss" if path is None else path)
         if region:
             _torch.ask_recompute(node, region)
         node.meta["frames"] = frames
-        self.index[node] = len(self.index)
+        script.count(node)
         key = node.target if node.op == "call_method" else id(node.target)
-        self.signature.append((key, path, region, _frozen((args, kwargs), self.index)))
-        self.numbers += arguments_of(node)
+        script.signature.append((key, path, region, frozen((args, kwargs), script.index.__getitem__, [])))
+        script.numbers += arguments_of(node)
         return node
 
-    def add_input(
-        self, tensor: Tensor, example: Tensor, *, owner: Any, crossing: Crossing | None, grad: bool
-    ) -> fx.Node:
+    def add_input(self, tensor: Tensor, example: Tensor, *, owner: Any, crossing: Crossing | None) -> fx.Node:
         """A placeholder.
 
         Args:
             example: the tensor without data, in the dtype that the user's code sees.
             owner: what tells it from others: the identity of a parameter or buffer, ``"batch"``, or None.
             crossing: what is known of the result of an earlier piece.
-            grad: whether gradients are on where the piece begins.
         """
-        node = self.graph.placeholder(f"input_{len(self.inputs)}")
+        script = self.script
+        node = script.graph.placeholder(f"input_{len(self.inputs)}")
         node.meta["example_value"] = example
+        script.count(node)
+        if crossing is not None:
+            script.crossing[node] = crossing
+        elif owner is None:
+            script.constants.add(node)
+        fixed = isinstance(owner, int)
+        if not fixed:
+            script.numbers += axes_of(node, tensor)
+        layout = (tuple(tensor.shape), tensor.stride()) if fixed else (tensor.dim(), tensor.is_contiguous())
+        script.signature.append(("input", owner, crossing, *layout, *_facts(tensor)))
+        self.hold_input(node, tensor)
+        return node
+
+    def hold_input(self, node: fx.Node, tensor: Tensor) -> None:
+        """Take ``tensor`` for a placeholder in this step."""
         self.inputs[id(tensor)] = (node, tensor)
         self.values[node] = tensor
         self.memory.add(_torch.memory_of(tensor))
-        self.index[node] = len(self.index)
-        if crossing is not None:
-            self.crossing[node] = crossing
-        elif owner is None:
-            self.constants.add(node)
-        fixed = isinstance(owner, int)
-        if not fixed:
-            self.numbers += axes_of(node, tensor)
-        layout = (tuple(tensor.shape), tensor.stride()) if fixed else (tensor.dim(), tensor.is_contiguous())
-        facts = (*layout, tensor.dtype, tensor.device, tensor.requires_grad)
-        self.signature.append(("input", owner, crossing, facts, grad))
-        return node
 
     def follow_modes(self) -> None:
         """Nodes for the modes in which the user's code runs: without gradients, under autocast."""
+        script = self.script
         if self.grad != torch.is_grad_enabled():
             self.grad = torch.is_grad_enabled()
-            self.graph.call_function(_torch.SET_GRAD_MODE, (self.grad,))
-            self.signature.append(("grad", self.grad))
+            self._add_mode(script.graph.call_function(_torch.SET_GRAD_MODE, (self.grad,)), ("grad", self.grad))
         modes = _torch.autocast_modes()
         if modes != (self.autocast or _torch.NO_AUTOCAST):
             if self.entered is not None:
-                self.graph.call_function(_torch.EXIT_AUTOCAST, (self.entered,))
+                self._add_mode(script.graph.call_function(_torch.EXIT_AUTOCAST, (self.entered,)), "exit")
             self.entered = None
             if modes != _torch.NO_AUTOCAST:
-                self.entered = self.graph.call_function(_torch.ENTER_AUTOCAST, modes)
+                self.entered = script.graph.call_function(_torch.ENTER_AUTOCAST, modes)
+                self._add_mode(self.entered, ("autocast", modes))
             self.autocast = modes
-            self.signature.append(("autocast", modes))
 
-    def end(self, results: Sequence[fx.Node], *, grad: bool) -> None:
-        """Close the graph, whose results these are, with gradients on or off as at its beginning."""
+    def _add_mode(self, node: fx.Node, said: Any) -> None:
+        self.script.count(node)
+        self.script.signature.append(said)
+
+    def note(self, key: Any, node: fx.Node, made: Any, inputs: Sequence[fx.Node], **facts: Any) -> None:
+        """Enter a call in the script."""
+        script = self.script
+        end = len(script.nodes), len(script.signature), len(script.numbers)
+        modes = self.grad, self.autocast, self.entered
+        call = Call(key=key, node=node, made=made, inputs=tuple(inputs), modes=modes, end=end, **facts)
+        script.calls.append(call)
+        self.done += 1
+
+    def end(self, results: Sequence[fx.Node]) -> None:
+        """Close the script, which computes these nodes."""
+        script = self.script
+        script.results = list(results)
+        script.signature.append(("results", tuple(script.index[node] for node in results), self.grad, self.autocast))
+
+    def ended(self, *, grad: bool) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+        """The graph of the script with its results, to be edited, and which of the script's nodes stands for which."""
+        script = self.script
+        assert script.results is not None
+        graph, twins = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in sorted(script.nodes, key=lambda node: node.op != "placeholder"):
+            twins[node] = graph.node_copy(node, twins.__getitem__)
+            frames = twins[node].meta.pop("frames", None)
+            if frames is not None:
+                lines = (f'  File "{file}", line {line}, in {code}\n' for file, line, code in frames)
+                twins[node].meta["stack_trace"] = "".join(lines)
         if self.entered is not None:
-            self.graph.call_function(_torch.EXIT_AUTOCAST, (self.entered,))
+            graph.call_function(_torch.EXIT_AUTOCAST, (twins[self.entered],))
         if self.grad != grad:
-            self.graph.call_function(_torch.SET_GRAD_MODE, (grad,))
-        first = next(node for node in self.graph.nodes if node.op != "placeholder")
-        for node in self.graph.find_nodes(op="placeholder"):
-            first.prepend(node)
-        self.graph.output(tuple(results))
-        for node in self.graph.find_nodes(op="call_function", target=operator.getitem):
+            graph.call_function(_torch.SET_GRAD_MODE, (grad,))
+        graph.output(tuple(twins[node] for node in script.results))
+        for node in graph.find_nodes(op="call_function", target=operator.getitem):
             if not node.users:  # a part of a result that nothing reads
-                self.graph.erase_node(node)
-        self.signature.append(("results", tuple(self.index[node] for node in results)))
+                graph.erase_node(node)
+        return graph, twins
+
+
+def frozen(value: Any, leaf: Callable[[Any], Any], numbers: list[int]) -> Any:
+    """Arguments of a call as data, without their integers, which are appended to ``numbers``.
+
+    Args:
+        leaf: what stands for a node or a tensor.
+    """
+    if isinstance(value, (fx.Node, Tensor)):
+        return "node", leaf(value)
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, *(frozen(each, leaf, numbers) for each in value))
+    if isinstance(value, dict):
+        return tuple((key, frozen(each, leaf, numbers)) for key, each in value.items())
+    if isinstance(value, slice):
+        return ("slice", *(frozen(each, leaf, numbers) for each in (value.start, value.stop, value.step)))
+    if isinstance(value, np.generic):
+        value = value.item()
+    if type(value) is int:
+        numbers.append(value)
+        return int
+    return (type(value), repr(value) if isinstance(value, float) else value)
+
+
+def facts_of(tensor: Tensor) -> Any:
+    """What a placeholder for a tensor hangs on."""
+    return tuple(tensor.shape), tensor.stride(), *_facts(tensor)
+
+
+def _facts(tensor: Tensor) -> Any:
+    return tensor.dtype, tensor.device, tensor.requires_grad
 
 
 class CompiledPieces:
@@ -203,10 +366,11 @@ class CompiledPieces:
         Raises:
             TraceError: it was compiled as often as Dynamo would compile it, each time for other numbers.
         """
-        before = tuple(sorted((stem, n) for stem, n in counts.items() if stem.rpartition("/")[0] in pending.modules))
+        script = pending.script
+        before = script.relevant(counts)
         inputs = [tensor for _, tensor in pending.inputs.values()]
-        values = tuple(number.value for number in pending.numbers)
-        variants = self._known.setdefault((tuple(pending.signature), before, context), [])
+        values = tuple(number.value for number in script.numbers)
+        variants = self._known.setdefault((tuple(script.signature), before, context), [])
         for sizes, compiled in variants:
             if sizes.allow(values, inputs):
                 return compiled
@@ -217,7 +381,7 @@ class CompiledPieces:
                 f"  Allowed: {_torch.recompile_limit()} times (torch._dynamo.config.recompile_limit).\n"
                 "  Pad the batches to a few sizes, keep numbers that change in tensors, or raise the limit."
             )
-        seen = (compare(pending.numbers, sizes.numbers) for sizes, _ in reversed(variants))
+        seen = (compare(script.numbers, sizes.numbers) for sizes, _ in reversed(variants))
         sizes = next((each for each in seen if each is not None), Sizes(numbers=values))
         compiled = self._compile(pending, sizes, inputs, counts, mode, whole=whole)
         variants.append((sizes, compiled))
@@ -234,10 +398,7 @@ class CompiledPieces:
         whole: bool,
     ) -> CompiledPiece:
         """Compile a piece, for all the batches that ``sizes`` allow."""
-        for node in pending.graph.nodes:
-            frames = node.meta.pop("frames", None)
-            if frames is not None:
-                node.meta["stack_trace"] = "".join(f'  File "{f}", line {n}, in {c}\n' for f, n, c in frames)
+        script, (graph, of_graph) = pending.script, pending.ended(grad=torch.is_grad_enabled())
 
         def compiled(
             graph: fx.Graph, examples: Sequence[Any], twins: Mapping[fx.Node, fx.Node], mode: _torch.FakeTensorMode
@@ -245,8 +406,8 @@ class CompiledPieces:
             piece = Piece(
                 whole=whole,
                 counts=Counter(counts),
-                crossing={twins.get(node, node): crossing for node, crossing in pending.crossing.items()},
-                constants=frozenset(twins.get(node, node) for node in pending.constants),
+                crossing={twins[node]: crossing for node, crossing in script.crossing.items()},
+                constants=frozenset(twins[node] for node in script.constants),
             )
             with _torch.tracing_context(mode):
                 run = self._compile_piece(fx.GraphModule(nn.Module(), graph), examples, piece)
@@ -258,26 +419,14 @@ class CompiledPieces:
             warnings.filterwarnings("ignore", "The .grad attribute")  # torch looks at that of every input
             if sizes.varying:
                 try:
-                    graph, twins, examples, symbolic = generalized(pending.graph, pending.numbers, sizes, inputs)
-                    found = compiled(graph, examples, twins, symbolic)
+                    numbers = [number._replace(node=of_graph[number.node]) for number in script.numbers]
+                    any_size, twins, examples, symbolic = generalized(graph, numbers, sizes, inputs)
+                    found = compiled(
+                        any_size, examples, {n: twins[t] for n, t in of_graph.items() if t in twins}, symbolic
+                    )
                 except (RuntimeError, TypeError, AssertionError):  # torch says in many ways that a size must be known
                     sizes.varying = ()
                 else:
                     sizes.guard = _torch.size_guard(symbolic, examples)
                     return found
-            return compiled(pending.graph, inputs, {}, mode)
-
-
-def _frozen(value: Any, index: dict[fx.Node, int]) -> Any:
-    """Arguments of a node as hashable data, without their integers."""
-    if isinstance(value, fx.Node):
-        return ("node", index[value])
-    if isinstance(value, (tuple, list)):
-        return (type(value).__name__, *(_frozen(each, index) for each in value))
-    if isinstance(value, dict):
-        return tuple((key, _frozen(each, index)) for key, each in value.items())
-    if isinstance(value, slice):
-        return ("slice", *(_frozen(each, index) for each in (value.start, value.stop, value.step)))
-    if type(value) is int:
-        return int
-    return (type(value), repr(value) if isinstance(value, float) else value)
+            return compiled(graph, inputs, of_graph, mode)

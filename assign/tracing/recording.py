@@ -14,7 +14,7 @@ import operator
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from assign import _torch
 from assign.errors import TraceError
 from assign.tracing.deferred import Deferred, like, plain, tensors_in, unwrapped, with_tensors
 from assign.tracing.kept_state import kept_state
-from assign.tracing.pending import CompiledPieces, CompilePiece, Pending
+from assign.tracing.pending import Call, CompiledPiece, CompiledPieces, CompilePiece, Pending, Script, facts_of, frozen
 from assign.tracing.pieces import Crossing
 from assign.tracing.torch_functions import (
     DRAWING,
@@ -81,6 +81,8 @@ class Recorder:
         self.outside: dict[str, Outside] = {}
         self.pieces = 0
         self.compiled = CompiledPieces(compile_piece)
+        self.scripts: dict[int, Script] = {}
+        self.fake_mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
         self._seen: dict[tuple[str, int], Any] = {}
         self._varying: set[str] = set()
         self.applied: dict[Any, _torch.AppliedFunction] = {}
@@ -118,7 +120,7 @@ class _Recording(TorchFunctionMode):
         self.buffers = {id(b) for b in model.buffers()}
         self.code = UserCode(model)
         self.batch = {id(t) for t in tensors_in((args, kwargs)) if t.is_floating_point() or t.is_complex()}
-        self.fake_mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake_mode = recorder.fake_mode
         self.counts: Counter[str] = Counter()
         self.grad = torch.is_grad_enabled()
         self.reads: Counter[str] = Counter()
@@ -126,7 +128,7 @@ class _Recording(TorchFunctionMode):
         self.region = 0
         self.entered: dict[int, str] = {}
         self.fakes: dict[int, tuple[Tensor, Tensor]] = {}
-        self.pending = Pending(grad=self.grad)
+        self.pending = self._next_piece()
 
     def result(self) -> Any:
         """Run the step; deferred tensors in its result are replaced by real ones."""
@@ -261,6 +263,10 @@ class _Recording(TorchFunctionMode):
         elif _torch.is_inlined(func):
             with self:
                 return _torch.unchecked(func)(*args, **kwargs)
+        key, fresh = self._key(func, args, kwargs)
+        call = self.pending.next(key)
+        if call is not None:
+            return self._repeat(call, func, args, kwargs, fresh)
         fake_args, fake_kwargs = with_tensors(self._fake, (args, kwargs))
         try:
             with self.fake_mode:
@@ -269,34 +275,92 @@ class _Recording(TorchFunctionMode):
             return self._run_outside(func, args, kwargs)
         if func is not operator.setitem and not any(True for _ in tensors_in(made)):
             return made  # a fact about tensors, not a tensor
-        return self._write(func, args, kwargs, made)
+        return self._write(func, args, kwargs, made, key)
 
-    def _write(self, func: Any, args: Any, kwargs: Any, made: Any) -> Any:
+    def _key(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, dict[int, Tensor]]:
+        """What tells a call from others, and the real tensors that it is the first to read."""
+        pending, fresh, numbers = self.pending, dict[int, Tensor](), list[int]()
+        index = pending.script.index
+
+        def leaf(x: Any) -> Any:
+            if isinstance(x, Deferred) and x.computed is None:
+                return index[x.node]
+            tensor, crossing = self._behind(x)
+            if id(tensor) in pending.inputs:
+                return index[pending.inputs[id(tensor)][0]]
+            fresh.setdefault(id(tensor), x)
+            return list(fresh).index(id(tensor)), self._owner(tensor), crossing, facts_of(tensor)
+
+        said = frozen((args, kwargs), leaf, numbers)
+        modes = torch.is_grad_enabled(), _torch.autocast_modes()
+        return (func, self.code.module, self.region, said, numbers, modes), fresh
+
+    def _repeat(self, call: Call, func: Any, args: Any, kwargs: Any, fresh: dict[int, Tensor]) -> Any:
+        """What :meth:`_write` does, of a call that is in the script."""
+        pending = self.pending
+        for node, x in zip(call.inputs, fresh.values(), strict=True):
+            pending.hold_input(node, self._behind(x)[0])
+        given = list(tensors_in((args, kwargs))) if call.changed else []
+        pending.draws |= call.draws
+        self._note_changes([given[number] for number in call.changed], call.parametric, draws=call.draws)
+        if func is operator.setitem:
+            return None
+        owners = {id(self._node(x).meta["example_value"]): x for x in given}
+        script = pending.script
+        parts = iter(script.nodes[script.index[call.node] + 1 : call.end[0]])
+        return self._wrap(call.node, call.made, owners, call.parametric, lambda *_: next(parts))
+
+    def _write(self, func: Any, args: Any, kwargs: Any, made: Any, key: Any) -> Any:
         """A node for a function, and deferred tensors for its results."""
         pending, name = self.pending, getattr(func, "__name__", "")
+        pending.leave_script()
         pending.follow_modes()
-        owners = {id(self._fake(x)): x for x in tensors_in((args, kwargs))}
+        given = list(tensors_in((args, kwargs)))
+        owners = {id(self._fake(x)): x for x in given}
+        known = len(pending.inputs)
         node_args, node_kwargs = with_tensors(self._node, (args, kwargs))
+        inputs = [node for node, _ in list(pending.inputs.values())[known:]]
         node = self._add(func, node_args, node_kwargs)
         node.meta["example_value"] = made
         parametric = any(map(self._is_parametric, owners.values()))
         changed = [owners[id(x)] for x in tensors_in(made) if id(x) in owners]
         if func is operator.setitem:
             changed = [args[0]]
-        pending.draws |= name in DRAWING
-        pending.unrepeatable |= bool(changed) or name in DRAWING
+        self._note_changes(changed, parametric, draws=name in DRAWING)
+        result = self._wrap(node, made, owners, parametric, self._add_part)
+        places = tuple(next(place for place, x in enumerate(given) if x is each) for each in changed)
+        facts = {"changed": places, "parametric": parametric, "draws": name in DRAWING}
+        pending.note(key, node, made, inputs, **facts)
+        return result
+
+    def _note_changes(self, changed: Sequence[Tensor], parametric: bool, *, draws: bool) -> None:
+        """Note what an operator has changed in place, or may have."""
+        pending = self.pending
+        pending.draws |= draws
+        pending.unrepeatable |= bool(changed) or draws
         for x in changed:
             if isinstance(x, Deferred):
                 x.parametric |= parametric
                 self._check_shape(x)
             else:
                 pending.dirty.add(_torch.memory_of(x))
-        return self._wrap(node, made, owners, parametric)
 
     def _add(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
         return self.pending.add(func, args, kwargs, path=self.code.module, region=self.region, frames=frames())
 
-    def _wrap(self, node: fx.Node, made: Any, owners: dict[int, Tensor], parametric: bool) -> Any:
+    def _add_part(self, node: fx.Node, position: int, made: Any) -> fx.Node:
+        part = self._add(operator.getitem, (node, position), {})
+        part.meta["example_value"] = made
+        return part
+
+    def _wrap(
+        self,
+        node: fx.Node,
+        made: Any,
+        owners: dict[int, Tensor],
+        parametric: bool,
+        part: Callable[[fx.Node, int, Any], fx.Node],
+    ) -> Any:
         """Results of a node: tensors as deferred ones, each part of a tuple with a node of its own."""
         if isinstance(made, Tensor):
             return owners[id(made)] if id(made) in owners else self._deferred(node, made, parametric)
@@ -304,9 +368,7 @@ class _Recording(TorchFunctionMode):
             parts = []
             for position, each in enumerate(made):
                 if isinstance(each, (Tensor, tuple, list)):
-                    part = self._add(operator.getitem, (node, position), {})
-                    part.meta["example_value"] = each
-                    parts.append(self._wrap(part, each, owners, parametric))
+                    parts.append(self._wrap(part(node, position, each), each, owners, parametric, part))
                 else:
                     parts.append(each)
             return like(made, parts)
@@ -337,18 +399,25 @@ class _Recording(TorchFunctionMode):
     def _node(self, x: Tensor) -> fx.Node:
         """The node of a tensor in the pending piece: its operator's, or an input of the piece."""
         pending = self.pending
-        if isinstance(x, Deferred):
-            if x.computed is None:
-                return x.node
-            crossing, tensor = x.crossing, x.computed
-        else:
-            crossing, tensor = self._crossing(x), x
+        if isinstance(x, Deferred) and x.computed is None:
+            return x.node
+        tensor, crossing = self._behind(x)
         if id(tensor) not in pending.inputs:
-            named = id(tensor) in self.parameters or id(tensor) in self.buffers
-            owner = "batch" if id(tensor) in self.batch else id(tensor) if named else None
-            example = x.fake if isinstance(x, Deferred) else self._fake(x)
-            pending.add_input(tensor, example, owner=owner, crossing=crossing, grad=self.grad)
+            pending.add_input(tensor, self._fake(x), owner=self._owner(tensor), crossing=crossing)
         return pending.inputs[id(tensor)][0]
+
+    def _behind(self, x: Tensor) -> tuple[Tensor, Crossing | None]:
+        """The real tensor behind one that an earlier piece made, or itself, and what is known of it."""
+        if isinstance(x, Deferred):
+            assert x.computed is not None
+            return x.computed, x.crossing
+        return x, self._crossing(x)
+
+    def _owner(self, x: Tensor) -> Any:
+        """What tells an input of a piece from others: its identity, if it is the model's, or that of the batch."""
+        if id(x) in self.batch:
+            return "batch"
+        return id(x) if id(x) in self.parameters or id(x) in self.buffers else None
 
     def _crossing(self, x: Tensor) -> Crossing | None:
         """What is known of a real tensor that an earlier piece read, or an operator outside every piece made."""
@@ -384,7 +453,7 @@ class _Recording(TorchFunctionMode):
 
     @contextlib.contextmanager
     def _checkpointed(self) -> Iterator[None]:
-        before, self.region = self.region, self.region or self.pieces * 1000 + len(self.pending.index) + 1
+        before, self.region = self.region, self.region or self.pieces * 1000 + self.pending.size + 1
         try:
             yield
         finally:
@@ -442,25 +511,41 @@ class _Recording(TorchFunctionMode):
         """
         pending, alive = self.pending, self._results(returned)
         if not alive and not pending.dirty:
-            self.pending = Pending(grad=self.grad)
+            self.pending = self._next_piece()
             return
         if reason:
             self.recorder.reasons.setdefault(place(), reason)
-        self.pieces += 1
-        nodes = list(dict.fromkeys(x.node for x in alive))
-        pending.end(nodes, grad=self.grad)
         inputs = [tensor for _, tensor in pending.inputs.values()]
-        known: dict[str, Any] = {"context": self.recorder.step.training, "whole": self.recorder.whole, "place": place()}
         modes = torch.set_grad_enabled(self.grad), _torch.without_autocast(), _torch.as_if_compiling(False)
         with modes[0], modes[1], modes[2], _torch.plain_functions():
-            found = self.recorder.compiled.find(pending, self.counts, self.fake_mode, **known)
+            found, nodes = self._compiled(alive)
             results = dict(zip(nodes, found.run(*inputs), strict=True))
+        self.pieces += 1
         self.counts.update(found.counts - self.counts)
         self.entered |= {id(inputs[position]): key for position, key in found.entered.items()}
         positions = {node: position for position, node in enumerate(nodes)}
         for x in alive:
             x.computed, x.crossing = results[x.node], found.results[positions[x.node]]
-        self.pending = Pending(grad=self.grad)
+        self.pending = self._next_piece()
+
+    def _compiled(self, wanted: Sequence[Deferred]) -> tuple[CompiledPiece, list[fx.Node]]:
+        """The function of the pending piece, and the nodes that it computes: those of the tensors wanted."""
+        pending, recorder, context = self.pending, self.recorder, self.recorder.step.training
+        nodes = list(dict.fromkeys(x.node for x in wanted))
+        found = pending.ends_as_before(nodes, self.counts, context)
+        if found is None:
+            pending.leave_script()
+            nodes = list(dict.fromkeys(x.node for x in wanted))
+            pending.end(nodes)
+            known: dict[str, Any] = {"context": context, "whole": recorder.whole, "place": place()}
+            found = recorder.compiled.find(pending, self.counts, recorder.fake_mode, **known)
+            pending.script.compiled = pending.script.relevant(self.counts), context, found
+            recorder.scripts[self.pieces] = pending.script
+        return found, nodes
+
+    def _next_piece(self) -> Pending:
+        """A piece to be recorded, along the script of the step before."""
+        return Pending(script=self.recorder.scripts.get(self.pieces, Script()), grad=self.grad)
 
 
 class _WholeRecording(_Recording):
@@ -504,7 +589,7 @@ class _WholeRecording(_Recording):
         pending = self.pending
         if not isinstance(x, Deferred) and id(x) not in pending.inputs:
             return x
-        for node in pending.graph.nodes:
+        for node in pending.script.nodes:
             if node not in pending.values:
                 pending.values[node] = _run_node(node, pending.values)
         found: Tensor = pending.values[self._node(x)]
