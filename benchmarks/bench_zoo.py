@@ -5,16 +5,20 @@ buffers under a plan that keeps every tensor as it was loaded equal those of pla
 ``torch.compile(backend="aot_eager")`` where AOTAutograd itself sums in another order; under bf16 the gradient is no
 further from the plain one than twice autocast's.
 
-Method: each architecture of transformers that a tiny configuration builds (causal and masked language models,
-sequence-to-sequence, image classification), models of diffusers, LoRA by peft on bf16 bases; one process a model, one
-step from one seed each. Dropout is left as the configuration has it, so a bit-for-bit result includes its masks.
+Method: one model of each modelling file of transformers and of timm, with a tiny configuration, models of diffusers
+and torch_geometric, LoRA by peft on bf16 bases: those of ``benchmarks/zoo/names.txt``, with the model's own loss or
+else the mean square of its output; one process a model, one step from one seed each. Dropout is left as the
+configuration has it, so a bit-for-bit result includes its masks.
 
 Assumptions: eager backend, one thread. "not built" is a model whose own plain step fails with these sizes: it counts
 against the sizes here and is listed. A run that is stopped goes on with the models that its file does not have.
 
+Packages: ``pip install -e '.[bench]' torch_geometric``, and ``pip install --no-deps timm``: no torchvision is needed.
+
     python benchmarks/bench_zoo.py                        # all of it: hours
-    python benchmarks/bench_zoo.py --tasks peft diffusers
+    python benchmarks/bench_zoo.py --libraries peft diffusers
     python benchmarks/bench_zoo.py --every 5              # each fifth name
+    python benchmarks/zoo/build.py                        # the list again, for other versions of the libraries
 """
 
 import argparse
@@ -29,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import facts
-from benchmarks.zoo.build import TASKS, all_names
+from benchmarks.zoo.build import LIBRARIES, Name, names
 
 WORKER = Path(__file__).parent / "zoo" / "try_model.py"
 SECONDS = 300
@@ -40,10 +44,10 @@ def main() -> None:
     options = parse(sys.argv[1:])
     path = options.output or facts.default_path("zoo", "cpu")
     result = json.loads(path.read_text()) if path.exists() else {"facts": facts.gather("cpu", 1), "rows": []}
-    done = {(row["task"], row["name"]) for row in result["rows"]}
-    missing = [each for each in list(all_names(options.tasks))[:: options.every] if each not in done]
+    done = {Name(row["library"], row["file"], row["name"]) for row in result["rows"]}
+    missing = [each for each in names(options.libraries)[:: options.every] if each not in done]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(lambda each: run(*each), missing):
+        for row in pool.map(run, missing):
             result["rows"].append(row)
             path.write_text(json.dumps(result, indent=1) + "\n")
             print(line(row), flush=True)
@@ -52,46 +56,55 @@ def main() -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--every", type=int, default=1, help="of the names of a task, each so many-th")
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument("--every", type=int, default=1, help="of the names, each so many-th")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE_zoo_cpu_COMMIT.json")
     return parser.parse_args(arguments)
 
 
-def run(task: str, name: str) -> dict[str, Any]:
+def run(name: Name) -> dict[str, Any]:
     """The worker's row."""
-    command = [sys.executable, str(WORKER), task, name]
+    command = [sys.executable, str(WORKER), *name]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return {"task": task, "name": name, "result": "not ended", "reason": f"more than {SECONDS} s"}
+        return name._asdict() | {"result": "not ended", "reason": f"more than {SECONDS} s"}
     rows = [each for each in ended.stdout.splitlines() if each.startswith("RESULT ")]
     if rows:
         found: dict[str, Any] = json.loads(rows[-1].removeprefix("RESULT "))
         return found
-    return {"task": task, "name": name, "result": "crashed", "reason": ended.stderr[-300:]}
+    return name._asdict() | {"result": "crashed", "reason": ended.stderr[-300:]}
 
 
 def line(row: dict[str, Any]) -> str:
     facts_of = [f"{row['breaks']} breaks", f"{len(row['outside'])} outside"] if "breaks" in row else []
-    return "  ".join([f"{row['task']:10s} {row['name']:28s} {row['result']:10s}", *facts_of, row.get("reason", "")])
+    return "  ".join([f"{row['library']:15s} {row['name']:40s} {row['result']:10s}", *facts_of, row.get("reason", "")])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Counts by task and result."""
+    """Counts by library and result, then by reason."""
     results = sorted({row["result"] for row in rows}, key=lambda each: (each != "ok", each))
-    counts = Counter((row["task"], row["result"]) for row in rows)
-    lines = ["| task | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
+    counts = Counter((row["library"], row["result"]) for row in rows)
+    lines = ["| library | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
     lines += [
-        f"| {task} | " + " | ".join(str(counts[task, each]) for each in results) + " |"
-        for task in dict.fromkeys(row["task"] for row in rows)
+        f"| {library} | " + " | ".join(str(counts[library, each]) for each in results) + " |"
+        for library in dict.fromkeys(row["library"] for row in rows)
     ]
+    reasons = Counter((row["result"], kind_of(row)) for row in rows if row["result"] != "ok")
+    lines += ["", "| result | reason | models |", "|---|---|---|"]
+    lines += [f"| {result} | {reason} | {count} |" for (result, reason), count in reasons.most_common()]
     built = [row for row in rows if row["result"] != "not built"]
     good = sum(row["result"] == "ok" for row in built)
     exact = sum(bool(row.get("as loaded")) for row in built)
     lines.append(f"\n{good} of {len(built)} whose plain step works; {exact} bit for bit as loaded.")
     return "\n".join(lines)
+
+
+def kind_of(row: dict[str, Any]) -> str:
+    """The reason without the numbers and names of one model: the type of its error and the place it came from."""
+    reason = str(row.get("reason", ""))
+    return reason.split("): ")[0] + ")" if "): " in reason else reason[:80].replace("\n", " ")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One architecture under plans, in a process of its own: prints a line of JSON.
 
-python benchmarks/zoo/try_model.py causal gpt2
+python benchmarks/zoo/try_model.py transformers gpt2/modeling_gpt2 GPT2LMHeadModel
 """
 
 import copy
@@ -10,10 +10,12 @@ import random
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
@@ -24,26 +26,29 @@ import assign
 from assign.errors import AssignError
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.recipes import get_recipe, initial
-from benchmarks.zoo.build import build, loss
+from assign.plan.tensors import Role, TensorTable
+from benchmarks.zoo.build import Name, build
+
+Loss = Callable[[nn.Module, Any], torch.Tensor]
 
 AUTOCAST_FLOOR = 0.01
 """Relative gradient error below which a 16-bit plan is as good as any: two steps of bf16."""
 
 
 def main() -> None:
-    task, name = sys.argv[1:3]
+    name = Name(*sys.argv[1:4])
     torch.set_num_threads(1)
     torch._logging.set_logs(all=50)
     warnings.simplefilter("ignore")
-    row: dict[str, Any] = {"task": task, "name": name}
+    row: dict[str, Any] = name._asdict()
     try:
-        model, batch = build(task, name)
+        model, batch, loss = build(name)
         expected = run(copy.deepcopy(model), loss, batch)
     except Exception as error:
         row |= {"result": "not built", "reason": said(error)}
     else:
         try:
-            row |= examine(model, batch, expected)
+            row |= examine(model, batch, loss, expected)
         except AssignError as error:
             row |= {"result": "refused", "reason": said(error)}
         except Exception as error:
@@ -51,7 +56,7 @@ def main() -> None:
     print("RESULT " + json.dumps(row), flush=True)
 
 
-def examine(model: nn.Module, batch: Any, expected: Any) -> dict[str, Any]:
+def examine(model: nn.Module, batch: Any, loss: Loss, expected: Any) -> dict[str, Any]:
     """What came out under an all-fp32 plan, and under an all-bf16 one beside autocast."""
     state = {key: value.clone() for key, value in model.state_dict().items()}
     generator = torch.random.get_rng_state()
@@ -62,6 +67,7 @@ def examine(model: nn.Module, batch: Any, expected: Any) -> dict[str, Any]:
         "tensors": len(table.tensors),
         "breaks": len(table.breaks),
         "outside": list(table.outside),
+        "share inside": share_inside(table),
         "tracing changes nothing": kept,
     }
     high = Assignment(
@@ -69,7 +75,7 @@ def examine(model: nn.Module, batch: Any, expected: Any) -> dict[str, Any]:
         recipe="native",
         fingerprint=table.fingerprint,
     )
-    found = planned(model, batch, high)
+    found = planned(model, batch, loss, high)
     row["as loaded"] = "eager" if same(found, expected) else ""
     if not row["as loaded"]:
         torch._dynamo.reset()
@@ -78,8 +84,8 @@ def examine(model: nn.Module, batch: Any, expected: Any) -> dict[str, Any]:
         row["as loaded"] = "aot_eager" if same(found, reference) else ""
         row["gradient error"] = distance(found, expected)
     low = Assignment(entries=initial(table, get_recipe("bf16")), recipe="bf16", fingerprint=table.fingerprint)
-    row["bf16 error"] = distance(planned(model, batch, low), expected)
-    row["autocast error"] = distance(run(copy.deepcopy(model), autocast, batch), expected)
+    row["bf16 error"] = distance(planned(model, batch, loss, low), expected)
+    row["autocast error"] = distance(run(copy.deepcopy(model), autocast(loss), batch), expected)
     good = row["as loaded"] or row["gradient error"] < 1e-5
     near = row["bf16 error"] <= max(2 * row["autocast error"], AUTOCAST_FLOOR)
     row["result"] = "ok" if good and near and kept else "differs"
@@ -90,15 +96,29 @@ def examine(model: nn.Module, batch: Any, expected: Any) -> dict[str, Any]:
     return row
 
 
-def planned(model: nn.Module, batch: Any, plan: Assignment) -> Any:
+def share_inside(table: TensorTable) -> float:
+    """Of the elements that depend on a parameter: the share that operators in pieces make, which a plan covers."""
+    weights = {each.key for each in table.tensors if each.role is Role.WEIGHT}
+    for each in table.tensors:
+        if each.role is Role.ACTIVATION and weights.intersection(each.inputs):
+            weights.add(each.key)
+    inside = sum(each.elements for each in table.tensors if each.role is Role.ACTIVATION and each.key in weights)
+    outside = sum(int(each.rsplit(", ", 1)[1].split()[0].replace(",", "")) for each in table.outside)
+    return inside / (inside + outside) if inside + outside else 1.0
+
+
+def planned(model: nn.Module, batch: Any, loss: Loss, plan: Assignment) -> Any:
     copied = copy.deepcopy(model)
     step = assign.planned_step(copied, loss, plan, backend="eager")
     return run(copied, lambda _, each: step(each), batch)
 
 
-def autocast(model: nn.Module, batch: Any) -> torch.Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return loss(model, batch)
+def autocast(loss: Loss) -> Loss:
+    def under(model: nn.Module, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss(model, batch)
+
+    return under
 
 
 def run(model: nn.Module, step: Any, batch: Any) -> Any:
