@@ -23,7 +23,7 @@ Packages: ``pip install -e '.[bench]' torch_geometric``, and ``pip install --no-
 
 import argparse
 import json
-import subprocess
+import multiprocessing
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -34,9 +34,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import facts
 from benchmarks.zoo.build import LIBRARIES, Name, names
+from benchmarks.zoo.try_model import send_row
 
-WORKER = Path(__file__).parent / "zoo" / "try_model.py"
-SECONDS = 300
+_CONTEXT = multiprocessing.get_context("forkserver")  # its processes need not import the libraries again
+_CONTEXT.set_forkserver_preload(["transformers.modeling_utils", "peft", "benchmarks.zoo.try_model"])
+SECONDS = 600
 """After which a model counts as not ended."""
 
 
@@ -64,17 +66,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(name: Name) -> dict[str, Any]:
-    """The worker's row."""
-    command = [sys.executable, str(WORKER), *name]
+    """The row of a model, which a process of its own finds out."""
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=send_row, args=(sender, name))
+    process.start()
+    sender.close()
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
+        if receiver.poll(SECONDS):
+            found: dict[str, Any] = receiver.recv()
+            return found
         return name._asdict() | {"result": "not ended", "reason": f"more than {SECONDS} s"}
-    rows = [each for each in ended.stdout.splitlines() if each.startswith("RESULT ")]
-    if rows:
-        found: dict[str, Any] = json.loads(rows[-1].removeprefix("RESULT "))
-        return found
-    return name._asdict() | {"result": "crashed", "reason": ended.stderr[-300:]}
+    except EOFError:
+        process.join()
+        return name._asdict() | {"result": "crashed", "reason": f"exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
 def line(row: dict[str, Any]) -> str:
