@@ -1,5 +1,7 @@
 """Tensors whose values need more than a low format: masks, poles, losses, the user's own float32, compared copies."""
 
+import copy
+import math
 import re
 from pathlib import Path
 
@@ -218,6 +220,31 @@ def test_complex_values_leave_float32_alone():
     found = planned_step(model, square, plan, backend="eager")(x)
     found.backward()
     assert found.item() == pytest.approx(square(model, x).item(), rel=0.05)
+
+
+class Fourier(nn.Module):
+    """The embedding of a time by sines of many frequencies, which are learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.frequencies, self.head = nn.Parameter(torch.randn(8) * 16), nn.Linear(16, 2)
+
+    def forward(self, t):
+        angles = t[:, None] * self.frequencies * 2 * math.pi
+        return self.head(torch.cat([angles.sin(), angles.cos()], dim=-1))
+
+
+def test_what_leads_to_a_sine_stays_in_float32():
+    torch.manual_seed(0)
+    model, times = Fourier(), torch.linspace(1, 9, 6)
+    needed = needs(model, times)
+    weights = {row.key: row.need for row in traced(model, times, square).tensors if row.role == "weight"}
+    assert weights["frequencies"] is Need.FLOAT32
+    assert {"/input", "/mul", "/mul#2", "/mul#3"} <= {k for k, v in needed.items() if v is Need.FLOAT32}
+    assert "/cat" not in needed
+    plan = search(model, times, square, recipe="bf16", low_ratio=0.0)
+    found = planned_step(copy.deepcopy(model), square, plan, backend="eager")(times)
+    assert found.item() == pytest.approx(square(model, times).item(), rel=0.02)
 
 
 # ---- masks

@@ -389,6 +389,37 @@ def test_branches_that_vary_compile_each_part_a_few_times():
     assert plan.entries
 
 
+class Unread(nn.Module):
+    """Of the best values only the places are read, and one of two slices; all of them live on in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        y = self.first(x)
+        best, places = y.mean(0).topk(2)
+        unread, read = y[:3], y[3:]
+        if int(places[0]) > 100:
+            raise ValueError
+        return self.head(y * y[:, places].sum(1, keepdim=True) + read.sum()), best, unread
+
+
+def test_results_that_nothing_reads_have_their_names_in_every_piece():
+    torch.manual_seed(0)
+    model, batch = Unread(), vectors()
+
+    def loss(model, batch):
+        y, _, _ = model(batch[0])
+        return F.cross_entropy(y, batch[1])
+
+    table = traced(model, batch, loss)
+    assert {"/topk", "/slice", "/slice#2"} <= table.by_key.keys()
+    plain = copy.deepcopy(model)
+    step = assign.planned_step(model, loss, everything(table, "fp32"), backend="eager")
+    assert_same(run(model, step, batch), run(plain, lambda each: loss(plain, each), batch))
+
+
 class GivenAll(nn.Module):
     """A model whose random branches are all taken."""
 

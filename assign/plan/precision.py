@@ -88,6 +88,9 @@ SINGULAR: Mapping[str, tuple[int, ...]] = MappingProxyType(
 )
 """Operators with a pole, in value or derivative: positions of the operands that a format must not round to it."""
 
+PERIODIC = frozenset({"sin", "cos", "tan", "sinc", "polar"})
+"""Operators that repeat: few bits leave nothing of an argument beyond a few periods, as of a Fourier embedding."""
+
 SHIFTS = frozenset({"add", "sub", "rsub", "neg", "mul", "div", "abs", "clamp", "clamp_min", "clamp_max"})
 """Operators between a tensor and a pole: with scalars, they pass on how near to it the tensor comes."""
 

@@ -1,7 +1,8 @@
 """What the values of a step's tensors need, read off its graphs without computing anything.
 
 * *float32*: what stays there by default (:mod:`assign.plan.precision`); what the user's own code computes in float32;
-  and what leads to the pole of a logarithm, a root or a quotient: rounding ``1 - p + eps`` would lose all of it.
+  what leads to the pole of a logarithm, a root or a quotient: rounding ``1 - p + eps`` would lose all of it; and what
+  leads to a sine, whose argument must be right to a part of a period.
 * *high*: a constant like −1e9 or −inf masks some elements, so that one scale cannot serve the others.
 * *exact*, of saved copies: the backward pass compares the copy with another saved value, divides by it or takes its
   exponential.
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 from assign import _torch
 from assign.plan.lowering import MATRIX_PRODUCTS
-from assign.plan.precision import SHIFTS, SINGULAR, stays_float32
+from assign.plan.precision import MOVING, PERIODIC, SHIFTS, SINGULAR, stays_float32
 from assign.plan.tensors import SLICE, Need
 from assign.tracing.capture import Capture
 from assign.tracing.constants import WRITTEN, WRITTEN_BY_NAME, numbers_in
@@ -43,21 +44,23 @@ _CARRY_MASKS = MOVES | frozenset(
 
 def find_needs(capture: Capture, walked: Walk) -> dict[str, Need]:
     """What each activation of a captured graph needs, by key; those that need nothing are left out."""
-    masked, singular = _find_masked(capture, walked), _find_singular(walked)
+    masked, singular, angles = _find_masked(capture, walked), _find_singular(walked), _find_angles(walked)
     readers: dict[str, set[str]] = {}
     for site in walked.sites:
         for key in site.inputs:
             readers.setdefault(key, set()).add(site.op)
     found = {}
     for site in walked.sites:
-        if site.op == "parameter":
-            continue
         own = readers.get(site.key, set())
         is_product = not MATRIX_PRODUCTS.isdisjoint({site.op, *own})
         computed = site.op not in ("input", SLICE)
         poles = site.key in singular
         wide = poles or stays_float32(site.key, site.op, own) or _in_float32(site.node, walked)
-        if computed and not is_product and wide:
+        if site.key in angles and not is_product:
+            found[site.key] = Need.FLOAT32
+        elif site.op == "parameter":
+            continue
+        elif computed and not is_product and wide:
             found[site.key] = Need.FLOAT32
         elif poles or site.node in masked:
             found[site.key] = Need.HIGH
@@ -145,6 +148,19 @@ def _find_singular(walked: Walk) -> set[str]:
                 found.add(key)
                 site = by_key[key]
                 key = site.inputs[0] if site.op in SHIFTS and len(site.inputs) == 1 else None
+    return found
+
+
+def _find_angles(walked: Walk) -> set[str]:
+    """Keys of the arguments of periodic operators, and of what these are made of by sums and products of numbers."""
+    by_key = {site.key: site for site in walked.sites}
+    waiting = [key for site in walked.sites if site.op in PERIODIC for key in site.inputs]
+    found: set[str] = set()
+    while waiting:
+        key = waiting.pop()
+        if key not in found:
+            found.add(key)
+            waiting += by_key[key].inputs if by_key[key].op in SHIFTS | MOVING else ()
     return found
 
 

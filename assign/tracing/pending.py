@@ -130,6 +130,7 @@ class Pending:
         waiting: the deferred tensors that have a node here.
         memory: of its inputs; ``dirty``: of those that an operator has changed in place.
         values: of nodes that were computed beside the graph.
+        held: of a whole step, nodes whose tensors the user's code held where a piece would have ended.
         unrepeatable: an operator has changed something in place or drawn random numbers.
         grad: whether gradients are on behind the last node; ``autocast`` and ``entered``: the region, and its node.
     """
@@ -141,6 +142,7 @@ class Pending:
     memory: set[int] = field(default_factory=set)
     dirty: set[int] = field(default_factory=set)
     values: dict[fx.Node, Any] = field(default_factory=dict)
+    held: set[fx.Node] = field(default_factory=set)
     unrepeatable: bool = False
     draws: bool = False
     grad: bool = True
@@ -297,8 +299,9 @@ class Pending:
         if self.grad != grad:
             graph.call_function(_torch.SET_GRAD_MODE, (grad,))
         graph.output(tuple(twins[node] for node in script.results))
+        held = {twins[node] for node in self.held}
         for node in graph.find_nodes(op="call_function", target=operator.getitem):
-            if not node.users:  # a part of a result that nothing reads
+            if not node.users and node not in held:  # a part of a result that nothing reads
                 graph.erase_node(node)
         return graph, twins
 

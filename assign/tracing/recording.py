@@ -572,8 +572,9 @@ class _WholeRecording(_Recording):
         tensors = [
             x for x in tensors_in(values) if isinstance(x, Deferred) or _torch.memory_of(x) in self.pending.dirty
         ]
-        if any(isinstance(x, Tensor) and self._is_parametric(x) for x in tensors):
+        if any(map(self._is_parametric, tensors)):
             self.recorder.reasons.setdefault(place(), reason)
+            self.pending.held |= {x.node for x in self.pending.alive()}
         return with_tensors(self._computed, values)
 
     def _note_outside(self, outside: Outside, made: Sequence[Tensor]) -> None:
