@@ -29,12 +29,8 @@ from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
 )
 from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -44,13 +40,14 @@ from torch.fx.experimental.symbolic_shapes import (
     PendingUnbackedSymbolNotFound,
     ShapeEnv,
     StatelessSymbolicContext,
+    free_unbacked_symbols,
 )
 from torch.fx.graph import _BoxedCodeGen
 from torch.nn.utils import stateless
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["FakeTensor", "FakeTensorMode"]
+__all__ = ["FakeTensor", "FakeTensorMode", "PendingUnbackedSymbolNotFound"]
 
 Graphs = tuple[fx.GraphModule, fx.GraphModule]
 GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -58,7 +55,10 @@ GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 CaptureError = TorchDynamoException
 """What Dynamo raises when it cannot capture a function as one graph."""
 
-CAPTURE_FAILURES = (TorchDynamoException, GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
+VALUES_MISSING = (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
+"""What it raises where a size or a branch depends on values."""
+
+CAPTURE_FAILURES = (TorchDynamoException, *VALUES_MISSING)
 """Exceptions that Dynamo raises or passes on if it cannot capture a function as one graph."""
 
 GRAPH_BREAKS = (Unsupported, UserError, TorchRuntimeError)
@@ -74,6 +74,12 @@ CHECKPOINT_OP = torch.ops.higher_order.tag_activation_checkpoint
 def fake_value(node: fx.Node) -> Any:
     """Value without data that Dynamo attached to a node it captured, or None."""
     return node.meta.get("example_value")
+
+
+def has_sizes_from_data(graph: fx.GraphModule) -> bool:
+    """Whether the shape of a tensor in a captured graph depends on values, so that nobody knows it."""
+    values = (fake_value(node) for node in graph.graph.nodes)
+    return any(isinstance(value, torch.Tensor) and free_unbacked_symbols(value) for value in values)
 
 
 def joint_value(node: fx.Node) -> Any:
@@ -581,7 +587,13 @@ def is_foreign(target: Any) -> bool:
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold the data of ``tensor``: itself, or what a wrapper subclass keeps."""
+    """The tensors that hold the data of ``tensor``: itself, or what a wrapper subclass or a sparse tensor keeps."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -691,14 +703,6 @@ def fsdp_forward(module: nn.Module, function: Callable[..., Any], args: Any, kwa
 
 
 # ---- a step that is recorded in pieces
-
-NEEDS_DATA = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
-"""What an operator raises on tensors without data if its result needs the data."""
 
 Modes = tuple[Any, ...]
 ENTER_AUTOCAST, EXIT_AUTOCAST = autocast_mode._enter_autocast, autocast_mode._exit_autocast
@@ -865,7 +869,12 @@ def without_functions() -> contextlib.AbstractContextManager[Any]:
 def memory_of(x: torch.Tensor) -> int:
     """A number for the memory behind a tensor; the same for all views of it."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return id(x) if wrapped or x.layout != torch.strided else x.untyped_storage()._cdata
+    return id(x) if wrapped or not is_strided(x) else x.untyped_storage()._cdata
+
+
+def is_strided(x: torch.Tensor) -> bool:
+    """Whether a tensor has its elements in one memory, as no sparse one has."""
+    return x.layout == torch.strided and not x.is_nested
 
 
 def is_method(function: Any) -> bool:

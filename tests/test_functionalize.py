@@ -64,9 +64,42 @@ def transposed(x):
     return y.t().contiguous() + y.t().view(x.shape[1], -1)
 
 
+def without_grad(x):
+    """Writes under ``no_grad`` change values alone: the gradient passes as if nothing had been written."""
+    y = x * 1
+    column, rows = y[:, 0], y.t()[1]
+    with torch.no_grad():
+        y.clamp_(min=0.1)
+        y[1:].mul_(3)
+        rows.add_(1)
+        detached = y.clone().clamp_(max=1)
+    with torch.no_grad():
+        y += 0.5
+    return y * detached + column.sum() * rows.sum()
+
+
+def behind_the_back(x):
+    y = x * 2
+    y.detach().mul_(2)
+    with torch.no_grad():
+        y.detach()[0].add_(1)
+    return y * y
+
+
 @pytest.mark.parametrize(
     "function",
-    [view_of_view, stale_views, written_twice, masked, operators, functions, masks, transposed],
+    [
+        view_of_view,
+        stale_views,
+        written_twice,
+        masked,
+        operators,
+        functions,
+        masks,
+        transposed,
+        without_grad,
+        behind_the_back,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_same_values_and_gradients(function):

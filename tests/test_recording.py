@@ -609,3 +609,96 @@ class Sign(nn.Module):
     def forward(self, x):
         h = self.f(x)
         return h if h.sum() > 0 else -h
+
+
+class Graph(nn.Module):
+    """A layer on a graph whose adjacency matrix is sparse."""
+
+    def __init__(self, layout="coo"):
+        super().__init__()
+        self.layer, self.head = nn.Linear(16, 32), nn.Linear(32, 4)
+        adjacency = (torch.rand(16, 16) > 0.7).float()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of its compressed layouts
+            self.register_buffer("adjacency", adjacency.to_sparse() if layout == "coo" else adjacency.to_sparse_csr())
+
+    def forward(self, x):
+        return self.head(torch.sparse.mm(self.adjacency, self.layer(x)).relu())
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_sparse_tensors_are_multiplied_outside_the_plan(layout):
+    model, batch = Graph(layout), vectors()
+    table = traced(model, batch)
+    assert {"head/linear", "layer/linear"} <= table.by_key.keys()
+    assert "mm" in table.outside[0]
+    assert table.schedule.buffer_bytes > 0
+    expected = run(model, lambda each: class_loss(model, each), batch)
+    for format_name in ("fp32", "bf16"):
+        model.zero_grad()
+        step = assign.planned_step(model, class_loss, everything(table, format_name), backend="eager")
+        with pytest.warns(UserWarning, match=r"at .*test_recording.*runs outside the plan"):
+            found = run(model, step, batch)
+        if format_name == "fp32":
+            assert_same((*found[:2], []), (*expected[:2], []))
+        assert found[0].item() == pytest.approx(expected[0].item(), rel=0.02)  # a few bf16 ulps (2^-8) per tensor
+
+
+def selected(h):
+    return torch.masked_select(h, h[:, :1] > 0)
+
+
+def split(h):
+    return torch.tensor_split(h, torch.tensor([1, 3]))[1]
+
+
+def likely(h):
+    """A loss of torch's own that looks at its argument's values."""
+    return F.gaussian_nll_loss(h[:, 0], h[:, 1], h[:, 2].square(), eps=0.5)
+
+
+def correlated(h):
+    return torch.corrcoef(h.t())
+
+
+@pytest.mark.parametrize("function", [selected, split, likely, correlated], ids=lambda f: f.__name__)
+def test_operators_of_torch_that_look_at_values(function):
+    """An all-fp32 plan computes what plain PyTorch does. Only tensor_split and corrcoef cannot be captured at all."""
+    model, x = nn.Linear(16, 8), torch.randn(6, 16)
+
+    def loss(model, x):
+        return function(model(x)).square().sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = traced(model, x, loss)
+        planned = copy.deepcopy(model)
+        step = assign.planned_step(planned, loss, everything(table, "fp32"), backend="eager")
+        assert_same(run(planned, step, x), run(model, lambda each: loss(model, each), x))
+    assert bool(table.outside) == (function in (split, correlated))
+
+
+def test_parameters_that_only_an_operator_outside_reads():
+    """The table names none of the parameters, and the plan is the model's all the same."""
+
+    class Cloud(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.points = nn.Parameter(torch.randn(3, 8))
+
+        def forward(self, x):
+            return torch.corrcoef(self.points) * x
+
+    model, x = Cloud(), torch.randn(())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = traced(model, x, square_loss)
+        planned = copy.deepcopy(model)
+        step = assign.planned_step(planned, square_loss, everything(table, "fp32"), backend="eager")
+        assert_same(run(planned, step, x), run(model, lambda each: square_loss(model, each), x))
+
+
+def test_shapes_that_depend_on_values_need_values():
+    model, x = nn.Linear(4, 4, device="meta"), torch.randn(2, 4, device="meta")
+    with pytest.raises(TraceError, match=r"depends on values, and a model on the meta device has none"):
+        assign.trace(model, x, lambda m, x: torch.masked_select(m(x), m(x) > 0).sum())

@@ -289,7 +289,10 @@ def _graph_backend(plan: Assignment, backend: str) -> _torch.GraphBackend:
 
 
 def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
-    """Early, before anything is captured: every parameter of the model stands in the plan and the other way round."""
+    """Early, before anything is captured: every parameter of the model stands in the plan and the other way round.
+
+    A plan without any is for a model whose parameters are read outside every captured piece.
+    """
     names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
     planned = {
         key
@@ -299,7 +302,7 @@ def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
     planned -= {key for key in planned if buffer_of(key, plan.entries) and key not in names}
     unread = [name for name in names if name not in planned]
     gone = sorted(planned - set(names))
-    if gone or len(unread) == len(names) > 0:
+    if gone or (planned and len(unread) == len(names)):
         name = (gone or unread)[0]
         others = names if gone else planned
         near = nearest(name, others)

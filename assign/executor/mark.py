@@ -44,6 +44,7 @@ from assign.tracing.operators import (
     converts,
     dtype_of,
     floating_arguments,
+    is_complex,
     is_opaque,
     is_wide,
     operator_name,
@@ -69,6 +70,7 @@ class _Mark(torch.autograd.Function):
         stored: str,
         scale_tap: Tensor | None,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)  # where there is no gradient, there is none behind the mark either
         ctx.stored = stored
         ctx.backward_format = backward
         ctx.gradient_dtype = x.dtype if tap is None else tap.dtype
@@ -78,8 +80,10 @@ class _Mark(torch.autograd.Function):
         return _round(x, forward, dtype, (seed, streams[0]), saturate=True, visible=visible)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,), (seed,) = grads, ctx.saved_tensors
+        if grad is None:
+            return (None,) * 10
         rounded = _round(grad, ctx.backward_format, grad.dtype, (seed, ctx.stream), saturate=False)
         scale = None
         if ctx.stored:
@@ -268,7 +272,7 @@ class _Marker:
             if dtype is not None:  # else it stays as it is written
                 self.dtypes[node] = dtype
                 self._compute_in(graph, node, dtype)
-        elif _is_complex(self.walked.values.get(node)):  # there is none of 16 bit
+        elif is_complex(self.walked.values.get(node)):  # there is none of 16 bit
             self._lower(graph, node, None)
         elif node in self.walked.key_of or _is_tuple(self.walked.values.get(node)):
             self._follow(node)
@@ -391,10 +395,11 @@ class _Marker:
             arguments = (site.node, forward, backward, dtype, explicit)
             randomness = self._randomness(graph, site.key, (forward, backward))
             marked = graph.graph.call_function(mark_tensor, (*arguments, *randomness), tap)
-        if site.node.op == "placeholder" and before in self.layouts[graph.graph].without_grad:
+        neighbour = before if site.node.op == "placeholder" else site.after
+        if site.value.requires_grad and neighbour in self.layouts[graph.graph].without_grad:
             _torch.enable_grad_around(graph.graph, marked)
         _torch.label(marked, MARK + site.key)
-        _torch.stand_in_block_of(marked, before if site.node.op == "placeholder" else site.after)
+        _torch.stand_in_block_of(marked, neighbour)
         for user in readers:
             user.replace_input_with(site.node, marked)
         self.dtypes[marked] = dtype
@@ -510,10 +515,6 @@ def _name_of(dtype: torch.dtype) -> str:
 
 def _device_of(value: Any) -> torch.device | None:
     return value.device if isinstance(value, Tensor) else None
-
-
-def _is_complex(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_complex()
 
 
 def _is_tuple(value: Any) -> bool:

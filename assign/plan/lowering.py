@@ -42,7 +42,7 @@ SIXTEEN_BIT = MATRIX_PRODUCTS | frozenset(
         "hardtanh", "sigmoid", "tanh", "softplus", "softmax", "log_softmax", "glu",
         "threshold", "logsigmoid", "softsign",
         "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm",
-        "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+        "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d",
         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d",
         "max_pool2d_with_indices",
         "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout",

@@ -39,7 +39,8 @@ FLOAT32_RESULTS = LOSS_OPS | frozenset(
         "polar", "stft", "istft",
     }
 )  # fmt: skip
-"""Operators whose result stays in float32, by their names in a table; so do all of ``torch.linalg`` and ``torch.fft``.
+"""Operators whose result stays in float32, by their names in a table; so do all of ``torch.linalg``, ``torch.fft`` and
+``torch.special``.
 
 Source: autocast's float32 lists, of CUDA (``ATen/autocast_mode.h``) and of CPU, without those of ``IN_16_BIT``; the
 variances, gamma functions and determinants are ours.
@@ -107,4 +108,4 @@ def stays_float32(key: str, op: str, readers: Collection[str]) -> bool:
         return False
     if key.startswith("loss/"):
         return op not in MOVING and op not in IN_16_BIT
-    return op in FLOAT32_RESULTS or op.startswith(("linalg_", "fft_"))
+    return op in FLOAT32_RESULTS or op.startswith(("linalg_", "fft_", "special_"))

@@ -132,10 +132,15 @@ class CompiledStep:
                         self._check_recordable(error)
                         self._in_pieces = True
                 return self.recorder(*args, **kwargs)
-        except _torch.CaptureError as error:
+        except _torch.CAPTURE_FAILURES as error:
             inner = _torch.inner_exception(error)
             if isinstance(inner, AssignError):
                 raise inner from None
+            if isinstance(inner, _torch.VALUES_MISSING):
+                raise TraceError(
+                    "trace: the shape of a tensor, or a branch of the code, depends on values, and a model on the meta "
+                    "device has none.\n  Trace the model on a device with memory."
+                ) from error
             if isinstance(error, _torch.GRAPH_BREAKS):
                 raise _explain(error) from error
             if _OPERATOR in str(inner):
@@ -166,6 +171,8 @@ def compile_step(
     """
 
     def receive(graph: fx.GraphModule, inputs: Sequence[Any], piece: Piece | None = None) -> Callable[..., Any]:
+        if piece is None and _torch.has_sizes_from_data(graph):
+            raise _torch.PendingUnbackedSymbolNotFound("a shape depends on values")  # so it is recorded in pieces
         capture = _describe(model, graph, inputs, buffers, piece)
         with _torch.unrolled_lstm():
             return _widening(backend(capture), capture.widened)

@@ -151,16 +151,22 @@ def _inplace_flag(node: fx.Node) -> bool:
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node, aliases: Aliases) -> None:
-    """Replace one in-place node; every later reader of its storage reads the new tensor."""
+    """Replace one in-place node; every later reader of its storage reads the new tensor.
+
+    Under ``torch.no_grad``, the write changes the values alone: the gradient of the new tensor is the old one's.
+    """
     root = aliases.root[target]
+    hidden = aliases.values[root].requires_grad and node in _torch.nodes_without_grad(graph)
     family = [n for n in aliases.root if aliases.root[n] is root and isinstance(aliases.values[n], Tensor)]
     order = {n: i for i, n in enumerate(graph.nodes)}
     with graph.inserting_before(node):
-        updated = _out_of_place(graph, node) if target is root else None
+        updated = _out_of_place(graph, node) if target is root and not hidden else None
         if updated is None:
             updated = graph.call_method("clone", (root,))
             updated.meta = dict(node.meta)
             updated.meta["assign_op"] = node.target
+            if hidden:
+                _torch.enable_grad_around(graph, updated)
             view = _replay(graph, target, root, updated)
             _in_place_on(graph, node, target, view)
             barrier = node.prev
@@ -177,7 +183,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node, aliases: Aliases) 
         source = target if member is node else member
         if source not in replayed:
             with graph.inserting_before(node):
-                replayed[source] = _replay(graph, source, root, updated)
+                shows = hidden and aliases.values[source].requires_grad
+                replayed[source] = _replay(graph, source, root, updated, with_grad=shows)
         for user in later:
             user.replace_input_with(member, replayed[source])
     if not node.users:
@@ -226,14 +233,16 @@ def _in_place_on(graph: fx.Graph, node: fx.Node, target: fx.Node, view: fx.Node)
     written.meta["assign_in_place"] = True
 
 
-def _replay(graph: fx.Graph, member: fx.Node, root: fx.Node, updated: fx.Node) -> fx.Node:
+def _replay(graph: fx.Graph, member: fx.Node, root: fx.Node, updated: fx.Node, *, with_grad: bool = False) -> fx.Node:
     """The view ``member`` of ``root``, taken of ``updated`` instead."""
     if member is root:
         return updated
     sources = [n for n in member.all_input_nodes if not n.meta.get("assign_in_place")]
-    base = _replay(graph, sources[0], root, updated)
+    base = _replay(graph, sources[0], root, updated, with_grad=with_grad)
     new = graph.node_copy(member, lambda n: base if n is sources[0] else n)
     new.meta = dict(member.meta)
+    if with_grad:
+        _torch.enable_grad_around(graph, new)
     return new
 
 

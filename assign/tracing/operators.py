@@ -249,7 +249,7 @@ def is_wide(node: fx.Node, walked: Walk) -> bool:
     op = operator_name(node.meta.get("assign_op", node.target))
     if op in MATRIX_PRODUCTS:
         return False
-    if any(_is_complex(walked.values.get(argument)) for argument in node.all_input_nodes):
+    if any(is_complex(walked.values.get(argument)) for argument in node.all_input_nodes):
         return True
     return op in ARITHMETIC and any(abs(number) > LARGEST_FP16 for number in numbers_in((node.args, dict(node.kwargs))))
 
@@ -457,7 +457,10 @@ def _carries(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _is_complex(value: Any) -> bool:
+def is_complex(value: Any) -> bool:
+    """Whether a value is a complex tensor, or a tuple with one."""
+    if isinstance(value, (tuple, list)):
+        return any(map(is_complex, value))
     return isinstance(value, Tensor) and value.is_complex()
 
 

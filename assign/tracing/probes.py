@@ -29,12 +29,15 @@ def _(x: Tensor, key: str) -> Tensor:
 class _Probe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, key: str) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.key = key
         probed: Tensor = torch.ops.assign.probe(x, key)
         return probed
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        if grads[0] is None:
+            return None, None
         return torch.ops.assign.probe(grads[0], grad_key(ctx.key)), None
 
 
@@ -61,9 +64,10 @@ def _insert_probe(site: Site, layout: Layout, readers: Sequence[fx.Node]) -> Non
     graph, is_input = site.owner.graph, site.node.op == "placeholder"
     with graph.inserting_before(readers[0] if is_input else site.after.next):
         probed = graph.call_function(probe_tensor, (site.node, site.key))
-    if is_input and readers[0] in layout.without_grad:
+    neighbour = readers[0] if is_input else site.after
+    if site.value.requires_grad and neighbour in layout.without_grad:
         _torch.enable_grad_around(graph, probed)
     _torch.label(probed, MARK + site.key)
-    _torch.stand_in_block_of(probed, readers[0] if is_input else site.after)
+    _torch.stand_in_block_of(probed, neighbour)
     for reader in readers:
         reader.replace_input_with(site.node, probed)

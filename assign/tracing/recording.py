@@ -11,6 +11,7 @@ A value that depends on inputs only, and not on a parameter, is computed beside 
 
 import contextlib
 import operator
+import types
 import warnings
 import weakref
 from collections import Counter
@@ -260,9 +261,14 @@ class _Recording(TorchFunctionMode):
             func, args = operator.getitem, (args[0], self._indices(args[1]))
         elif name == "__setitem__":
             func, args = operator.setitem, (args[0], self._indices(args[1]), args[2])
-        elif _torch.is_inlined(func):
+        elif name == "masked_select" and len(args) == 2:
             with self:
-                return _torch.unchecked(func)(*args, **kwargs)
+                x, mask = torch.broadcast_tensors(*args)  # type: ignore[no-untyped-call]
+            func, args = operator.getitem, (x, self._indices(mask))
+        elif _torch.is_inlined(func):
+            return self._inlined(func, args, kwargs)
+        if not all(map(_torch.is_strided, tensors_in((args, kwargs)))):
+            return self._run_outside(func, args, kwargs, "reads a sparse tensor")
         key, fresh = self._key(func, args, kwargs)
         call = self.pending.next(key)
         if call is not None:
@@ -271,8 +277,12 @@ class _Recording(TorchFunctionMode):
         try:
             with self.fake_mode:
                 made = plain(func, fake_args, fake_kwargs)
-        except _torch.NEEDS_DATA:
-            return self._run_outside(func, args, kwargs)
+        except RuntimeError:  # it needs data; the user's own mistakes are raised by what runs instead
+            if isinstance(func, types.FunctionType):
+                return self._inlined(func, args, kwargs)
+            return self._run_outside(func, args, kwargs, "makes a shape that depends on data")
+        if not all(map(_torch.is_strided, tensors_in(made))):
+            return self._run_outside(func, args, kwargs, "makes a sparse tensor")
         if func is not operator.setitem and not any(True for _ in tensors_in(made)):
             return made  # a fact about tensors, not a tensor
         return self._write(func, args, kwargs, made, key)
@@ -309,6 +319,11 @@ class _Recording(TorchFunctionMode):
         script = pending.script
         parts = iter(script.nodes[script.index[call.node] + 1 : call.end[0]])
         return self._wrap(call.node, call.made, owners, call.parametric, lambda *_: next(parts))
+
+    def _inlined(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record what a Python function of torch's calls, not the function."""
+        with self:
+            return _torch.unchecked(func)(*args, **kwargs)
 
     def _write(self, func: Any, args: Any, kwargs: Any, made: Any, key: Any) -> Any:
         """A node for a function, and deferred tensors for its results."""
@@ -449,7 +464,9 @@ class _Recording(TorchFunctionMode):
         applied = self.recorder.applied.setdefault(function, _torch.AppliedFunction(function))
         hidden = any(isinstance(each, nn.Module) for each in pytree.tree_leaves((args, kwargs)))
         with _torch.without_functions():  # of a module, AOTAutograd would not see the parameters
-            return self._run_outside(applied, args, kwargs) if hidden else self.record(applied, args, kwargs)
+            if hidden:
+                return self._run_outside(applied, args, kwargs, "reads a module")
+            return self.record(applied, args, kwargs)
 
     @contextlib.contextmanager
     def _checkpointed(self) -> Iterator[None]:
@@ -459,10 +476,10 @@ class _Recording(TorchFunctionMode):
         finally:
             self.region = before
 
-    def _run_outside(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operator whose result has a shape that depends on data, on real tensors."""
+    def _run_outside(self, func: Any, args: Any, kwargs: Any, reason: str) -> Any:
+        """Run an operator that no graph can hold, on real tensors."""
         name, line = getattr(func, "__name__", str(func)), place()
-        real_args, real_kwargs = self._real((args, kwargs), f"{name} makes a shape that depends on data")
+        real_args, real_kwargs = self._real((args, kwargs), f"{name} {reason}")
         made = plain(func, real_args, real_kwargs)
         carrying = [x for x in tensors_in(made) if x.is_floating_point() or x.is_complex()]
         if carrying and self._leads_to_parameters((args, kwargs)):

@@ -26,7 +26,8 @@ _GEMM_DEPTH = 512  # of a block of its right operand, twice that in long sums
 
 def kernel_scratch(node: fx.Node) -> tuple[int, int]:
     """Bytes that the kernel of a traced float32 node needs for a moment: when run in float32, and in 16 bit."""
-    return scratch_of(node.target, [_torch.joint_value(n) for n in node.all_input_nodes], _torch.joint_value(node))
+    read = [_torch.joint_value(each) for each in node.args if isinstance(each, fx.Node)]  # one may be read twice
+    return scratch_of(node.target, read, _torch.joint_value(node))
 
 
 def scratch_of(operator: Any, inputs: Sequence[Any], result: Any) -> tuple[int, int]:
