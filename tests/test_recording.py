@@ -420,6 +420,27 @@ def test_results_that_nothing_reads_have_their_names_in_every_piece():
     assert_same(run(model, step, batch), run(plain, lambda each: loss(plain, each), batch))
 
 
+class Remade(nn.Module):
+    """A layer that makes another of its kind while it runs, with its own weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        other = nn.Linear(16, 16)
+        other.weight, other.bias = self.layer.weight, self.layer.bias
+        return self.head(other(x).tanh())
+
+
+def test_modules_may_be_made_while_the_code_runs():
+    torch.manual_seed(0)
+    model, batch = Remade(), vectors()
+    plain, loss = copy.deepcopy(model), broken(class_loss)
+    step = assign.planned_step(model, loss, everything(traced(model, batch, loss), "fp32"), backend="eager")
+    assert_same(run(model, step, batch), run(plain, lambda each: class_loss(plain, each), batch))
+
+
 class GivenAll(nn.Module):
     """A model whose random branches are all taken."""
 

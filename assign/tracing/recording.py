@@ -148,7 +148,8 @@ class _Recording(TorchFunctionMode):
         if name == "__get__":
             return self._attribute(func, args)
         tensors = list(tensors_in((args, kwargs)))
-        if name in METADATA or not tensors:
+        initializes = getattr(func, "__module__", "") == "torch.nn.init" and not any(map(_is_deferred, tensors))
+        if name in METADATA or not tensors or initializes:  # code may make modules while it runs
             self._keep_order(name)
             return plain(func, args, kwargs)
         if name in ON_VALUES:
@@ -616,6 +617,10 @@ class _WholeRecording(_Recording):
     def close(self, reason: str, returned: Sequence[Deferred] = ()) -> None:
         if not reason:
             super().close(reason, returned)
+
+
+def _is_deferred(x: Tensor) -> bool:
+    return isinstance(x, Deferred)
 
 
 def _run_node(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
