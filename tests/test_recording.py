@@ -420,6 +420,18 @@ def test_results_that_nothing_reads_have_their_names_in_every_piece():
     assert_same(run(model, step, batch), run(plain, lambda each: loss(plain, each), batch))
 
 
+def test_a_step_without_gradients_before_training_costs_no_gradient():
+    torch.manual_seed(0)
+    model, batch = MLP(), vectors()
+    plain, loss = copy.deepcopy(model), broken(class_loss)
+    step = assign.planned_step(model, loss, everything(traced(model, batch, loss), "fp32"), backend="eager")
+    with torch.no_grad():
+        assert torch.equal(step(batch), class_loss(plain, batch))
+    assert_same(run(model, step, batch), run(plain, lambda each: class_loss(plain, each), batch))
+    with torch.no_grad():
+        assert not step(batch).requires_grad
+
+
 class Remade(nn.Module):
     """A layer that makes another of its kind while it runs, with its own weights."""
 

@@ -268,7 +268,7 @@ class _Recording(TorchFunctionMode):
             func, args = operator.getitem, (x, self._indices(mask))
         elif _torch.is_inlined(func):
             return self._inlined(func, args, kwargs)
-        if not all(map(_torch.is_strided, tensors_in((args, kwargs)))):
+        if not all(_is_deferred(x) or _torch.is_strided(x) for x in tensors_in((args, kwargs))):
             return self._run_outside(func, args, kwargs, "reads a sparse tensor")
         key, fresh = self._key(func, args, kwargs)
         call = self.pending.next(key)
@@ -548,7 +548,7 @@ class _Recording(TorchFunctionMode):
 
     def _compiled(self, wanted: Sequence[Deferred]) -> tuple[CompiledPiece, list[fx.Node]]:
         """The function of the pending piece, and the nodes that it computes: those of the tensors wanted."""
-        pending, recorder, context = self.pending, self.recorder, self.recorder.step.training
+        pending, recorder, context = self.pending, self.recorder, (self.recorder.step.training, self.grad)
         nodes = list(dict.fromkeys(x.node for x in wanted))
         found = pending.ends_as_before(nodes, self.counts, context)
         if found is None:
