@@ -5,7 +5,9 @@ them is pure Python and never imports torch.
 
 ====================  ==========================================================================================
 ``tracing``           model + batch → **TensorTable**. ``capture``: model and loss as one graph (Dynamo), or as several
-                      ``pieces`` (``recording``), the model left as it was (``kept_state``); ``layout`` of a graph;
+                      ``pieces`` (``recording``), which hands out ``deferred`` tensors, treats some ``torch_functions``
+                      in ways of their own, knows the line of the ``user_code`` and keeps the ``pending`` piece,
+                      compiled for all ``sizes``; the model left as it was (``kept_state``); ``layout`` of a graph;
                       ``functionalize``: no in-place operators, so every value has one node; ``operators``: the walk
                       that names every tensor, for tracer and executor alike; ``probes`` at them; ``joint``,
                       ``workspace``, ``finiteness``: the backward pass, what kernels need, which tensors must not

@@ -2,8 +2,8 @@
 
 With torch 2.13 on CPU: 1,817 samples; 15 more whose plain step fails. Under an all-fp32 plan 1,795 equal plain PyTorch
 bit for bit, 20 ``aot_eager``, 2 neither; under an all-bf16 plan 1,810 are near. The other 9 have their reason in
-``benchmarks/opdb/exceptions.py``. Each of the 15 parts takes about a minute and a half of one core, all of them 20 to
-25 minutes.
+``benchmarks/opdb/exceptions.py``. Only ``pytest -m databases`` runs them: 15 parts, each about a minute and a half of
+one core.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from benchmarks.bench_opdb import PARTS, run
 from benchmarks.opdb.exceptions import is_good, reason
 
 
-@pytest.mark.slow
+@pytest.mark.databases
 @pytest.mark.parametrize(
     ("database", "part"), [(database, part) for database, parts in PARTS.items() for part in range(1, parts + 1)]
 )

@@ -90,12 +90,12 @@ class Script:
     modules: set[str] | None = None
 
     def count(self, node: fx.Node) -> None:
-        """Number a new node."""
+        """Give a new node its number."""
         self.index[node] = len(self.nodes)
         self.nodes.append(node)
 
     def relevant(self, counts: Counter[str]) -> tuple[tuple[str, int], ...]:
-        """Those of the modules that it calls."""
+        """The counts of operators in modules that this piece calls."""
         if self.modules is None:
             stacks = (node.meta.get("nn_module_stack", ("loss",)) for node in self.nodes if node.op != "placeholder")
             self.modules = {next(iter(stack)) for stack in stacks}
