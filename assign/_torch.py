@@ -845,6 +845,10 @@ def size_guard(mode: FakeTensorMode, examples: Sequence[Any]) -> SizeGuard | Non
     return None if code is None else lambda args: bool(env.evaluate_guards_expression(code, [args[i] for i in places]))
 
 
+RECOMPILE_LIMIT = "torch._dynamo.config.recompile_limit"
+"""Where a user sets :func:`recompile_limit`."""
+
+
 def recompile_limit() -> int:
     """How many times Dynamo compiles one piece of code before it gives up."""
     return int(dynamo_config.recompile_limit)

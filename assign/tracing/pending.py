@@ -381,7 +381,7 @@ class CompiledPieces:
             raise TraceError(
                 f"a step that is captured in several pieces has been compiled {len(variants)} times for the same "
                 f"operators with other sizes or other integers.\n  at: {place}\n"
-                f"  Allowed: {_torch.recompile_limit()} times (torch._dynamo.config.recompile_limit).\n"
+                f"  Allowed: {_torch.recompile_limit()} times ({_torch.RECOMPILE_LIMIT}).\n"
                 "  Pad the batches to a few sizes, keep numbers that change in tensors, or raise the limit."
             )
         seen = (compare(script.numbers, sizes.numbers) for sizes, _ in reversed(variants))
