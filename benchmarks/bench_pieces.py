@@ -94,7 +94,7 @@ def compare(model: nn.Module, batch: Any, loss: Step, turns: int) -> dict[str, A
         "said_bytes": said,
         "measured_bytes": measured,
         "peak ratio": said["fp32"] / measured["fp32"],
-        "losses": {name: training.losses[-1] for name, training in trainings.items()},
+        "losses": {name: training.losses[WARM_UP - 1] for name, training in trainings.items()},
     }
 
 
@@ -170,7 +170,8 @@ class Experts(nn.Module):
         for number, expert in enumerate(self.experts):
             (tokens,) = torch.where(chosen == number)
             if len(tokens):
-                found = found.index_add(0, tokens, expert(y[tokens]) * weights[tokens, None])
+                mine = expert(y[tokens]) * weights[tokens, None]
+                found = found.index_add(0, tokens, mine.to(found.dtype))
         return x + found.view(x.shape)
 
 
