@@ -46,7 +46,7 @@ def main() -> None:
     options = parse(sys.argv[1:])
     path = options.output or facts.default_path("zoo", "cpu")
     result = json.loads(path.read_text()) if path.exists() else {"facts": facts.gather("cpu", 1), "rows": []}
-    done = {Name(row["library"], row["file"], row["name"]) for row in result["rows"]}
+    done = {Name(row["package"], row["file"], row["name"]) for row in result["rows"]}
     missing = [each for each in names(options.libraries)[:: options.every] if each not in done]
     with ThreadPoolExecutor(options.jobs) as pool:
         for row in pool.map(run, missing):
@@ -86,17 +86,17 @@ def run(name: Name) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     facts_of = [f"{row['breaks']} breaks", f"{len(row['outside'])} outside"] if "breaks" in row else []
-    return "  ".join([f"{row['library']:15s} {row['name']:40s} {row['result']:10s}", *facts_of, row.get("reason", "")])
+    return "  ".join([f"{row['package']:15s} {row['name']:40s} {row['result']:10s}", *facts_of, row.get("reason", "")])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Counts by library and result, then by reason."""
     results = sorted({row["result"] for row in rows}, key=lambda each: (each != "ok", each))
-    counts = Counter((row["library"], row["result"]) for row in rows)
+    counts = Counter((row["package"], row["result"]) for row in rows)
     lines = ["| library | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
     lines += [
         f"| {library} | " + " | ".join(str(counts[library, each]) for each in results) + " |"
-        for library in dict.fromkeys(row["library"] for row in rows)
+        for library in dict.fromkeys(row["package"] for row in rows)
     ]
     reasons = Counter((row["result"], kind_of(row)) for row in rows if row["result"] != "ok")
     lines += ["", "| result | reason | models |", "|---|---|---|"]
@@ -109,7 +109,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def kind_of(row: dict[str, Any]) -> str:
-    """The reason without the numbers and names of one model: the type of its error and the place it came from."""
+    """The type of the error and the place where it was raised, without the numbers and names of one model."""
     reason = str(row.get("reason", ""))
     return reason.split("): ")[0] + ")" if "): " in reason else reason[:80].replace("\n", " ")
 

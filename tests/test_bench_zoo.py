@@ -36,9 +36,9 @@ def test_a_library_model_works_under_plans(library, name):
 def test_the_list_has_each_model_once_and_all_libraries():
     found = Counter(names(list(LIBRARIES)))
     assert max(found.values()) == 1
-    assert {each.library for each in found} == set(LIBRARIES)
-    assert sum(each.library == "transformers" for each in found) > 500
-    assert sum(each.library == "timm" for each in found) > 60
+    assert {each.package for each in found} == set(LIBRARIES)
+    assert sum(each.package == "transformers" for each in found) > 500
+    assert sum(each.package == "timm" for each in found) > 60
 
 
 def test_a_small_configuration_keeps_a_layer_of_each_kind_and_the_parts_of_parts():
@@ -59,7 +59,7 @@ def test_a_small_configuration_keeps_a_layer_of_each_kind_and_the_parts_of_parts
 
 def test_models_that_fail_in_one_place_are_one_reason():
     rows = [
-        {"library": "timm", "file": "a", "name": each, "result": "raw", "reason": f"ValueError (x.py:3): {each}"}
+        {"package": "timm", "file": "a", "name": each, "result": "raw", "reason": f"ValueError (x.py:3): {each}"}
         for each in ("one", "two")
     ]
     assert "| raw | ValueError (x.py:3) | 2 |" in bench_zoo.table(rows)

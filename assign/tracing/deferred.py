@@ -50,8 +50,10 @@ class Deferred(Tensor):
         args, kwargs = with_tensors(unwrapped, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    @classmethod  # torch declares it without ``func``
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it without ``func``
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """An operator that torch itself calls on a deferred tensor: recorded like any other."""
         recording = next(x.recording for x in tensors_in((args, kwargs or {})) if isinstance(x, Deferred))
         with _torch.without_functions():

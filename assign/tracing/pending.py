@@ -102,7 +102,11 @@ class Script:
         return tuple(sorted((stem, n) for stem, n in counts.items() if stem.rpartition("/")[0] in self.modules))
 
     def beginning(self, calls: int) -> tuple["Script", dict[fx.Node, fx.Node]]:
-        """A copy of its first calls, and which of its nodes stands for which."""
+        """Copy the first calls of the script.
+
+        Returns:
+            The new script, and a map from each copied node to its copy.
+        """
         nodes, signature, numbers = self.calls[calls - 1].end if calls else (0, 0, 0)
         result, twins = Script(), dict[fx.Node, fx.Node]()
         for node in self.nodes[:nodes]:

@@ -264,7 +264,7 @@ class _Recording(TorchFunctionMode):
             func, args = operator.setitem, (args[0], self._indices(args[1]), args[2])
         elif name == "masked_select" and len(args) == 2:
             with self:
-                x, mask = torch.broadcast_tensors(*args)  # type: ignore[no-untyped-call]
+                x, mask = torch.broadcast_tensors(*args)  # type: ignore[no-untyped-call]  # torch gives no types
             func, args = operator.getitem, (x, self._indices(mask))
         elif _torch.is_inlined(func):
             return self._inlined(func, args, kwargs)
@@ -312,7 +312,6 @@ class _Recording(TorchFunctionMode):
         for node, x in zip(call.inputs, fresh.values(), strict=True):
             pending.hold_input(node, self._behind(x)[0])
         given = list(tensors_in((args, kwargs))) if call.changed else []
-        pending.draws |= call.draws
         self._note_changes([given[number] for number in call.changed], call.parametric, draws=call.draws)
         if func is operator.setitem:
             return None
@@ -478,7 +477,7 @@ class _Recording(TorchFunctionMode):
             self.region = before
 
     def _run_outside(self, func: Any, args: Any, kwargs: Any, reason: str) -> Any:
-        """Run an operator that no graph can hold, on real tensors."""
+        """Run an operator on real tensors, outside every captured graph."""
         name, line = getattr(func, "__name__", str(func)), place()
         real_args, real_kwargs = self._real((args, kwargs), f"{name} {reason}")
         made = plain(func, real_args, real_kwargs)

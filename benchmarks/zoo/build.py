@@ -23,9 +23,9 @@ NAMES = Path(__file__).parent / "names.txt"
 
 
 class Name(NamedTuple):
-    """One model: its library, its modelling file there, and its class or its name."""
+    """One model: its package, its modelling file there, and its class or its name."""
 
-    library: str
+    package: str
     file: str
     name: str
 
@@ -33,12 +33,12 @@ class Name(NamedTuple):
 def names(libraries: list[str]) -> list[Name]:
     """The committed list, of these libraries."""
     rows = [Name(*line.split()) for line in NAMES.read_text().splitlines() if line and not line.startswith("#")]
-    return [row for row in rows if row.library in libraries]
+    return [row for row in rows if row.package in libraries]
 
 
 def build(row: Name) -> tuple[Any, Any, Any]:
     """A tiny model, a batch, and the loss as a function of the two."""
-    module = importlib.import_module(f"benchmarks.zoo.{LIBRARIES[row.library]}")
+    module = importlib.import_module(f"benchmarks.zoo.{LIBRARIES[row.package]}")
     own = getattr(module, "loss", None) or importlib.import_module("benchmarks.zoo.losses").loss
     return *module.build(row.file, row.name), own
 

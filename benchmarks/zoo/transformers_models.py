@@ -49,7 +49,7 @@ def _module(file: str) -> Any:
 
 
 def head(file: str) -> str:
-    """The class of a modelling file that is tried: by the auto-mappings, then one with labels, then any model.
+    """Choose the class to try in a modelling file: one of the auto-mappings, else one with labels, else any model.
 
     Returns:
         Its name; "-" of a file that needs a package which is not there, nothing of a file without a model.

@@ -112,7 +112,8 @@ def bf16_errors(
 ) -> tuple[float, float]:
     """The error of the gradient under a plan and that under autocast, medians over some weights near the model's.
 
-    Each against the same without rounding: dropout may draw other masks where AOTAutograd reorders operators.
+    Each error is measured against the same kind of step without rounding, because dropout draws other masks where
+    AOTAutograd reorders operators.
     """
     models = [copy.deepcopy(model) for _ in range(4)]
     planned_steps = [assign.planned_step(models[n], loss, p, backend="eager") for n, p in ((0, as_loaded), (1, plan))]
