@@ -3,7 +3,7 @@
 Claim: of the architectures whose plain step works, at least 97 % trace and train under a plan; loss, gradients and
 buffers under a plan that keeps every tensor as it was loaded equal those of plain PyTorch bit for bit, or those of
 ``torch.compile(backend="aot_eager")`` where AOTAutograd itself sums in another order; under bf16 the gradient is no
-further from the plain one than twice autocast's.
+further from the plain one than twice autocast's, and in 8 bits than as many times that as e5m2's step is wider.
 
 Method: one model of each modelling file of transformers and of timm, with a tiny configuration, models of diffusers
 and torch_geometric, LoRA by peft on bf16 bases: those of ``benchmarks/zoo/names.txt``, with the model's own loss or
@@ -26,7 +26,7 @@ import json
 import multiprocessing
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def main() -> None:
     done = {Name(row["package"], row["file"], row["name"]) for row in result["rows"]}
     missing = [each for each in names(options.libraries)[:: options.every] if each not in done]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(run, missing):
+        for ended in as_completed([pool.submit(run, each) for each in missing]):
+            row = ended.result()
             result["rows"].append(row)
             path.write_text(json.dumps(result, indent=1) + "\n")
             print(line(row), flush=True)

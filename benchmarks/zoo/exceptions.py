@@ -46,8 +46,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32,
     }},
     "zoedepth": {"bottleneck_features": 32, "fusion_hidden_size": 32},
-    "efficientnet": {"hidden_dim": 2560},
-    "align": {"vision_config": {"hidden_dim": 640}},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320},
+    "align": {
+        "projection_dim": 80,
+        "vision_config": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 80},
+    },
     "bridgetower": {"hidden_size": 128, "text_config": {"hidden_size": 128}, "vision_config": {"hidden_size": 128}},
     "moonshine_streaming": {"num_key_value_heads": 2},
     "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},

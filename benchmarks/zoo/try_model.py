@@ -9,6 +9,7 @@ import os
 import random
 import statistics
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from assign.errors import AssignError
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.recipes import get_recipe, initial
 from assign.plan.tensors import Role, TensorTable
+from assign.tasks.batch import tensors_in
+from assign.training.measuring import measure_peak
 from benchmarks.zoo.build import Name, build
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -36,6 +39,8 @@ Loss = Callable[[nn.Module, Any], torch.Tensor]
 SEEDS = 5
 AUTOCAST_FLOOR = 0.01
 """Relative gradient error below which a 16-bit plan is as good as any: two steps of bf16."""
+FP8_STEPS = 32
+"""A rounding step of e5m2, the narrowest format of an 8-bit plan, in steps of bf16."""
 
 
 def main() -> None:
@@ -53,6 +58,7 @@ def find_row(name: Name) -> dict[str, Any]:
     torch._logging.set_logs(all=50)
     warnings.simplefilter("ignore")
     row: dict[str, Any] = name._asdict()
+    start = time.perf_counter()
     try:
         model, batch, loss = build(name)
         expected = run(copy.deepcopy(model), loss, batch)
@@ -65,11 +71,11 @@ def find_row(name: Name) -> dict[str, Any]:
             row |= {"result": "refused", "reason": said(error)}
         except Exception as error:
             row |= {"result": "raw", "reason": said(error)}
-    return row
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def examine(model: nn.Module, batch: Any, loss: Loss, expected: Any) -> dict[str, Any]:
-    """What came out under an all-fp32 plan, and under an all-bf16 one beside autocast."""
+    """What came out under a plan that keeps what was loaded, and under plans of 16 and 8 bits beside autocast."""
     state = {key: value.clone() for key, value in model.state_dict().items()}
     generator = torch.random.get_rng_state()
     table = assign.trace(model, batch, loss)
@@ -95,43 +101,72 @@ def examine(model: nn.Module, batch: Any, loss: Loss, expected: Any) -> dict[str
         reference = run(compiled, torch.compile(loss, backend="aot_eager"), batch)
         row["as loaded"] = "aot_eager" if same(found, reference) else ""
         row["gradient error"] = distance(found, expected)
-    low = Assignment(entries=initial(table, get_recipe("bf16")), recipe="bf16", fingerprint=table.fingerprint)
-    row["bf16 error"], row["autocast error"] = bf16_errors(model, batch, loss, low, high)
-    good = row["as loaded"] or row["gradient error"] < 1e-5
-    near = row["bf16 error"] <= max(2 * row["autocast error"], AUTOCAST_FLOOR)
-    row["result"] = "ok" if good and near and kept else "differs"
+    plans = {"as loaded": high}
+    for title, recipe, groups in (
+        ("bf16", "bf16", frozenset[int]()),
+        ("fp8", "native", frozenset(each.group for each in table.paper_tensors)),
+    ):
+        entries = initial(table, get_recipe(recipe), groups)
+        plans[title] = Assignment(entries=entries, recipe=recipe, fingerprint=table.fingerprint)
+    found_errors, measured = errors(model, batch, loss, plans)
+    row |= {f"{title} error": found for title, found in found_errors.items()}
+    row["peaks"] = {
+        title: {"said": assign.estimate(table, plan).peak_bytes, "measured": measured[title]}
+        for title, plan in plans.items()
+    }
+    bound = max(2 * row["autocast error"], AUTOCAST_FLOOR)
+    wrong = {
+        "tracing changed the model": not kept,
+        "under the plan as loaded": not row["as loaded"] and row["gradient error"] >= 1e-5,
+        "under bf16": not row["bf16 error"] <= bound,
+        "under fp8": not row["fp8 error"] <= FP8_STEPS * bound,
+    }
+    row["result"] = "differs" if any(wrong.values()) else "ok"
     if row["result"] == "differs":
-        row["reason"] = (
-            "under the plan as loaded" if not good else "under bf16" if not near else "tracing changed the model"
-        )
+        row["reason"] = ", ".join(where for where, is_wrong in wrong.items() if is_wrong)
     return row
 
 
-def bf16_errors(
-    model: nn.Module, batch: Any, loss: Loss, plan: Assignment, as_loaded: Assignment
-) -> tuple[float, float]:
-    """The error of the gradient under a plan and that under autocast, medians over some weights near the model's.
+def errors(
+    model: nn.Module, batch: Any, loss: Loss, plans: dict[str, Assignment]
+) -> tuple[dict[str, float], dict[str, int]]:
+    """The error of the gradient under autocast and under each plan, medians over some weights near the model's.
 
     Each error is measured against the same kind of step without rounding, because dropout draws other masks where
     AOTAutograd reorders operators.
+
+    Args:
+        plans: by title; that of ``"as loaded"`` rounds nothing.
+    Returns:
+        The errors by title, and the bytes at the worst moment of a forward and backward pass under each plan.
     """
-    models = [copy.deepcopy(model) for _ in range(4)]
-    planned_steps = [assign.planned_step(models[n], loss, p, backend="eager") for n, p in ((0, as_loaded), (1, plan))]
-    steps = (lambda _, each: planned_steps[0](each), lambda _, each: planned_steps[1](each), loss, autocast(loss))
+    models = {title: copy.deepcopy(model) for title in ("plain", "autocast", *plans)}
+    steps: dict[str, Any] = {"plain": loss, "autocast": autocast(loss)}
+    for title, plan in plans.items():
+        step = assign.planned_step(models[title], loss, plan, backend="eager")
+        steps[title] = lambda _, batch, step=step: step(batch)
     state = copy.deepcopy(model.state_dict())
-    errors = []
+    found_errors: dict[str, list[float]] = {title: [] for title in ("autocast", *plans) if title != "as loaded"}
     for seed in range(SEEDS):
-        found = []
-        for each, how in zip(models, steps, strict=True):
+        found = {}
+        for title, each in models.items():
             each.load_state_dict(state)
             each.zero_grad()
             generator = torch.Generator().manual_seed(seed)
             for parameter in each.parameters():
                 if parameter.is_floating_point():
                     parameter.data.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
-            found.append(run(each, how, batch))
-        errors.append([distance(found[1], found[0]), distance(found[3], found[2])])
-    return statistics.median(one for one, _ in errors), statistics.median(other for _, other in errors)
+            found[title] = run(each, steps[title], batch)
+        for title, those in found_errors.items():
+            those.append(distance(found[title], found["plain" if title == "autocast" else "as loaded"]))
+    del found
+    measured = {}
+    for title in plans:
+        each = models[title]
+        each.zero_grad()
+        resident = [*each.parameters(), *each.buffers(), *tensors_in(batch)]
+        measured[title] = measure_peak(lambda each=each, step=steps[title]: step(each, batch).backward(), resident)
+    return {title: statistics.median(those) for title, those in found_errors.items()}, measured
 
 
 def share_inside(table: TensorTable) -> float:
