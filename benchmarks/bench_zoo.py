@@ -10,6 +10,9 @@ and torch_geometric, LoRA by peft on bf16 bases: those of ``benchmarks/zoo/names
 else the mean square of its output; one process a model, one step from one seed each. Dropout is left as the
 configuration has it, so a bit-for-bit result includes its masks.
 
+Compiled: twenty models drawn by a fixed seed, half of them in several pieces. The error of a step under the plan as
+loaded is at most twice that of ``torch.compile``, both against the eager step; the rest as above.
+
 Assumptions: eager backend, one thread. "not built" is a model whose own plain step fails with these sizes: it counts
 against the sizes here and is listed. A run that is stopped goes on with the models that its file does not have.
 
@@ -18,12 +21,14 @@ Packages: ``pip install -e '.[bench]' torch_geometric``, and ``pip install --no-
     python benchmarks/bench_zoo.py                        # all of it: hours
     python benchmarks/bench_zoo.py --libraries peft diffusers
     python benchmarks/bench_zoo.py --every 5              # each fifth name
+    python benchmarks/bench_zoo.py --compiled RESULT.json # twenty models of a result with the compiled backend
     python benchmarks/zoo/build.py                        # the list again, for other versions of the libraries
 """
 
 import argparse
 import json
 import multiprocessing
+import random
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -40,16 +45,20 @@ _CONTEXT = multiprocessing.get_context("forkserver")  # its processes need not i
 _CONTEXT.set_forkserver_preload(["transformers.modeling_utils", "peft", "benchmarks.zoo.try_model"])
 SECONDS = 600
 """After which a model counts as not ended."""
+DRAWN = 20
+"""Models that are tried compiled."""
 
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    path = options.output or facts.default_path("zoo", "cpu")
+    backend = "inductor" if options.compiled else "eager"
+    path = options.output or facts.default_path("zoo-compiled" if options.compiled else "zoo", "cpu")
     result = json.loads(path.read_text()) if path.exists() else {"facts": facts.gather("cpu", 1), "rows": []}
     done = {Name(row["package"], row["file"], row["name"]) for row in result["rows"]}
-    missing = [each for each in names(options.libraries)[:: options.every] if each not in done]
+    wanted = draw(options.compiled) if options.compiled else names(options.libraries)[:: options.every]
+    missing = [each for each in wanted if each not in done]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for ended in as_completed([pool.submit(run, each) for each in missing]):
+        for ended in as_completed([pool.submit(run, each, backend) for each in missing]):
             row = ended.result()
             result["rows"].append(row)
             path.write_text(json.dumps(result, indent=1) + "\n")
@@ -61,15 +70,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
     parser.add_argument("--every", type=int, default=1, help="of the names, each so many-th")
+    parser.add_argument("--compiled", type=Path, metavar="RESULT", help="instead, compiled: some models of this result")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE_zoo_cpu_COMMIT.json")
     return parser.parse_args(arguments)
 
 
-def run(name: Name) -> dict[str, Any]:
+def draw(result: Path) -> list[Name]:
+    """Models that work, by a fixed seed: as many in several pieces as in one."""
+    rows = [row for row in json.loads(result.read_text())["rows"] if row["result"] == "ok"]
+    rows.sort(key=lambda row: (row["package"], row["file"], row["name"]))
+    kinds = [[row for row in rows if bool(row["breaks"]) is several] for several in (True, False)]
+    chosen = [row for kind in kinds for row in random.Random(0).sample(kind, DRAWN // 2)]
+    return [Name(row["package"], row["file"], row["name"]) for row in chosen]
+
+
+def run(name: Name, backend: str) -> dict[str, Any]:
     """The row of a model, which a process of its own finds out."""
     receiver, sender = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=send_row, args=(sender, name))
+    process = _CONTEXT.Process(target=send_row, args=(sender, name, backend))
     process.start()
     sender.close()
     try:
