@@ -12,8 +12,8 @@ them is pure Python and never imports torch.
                       that names every tensor, for tracer and executor alike; ``probes`` at them; ``joint``,
                       ``workspace``, ``finiteness``: the backward pass, what kernels need, which tensors must not
                       be narrowed; ``needs``, ``constants``: what a tensor's values need; ``optimizer_states``, read
-                      off a step; ``allocations``: bytes counted without data; ``loaded``: the dtypes in which a
-                      model was loaded; ``tracer``: all of it
+                      off a step; ``allocations``: bytes counted without data; ``measuring``: bytes that code
+                      really holds; ``loaded``: the dtypes in which a model was loaded; ``tracer``: all of it
 ``plan``              pure Python. ``tensors``: TensorTable, the first waist: rows by key, groups, the schedule of the
                       step; ``formats`` as rows of data; ``recipes``: candidates per role; ``precision``:
                       operators in float32; ``groups``: shared decisions; ``lowering``, ``lowered``: in which dtype an
@@ -43,7 +43,7 @@ them is pure Python and never imports torch.
 ``several``           several processes: DDP and FSDP2 around a planned model
 ``tasks``             what is trained: built-in, from a user's file
 ``training``          ``loop``: seeds, loss scaling, promotion; ``history``: what its steps and epochs came to;
-                      ``measuring``: its peak; ``checkpoints``: their file; ``weights``: those of another training;
+                      ``checkpoints``: their file; ``weights``: those of another training;
                       ``audit``: what 16 bits would lose, said before; ``certificate``: predictions that a plan
                       cannot change; ``comparing``: several plans on one task, run by run; ``comparison``: what they
                       came to, and its file; ``tuning``: search by training, an Optuna study; ``trials``: what it

@@ -6,6 +6,7 @@ Written against torch 2.11 to 2.13.
 import contextlib
 import functools
 import logging
+import operator
 import os
 import types
 from collections import OrderedDict
@@ -45,9 +46,11 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.fx.graph import _BoxedCodeGen
 from torch.nn.utils import stateless
 from torch.utils import checkpoint as torch_checkpoint
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
-__all__ = ["FakeTensor", "FakeTensorMode", "PendingUnbackedSymbolNotFound"]
+__all__ = ["DispatchKeySet", "FakeTensor", "FakeTensorMode", "PendingUnbackedSymbolNotFound"]
+
+DispatchKeySet = torch._C.DispatchKeySet
 
 Graphs = tuple[fx.GraphModule, fx.GraphModule]
 GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -91,6 +94,24 @@ def without_data(values: Iterable[Any]) -> contextlib.AbstractContextManager[Any
     """Within the context, what is made has no data, where ``values``, a graph's, have none."""
     found = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     return contextlib.nullcontext() if found is None else found
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Within the context, operators run on data and nobody looks on."""
+    with _disable_current_modes(), torch.no_grad():
+        yield
+
+
+def is_profiled() -> bool:
+    """Whether a profiler is running, of which there is one at a time."""
+    profiled: Any = torch.autograd
+    return bool(profiled._profiler_enabled())
+
+
+def has_fp16_convolution() -> bool:
+    """Whether this CPU multiplies fp16 by itself, so that oneDNN convolves it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def is_backward(node: fx.Node) -> bool:
@@ -243,8 +264,22 @@ def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 
 
 def _split(joint: fx.GraphModule, inputs: Any, kwargs: dict[str, Any]) -> Graphs:
+    _read_dead_results(joint.graph)
     allowed = ("num_fwd_outputs", "static_lifetime_input_indices", "static_lifetime_input_nodes")
     return default_partition(joint, inputs, **{name: kwargs[name] for name in allowed if name in kwargs})
+
+
+def _read_dead_results(graph: fx.Graph) -> None:
+    """Let something read each operator with several results that nothing reads.
+
+    One that draws random numbers stays in the graph, if torch is told to draw them as in eager mode, and the
+    partitioner takes such an operator only by its parts.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_function" and not node.users and isinstance(joint_value(node), (tuple, list)):
+            with graph.inserting_after(node):
+                part = graph.call_function(operator.getitem, (node, 0))
+            part.meta.update(node.meta, val=joint_value(node)[0])
 
 
 def _split_minimally(joint: fx.GraphModule, inputs: Any, kwargs: dict[str, Any]) -> Graphs:
@@ -863,6 +898,11 @@ def wrapper_like(kind: type[torch.Tensor], example: torch.Tensor) -> Any:
 def without_subclasses() -> contextlib.AbstractContextManager[Any]:
     """Within the context, torch functions take tensors of every class as plain ones."""
     return cast(contextlib.AbstractContextManager[Any], torch._C.DisableTorchFunctionSubclass())
+
+
+def is_plain() -> bool:
+    """Whether torch functions are called within :func:`without_subclasses`."""
+    return not torch._C._is_torch_function_enabled()
 
 
 def without_functions() -> contextlib.AbstractContextManager[Any]:

@@ -35,7 +35,7 @@ import assign
 from assign.plan.assignment import Assignment
 from assign.planning import search_table
 from assign.tasks.models import GPT
-from assign.training.measuring import measure_peak
+from assign.tracing.measuring import measure_peak
 from benchmarks import facts
 
 Step = Callable[[nn.Module, Any], Tensor]

@@ -5,8 +5,8 @@ from models import class_loss
 
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.recipes import get_recipe, initial
+from assign.tracing.measuring import measure_peak
 from assign.tracing.tracer import trace
-from assign.training.measuring import measure_peak
 
 
 def sgd(parameters):

@@ -15,7 +15,7 @@ from assign.plan.formats import ITEM_BYTES
 from assign.plan.memory import Replay
 from assign.plan.stored import resident
 from assign.strategies import STRATEGIES
-from assign.tasks.batch import count_bytes
+from assign.tracing.measuring import count_bytes
 
 B = torch.bfloat16
 

@@ -373,3 +373,17 @@ def _measured_saved(model, batch, plan, backend):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         forward_only()
     return sum(_torch.memory_changes(profiler))
+
+
+def test_a_parameter_that_the_loss_does_not_use_has_neither_a_gradient_nor_states():
+    torch.manual_seed(0)
+    model = MLP()
+    model.pooler = torch.nn.Linear(64, 256)
+    batch = vectors()
+    table = traced(model, batch, optimizer=adamw)
+    plan = everything(table, "fp32")
+    used = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("pooler"))
+    assert table.schedule.gradient_bytes == used
+    assert table.schedule.optimizer_bytes == 2 * used
+    step, optimizer = planned_step(model, class_loss, plan, backend="eager"), adamw(model.parameters())
+    assert peak_bytes(table, plan.entries) == pytest.approx(measured_peak(model, batch, step, optimizer), rel=0.02)

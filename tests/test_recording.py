@@ -735,3 +735,83 @@ def test_shapes_that_depend_on_values_need_values():
     model, x = nn.Linear(4, 4, device="meta"), torch.randn(2, 4, device="meta")
     with pytest.raises(TraceError, match=r"depends on values, and a model on the meta device has none"):
         assign.trace(model, x, lambda m, x: torch.masked_select(m(x), m(x) > 0).sum())
+
+
+@torch.library.custom_op("assign_tests::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """A user's own operator with a backward pass."""
+    return x * 2
+
+
+@doubled.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+doubled.register_autograd(lambda ctx, gradient: gradient * 2)
+
+
+def equals_plain(model, loss, batch, *, pieces):
+    """Check a step under a plan that rounds nothing against the plain one."""
+    table = traced(model, batch, loss)
+    assert len(table.breaks) == pieces - 1
+    assert not table.outside
+    planned = copy.deepcopy(model)
+    found = run(planned, assign.planned_step(planned, loss, everything(table, "fp32"), backend="eager"), batch)
+    expected = run(model, lambda each: loss(model, each), batch)
+    assert torch.equal(found[0], expected[0])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+    return table
+
+
+def test_a_users_own_operator_keeps_its_name_in_several_pieces():
+    def loss(model, x):
+        return (torch.ops.assign_tests.doubled(model(x)) + doubled(model(x))).square().mean()
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    table = equals_plain(model, broken(loss), x, pieces=1)
+    assert {info.key for info in table.tensors} == {info.key for info in traced(model, x, loss).tensors}
+    assert {"loss/doubled", "loss/doubled.default"} <= table.by_key.keys()
+
+
+def test_sizes_may_be_numbers_in_tensors():
+    """As code computes them that rounds lengths with torch's functions."""
+
+    def loss(model, x):
+        hidden = model(x)
+        rows = torch.div(torch.tensor(len(hidden)), 2, rounding_mode="trunc")
+        torch._dynamo.graph_break()
+        pairs = hidden.view(rows, 2, 3)
+        space = hidden.new_zeros((rows, 2, 4))
+        space[:, :, 1:] = pairs
+        return space.square().mean()
+
+    torch.manual_seed(0)
+    equals_plain(nn.Linear(4, 3), loss, torch.randn(6, 4), pieces=1)
+
+
+def test_a_tensor_that_the_code_writes_results_into_requires_a_gradient():
+    def loss(model, x):
+        torch._dynamo.graph_break()
+        collected = torch.zeros(2, 6, 3)
+        assert not collected.requires_grad
+        for row in range(2):
+            collected[row] = model(x) * (row + 1)
+        assert collected.requires_grad
+        assert not collected.is_leaf
+        return collected.square().mean()
+
+    torch.manual_seed(0)
+    equals_plain(nn.Linear(4, 3), loss, torch.randn(6, 4), pieces=1)
+
+
+def test_random_results_that_nothing_reads_are_drawn_if_torch_is_told_to_draw_as_in_eager_mode():
+    def loss(model, x):
+        hidden = model(x)
+        F.dropout(hidden, 0.5)
+        return F.dropout(hidden, 0.5).square().mean()
+
+    torch.manual_seed(0)
+    with torch._inductor.config.patch(fallback_random=True):
+        equals_plain(nn.Linear(4, 3), loss, torch.randn(6, 4), pieces=1)

@@ -20,10 +20,10 @@ from assign.plan.recipes import get_recipe, initial
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table
 from assign.tasks import Task, load_task
+from assign.tracing.measuring import measure_peak
 from assign.tracing.tracer import trace
 from assign.training.history import TrainResult
 from assign.training.loop import INITIAL_SCALE, Progress, needs_loss_scaling, train
-from assign.training.measuring import measure_peak
 
 FIXED = {"metrics", "loss", "measured_peak_bytes", "predicted_peak_bytes", "step_seconds", "diverged"}
 

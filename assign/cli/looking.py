@@ -78,7 +78,7 @@ def trace(
     data: Data = None,
     json_file: Json = None,
 ) -> None:
-    """List every tensor of one training step; nothing is computed."""
+    """List every tensor of one training step, which is not computed."""
     table = traced(open_task(task, seed, batch_size, device, data, None), device)
     console.print(tables.trace_table(table))
     write_json(json_file, table.to_json())

@@ -140,7 +140,7 @@ class _Programs:
             raise TraceError("rehearse: the loss does not use the model, or no parameter of it requires a gradient.")
         with _torch.without_data(self._forward.examples):
             known = dict(zip(self._forward.arguments, map(_like, self._forward.examples), strict=True))
-            with Allocations(_scratch) as allocations:
+            with Allocations(scratch_of) as allocations:
                 results = self._forward.run(list(known.values()))
                 forward, saved = allocations.peak, allocations.now
                 known.update(zip(self._forward.results, results, strict=True))
@@ -156,9 +156,3 @@ def _like(example: Any) -> Any:
     if not isinstance(example, Tensor):
         return example
     return torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
-
-
-def _scratch(operator: Any, args: Sequence[Any], result: Any) -> int:
-    tensors = [value for value in args if isinstance(value, Tensor)]
-    in_float32, in_16_bit = scratch_of(operator, tensors, result)
-    return in_16_bit if tensors and tensors[0].dtype in (torch.bfloat16, torch.float16) else in_float32

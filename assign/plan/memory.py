@@ -330,7 +330,7 @@ class Replay:
         for buffer in event.writes:
             if buffer not in self._alias:
                 self._live(buffer, number, event, compute, is_mark)
-        self._add(_running(number), _running(number), event.scratch[compute != lowering.FLOAT32], op, "scratch")
+        self._add(_running(number), _running(number), event.scratch_in(compute), op, "scratch")
         if not is_mark:
             for buffer in event.reads:
                 info = self.schedule.buffers[buffer]

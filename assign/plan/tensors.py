@@ -141,6 +141,9 @@ SLICE = "slice"
 MARK = "mark:"
 """Prefix of an event's operator, and of a joint graph node's label, where a tensor is complete and gets its format."""
 
+SCRATCH_DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""In which an operator's scratch is said."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buffer:
@@ -166,14 +169,19 @@ class Event:
         op: key of the operator that it belongs to; ``mark:KEY`` where tensor KEY is complete and gets its format.
         backward: in which pass it runs.
         reads, writes: indices of buffers; parameters and the batch are resident and do not appear.
-        scratch: bytes its kernel needs for a moment: when it runs in float32, when it runs in 16 bit.
+        scratch: bytes its kernel needs for a moment, by the dtype in which it runs, as ``SCRATCH_DTYPES``; what is left
+            out is none.
     """
 
     op: str
     backward: bool
     reads: tuple[int, ...] = ()
     writes: tuple[int, ...] = ()
-    scratch: tuple[int, int] = (0, 0)
+    scratch: tuple[int, ...] = ()
+
+    def scratch_in(self, dtype: str) -> int:
+        """Bytes its kernel needs for a moment when it runs in a dtype."""
+        return dict(zip(SCRATCH_DTYPES, self.scratch, strict=False)).get(dtype, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,7 +320,7 @@ class TensorTable(Drawn):
             rows = tuple(_row_from_plain(row) for row in data["tensors"])
             plain = dict(data["schedule"])
             plain["buffers"] = tuple(Buffer(**row) for row in plain["buffers"])
-            plain["events"] = tuple(Event(**_from_plain(Event, row)) for row in plain["events"])
+            plain["events"] = tuple(map(_event_from_plain, plain["events"]))
             plain["kept"] = tuple(plain["kept"])
             said = {name: tuple(map(str, data.get(name, ()))) for name in ("breaks", "outside")}
             return cls(tensors=tuple(TensorInfo(**row) for row in rows), schedule=Schedule(**plain), **said)
@@ -371,6 +379,14 @@ class TensorTable(Drawn):
 def _row_from_plain(row: Mapping[str, Any]) -> dict[str, Any]:
     fields = _from_plain(TensorInfo, row)
     return fields | {"role": Role(row["role"]), "need": Need(row.get("need", ""))}
+
+
+def _event_from_plain(row: Mapping[str, Any]) -> Event:
+    fields = _from_plain(Event, row)
+    if len(fields.get("scratch", ())) == 2:  # of a version that knew float32 and "16 bit"
+        in_float32, in_16_bit = fields["scratch"]
+        fields["scratch"] = (in_float32, *(in_16_bit,) * (len(SCRATCH_DTYPES) - 1)) if any(fields["scratch"]) else ()
+    return Event(**fields)
 
 
 def _from_plain(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,10 @@
 """A batch is any nesting of tuples, lists and mappings with tensors in it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from assign import _torch
 
 Batch = Any
 
@@ -31,9 +29,3 @@ def tensors_in(batch: Batch) -> Iterator[Tensor]:
     elif isinstance(batch, (Mapping, tuple, list)):
         for value in batch.values() if isinstance(batch, Mapping) else batch:
             yield from tensors_in(value)
-
-
-def count_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind ``tensors``, those of wrapper subclasses' inner tensors included."""
-    storages = [inner.untyped_storage() for tensor in tensors for inner in _torch.inner_tensors(tensor)]
-    return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from assign.tracing.joint import tensors_in
 
-Scratch = Callable[[Any, Sequence[Any], Any], int]
-"""``(operator, arguments, result)`` → bytes that its kernel has for itself while it runs."""
+Scratch = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
+"""``(operator, arguments, keyword arguments, result)`` → bytes that its kernel has for itself while it runs."""
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
@@ -41,7 +41,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
                 size = int(storage.nbytes())
                 self.now += size
                 weakref.finalize(storage, self._free, size)
-        self.peak = max(self.peak, self.now + self._scratch(func, args, result))
+        self.peak = max(self.peak, self.now + self._scratch(func, args, kwargs or {}, result))
         return result
 
     def _free(self, size: int) -> None:

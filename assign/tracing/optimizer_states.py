@@ -7,7 +7,7 @@ optimizer that needs a closure, is unknown: none are counted, and a warning says
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +41,13 @@ class OptimizerStates:
     scratch: int = 0
 
 
-def read_optimizer(model: nn.Module, make: OptimizerFactory | None) -> OptimizerStates:
+def read_optimizer(
+    model: nn.Module, make: OptimizerFactory | None, used: Collection[str] | None = None
+) -> OptimizerStates:
     """What the optimizer keeps for the model's parameters.
 
+    Args:
+        used: names of the parameters that have a gradient, of those that are trained; None means all.
     Raises:
         TraceError: it cannot be made.
     """
@@ -60,8 +64,9 @@ def read_optimizer(model: nn.Module, make: OptimizerFactory | None) -> Optimizer
             nn.Parameter(torch.zeros_like(p, device=way.device, dtype=loaded.get(name, p.dtype))) for name, p in named
         ]
         instance = _made(make, twins)
+        with_gradient = [twin for (name, _), twin in zip(named, twins, strict=True) if used is None or name in used]
         try:
-            scratch = _step(instance, twins, way, on_gpu=any(p.device.type == "cuda" for _, p in named))
+            scratch = _step(instance, with_gradient, way, on_gpu=any(p.device.type == "cuda" for _, p in named))
         except Exception as error:
             failures.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
             continue

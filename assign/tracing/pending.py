@@ -4,8 +4,8 @@ import operator
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -132,7 +132,8 @@ class Pending:
         script: what is recorded; ``done``: how many of its calls have happened in this step.
         inputs: by identity of the tensor: its placeholder and the tensor.
         waiting: the deferred tensors that have a node here.
-        memory: of its inputs; ``dirty``: of those that an operator has changed in place.
+        memory: of its inputs; ``dirty``: of those that an operator has changed in place, and whether what it wrote
+            depends on a parameter.
         values: of nodes that were computed beside the graph.
         held: of a whole step, nodes whose tensors the user's code held where a piece would have ended.
         unrepeatable: an operator has changed something in place or drawn random numbers.
@@ -144,7 +145,7 @@ class Pending:
     inputs: dict[int, tuple[fx.Node, Tensor]] = field(default_factory=dict)
     waiting: list[weakref.ref[Deferred]] = field(default_factory=list)
     memory: set[int] = field(default_factory=set)
-    dirty: set[int] = field(default_factory=set)
+    dirty: dict[int, bool] = field(default_factory=dict)
     values: dict[fx.Node, Any] = field(default_factory=dict)
     held: set[fx.Node] = field(default_factory=set)
     unrepeatable: bool = False
@@ -329,7 +330,24 @@ def frozen(value: Any, leaf: Callable[[Any], Any], numbers: list[int]) -> Any:
     if type(value) is int:
         numbers.append(value)
         return int
+    if is_dataclass(value) and not isinstance(value, type):
+        own: list[int] = []
+        parts = frozen({each.name: getattr(value, each.name) for each in fields(value)}, leaf, own)
+        return type(value), parts, tuple(own)
+    if isinstance(value, _torch.DispatchKeySet):
+        return type(value), repr(value)
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    if not isinstance(value, Hashable):
+        return _Itself(value)
     return (type(value), repr(value) if isinstance(value, float) else value)
+
+
+@dataclass(frozen=True, eq=False)
+class _Itself:
+    """A value that equals no other."""
+
+    value: Any
 
 
 def facts_of(tensor: Tensor) -> Any:
@@ -431,9 +449,9 @@ class CompiledPieces:
                     found = compiled(
                         any_size, examples, {n: twins[t] for n, t in of_graph.items() if t in twins}, symbolic
                     )
-                except (RuntimeError, TypeError, AssertionError):  # torch says in many ways that a size must be known
-                    sizes.varying = ()
-                else:
                     sizes.guard = _torch.size_guard(symbolic, examples)
+                except (RuntimeError, TypeError, AssertionError, IndexError):  # torch's many ways to say that a size
+                    sizes.varying = ()  # must be known
+                else:
                     return found
             return compiled(graph, inputs, of_graph, mode)

@@ -37,6 +37,7 @@ from assign.tracing.torch_functions import (
     ON_LEAVES,
     ON_VALUES,
     REFLECTED,
+    SIZED,
     TENSOR_ATTRIBUTES,
 )
 from assign.tracing.user_code import UserCode, frames, place
@@ -179,6 +180,8 @@ class _Recording(TorchFunctionMode):
 
     def _attribute(self, func: Any, args: Any) -> Any:
         name, x = func.__self__.__name__, args[0]
+        if name in ("requires_grad", "is_leaf") and self.pending.dirty.get(_torch.memory_of(x), False):
+            return name == "requires_grad"  # what the pending piece will write into it has a gradient
         if name in METADATA or not self._is_recorded(x):
             return plain(func, args, {})
         if name in OF_AUTOGRAD:
@@ -281,12 +284,25 @@ class _Recording(TorchFunctionMode):
         except RuntimeError:  # it needs data; the user's own mistakes are raised by what runs instead
             if isinstance(func, types.FunctionType):
                 return self._inlined(func, args, kwargs)
+            sizes = tuple(map(self._as_size, args[1:]))
+            sized = args[0], *(self._as_size(sizes) if name in SIZED else sizes)
+            named = {key: self._as_size(value) for key, value in kwargs.items()}
+            if any(x is not y for x, y in zip([*args, *kwargs.values()], [*sized, *named.values()], strict=True)):
+                return self.record(func, sized, named)
             return self._run_outside(func, args, kwargs, "makes a shape that depends on data")
         if not all(map(_torch.is_strided, tensors_in(made))):
             return self._run_outside(func, args, kwargs, "makes a sparse tensor")
         if func is not operator.setitem and not any(True for _ in tensors_in(made)):
             return made  # a fact about tensors, not a tensor
         return self._write(func, args, kwargs, made, key)
+
+    def _as_size(self, value: Any) -> Any:
+        """A size with the integers that its tensors hold in their place; what is no such size as it is."""
+        if not isinstance(value, (tuple, list)) or not any(isinstance(x, Tensor) for x in value):
+            return value
+        if any(isinstance(x, Tensor) and (x.dim() or x.is_floating_point()) for x in value):
+            return value
+        return [int(self._real(x, "a size is computed from values")) if isinstance(x, Tensor) else x for x in value]
 
     def _key(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, dict[int, Tensor]]:
         """What tells a call from others, and the real tensors that it is the first to read."""
@@ -358,7 +374,8 @@ class _Recording(TorchFunctionMode):
                 x.parametric |= parametric
                 self._check_shape(x)
             else:
-                pending.dirty.add(_torch.memory_of(x))
+                memory = _torch.memory_of(x)
+                pending.dirty[memory] = pending.dirty.get(memory, False) or (parametric and self.grad)
 
     def _add(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
         return self.pending.add(func, args, kwargs, path=self.code.module, region=self.region, frames=frames())
@@ -405,11 +422,10 @@ class _Recording(TorchFunctionMode):
     def _without_data(self, x: Tensor) -> Tensor:
         """A fake tensor like ``x``; no leaf of autograd's where ``x`` is none."""
         if x.is_leaf:
-            leaf: Tensor = self.fake_mode.from_tensor(x, static_shapes=True)
-            return leaf
+            return self.fake_mode.from_tensor(x, static_shapes=True)
+        leaf = self.fake_mode.from_tensor(x.detach().requires_grad_(), static_shapes=True)
         with self.fake_mode, torch.enable_grad():
-            fake: Tensor = self.fake_mode.from_tensor(x.detach().requires_grad_(), static_shapes=True).clone()
-            return fake
+            return leaf.clone()
 
     def _node(self, x: Tensor) -> fx.Node:
         """The node of a tensor in the pending piece: its operator's, or an input of the piece."""
@@ -458,8 +474,11 @@ class _Recording(TorchFunctionMode):
         return tuple(parts) if len(parts) != 1 or isinstance(index, tuple) else parts[0]
 
     def _apply_function(self, function: type[torch.autograd.Function], args: Any, kwargs: Any) -> Any:
-        """A user's own ``autograd.Function``: one operator, whose parts AOTAutograd traces."""
-        if not any(map(self._is_recorded, tensors_in((args, kwargs)))):
+        """A user's own ``autograd.Function``: one operator, whose parts AOTAutograd traces.
+
+        One that a custom operator calls is not the user's: the operator is recorded.
+        """
+        if _torch.is_plain() or not any(map(self._is_recorded, tensors_in((args, kwargs)))):
             return None
         applied = self.recorder.applied.setdefault(function, _torch.AppliedFunction(function))
         hidden = any(isinstance(each, nn.Module) for each in pytree.tree_leaves((args, kwargs)))
@@ -487,16 +506,21 @@ class _Recording(TorchFunctionMode):
             known = f"{name} {line}" in self.recorder.outside
             outside = Outside(op=name, place=line, elements=elements)
             self.recorder.outside[f"{name} {line}"] = outside
-            if not known or self.recorder.whole:
-                self._note_outside(outside, carrying)
+            if not known:
+                self._note_outside(outside)
+            made = with_tensors(self._with_gradient, made)
         return made
 
-    def _note_outside(self, outside: Outside, made: Sequence[Tensor]) -> None:
-        """Say once of an operator that it runs outside every piece; ``made``: its results that carry a gradient."""
+    def _note_outside(self, outside: Outside) -> None:
+        """Say once of an operator that it runs outside every piece."""
         warnings.warn(
             f"assign: {outside.op} at {outside.place} cannot be captured and runs outside the plan.",
             stacklevel=2,
         )
+
+    def _with_gradient(self, x: Tensor) -> Tensor:
+        """A tensor made outside every piece from what depends on parameters; it has its gradient."""
+        return x
 
     def _leads_to_parameters(self, values: Any) -> bool:
         """Whether arguments depend on a parameter that is trained, or are modules with one."""
@@ -594,9 +618,15 @@ class _WholeRecording(_Recording):
             self.pending.held |= {x.node for x in self.pending.alive()}
         return with_tensors(self._computed, values)
 
-    def _note_outside(self, outside: Outside, made: Sequence[Tensor]) -> None:
-        for x in made:  # computed without gradients here
-            x.requires_grad_()
+    def _note_outside(self, outside: Outside) -> None:
+        pass  # the table lists it
+
+    def _with_gradient(self, x: Tensor) -> Tensor:
+        """Computed without gradients here; no leaf, which could not be changed in place."""
+        if not (x.is_floating_point() or x.is_complex()):
+            return x
+        with torch.enable_grad():
+            return x.requires_grad_().clone()
 
     def _beside(self, x: Deferred) -> Tensor:
         found = super()._beside(x)

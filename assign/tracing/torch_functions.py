@@ -14,6 +14,8 @@ METADATA = frozenset(
 """Methods and attributes that a tensor without data answers."""
 
 OF_AUTOGRAD = frozenset({"requires_grad", "is_leaf", "grad_fn", "output_nr", "_version", "retains_grad"})
+SIZED = frozenset({"view", "reshape", "expand", "repeat", "new_zeros", "new_ones", "new_empty", "permute", "unflatten"})
+"""Methods that take sizes one by one."""
 TENSOR_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 ON_VALUES = frozenset(
     {

@@ -1,5 +1,6 @@
-"""Model and batch in, :class:`TensorTable` out; nothing is computed and no memory of the step is allocated.
+"""Model and batch in, :class:`TensorTable` out; the step is not computed, and its memory is not allocated.
 
+Only the kernels that allocate memory of their own on a CPU run once, each for itself (:mod:`assign.tracing.workspace`).
 The model is captured with its loss as one graph, a probe stands at every tensor, and torch's own autograd and
 partitioner say what the backward pass does and which values wait for it. The graph traced here is the graph that runs.
 """
@@ -52,9 +53,11 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         batch: what ``loss`` takes: a tensor, tuple, dict, or any nesting of them.
         loss: ``loss(model, batch)`` → scalar tensor.
         optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states are counted; None counts none. Where
-            no step shows them, as of LBFGS, none are counted, with a warning.
+            no step shows them, as of LBFGS, none are counted, with a warning. A parameter that this loss does not use
+            has neither states nor a gradient.
     Raises:
-        TraceError: the step cannot be captured, a loss that is no scalar, or an optimizer that cannot be made.
+        TraceError: the step cannot be captured, a loss that is no scalar, an optimizer that cannot be made, or, on a
+            CPU, a profiler of the user's is running.
     Examples:
         ```python
         table = assign.trace(model, batch, loss, adamw)
@@ -73,19 +76,21 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         raise TraceError(
             f"trace: loss(model, batch) returned {what}, a scalar tensor is needed. Reduce it with .mean()."
         )
+    breaks, outside = step.recorder.report()
+    as_loaded = _as_loaded(model)
+    used = as_loaded.keys() if outside else recorder.used  # what runs outside may read any parameter
     rows = list(_rows(recorder, model))
-    kept = read_optimizer(model, optimizer)
+    kept = read_optimizer(model, optimizer, used)
     schedule = dataclasses.replace(
         recorder.schedule,
-        parameter_bytes=_bytes(_as_loaded(model)),
+        parameter_bytes=_bytes(as_loaded.values()),
         buffer_bytes=_bytes(model.buffers()),
         batch_bytes=_bytes(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)),
-        gradient_bytes=_bytes(twin for twin in _as_loaded(model) if twin.requires_grad),
+        gradient_bytes=_bytes(twin for name, twin in as_loaded.items() if twin.requires_grad and name in used),
         optimizer=kept.name,
         optimizer_bytes=kept.bytes,
         optimizer_scratch_bytes=kept.scratch,
     )
-    breaks, outside = step.recorder.report()
     tensors = assign_groups([*rows, *kept.rows])
     return TensorTable(tensors=tensors, schedule=schedule, breaks=breaks, outside=outside)
 
@@ -100,11 +105,14 @@ class _Recorder:
         self.needs: Mapping[str, Need] = {}
         self.exact: Collection[str] = ()
         self.buffers: dict[str, Tensor] = {}
+        self.used: Collection[str] = ()
+        """Names of the parameters that the step reads; others have no gradient, and no states."""
 
     def receive(self, capture: Capture) -> Callable[..., Any]:
         outputs: Any = _torch.output_of(capture.graph).args[0]
         examples = [_torch.make_dense_output(_torch.fake_value(n) if isinstance(n, fx.Node) else n) for n in outputs]
         functionalize(capture.graph)
+        self.used = {name for node, name in capture.parameters.items() if node.users}
         self.walked = walk(capture)
         self.needs = find_needs(capture, self.walked)
         insert_probes(capture.graph, self.walked)
@@ -301,12 +309,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _as_loaded(model: nn.Module) -> list[Tensor]:
-    """The parameters in the dtypes in which they were loaded; without data where a plan has changed that."""
+def _as_loaded(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, in the dtypes in which they were loaded; without data where a plan has changed that."""
     loaded = loaded_dtypes(model)
-    return [
-        p
+    return {
+        name: p
         if loaded.get(name, p.dtype) == p.dtype
         else nn.Parameter(torch.empty_like(p, device="meta", dtype=loaded[name]), p.requires_grad)
         for name, p in model.named_parameters()
-    ]
+    }

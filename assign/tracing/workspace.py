@@ -1,53 +1,104 @@
 """What torch's CPU kernels allocate for themselves while they run, beside their results.
 
-Read off torch 2.13 with oneDNN by measuring one operator at a time; what is not listed allocates next to nothing.
-A convolution works channels-last where its source or its weight lies so, else contiguously, and copies what lies
-otherwise. Weights are then reordered into blocks, contiguous images too. In 16 bit, a weight's gradient is summed in
-float32, from one image at a time that is transposed (each thread its own; one is counted). Large depthwise filters are
-padded in the backward pass, if channels-last. That of batch normalisation copies the gradient; a 16-bit ``mean`` sums a
-float32 copy. Products in bf16 work on packed blocks (each thread its own; one is counted); in fp16 there are none, and
-float64 convolutions, which are not modelled, need more. CUDA workspaces are not modelled.
+A convolution copies, reorders and pads its operands and attention packs them, each in a way that depends on machine,
+sizes and layouts. So each that differs from the others is run once, on zeros, and asked; a large one on a part of its
+batch. Only in fp16, where most machines have no such kernel, a convolution is not run, because it takes long: it
+unfolds its whole batch, or one image at a time. What others allocate was read off torch 2.13: the backward pass of
+batch normalisation copies the gradient; a 16-bit ``mean`` sums a float32 copy; products in bf16 work on packed blocks
+(each thread its own; one is counted), in fp16 there are none. What is not listed allocates next to nothing. CUDA
+workspaces are not modelled.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from assign import _torch
+from assign.errors import TraceError
+from assign.plan.tensors import SCRATCH_DTYPES
+from assign.tracing.measuring import count_bytes, measure_peak
 
 aten = torch.ops.aten
-_FILTER_BLOCK = 16 * 16  # elements for each one of a large depthwise filter; in 16 bit a float32 sum beside it
-_OWN_KERNEL = 9  # elements of the largest filter for which oneDNN has a kernel of its own
 _GEMM_ROWS, _GEMM_COLUMNS, _GEMM_STEP, _GEMM_INNER = 256, 64, 16, 288  # of blocks of a 16-bit product
 _GEMM_DEPTH = 512  # of a block of its right operand, twice that in long sums
+_WORK = 10**10  # multiplications of an operator that is run as a whole: a part of a second
 
 
-def kernel_scratch(node: fx.Node) -> tuple[int, int]:
-    """Bytes that the kernel of a traced float32 node needs for a moment: when run in float32, and in 16 bit."""
-    read = [_torch.joint_value(each) for each in node.args if isinstance(each, fx.Node)]  # one may be read twice
-    return scratch_of(node.target, read, _torch.joint_value(node))
+@dataclass(frozen=True)
+class _Run:
+    """How an operator is run: which arguments have the dtype it computes in, and which have a row for each image."""
+
+    computed: tuple[int, ...]
+    batched: tuple[int, ...]
 
 
-def scratch_of(operator: Any, inputs: Sequence[Any], result: Any) -> tuple[int, int]:
-    """The same of an operator's call, by the tensors that it reads, in order, and what it makes."""
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
+_RUN = {
+    aten.convolution: _Run((0, 1, 2), (0,)),
+    aten.convolution_backward: _Run((0, 1, 2), (0, 1)),
+    aten._scaled_dot_product_flash_attention_for_cpu: _Run((0, 1, 2), (0, 1, 2)),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _Run((0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5)),
+}
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """A tensor of zeros, as an argument that can be compared."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype).zero_()
+
+    def part(self, images: int) -> "_Zeros":
+        return _Zeros((images, *self.shape[1:]), self.stride, self.dtype)
+
+
+def kernel_scratch(node: fx.Node) -> tuple[int, ...]:
+    """Bytes that the kernel of a traced node needs for a moment, by dtype as ``SCRATCH_DTYPES``.
+
+    Raises:
+        TraceError: somebody profiles, so that what a kernel allocates cannot be seen.
+    """
+    args, kwargs = pytree.tree_map_only(fx.Node, _torch.joint_value, (node.args, node.kwargs))
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    in_float64 = bool(tensors) and tensors[0].dtype == torch.float64
+    dtypes = [getattr(torch, name) for name in SCRATCH_DTYPES if in_float64 or name != "float64"]
+    found = tuple(scratch_of(node.target, args, kwargs, _torch.joint_value(node), dtype) for dtype in dtypes)
+    return found if any(found) else ()
+
+
+def scratch_of(
+    operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, dtype: torch.dtype | None = None
+) -> int:
+    """Bytes of an operator's call if it computes in ``dtype``; None means the dtype of what it reads.
+
+    Raises:
+        TraceError: as :func:`kernel_scratch`.
+    """
+    tensors = [value for value in args if isinstance(value, Tensor)]
     if not hasattr(operator, "overloadpacket") or not tensors or tensors[0].device.type != "cpu":
-        return 0, 0
+        return 0
     kind = operator.overloadpacket
-    if kind is aten.convolution:
-        return _convolution(result, *tensors[:2], backward=False)
-    if kind is aten.convolution_backward:
-        return _convolution(*tensors[:3], backward=True)
+    dtype = dtype or tensors[0].dtype
+    if not dtype.is_floating_point:
+        return 0
+    if kind in _RUN:
+        return _of_run(operator, args, kwargs, dtype)
     if kind is aten.native_batch_norm_backward:
-        elements = tensors[0].numel()
-        return 4 * elements, 2 * elements
-    if kind in (aten.mm, aten.addmm, aten.bmm):
-        return 0, _product(*tensors[-2:])
-    if operator is aten.mean.dim:
-        return 0, 4 * tensors[0].numel()
-    return 0, 0
+        return dtype.itemsize * tensors[0].numel()
+    if kind in (aten.mm, aten.addmm, aten.bmm) and dtype == torch.bfloat16:
+        return _product(*tensors[-2:])
+    if operator is aten.mean.dim and dtype.itemsize == 2:
+        return 4 * tensors[0].numel()
+    return 0
 
 
 def _product(left: Tensor, right: Tensor) -> int:
@@ -67,39 +118,102 @@ def _product(left: Tensor, right: Tensor) -> int:
     return 2 * columns * deep + 4 * columns * rows + packed
 
 
-def _convolution(gradient: Tensor, source: Tensor, weight: Tensor, *, backward: bool) -> tuple[int, int]:
-    """``gradient``: of the result; in the forward pass, the result."""
-    channels_last = _is_channels_last(source) or _is_channels_last(weight)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    read = (gradient, source, weight) if backward else (source, weight)
-    copied = sum(tensor.numel() for tensor in read if not tensor.is_contiguous(memory_format=layout))
-    in_float32, in_16_bit = (_backward if backward else _forward)(gradient, source, weight, channels_last)
-    return in_float32 + 4 * copied, in_16_bit + 2 * copied
+def _of_run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype) -> int:
+    """What one run says, or two of parts of the batch, of which each image takes its share."""
+    how = _RUN[operator.overloadpacket]
+    known = [
+        _zeros(value, dtype if number in how.computed else None) if isinstance(value, Tensor) else _hashable(value)
+        for number, value in enumerate(args)
+    ]
+    if dtype == torch.float16 and "convolution" in operator.name() and not _torch.has_fp16_convolution():
+        return _unfolded(known, backward=operator.overloadpacket is aten.convolution_backward)
+    options = {
+        name: _zeros(value, None) if isinstance(value, Tensor) else _hashable(value) for name, value in kwargs.items()
+    }
+    images = known[how.batched[0]].shape[0]
+    affordable = max(1, int(images * _WORK / max(1, _work(operator, known))))
+    if affordable >= images:
+        return _run(operator, tuple(known), tuple(options.items()), torch.get_num_threads())
+    parts = [max(2, affordable), max(1, affordable // 2)]
+    more, less = (_run(operator, *_part(how, known, options, images, each), torch.get_num_threads()) for each in parts)
+    return more + (more - less) * (images - parts[0]) // (parts[0] - parts[1])
 
 
-def _forward(result: Tensor, source: Tensor, weight: Tensor, channels_last: bool) -> tuple[int, int]:
-    elements = weight.numel() if channels_last else max(source.numel() + weight.numel(), result.numel())
-    return 4 * elements, 2 * elements
+@functools.cache
+def _run(operator: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], _threads: int) -> int:
+    """Bytes that a call allocates at its worst moment beside its results."""
+    if _torch.is_profiled():
+        raise TraceError(
+            "trace: a profiler is running, and what an operator allocates is read off one of our own, of which there "
+            "is one at a time.\n  End it before the step is traced."
+        )
+    results: list[Any] = []
+    with _torch.without_modes():
+        made, options = pytree.tree_map_only(_Zeros, _Zeros.make, (args, dict(kwargs)))
+        peak = measure_peak(lambda: results.append(operator(*made, **options)), [])
+    return peak - count_bytes(value for value in pytree.tree_leaves(results) if isinstance(value, Tensor))
 
 
-def _backward(gradient: Tensor, source: Tensor, weight: Tensor, channels_last: bool) -> tuple[int, int]:
-    images, weights = source.numel() + gradient.numel(), weight.numel()
-    grouped = weight.shape[1] < source.shape[1]
-    depthwise = grouped and weight.shape[1] == 1
-    if depthwise and weight[0, 0].numel() > _OWN_KERNEL:
-        if channels_last:
-            padded = _FILTER_BLOCK * weights
-            return 4 * padded, 6 * padded + 2 * images
-        largest = max(source.numel(), gradient.numel())
-        return 4 * largest, 2 * largest
-    summing = 4 * weights + 2 * images // max(1, source.shape[0])
-    if channels_last:
-        return 8 * weights, summing
-    strided = 2 * gradient.shape[-1] <= source.shape[-1] + 1 and (depthwise or not grouped)
-    of_source = 2 * source.numel() - weights if strided else 0  # the weight's gradient is not there yet
-    in_float32 = images if grouped else max(images, weights, of_source)
-    return 4 * in_float32, max(2 * images + summing, 2 * of_source)
+def _part(
+    how: _Run, args: Sequence[Any], kwargs: Mapping[str, Any], images: int, fewer: int
+) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+    """The arguments of a call for fewer images."""
+    known = [each.part(fewer) if number in how.batched else each for number, each in enumerate(args)]
+    options = {
+        name: value.part(fewer) if isinstance(value, _Zeros) and value.shape[0] == images else value
+        for name, value in kwargs.items()
+    }
+    return tuple(known), tuple(options.items())
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+def _work(operator: Any, known: Sequence[Any]) -> int:
+    """Multiplications, roughly."""
+    backward = "backward" in operator.name()
+    if "convolution" not in operator.name():
+        return 4 * int(math.prod(known[0].shape)) * int(known[2 if backward else 1].shape[2])
+    source, weight = _operands(known, backward)
+    transposed = bool(known[7 if backward else 6])
+    filters = math.prod(weight.shape[1:])
+    if transposed:
+        return math.prod(source.shape) * filters
+    return source.shape[0] * _positions(known, backward=backward) * math.prod(weight.shape)
+
+
+def _operands(known: Sequence[Any], backward: bool) -> "tuple[_Zeros, _Zeros]":
+    source, weight = known[1:3] if backward else known[:2]
+    return source, weight
+
+
+def _positions(known: Sequence[Any], *, backward: bool) -> int:
+    """How many places of an image a convolution looks at."""
+    source, weight = _operands(known, backward)
+    stride, padding, dilation = known[4:7] if backward else known[3:6]
+    sizes = zip(source.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return math.prod((int(size) + 2 * p - d * (kernel - 1) - 1) // int(s) + 1 for size, kernel, s, p, d in sizes)
+
+
+def _unfolded(known: Sequence[Any], *, backward: bool) -> int:
+    """Of a convolution without a kernel of its own: each place with all that its filter sees, a group at a time."""
+    source, weight = _operands(known, backward)
+    stride, padding, dilation, transposed = known[4:8] if backward else known[3:7]
+    groups: int = known[9 if backward else 8]
+    images, filters = source.shape[0], math.prod(weight.shape[1:])
+    if groups > 1 and weight.shape[1] == 1:
+        return 2 * math.prod(source.shape)
+    if transposed:
+        at_a_time = 1 if backward or len(weight.shape) > 4 else images
+        return 2 * at_a_time * math.prod(source.shape[2:]) * filters
+    if filters == weight.shape[1] and set(stride) == {1} and not any(padding):
+        return 0
+    places = (1 if max(dilation) > 1 else images) * _positions(known, backward=backward)
+    if groups == 1:
+        return 2 * places * filters
+    return 2 * (places * filters + (math.prod(source.shape) + backward * places * weight.shape[0]) // groups)
+
+
+def _zeros(tensor: Tensor, dtype: torch.dtype | None) -> _Zeros:
+    return _Zeros(tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), dtype or tensor.dtype)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

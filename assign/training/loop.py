@@ -40,12 +40,12 @@ from assign.plan.stored import (
     narrow_buffers,
 )
 from assign.plan.tensors import TensorTable
-from assign.tasks.batch import Batch, count_bytes, move, tensors_in
+from assign.tasks.batch import Batch, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
 from assign.tracing.loaded import complete, stored_otherwise
+from assign.tracing.measuring import count_bytes, measure_peak
 from assign.training import checkpoints
 from assign.training.history import EpochResult, History, Point, TrainResult
-from assign.training.measuring import measure_peak
 from assign.training.weights import continue_from, load_states
 
 WARM_UP = 2

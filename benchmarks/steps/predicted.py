@@ -24,8 +24,8 @@ from assign.optim.optimizers import follow
 from assign.plan.memory import estimate
 from assign.planning import search_table
 from assign.tasks.models import GPT, ResNet
+from assign.tracing.measuring import measure_peak
 from assign.tracing.tracer import trace
-from assign.training.measuring import measure_peak
 from benchmarks import facts
 
 Made = tuple[nn.Module, Any]

@@ -26,10 +26,10 @@ from assign import _torch
 from assign.executor.rehearsal import rehearse
 from assign.plan.assignment import Assignment
 from assign.plan.memory import estimate
-from assign.tasks.batch import count_bytes, move
+from assign.tasks.batch import move
+from assign.tracing.measuring import count_bytes, measure_peak
 from assign.tracing.tracer import trace
 from assign.training.loop import INITIAL_SCALE, needs_loss_scaling
-from assign.training.measuring import measure_peak
 from benchmarks import facts
 from benchmarks.steps.configurations import (
     CONFIGURATIONS,

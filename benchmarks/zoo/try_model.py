@@ -32,7 +32,7 @@ from assign.plan.assignment import Assignment, Entry
 from assign.plan.recipes import get_recipe, initial
 from assign.plan.tensors import Role, TensorTable
 from assign.tasks.batch import tensors_in
-from assign.training.measuring import measure_peak
+from assign.tracing.measuring import measure_peak
 from benchmarks.zoo.build import Name, build
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -57,7 +57,8 @@ def find_row(name: Name, backend: str = "eager") -> dict[str, Any]:
     """What came out for a model."""
     torch.set_num_threads(1)
     torch._logging.set_logs(all=50)
-    torch._inductor.config.fallback_random = True  # the dropout masks of eager steps
+    if backend == "inductor":
+        torch._inductor.config.fallback_random = True  # the dropout masks of eager steps
     warnings.simplefilter("ignore")
     row: dict[str, Any] = name._asdict()
     start = time.perf_counter()

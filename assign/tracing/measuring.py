@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from assign import _torch
-from assign.tasks.batch import count_bytes
 
 
 def measure_peak(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
@@ -55,3 +54,9 @@ def _quiet_stderr() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(null)
+
+
+def count_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind ``tensors``, those of wrapper subclasses' inner tensors included."""
+    storages = [inner.untyped_storage() for tensor in tensors for inner in _torch.inner_tensors(tensor)]
+    return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
