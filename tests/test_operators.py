@@ -27,6 +27,11 @@ def pooled(h):
     return F.avg_pool3d(h.view(1, 1, 2, 4, 8), 2)
 
 
+def resized(h):
+    """With antialiasing there is none either."""
+    return F.interpolate(h.view(1, 1, 8, 8), size=5, mode="bilinear", antialias=True)
+
+
 def bessel(h):
     """Its backward pass subtracts what the rounded result makes from something near it."""
     return torch.special.i1e(h)
@@ -52,7 +57,7 @@ def square_loss(model, x):
     return model(x).square().mean()
 
 
-@pytest.mark.parametrize("function", [powers, eigenvalues, pooled, bessel, counted], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [powers, eigenvalues, pooled, resized, bessel, counted], ids=lambda f: f.__name__)
 def test_as_plain_in_fp32_and_near_it_in_bf16(function):
     torch.manual_seed(0)
     model, x = Applied(function), torch.randn(8, 8)

@@ -30,8 +30,9 @@ def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> dict[
     Parameters that were frozen when the plan was made get the recipe's high format for their gradients. Tensors of a
     module that the plan does not know, or of a method that it does not know, are not narrowed. Both are said in a
     warning. Entries of modules that this step does not run, and of a second call that is not in this graph, wait for
-    another step. What is computed of the batch alone may have other tensors, or none: the batch may come in another
-    dtype.
+    another step. A step whose code looks at values may call an operator of a module more often than the planned step
+    did, or less often: what is new is not narrowed. What is computed of the batch alone may have other tensors, or
+    none: the batch may come in another dtype.
 
     Returns:
         Entries for the gradients of parameters that were frozen when the plan was made.
@@ -46,11 +47,18 @@ def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> dict[
     missing = [key for key in keys if key not in plan.entries]
     planned, run = set(map(_path, plan.entries)), set(map(_path, keys))
     unfrozen = [key for key in missing if "/" not in key and key != base_key(key) and base_key(key) in plan.entries]
-    unknown = [key for key in missing if scope is Scope.METHOD or (_path(key) not in planned and key not in unfrozen)]
+    recorded = capture.piece is not None
+    unknown = [
+        key
+        for key in missing
+        if scope is Scope.METHOD
+        or (_path(key) not in planned and key not in unfrozen)
+        or (recorded and base_key(key).partition("#")[0] in plan.entries)
+    ]
     if capture.is_part:
         waiting = list(plan.entries)
     else:
-        waiting = [key for key in plan.entries if _waits(key, frozen, run, scope)]
+        waiting = [key for key in plan.entries if _waits(key, frozen, run, scope) or (recorded and "#" in key)]
     expected = [key for key in keys if key not in unknown and key not in unfrozen]
     plan.check_covers([*expected, *waiting], where="the plan", buffers=capture.buffers.values())
     high = get_recipe(plan.recipe).by_role[Role.WEIGHT_GRAD][0]

@@ -244,12 +244,14 @@ def _converts(node: fx.Node) -> bool:
 def is_wide(node: fx.Node, walked: Walk) -> bool:
     """Whether an operator computes in float32 under every plan.
 
-    One with complex numbers, or with a number that float16 cannot hold.
+    One with complex numbers, or with a number that float16 cannot hold, or that has no kernel for 16 bits on a CPU.
     """
     op = operator_name(node.meta.get("assign_op", node.target))
     if op in MATRIX_PRODUCTS:
         return False
     if any(is_complex(walked.values.get(argument)) for argument in node.all_input_nodes):
+        return True
+    if op == "interpolate" and (node.kwargs.get("antialias") or node.args[6:7] == (True,)):
         return True
     return op in ARITHMETIC and any(abs(number) > LARGEST_FP16 for number in numbers_in((node.args, dict(node.kwargs))))
 

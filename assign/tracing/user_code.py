@@ -20,7 +20,9 @@ class UserCode:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._paths = {id(module): name for name, module in model.named_modules()}
+        self._paths: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self._paths.setdefault(id(module), []).append(name)
         self._stack: list[str | None] = []
 
     @property
@@ -28,12 +30,21 @@ class UserCode:
         """Path of the module that runs; None outside the model."""
         return self._stack[-1] if self._stack else None
 
+    def _path(self, module: nn.Module) -> str | None:
+        """Path of a module that the code calls; of several, as of a module that layers share, that in the caller."""
+        names = self._paths.get(id(module))
+        if names is None:
+            return self.module
+        caller = f"{self.module}." if self.module else ""
+        inside = [name for name in names if name.startswith(caller)]
+        return min(inside, key=lambda name: name.count(".")) if inside else names[0]
+
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
         """Within the context, modules are followed."""
 
         def enter(module: nn.Module, _args: Any) -> None:
-            self._stack.append(self._paths.get(id(module), self.module))
+            self._stack.append(self._path(module))
 
         def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
             if self._stack:
