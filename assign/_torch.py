@@ -48,9 +48,7 @@ from torch.nn.utils import stateless
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
-__all__ = ["DispatchKeySet", "FakeTensor", "FakeTensorMode", "PendingUnbackedSymbolNotFound"]
-
-DispatchKeySet = torch._C.DispatchKeySet
+__all__ = ["FakeTensor", "FakeTensorMode", "PendingUnbackedSymbolNotFound"]
 
 Graphs = tuple[fx.GraphModule, fx.GraphModule]
 GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -98,19 +96,19 @@ def without_data(values: Iterable[Any]) -> contextlib.AbstractContextManager[Any
 
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
-    """Within the context, operators run on data and nobody looks on."""
+    """Within the context, no dispatch mode is active and gradients are off: operators run on real data."""
     with _disable_current_modes(), torch.no_grad():
         yield
 
 
 def is_profiled() -> bool:
-    """Whether a profiler is running, of which there is one at a time."""
+    """Whether torch's profiler is running."""
     profiled: Any = torch.autograd
     return bool(profiled._profiler_enabled())
 
 
 def has_fp16_convolution() -> bool:
-    """Whether this CPU multiplies fp16 by itself, so that oneDNN convolves it."""
+    """Whether oneDNN has fp16 convolutions on this CPU."""
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
@@ -270,10 +268,10 @@ def _split(joint: fx.GraphModule, inputs: Any, kwargs: dict[str, Any]) -> Graphs
 
 
 def _read_dead_results(graph: fx.Graph) -> None:
-    """Let something read each operator with several results that nothing reads.
+    """Add a reader to each multi-output operator that has none.
 
-    One that draws random numbers stays in the graph, if torch is told to draw them as in eager mode, and the
-    partitioner takes such an operator only by its parts.
+    With ``fallback_random``, torch keeps unused random operators in the graph, and its partitioner refuses a
+    multi-output operator without a ``getitem``.
     """
     for node in list(graph.nodes):
         if node.op == "call_function" and not node.users and isinstance(joint_value(node), (tuple, list)):

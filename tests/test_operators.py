@@ -28,7 +28,7 @@ def pooled(h):
 
 
 def resized(h):
-    """With antialiasing there is none either."""
+    """There is no bf16 kernel for interpolation with antialiasing on CPU."""
     return F.interpolate(h.view(1, 1, 8, 8), size=5, mode="bilinear", antialias=True)
 
 

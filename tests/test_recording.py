@@ -4,6 +4,7 @@ import copy
 import io
 import random
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from models import (
 )
 from rich.console import Console
 from torch import nn
+from torch.library import custom_op
 from torch.utils.checkpoint import checkpoint
 
 import assign
@@ -737,9 +739,9 @@ def test_shapes_that_depend_on_values_need_values():
         assign.trace(model, x, lambda m, x: torch.masked_select(m(x), m(x) > 0).sum())
 
 
-@torch.library.custom_op("assign_tests::doubled", mutates_args=())
+@custom_op("assign_tests::doubled", mutates_args=())
 def doubled(x: torch.Tensor) -> torch.Tensor:
-    """A user's own operator with a backward pass."""
+    """A custom operator with a backward pass."""
     return x * 2
 
 
@@ -752,7 +754,7 @@ doubled.register_autograd(lambda ctx, gradient: gradient * 2)
 
 
 def equals_plain(model, loss, batch, *, pieces):
-    """Check a step under a plan that rounds nothing against the plain one."""
+    """Check that a step under an all-fp32 plan equals the plain step bit for bit, and has so many pieces."""
     table = traced(model, batch, loss)
     assert len(table.breaks) == pieces - 1
     assert not table.outside
@@ -775,8 +777,34 @@ def test_a_users_own_operator_keeps_its_name_in_several_pieces():
     assert {"loss/doubled", "loss/doubled.default"} <= table.by_key.keys()
 
 
+@dataclass
+class Scaling:
+    """Not hashable, as dataclasses are by default."""
+
+    factor: float
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scaling):
+        ctx.factor = scaling.factor
+        return x * scaling.factor
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+def test_an_autograd_function_takes_arguments_that_are_not_hashable():
+    def loss(model, x):
+        return Scaled.apply(model(x), Scaling(factor=3.0)).square().mean()
+
+    torch.manual_seed(0)
+    equals_plain(nn.Linear(4, 3), broken(loss), torch.randn(6, 4), pieces=1)
+
+
 def test_sizes_may_be_numbers_in_tensors():
-    """As code computes them that rounds lengths with torch's functions."""
+    """The code computes a size with ``torch.div``, which returns a tensor."""
 
     def loss(model, x):
         hidden = model(x)
@@ -818,7 +846,7 @@ def test_random_results_that_nothing_reads_are_drawn_if_torch_is_told_to_draw_as
 
 
 class Shared(nn.Module):
-    """Layers with one activation among them, some of which are left out at random."""
+    """Layers that share one activation module; each layer is skipped at random."""
 
     def __init__(self, keep=1.0):
         super().__init__()

@@ -293,3 +293,12 @@ def test_the_loss_may_hold_targets_that_are_floats():
     table = trace(MLP(), (torch.randn(4, 16), torch.randn(4, 4)), lambda m, b: F.mse_loss(m(b[0]), b[1]), sgd)
     assert [name for name in keys(table) if "input" in name] == ["/input"]
     assert keys(table)[-1] == "loss/mse_loss"
+
+
+def test_a_table_of_an_earlier_version_has_the_scratch_it_had():
+    """It gave two numbers: for float32, and for both 16-bit dtypes."""
+    data = traced(ResNet(), images()).to_json()
+    number = next(n for n, event in enumerate(data["schedule"]["events"]) if event["scratch"])
+    data["schedule"]["events"][number]["scratch"] = [400, 200]
+    event = TensorTable.from_json(data).schedule.events[number]
+    assert [event.scratch_in(dtype) for dtype in ("float32", "bfloat16", "float16")] == [400, 200, 200]

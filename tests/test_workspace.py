@@ -35,7 +35,7 @@ def measured(operator, *args):
 
 
 def convolved(source, weight, stride=1, padding=0, groups=1, dilation=1):
-    """What is measured and what is said of a convolution, forward and backward."""
+    """Scratch memory of a convolution in bytes: measured (forward, backward) and predicted (forward, backward)."""
     dims = source.dim() - 2
     options = [stride] * dims, [padding] * dims, [dilation] * dims, False, [0] * dims, groups
     forward = source, weight, None, *options
@@ -64,7 +64,7 @@ def convolved(source, weight, stride=1, padding=0, groups=1, dilation=1):
     ids=["3x3", "strided", "large weights", "patches", "stem", "depthwise", "grouped", "dilated", "1x1"],
 )
 def test_what_a_convolution_allocates(source, weight, options, layout, dtype):
-    """Of many kinds, since each kernel has its own way: whole patches are padded to nine times their size."""
+    """oneDNN chooses a kernel by shape and layout, and each kernel allocates differently."""
     known = LAYOUTS[layout](torch.ones(source).to(dtype)), LAYOUTS[layout](torch.ones(weight).to(dtype))
     used, said = convolved(*known, **options)
     assert said == pytest.approx(used, rel=0.05, abs=2**10)

@@ -142,7 +142,7 @@ MARK = "mark:"
 """Prefix of an event's operator, and of a joint graph node's label, where a tensor is complete and gets its format."""
 
 SCRATCH_DTYPES = ("float32", "bfloat16", "float16", "float64")
-"""In which an operator's scratch is said."""
+"""Order of the dtypes in ``Event.scratch``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

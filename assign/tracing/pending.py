@@ -102,7 +102,7 @@ class Script:
         return tuple(sorted((stem, n) for stem, n in counts.items() if stem.rpartition("/")[0] in self.modules))
 
     def beginning(self, calls: int) -> tuple["Script", dict[fx.Node, fx.Node]]:
-        """Copy the first calls of the script.
+        """Make a new script that holds the first ``calls`` calls of this one.
 
         Returns:
             The new script, and a map from each copied node to its copy.
@@ -334,10 +334,6 @@ def frozen(value: Any, leaf: Callable[[Any], Any], numbers: list[int]) -> Any:
         own: list[int] = []
         parts = frozen({each.name: getattr(value, each.name) for each in fields(value)}, leaf, own)
         return type(value), parts, tuple(own)
-    if isinstance(value, _torch.DispatchKeySet):
-        return type(value), repr(value)
-    if isinstance(value, np.ndarray):
-        return value.dtype.str, value.shape, value.tobytes()
     if not isinstance(value, Hashable):
         return _Itself(value)
     return (type(value), repr(value) if isinstance(value, float) else value)
@@ -345,7 +341,7 @@ def frozen(value: Any, leaf: Callable[[Any], Any], numbers: list[int]) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class _Itself:
-    """A value that equals no other."""
+    """A wrapper for an unhashable value: compared by identity."""
 
     value: Any
 

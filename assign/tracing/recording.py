@@ -297,7 +297,7 @@ class _Recording(TorchFunctionMode):
         return self._write(func, args, kwargs, made, key)
 
     def _as_size(self, value: Any) -> Any:
-        """A size with the integers that its tensors hold in their place; what is no such size as it is."""
+        """Replace integer tensors in a size by their values; anything else is returned as it is."""
         if not isinstance(value, (tuple, list)) or not any(isinstance(x, Tensor) for x in value):
             return value
         if any(isinstance(x, Tensor) and (x.dim() or x.is_floating_point()) for x in value):
@@ -519,7 +519,7 @@ class _Recording(TorchFunctionMode):
         )
 
     def _with_gradient(self, x: Tensor) -> Tensor:
-        """A tensor made outside every piece from what depends on parameters; it has its gradient."""
+        """A result of an operator outside every piece, as later pieces take it."""
         return x
 
     def _leads_to_parameters(self, values: Any) -> bool:
@@ -622,7 +622,7 @@ class _WholeRecording(_Recording):
         pass  # the table lists it
 
     def _with_gradient(self, x: Tensor) -> Tensor:
-        """Computed without gradients here; no leaf, which could not be changed in place."""
+        """Give the result a gradient, since tracing computes without; no leaf, so that it can be changed in place."""
         if not (x.is_floating_point() or x.is_complex()):
             return x
         with torch.enable_grad():

@@ -32,7 +32,12 @@ _WORK = 10**10  # multiplications of an operator that is run as a whole: a part 
 
 @dataclass(frozen=True)
 class _Run:
-    """How an operator is run: which arguments have the dtype it computes in, and which have a row for each image."""
+    """How to run one operator alone, by positions of its arguments.
+
+    Attributes:
+        computed: tensors that are cast to the dtype in which the operator computes.
+        batched: tensors whose first dimension is the batch.
+    """
 
     computed: tuple[int, ...]
     batched: tuple[int, ...]
@@ -48,7 +53,7 @@ _RUN = {
 
 @dataclass(frozen=True)
 class _Zeros:
-    """A tensor of zeros, as an argument that can be compared."""
+    """Shape, strides and dtype of a tensor argument: hashable, so that runs can be cached."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -119,7 +124,7 @@ def _product(left: Tensor, right: Tensor) -> int:
 
 
 def _of_run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype) -> int:
-    """What one run says, or two of parts of the batch, of which each image takes its share."""
+    """Scratch bytes from one run, or extrapolated in the batch size from two runs on parts of a large batch."""
     how = _RUN[operator.overloadpacket]
     known = [
         _zeros(value, dtype if number in how.computed else None) if isinstance(value, Tensor) else _hashable(value)
@@ -144,8 +149,8 @@ def _run(operator: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ..
     """Bytes that a call allocates at its worst moment beside its results."""
     if _torch.is_profiled():
         raise TraceError(
-            "trace: a profiler is running, and what an operator allocates is read off one of our own, of which there "
-            "is one at a time.\n  End it before the step is traced."
+            "trace: a profiler is running. assign needs torch's profiler to measure what an operator allocates, and "
+            "only one can run at a time.\n  End it before the step is traced."
         )
     results: list[Any] = []
     with _torch.without_modes():
@@ -167,15 +172,13 @@ def _part(
 
 
 def _work(operator: Any, known: Sequence[Any]) -> int:
-    """Multiplications, roughly."""
+    """Approximate number of multiplications."""
     backward = "backward" in operator.name()
     if "convolution" not in operator.name():
         return 4 * int(math.prod(known[0].shape)) * int(known[2 if backward else 1].shape[2])
     source, weight = _operands(known, backward)
-    transposed = bool(known[7 if backward else 6])
-    filters = math.prod(weight.shape[1:])
-    if transposed:
-        return math.prod(source.shape) * filters
+    if known[7 if backward else 6]:  # transposed
+        return math.prod(source.shape) * math.prod(weight.shape[1:])
     return source.shape[0] * _positions(known, backward=backward) * math.prod(weight.shape)
 
 
@@ -185,7 +188,7 @@ def _operands(known: Sequence[Any], backward: bool) -> "tuple[_Zeros, _Zeros]":
 
 
 def _positions(known: Sequence[Any], *, backward: bool) -> int:
-    """How many places of an image a convolution looks at."""
+    """Number of output positions of a convolution for one image."""
     source, weight = _operands(known, backward)
     stride, padding, dilation = known[4:7] if backward else known[3:6]
     sizes = zip(source.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
@@ -193,7 +196,7 @@ def _positions(known: Sequence[Any], *, backward: bool) -> int:
 
 
 def _unfolded(known: Sequence[Any], *, backward: bool) -> int:
-    """Of a convolution without a kernel of its own: each place with all that its filter sees, a group at a time."""
+    """Bytes of the unfolded input (im2col) of a convolution without an oneDNN kernel, one group at a time."""
     source, weight = _operands(known, backward)
     stride, padding, dilation, transposed = known[4:8] if backward else known[3:7]
     groups: int = known[9 if backward else 8]

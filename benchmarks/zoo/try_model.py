@@ -78,7 +78,7 @@ def find_row(name: Name, backend: str = "eager") -> dict[str, Any]:
 
 
 def examine(model: nn.Module, batch: Any, loss: Loss, expected: Any, backend: str) -> dict[str, Any]:
-    """What came out under a plan that keeps what was loaded, and under plans of 16 and 8 bits beside autocast.
+    """Compare the plain step with planned steps: no format changed, bf16, and 8 bits.
 
     Args:
         expected: what :func:`run` returned for the plain step.
@@ -101,7 +101,7 @@ def examine(model: nn.Module, batch: Any, loss: Loss, expected: Any, backend: st
     steps = {"plain": (copy.deepcopy(model), loss), "autocast": (copy.deepcopy(model), autocast(loss))}
     for title, plan in plans.items():
         steps[title] = planned(model, loss, plan, backend)
-    row |= beside_plain(run(*steps["as loaded"], batch), expected, model, batch, loss, backend)
+    row |= compare_with_plain(run(*steps["as loaded"], batch), expected, model, batch, loss, backend)
     row |= {f"{title} error": found for title, found in errors(steps, model.state_dict(), batch).items()}
     if backend == "eager":
         row["peaks"] = {
@@ -122,7 +122,7 @@ def examine(model: nn.Module, batch: Any, loss: Loss, expected: Any, backend: st
 
 
 def plans_of(table: TensorTable) -> dict[str, Assignment]:
-    """Plans by title: every tensor as it was loaded, in 16 bits, in 8 bits."""
+    """Three plans by title: ``as loaded`` changes no format, ``bf16`` and ``fp8`` narrow every tensor they may."""
     high = {each.key: Entry(_loaded(each.dtype), False) for each in table.paper_tensors}
     groups = frozenset(each.group for each in table.paper_tensors)
     entries = {
@@ -136,11 +136,13 @@ def plans_of(table: TensorTable) -> dict[str, Assignment]:
     }
 
 
-def beside_plain(found: Any, expected: Any, model: nn.Module, batch: Any, loss: Loss, backend: str) -> dict[str, Any]:
-    """What a planned step that rounds nothing equals, by name, or nothing.
+def compare_with_plain(
+    found: Any, expected: Any, model: nn.Module, batch: Any, loss: Loss, backend: str
+) -> dict[str, Any]:
+    """Find which reference the step under the plan ``as loaded`` equals; ``""`` if none.
 
-    That is plain eager PyTorch or ``aot_eager`` bit for bit; of a compiled step, ``torch.compile``, if the step's
-    error is at most twice that of ``torch.compile``.
+    An eager step must equal plain PyTorch or ``aot_eager`` bit for bit. A compiled step passes if its error against
+    the plain eager step is at most twice the error of ``torch.compile``.
     """
     if same(found, expected):
         return {"as loaded": "eager"}
@@ -157,7 +159,7 @@ def beside_plain(found: Any, expected: Any, model: nn.Module, batch: Any, loss: 
 
 
 def errors(steps: dict[str, tuple[nn.Module, Loss]], state: dict[str, torch.Tensor], batch: Any) -> dict[str, float]:
-    """The error of the gradient under autocast and under each plan, medians over some weights near the model's.
+    """Relative gradient error under autocast and under each plan: the median over ``SEEDS`` perturbed sets of weights.
 
     Each error is measured against the same kind of step without rounding, because dropout draws other masks where
     AOTAutograd reorders operators.
@@ -185,7 +187,7 @@ def errors(steps: dict[str, tuple[nn.Module, Loss]], state: dict[str, torch.Tens
 
 
 def peak(model: nn.Module, loss: Loss, batch: Any) -> int:
-    """Bytes at the worst moment of a forward and backward pass that has run before."""
+    """Measured peak memory of a forward and backward pass, in bytes; the step must have run once before."""
     model.zero_grad()
     seed_all()
     return measure_peak(
@@ -205,7 +207,7 @@ def share_inside(table: TensorTable) -> float:
 
 
 def planned(model: nn.Module, loss: Loss, plan: Assignment, backend: str) -> tuple[nn.Module, Loss]:
-    """A copy of the model, and its step under the plan."""
+    """Copy the model, and return the copy and its step under the plan."""
     copied = copy.deepcopy(model)
     step = assign.planned_step(copied, loss, plan, backend=backend)
     return copied, lambda _, batch: step(batch)
