@@ -70,6 +70,17 @@ def test_what_a_convolution_allocates(source, weight, options, layout, dtype):
     assert said == pytest.approx(used, rel=0.05, abs=2**10)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_number_as_option_holds_for_all_dimensions(dtype):
+    """PyTorch accepts ``[1]`` for a convolution of any number of dimensions."""
+    args = torch.ones(2, 3, 12, 12, dtype=dtype), torch.ones(8, 3, 3, 3, dtype=dtype), None
+    said = [
+        scratch_of(aten.convolution.default, (*args, *([each] * dims for each in (1, 1, 1)), False, [0], 1), {}, None)
+        for dims in (1, 2)
+    ]
+    assert said[0] == said[1]
+
+
 def test_a_large_convolution_is_run_on_a_part_of_its_batch(monkeypatch):
     ran = []
     monkeypatch.setattr(workspace, "_WORK", 2 * 10**8)

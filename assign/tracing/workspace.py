@@ -190,7 +190,9 @@ def _operands(known: Sequence[Any], backward: bool) -> "tuple[_Zeros, _Zeros]":
 def _positions(known: Sequence[Any], *, backward: bool) -> int:
     """Number of output positions of a convolution for one image."""
     source, weight = _operands(known, backward)
-    stride, padding, dilation = known[4:7] if backward else known[3:6]
+    dimensions = len(weight.shape) - 2
+    options = known[4:7] if backward else known[3:6]
+    stride, padding, dilation = (each * dimensions if len(each) == 1 else each for each in options)  # [1] holds for all
     sizes = zip(source.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     return math.prod((int(size) + 2 * p - d * (kernel - 1) - 1) // int(s) + 1 for size, kernel, s, p, d in sizes)
 
