@@ -3,7 +3,8 @@
 Claim: of the architectures whose plain step works, at least 97 % trace and train under a plan; loss, gradients and
 buffers under a plan that keeps every tensor as it was loaded equal those of plain PyTorch bit for bit, or those of
 ``torch.compile(backend="aot_eager")`` where AOTAutograd itself sums in another order; under bf16 the gradient is no
-further from the plain one than twice autocast's, and in 8 bits than as many times that as e5m2's step is wider.
+further from the plain one than twice autocast's, and in 8 bits than as many times that as e5m2's step is wider. Where
+bf16 in every tensor is further away, a plan that narrows only what autocast narrows must not be; the row says so.
 
 Method: one model of each modelling file of transformers and of timm, with a tiny configuration, models of diffusers
 and torch_geometric, LoRA by peft on bf16 bases: those of ``benchmarks/zoo/names.txt``, with the model's own loss or
@@ -14,7 +15,8 @@ Compiled: twenty models drawn by a fixed seed, half of them in several pieces. T
 loaded is at most twice that of ``torch.compile``, both against the eager step; the rest as above.
 
 Assumptions: eager backend, one thread. "not built" is a model whose own plain step fails with these sizes: it counts
-against the sizes here and is listed. A run that is stopped goes on with the models that its file does not have.
+against the sizes here and is listed. A run that is stopped goes on with the models that its file does not have; each
+row tells the commit that made it.
 
 Packages: ``pip install -e '.[bench]' torch_geometric``, and ``pip install --no-deps timm``: no torchvision is needed.
 
@@ -59,9 +61,9 @@ def main() -> None:
     missing = [each for each in wanted if each not in done]
     with ThreadPoolExecutor(options.jobs) as pool:
         for ended in as_completed([pool.submit(run, each, backend) for each in missing]):
-            row = ended.result()
+            row = ended.result() | {"commit": facts.commit()}
             result["rows"].append(row)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            facts.write(path, result)
             print(line(row), flush=True)
     print(table(result["rows"]))
 
@@ -121,6 +123,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     reasons = Counter((row["result"], kind_of(row)) for row in rows if row["result"] != "ok")
     lines += ["", "| result | reason | models |", "|---|---|---|"]
     lines += [f"| {result} | {reason} | {count} |" for (result, reason), count in reasons.most_common()]
+    notes = Counter(row["note"] for row in rows if "note" in row)
+    lines += ["", "| note | models |", "|---|---|"]
+    lines += [f"| {note} | {count} |" for note, count in notes.most_common()]
     built = [row for row in rows if row["result"] != "not built"]
     good = sum(row["result"] == "ok" for row in built)
     exact = sum(bool(row.get("as loaded")) for row in built)
