@@ -151,6 +151,30 @@ def test_branches_on_values(look, pieces):
     assert compiled.recorder.pieces == pieces
 
 
+class GrowsInItsFirstStep(nn.Module):
+    """Makes a layer behind its dropout, the first time it runs; looks at its batch, so that it is recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mix = nn.Linear(16, 8), None
+
+    def forward(self, batch):
+        x, labels = batch
+        assert labels.max() < 8
+        h = F.dropout(self.first(x), 0.25)
+        if self.mix is None:
+            self.mix = nn.Linear(8, 8).weight.detach()
+        return F.cross_entropy(F.dropout(h @ self.mix, 0.25), labels)
+
+
+def test_layers_made_in_a_step_draw_in_the_order_of_the_code():
+    """A mask that the first piece draws comes before the weights of a layer made behind it."""
+    model, batch = GrowsInItsFirstStep(), vectors()
+    plan, plain = everything(traced(model, batch, call), "fp32"), copy.deepcopy(model)
+    expected = run(plain, lambda each: call(plain, each), batch)
+    assert_same(run(model, assign.planned_step(model, call, plan, backend="eager"), batch), expected)
+
+
 def test_an_error_of_the_users_code_stays_the_users_error():
     model, (x, labels) = Checked(), vectors()
     plan = everything(traced(model, (x, labels), call), "bf16")

@@ -109,6 +109,22 @@ def test_what_attention_allocates(masked, dtype):
     assert used > 2**16
 
 
+@pytest.mark.parametrize("loaded", [torch.float64, torch.bfloat16], ids=str)
+def test_attention_with_a_mask_computed_in_other_dtypes_than_loaded(loaded):
+    """A kernel refuses a mask in another dtype than its operands, float32 excepted."""
+    query, key, value = torch.ones(3, 2, 4, 300, 32).to(loaded)
+    forward = aten._scaled_dot_product_flash_attention_for_cpu.default
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    mask = torch.zeros(2, 1, 300, 300)
+    result, sums = forward(query, key, value)
+    behind = torch.ones_like(result), query, key, value, result, sums, 0.0, False
+    for dtype in (torch.float64, *DTYPES):
+        for operator, args in ((forward, (query, key, value)), (backward, behind)):
+            said = [scratch_of(operator, args, {"attn_mask": mask.to(each)}, None, dtype) for each in (loaded, None)]
+            assert said[0] == pytest.approx(said[1], rel=0.5)
+            assert said[0] > 2**16
+
+
 def test_a_profiler_of_the_users_own_is_in_the_way():
     source, weight = torch.ones(1, 3, 5, 5), torch.ones(7, 3, 3, 3)
     options = [1, 1], [0, 0], [1, 1], False, [0, 0], 1

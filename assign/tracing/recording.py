@@ -180,7 +180,8 @@ class _Recording(TorchFunctionMode):
 
     def _attribute(self, func: Any, args: Any) -> Any:
         name, x = func.__self__.__name__, args[0]
-        if name in ("requires_grad", "is_leaf") and self.pending.dirty.get(_torch.memory_of(x), False):
+        written = not isinstance(x, Deferred) and self.pending.dirty.get(_torch.memory_of(x), False)
+        if name in ("requires_grad", "is_leaf") and written:
             return name == "requires_grad"  # what the pending piece will write into it has a gradient
         if name in METADATA or not self._is_recorded(x):
             return plain(func, args, {})

@@ -36,7 +36,8 @@ DRAWING = frozenset(
         "feature_alpha_dropout", "feature_dropout", "rrelu", "gumbel_softmax", "scaled_dot_product_attention",
         "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu", "fractional_max_pool2d",
         "fractional_max_pool3d", "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "cauchy_",
-        "log_normal_", "geometric_",
+        "log_normal_", "geometric_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_",
+        "xavier_normal_", "orthogonal_", "sparse_",
     }
 )  # fmt: skip
 """Functions that draw random numbers, which must be drawn in the order of the user's code."""

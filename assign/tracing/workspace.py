@@ -37,17 +37,24 @@ class _Run:
     Attributes:
         computed: tensors that are cast to the dtype in which the operator computes.
         batched: tensors whose first dimension is the batch.
+        summed: tensors that are in float32 where the operator computes in less.
     """
 
     computed: tuple[int, ...]
     batched: tuple[int, ...]
+    summed: tuple[int, ...] = ()
+
+    def dtype_of(self, number: int, dtype: torch.dtype) -> torch.dtype | None:
+        """The dtype of an argument of an operator that computes in ``dtype``; None: as it is."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return dtype if number in self.computed else wide if number in self.summed else None
 
 
 _RUN = {
     aten.convolution: _Run((0, 1, 2), (0,)),
     aten.convolution_backward: _Run((0, 1, 2), (0, 1)),
     aten._scaled_dot_product_flash_attention_for_cpu: _Run((0, 1, 2), (0, 1, 2)),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _Run((0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5)),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _Run((0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5), summed=(5,)),
 }
 
 
@@ -127,13 +134,14 @@ def _of_run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dtype
     """Scratch bytes from one run, or extrapolated in the batch size from two runs on parts of a large batch."""
     how = _RUN[operator.overloadpacket]
     known = [
-        _zeros(value, dtype if number in how.computed else None) if isinstance(value, Tensor) else _hashable(value)
+        _zeros(value, how.dtype_of(number, dtype)) if isinstance(value, Tensor) else _hashable(value)
         for number, value in enumerate(args)
     ]
     if dtype == torch.float16 and "convolution" in operator.name() and not _torch.has_fp16_convolution():
         return _unfolded(known, backward=operator.overloadpacket is aten.convolution_backward)
     options = {
-        name: _zeros(value, None) if isinstance(value, Tensor) else _hashable(value) for name, value in kwargs.items()
+        name: _zeros(value, _mask_dtype(value, dtype)) if isinstance(value, Tensor) else _hashable(value)
+        for name, value in kwargs.items()
     }
     images = known[how.batched[0]].shape[0]
     affordable = max(1, int(images * _WORK / max(1, _work(operator, known))))
@@ -218,6 +226,11 @@ def _unfolded(known: Sequence[Any], *, backward: bool) -> int:
 
 def _zeros(tensor: Tensor, dtype: torch.dtype | None) -> _Zeros:
     return _Zeros(tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), dtype or tensor.dtype)
+
+
+def _mask_dtype(mask: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an attention mask: kernels accept their own and float32."""
+    return mask.dtype if mask.dtype == torch.float32 else dtype
 
 
 def _hashable(value: Any) -> Any:
