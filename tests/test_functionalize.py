@@ -86,10 +86,30 @@ def behind_the_back(x):
     return y * y
 
 
+def into_detached(x):
+    """What is written has a gradient in the detached tensor, and none in the other, whose own one stays."""
+    y, z, w = x * 2, x * 3, x * 4
+    loose = y.detach()
+    loose += z
+    row = w.data[1]
+    row.mul_(x[0])
+    return loose * z + y * y + w * row
+
+
+def into_detached_constants(x):
+    """Nothing that is detached has a gradient; what is written into it has one."""
+    ones = torch.ones_like(x).detach()
+    ones += x[:1]
+    ones[0].mul_(x[1])
+    return ones * ones
+
+
 @pytest.mark.parametrize(
     "function",
     [
         view_of_view,
+        into_detached,
+        into_detached_constants,
         stale_views,
         written_twice,
         masked,

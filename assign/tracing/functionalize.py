@@ -6,7 +6,7 @@ tensor; later readers of the old tensor, or of a view of it, read the new one. W
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -153,12 +153,37 @@ def _inplace_flag(node: fx.Node) -> bool:
 def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node, aliases: Aliases) -> None:
     """Replace one in-place node; every later reader of its storage reads the new tensor.
 
-    Under ``torch.no_grad``, the write changes the values alone: the gradient of the new tensor is the old one's.
+    Under ``torch.no_grad``, the write changes the values alone: the gradient of the new tensor is the old one's. What
+    is written with a gradient into ``x.detach()`` has that gradient there, and changes the values alone of ``x``.
     """
     root = aliases.root[target]
-    hidden = aliases.values[root].requires_grad and node in _torch.nodes_without_grad(graph)
-    family = [n for n in aliases.root if aliases.root[n] is root and isinstance(aliases.values[n], Tensor)]
+    unseen = node in _torch.nodes_without_grad(graph)
     order = {n: i for i, n in enumerate(graph.nodes)}
+    shared = [n for n in aliases.root if aliases.root[n] is root and isinstance(aliases.values[n], Tensor)]
+    family = [n for n in shared if order[n] <= order[node]]  # what is made later follows its own source
+    detached = next((n for n in _views(target, root) if _detaches(n)), None)
+    if detached is None or unseen or not aliases.values[target].requires_grad:
+        hidden = unseen and aliases.values[root].requires_grad
+        updated = _write(graph, node, target, root, hidden=hidden)
+        _read_instead(graph, node, target, root, updated, family, aliases if hidden else None)
+    else:
+        inside = [n for n in family if n is node or detached in _views(n, root)]
+        updated = _write(graph, node, target, detached, hidden=False)
+        _read_instead(graph, node, target, detached, updated, inside)
+        outside = [n for n in family if n not in inside]
+        if any(order.get(user, -1) > order[node] for n in outside for user in n.users):
+            copied = _write_values(graph, node, detached, root, updated)
+            _read_instead(graph, node, target, root, copied, outside)
+    if not node.users:
+        graph.erase_node(node)
+
+
+def _write(graph: fx.Graph, node: fx.Node, target: fx.Node, root: fx.Node, *, hidden: bool) -> fx.Node:
+    """The tensor ``root`` as it is behind the in-place node, which writes into its view ``target``.
+
+    Args:
+        hidden: the write changes the values alone, and its gradient is that of ``root``.
+    """
     with graph.inserting_before(node):
         updated = _out_of_place(graph, node) if target is root and not hidden else None
         if updated is None:
@@ -173,22 +198,64 @@ def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node, aliases: Aliases) 
         else:
             barrier = updated
     updated.meta["assign_after"] = barrier  # the mark stands where the write is done
+    return updated
+
+
+def _write_values(graph: fx.Graph, node: fx.Node, detached: fx.Node, root: fx.Node, values: fx.Node) -> fx.Node:
+    """The tensor ``root`` as it is when ``values`` are written into its view ``detached``, which has no gradient."""
+    with graph.inserting_before(node):
+        updated = graph.call_method("clone", (root,))
+        view = _replay(graph, detached, root, updated)
+        write = graph.call_method("copy_", (view, graph.call_method("detach", (values,))))
+    updated.meta = {**node.meta, "assign_op": node.target, "assign_after": write}
+    write.meta = {**node.meta, "assign_in_place": True}
+    return updated
+
+
+def _read_instead(
+    graph: fx.Graph,
+    node: fx.Node,
+    target: fx.Node,
+    root: fx.Node,
+    updated: fx.Node,
+    family: Iterable[fx.Node],
+    hidden_in: Aliases | None = None,
+) -> None:
+    """Let who reads a view of ``root`` after the in-place node read the same view of ``updated``.
+
+    Args:
+        hidden_in: where the write changed values alone: what tells which of the views have a gradient.
+    """
+    order = {n: i for i, n in enumerate(graph.nodes)}
     replayed = {root: updated}
     for member in family:
-        if order[member] > order[node]:
-            continue  # made from the changed tensor: follows its own source
         later = list(node.users) if member is node else [u for u in member.users if order.get(u, -1) > order[node]]
         if not later:
             continue
         source = target if member is node else member
         if source not in replayed:
             with graph.inserting_before(node):
-                shows = hidden and aliases.values[source].requires_grad
+                shows = hidden_in is not None and hidden_in.values[source].requires_grad
                 replayed[source] = _replay(graph, source, root, updated, with_grad=shows)
         for user in later:
             user.replace_input_with(member, replayed[source])
-    if not node.users:
-        graph.erase_node(node)
+
+
+def _views(member: fx.Node, root: fx.Node) -> list[fx.Node]:
+    """A view of ``root``, what it is a view of, and so on."""
+    chain = [member]
+    while chain[-1] is not root:
+        sources = [n for n in chain[-1].all_input_nodes if not n.meta.get("assign_in_place")]
+        if not sources:
+            break
+        chain.append(sources[0])
+    return chain
+
+
+def _detaches(node: fx.Node) -> bool:
+    """Whether a node is ``x.detach()`` or ``x.data``."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in ("detach", "_get_data_attr")
 
 
 def _out_of_place(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
