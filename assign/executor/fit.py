@@ -30,8 +30,8 @@ def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> dict[
     Parameters that were frozen when the plan was made get the recipe's high format for their gradients. Tensors of a
     module that the plan does not know, or of a method that it does not know, are not narrowed. Both are said in a
     warning. Entries of modules that this step does not run, and of a second call that is not in this graph, wait for
-    another step. A step whose code looks at values may call an operator of a module more often than the planned step
-    did, or less often: what is new is not narrowed. What is computed of the batch alone may have other tensors, or
+    another step. A step whose code looks at values may take another branch than the planned step did, or call an
+    operator more often or less often: what is new is not narrowed. What is computed of the batch alone may have other tensors, or
     none: the batch may come in another dtype.
 
     Returns:
@@ -53,6 +53,7 @@ def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> dict[
         for key in missing
         if scope is Scope.METHOD
         or (_path(key) not in planned and key not in unfrozen)
+        or (capture.is_part and "/" in key)
         or (recorded and base_key(key).partition("#")[0] in plan.entries)
     ]
     if capture.is_part:
