@@ -744,6 +744,11 @@ OWN_FILES = tuple(f"{Path(each).parent}{os.sep}" for each in (torch.__file__, __
 """Beginnings of the paths of torch's own files and of this package's."""
 
 _APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]  # torch declares no class method
+_GENERATOR = {
+    (home, name): getattr(home, name)
+    for home in (torch, torch.random)
+    for name in ("manual_seed", "seed", "get_rng_state", "set_rng_state")
+}
 
 
 def autocast_modes() -> Modes:
@@ -768,12 +773,15 @@ def as_if_compiling(compiling: bool = True) -> contextlib.AbstractContextManager
 
 @contextlib.contextmanager
 def recorded_functions(
-    apply: Callable[[Any, Any, Any], Any], checkpointed: Callable[[], contextlib.AbstractContextManager[None]]
+    apply: Callable[[Any, Any, Any], Any],
+    checkpointed: Callable[[], contextlib.AbstractContextManager[None]],
+    before_seeding: Callable[[str], None],
 ) -> Iterator[None]:
     """Within the context, autograd functions are given to ``apply``, and checkpointed blocks run in ``checkpointed()``.
 
     Args:
         apply: takes the class, positional and keyword arguments; returns None for what torch shall do as usual.
+        before_seeding: is called with the name of a function that reads or sets the state of torch's generator.
     """
 
     def replaced(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -787,16 +795,29 @@ def recorded_functions(
         with checkpointed():
             yield
 
-    with (
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(replaced)),
-        mock.patch.object(torch_checkpoint, "_checkpoint_without_reentrant_generator", block),
-    ):
+    def in_order(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before_seeding(function.__name__)
+            return function(*args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(replaced)))
+        stack.enter_context(mock.patch.object(torch_checkpoint, "_checkpoint_without_reentrant_generator", block))
+        for (home, name), function in _GENERATOR.items():
+            stack.enter_context(mock.patch.object(home, name, in_order(function)))
         yield
 
 
-def plain_functions() -> contextlib.AbstractContextManager[Any]:
-    """Within :func:`recorded_functions`, a context without it: what is compiled keeps torch's own ``apply``."""
-    return mock.patch.object(torch.autograd.Function, "apply", classmethod(_APPLY))
+@contextlib.contextmanager
+def plain_functions() -> Iterator[None]:
+    """Within :func:`recorded_functions`, a context without it: what is compiled has torch's own functions."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(_APPLY)))
+        for (home, name), function in _GENERATOR.items():
+            stack.enter_context(mock.patch.object(home, name, function))
+        yield
 
 
 class AppliedFunction:

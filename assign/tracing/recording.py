@@ -134,7 +134,7 @@ class _Recording(TorchFunctionMode):
 
     def result(self) -> Any:
         """Run the step; deferred tensors in its result are replaced by real ones."""
-        functions = _torch.recorded_functions(self._apply_function, self._checkpointed)
+        functions = _torch.recorded_functions(self._apply_function, self._checkpointed, self._before_seeding)
         with self.code.followed(), _torch.as_if_compiling(), functions, self:
             returned = self.recorder.step.forward(*self.args, **self.kwargs)
         self.close("", [x for x in pytree.tree_leaves(returned) if isinstance(x, Deferred)])
@@ -165,7 +165,15 @@ class _Recording(TorchFunctionMode):
     def _keep_order(self, name: str) -> None:
         """Random numbers are drawn in the order of the user's code: first those of the pending piece."""
         if name in DRAWING and self.pending.draws:
-            self.close(f"{name} draws random numbers, and the operators before it do so too")
+            self._end_piece(f"{name} draws random numbers or sets their generator, behind operators that draw some")
+
+    def _end_piece(self, reason: str) -> None:
+        self.close(reason)
+
+    def _before_seeding(self, name: str) -> None:
+        """Keep the order at a function of the generator, which no mode for torch functions sees."""
+        with _torch.without_functions():
+            self._keep_order(name)
 
     def _is_recorded(self, x: Tensor) -> bool:
         return isinstance(x, Deferred) or id(x) in self.parameters or id(x) in self.batch or x.requires_grad
@@ -593,8 +601,11 @@ class _Recording(TorchFunctionMode):
 class _WholeRecording(_Recording):
     """One run of a step that is recorded as one graph; values that the code needs are computed beside it."""
 
-    def _keep_order(self, name: str) -> None:
-        """Nothing of the graph runs here: there is no order to keep."""
+    def _end_piece(self, reason: str) -> None:
+        """Note that a piece would end here, what the code holds then, and that the next one has drawn nothing yet."""
+        self.recorder.reasons.setdefault(place(), reason)
+        self.pending.held |= {x.node for x in self.pending.alive()}
+        self.pending.draws = False
 
     def _results(self, returned: Sequence[Deferred]) -> list[Deferred]:
         return list({id(x): x for x in returned}.values())
@@ -615,8 +626,7 @@ class _WholeRecording(_Recording):
             x for x in tensors_in(values) if isinstance(x, Deferred) or _torch.memory_of(x) in self.pending.dirty
         ]
         if any(map(self._is_parametric, tensors)):
-            self.recorder.reasons.setdefault(place(), reason)
-            self.pending.held |= {x.node for x in self.pending.alive()}
+            self._end_piece(reason)
         return with_tensors(self._computed, values)
 
     def _note_outside(self, outside: Outside) -> None:

@@ -37,10 +37,10 @@ DRAWING = frozenset(
         "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu", "fractional_max_pool2d",
         "fractional_max_pool3d", "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "cauchy_",
         "log_normal_", "geometric_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_",
-        "xavier_normal_", "orthogonal_", "sparse_",
+        "xavier_normal_", "orthogonal_", "sparse_", "manual_seed", "seed", "get_rng_state", "set_rng_state",
     }
 )  # fmt: skip
-"""Functions that draw random numbers, which must be drawn in the order of the user's code."""
+"""Functions that draw random numbers, or ask or set the generator: they run in the order of the user's code."""
 
 REFLECTED = {
     "__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv, "__rpow__": operator.pow,

@@ -6,6 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+POINTS = {
+    "encoder_hidden_sizes": [8, 8, 16, 16],
+    "decoder_hidden_size": 32,
+    "descriptor_decoder_dim": 32,
+    "max_keypoints": 12,
+}
+"""A small detector of points."""
+
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blip_2": {"image_token_index": 100},
@@ -33,7 +41,28 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "pop2piano": {"decoder_start_token_id": 1},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [3, 4]},
+    "reformer": {  # draws its seeds anew in each step
+        "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [3, 4], "hidden_dropout_prob": 0.0, "hash_seed": 1,
+        "local_attention_probs_dropout_prob": 0.0, "lsh_attention_probs_dropout_prob": 0.0,
+    },
+    "sam2": {
+        "vision_config": {
+            "backbone_config": {
+                "image_size": [64, 64], "blocks_per_stage": [1, 1, 2, 1], "embed_dim_per_stage": [16, 32, 64, 128],
+                "hidden_size": 16, "global_attention_blocks": [3], "num_attention_heads_per_stage": [1, 2, 2, 2],
+                "window_size_per_stage": [8, 4, 4, 2],
+            },
+            "backbone_channel_list": [128, 64, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        },
+        "prompt_encoder_config": {"image_size": 64},
+    },
+    "slanet": {"max_text_length": 8},
+    "slanext": {"max_text_length": 8},
+    "lightglue": {"descriptor_dim": 32, "hidden_size": 32, "intermediate_size": 64, "keypoint_detector_config": POINTS},
+    "superglue": {
+        "gnn_layers_types": ["self", "cross"], "sinkhorn_iterations": 5, "keypoint_encoder_sizes": [16],
+        "hidden_size": 32, "keypoint_detector_config": POINTS,
+    },
     "sam_hq": {"vision_config": {"output_channels": 32}},
     "autoformer": {"label_length": 2, "moving_average": 3},
     "swin": {"image_size": 224},
