@@ -148,20 +148,29 @@ def forget_recompute(node: fx.Node) -> None:
     node.meta.pop("ac_graph_id", None)
 
 
-def compiled_node(result: torch.Tensor) -> tuple[Any, int] | None:
-    """The autograd node of the compiled graph that made ``result``, and the number of the result there."""
-    function: Any = result.grad_fn
-    number = result.output_nr  # of the graph itself; a view of a result has an autograd node of its own
-    while function is not None and "CompiledFunction" not in function.name():
-        function, number = next((edge for edge in function.next_functions if edge[0] is not None), (None, 0))
-    return None if function is None else (function, number)
+def compiled_nodes(x: Any) -> list[tuple[Any, int]]:
+    """The autograd nodes of compiled graphs nearest to ``x``, each with the number of the result there.
+
+    A view of a result has an autograd node of its own before that of the graph, and so has a tensor into which a graph
+    has written.
+    """
+    known = isinstance(x, torch.Tensor) and x.grad_fn is not None
+    edges: list[tuple[Any, int]] = [(x.grad_fn, x.output_nr)] if known else []
+    found, seen = [], set(edges)
+    while edges:
+        function, number = edges.pop()
+        if "CompiledFunction" in function.name():
+            found.append((function, number))
+        else:
+            edges += [edge for edge in function.next_functions if edge[0] is not None and edge not in seen]
+            seen.update(edges)
+    return found
 
 
-def leaf_of(function: Any) -> torch.Tensor | None:
-    """The parameter to which an autograd node hands a gradient, through at most one other node (a tap)."""
-    while function is not None and not hasattr(function, "variable"):
-        function = next((edge[0] for edge in function.next_functions if edge[0] is not None), None)
-    return None if function is None else cast(torch.Tensor, function.variable)
+def gradient_edge(x: torch.Tensor) -> tuple[Any, int]:
+    """To what an autograd node hands the gradient of ``x``, in the terms of its ``next_functions``."""
+    edge = torch.autograd.graph.get_gradient_edge(x)
+    return edge.node, edge.output_nr
 
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:

@@ -975,3 +975,41 @@ def test_a_later_step_may_take_another_branch_than_the_planned_one():
     assert_same(run(model, step, x), run(plain, lambda batch: square_loss(plain, batch), x))
     with pytest.warns(UserWarning, match="not narrowed: /mul"):
         assert_same(run(model, step, x), run(plain, lambda batch: square_loss(plain, batch), x))
+
+
+class CutOff(nn.Module):
+    """Writes what a first piece computes into a tensor that later pieces detach: no gradient reaches the first."""
+
+    def __init__(self, *, cut=True):
+        super().__init__()
+        self.points, self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.cut = cut
+
+    def forward(self, x):
+        points = self.points(x)
+        count = (points > 0).nonzero().shape[0]
+        padded = torch.zeros(x.shape[0] + 2, 8)
+        padded[: x.shape[0]] = points + count * 0.01
+        known = padded.reshape(x.shape[0] + 2, 8)
+        h = self.body(known.detach().contiguous() if self.cut else known)
+        if h.sum().item() > 1e9:
+            return h
+        return self.head(h).square().mean(), padded, known
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "whole"])
+def test_no_gradient_passes_a_detached_tensor_between_pieces(cut):
+    torch.manual_seed(0)
+    model, x = CutOff(cut=cut), torch.randn(5, 8)
+    plain = copy.deepcopy(model)
+
+    def loss(model, batch):
+        return model(batch)[0]
+
+    table = traced(model, x, loss)
+    assert len(table.breaks) == 2
+    expected = run(plain, lambda batch: loss(plain, batch), x)
+    assert_same(run(model, assign.planned_step(model, loss, everything(table, "fp32"), backend="eager"), x), expected)
+    assert (plain.points.weight.grad is None) is cut
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)

@@ -31,8 +31,8 @@ def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> dict[
     module that the plan does not know, or of a method that it does not know, are not narrowed. Both are said in a
     warning. Entries of modules that this step does not run, and of a second call that is not in this graph, wait for
     another step. A step whose code looks at values may take another branch than the planned step did, or call an
-    operator more often or less often: what is new is not narrowed. What is computed of the batch alone may have other tensors, or
-    none: the batch may come in another dtype.
+    operator more often or less often: what is new is not narrowed. What is computed of the batch alone may have other
+    tensors, or none: the batch may come in another dtype.
 
     Returns:
         Entries for the gradients of parameters that were frozen when the plan was made.

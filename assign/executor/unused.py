@@ -1,11 +1,12 @@
 """Parameters that a backward pass does not reach keep ``.grad`` as it is, as in plain PyTorch.
 
 A captured graph has one backward pass for all its results: where the loss reads only some of them, it would give zeros
-to parameters behind the others, and weight decay or momentum would then move these. A hook on the graph's autograd node
-sees which results have a gradient, and takes the zeros away.
+to inputs that only the others have a gradient of, and weight decay or momentum would then move parameters, also those
+of an earlier graph that made the input. A hook on the graph's autograd node sees which results have a gradient, and
+takes the zeros away.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,8 @@ from torch import Tensor, fx
 
 from assign import _torch
 from assign.tracing.capture import Capture
-from assign.tracing.functionalize import written
+from assign.tracing.functionalize import detaches, written
 from assign.tracing.layout import views_through
-
-_INPUT = -1  # in the place of a result's position: whether what is read of an input later is used, is not known
 
 
 def without_unused_gradients(
@@ -28,29 +27,41 @@ def without_unused_gradients(
         run: of a captured graph: its inputs → its results.
         needed: for each input, the positions of the results that depend on it (see :func:`results_behind_inputs`).
     Returns:
-        ``run`` itself where every input lies behind every result.
+        ``run`` itself where every input lies behind every result, and no other graph can leave all of them unused.
     """
-    trained = [position for position, node in enumerate(_inputs(capture.graph)) if node in capture.parameters]
-    results = frozenset().union(*(needed[position] for position in trained))
-    if all(needed[position] in (results, frozenset()) for position in trained):
+    floating = [
+        position
+        for position, x in enumerate(capture.inputs)
+        if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+    ]
+    results = frozenset().union(*(needed[position] for position in floating))
+    if not capture.is_part and all(needed[position] == results for position in floating):
         return run
 
+    changed = sorted({-1 - place for places in needed for place in places if place < 0})
+
     def call(*inputs: Any) -> Sequence[Any]:
+        if not torch.is_grad_enabled():
+            return run(*inputs)
+        trained = [position for position in floating if inputs[position].requires_grad]
+        behind = {_torch.gradient_edge(inputs[position]): needed[position] for position in trained}
+        earlier = {place[0] for position in trained for place in _torch.compiled_nodes(inputs[position])}
         outputs = run(*inputs)
-        if torch.is_grad_enabled():
-            places = {position: inputs[position] for position in trained}
-            _drop_zeros(outputs, [(parameter, needed[position]) for position, parameter in places.items()])
+        made = dict(enumerate(outputs)) | {-1 - position: inputs[position] for position in changed}
+        _drop_zeros(made, behind, earlier)
         return outputs
 
     return call
 
 
 def results_behind_inputs(graph: fx.GraphModule) -> list[frozenset[int]]:
-    """For each input of a captured graph, the positions of the results that depend on it.
+    """For each input of a captured graph, the positions of the results that have a gradient of it.
 
-    Where an input that the graph changes in place depends on it, -1 is among them.
+    Where the input at position p, changed in place by the graph, has one, -1 - p is among them.
     """
+    without_grad = _torch.nodes_without_grad(graph.graph)
     reached: dict[fx.Node, set[int]] = {}
+    places = {node: position for position, node in enumerate(_inputs(graph))}
     outputs: Any = _torch.output_of(graph).args[0]
     for position, node in enumerate(outputs):
         if isinstance(node, fx.Node):
@@ -60,35 +71,49 @@ def results_behind_inputs(graph: fx.GraphModule) -> list[frozenset[int]]:
             for target in views_through(node)[1:]:
                 reached.setdefault(node, set()).update(reached.get(target, ()))
                 if target.op == "placeholder":
-                    reached[node].add(_INPUT)
-        for source in node.all_input_nodes if node.op != "output" else ():
+                    reached[node].add(-1 - places[target])
+        if node.op == "output" or node in without_grad or detaches(node):
+            continue
+        for source in node.all_input_nodes:
             reached.setdefault(source, set()).update(reached.get(node, ()))
-    return [frozenset(reached.get(node, ())) for node in _inputs(graph)]
+    return [frozenset(reached.get(node, ())) for node in places]
 
 
 def _inputs(graph: fx.GraphModule) -> list[fx.Node]:
     return list(graph.graph.find_nodes(op="placeholder"))
 
 
-def _drop_zeros(outputs: Sequence[Any], parameters: Sequence[tuple[Tensor, frozenset[int]]]) -> None:
-    """Let the autograd node behind ``outputs`` return None for parameters none of whose results has a gradient."""
-    found = {
-        position: _torch.compiled_node(output)
-        for position, output in enumerate(outputs)
-        if isinstance(output, Tensor) and output.grad_fn is not None
-    }
-    nodes = {position: place for position, place in found.items() if place is not None}
-    if not nodes:
+def _drop_zeros(
+    made: Mapping[int, Any], behind: Mapping[tuple[Any, int], frozenset[int]], earlier: Collection[Any]
+) -> None:
+    """Let a graph's autograd node return None for inputs none of whose results has a gradient.
+
+    Args:
+        made: the graph's results by position, and by negative numbers the inputs that it has changed.
+        behind: the positions of the results that have a gradient of an input, by its edge.
+        earlier: autograd nodes of graphs that made the inputs.
+    """
+    numbers: dict[int, int] = {}
+    node = None
+    for position, x in made.items():
+        for function, number in _torch.compiled_nodes(x):
+            if function not in earlier:
+                node, numbers[position] = function, number
+    if node is None:
         return
-    node = next(iter(nodes.values()))[0]
-    behind = {id(parameter): results for parameter, results in parameters}
-    edges = [behind.get(id(_torch.leaf_of(function))) for function, _ in node.next_functions]
+    edges = [behind.get(edge, _through_tap(edge[0], behind)) for edge in node.next_functions]
 
     def drop(gradients: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        used = {position for position, (_, number) in nodes.items() if results[number] is not None} | {_INPUT}
+        used = {position for position, number in numbers.items() if results[number] is not None}
         return tuple(
             None if reached is not None and not reached & used else gradient
             for gradient, reached in zip(gradients, edges, strict=True)
         )
 
     node.register_hook(drop)
+
+
+def _through_tap(function: Any, behind: Mapping[tuple[Any, int], frozenset[int]]) -> frozenset[int] | None:
+    """What is behind the parameter of a tap; None of another autograd node."""
+    edges = [] if function is None else [edge for edge in function.next_functions if edge[0] is not None]
+    return behind.get(edges[0]) if len(edges) == 1 and hasattr(edges[0][0], "variable") else None

@@ -161,7 +161,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node, aliases: Aliases) 
     order = {n: i for i, n in enumerate(graph.nodes)}
     shared = [n for n in aliases.root if aliases.root[n] is root and isinstance(aliases.values[n], Tensor)]
     family = [n for n in shared if order[n] <= order[node]]  # what is made later follows its own source
-    detached = next((n for n in _views(target, root) if _detaches(n)), None)
+    detached = next((n for n in _views(target, root) if detaches(n)), None)
     if detached is None or unseen or not aliases.values[target].requires_grad:
         hidden = unseen and aliases.values[root].requires_grad
         updated = _write(graph, node, target, root, hidden=hidden)
@@ -252,7 +252,7 @@ def _views(member: fx.Node, root: fx.Node) -> list[fx.Node]:
     return chain
 
 
-def _detaches(node: fx.Node) -> bool:
+def detaches(node: fx.Node) -> bool:
     """Whether a node is ``x.detach()`` or ``x.data``."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name in ("detach", "_get_data_attr")
