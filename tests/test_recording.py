@@ -978,12 +978,12 @@ def test_a_later_step_may_take_another_branch_than_the_planned_one():
 
 
 class CutOff(nn.Module):
-    """Writes what a first piece computes into a tensor that later pieces detach: no gradient reaches the first."""
+    """Writes what a first piece computes into a tensor that later pieces detach or compare: it gets no gradient."""
 
-    def __init__(self, *, cut=True):
+    def __init__(self, how):
         super().__init__()
         self.points, self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.cut = cut
+        self.how = how
 
     def forward(self, x):
         points = self.points(x)
@@ -991,16 +991,20 @@ class CutOff(nn.Module):
         padded = torch.zeros(x.shape[0] + 2, 8)
         padded[: x.shape[0]] = points + count * 0.01
         known = padded.reshape(x.shape[0] + 2, 8)
-        h = self.body(known.detach().contiguous() if self.cut else known)
+        if self.how == "detached":
+            known = known.detach().contiguous()
+        elif self.how == "compared":
+            known = torch.where(known > 0, 1.0, x.mean())
+        h = self.body(known)
         if h.sum().item() > 1e9:
             return h
         return self.head(h).square().mean(), padded, known
 
 
-@pytest.mark.parametrize("cut", [True, False], ids=["cut", "whole"])
-def test_no_gradient_passes_a_detached_tensor_between_pieces(cut):
+@pytest.mark.parametrize("how", ["detached", "compared", "as it is"])
+def test_no_gradient_passes_what_cuts_it_off_in_a_later_piece(how):
     torch.manual_seed(0)
-    model, x = CutOff(cut=cut), torch.randn(5, 8)
+    model, x = CutOff(how), torch.randn(5, 8)
     plain = copy.deepcopy(model)
 
     def loss(model, batch):
@@ -1010,6 +1014,6 @@ def test_no_gradient_passes_a_detached_tensor_between_pieces(cut):
     assert len(table.breaks) == 2
     expected = run(plain, lambda batch: loss(plain, batch), x)
     assert_same(run(model, assign.planned_step(model, loss, everything(table, "fp32"), backend="eager"), x), expected)
-    assert (plain.points.weight.grad is None) is cut
+    assert (plain.points.weight.grad is None) is (how != "as it is")
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)

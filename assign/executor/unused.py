@@ -72,11 +72,17 @@ def results_behind_inputs(graph: fx.GraphModule) -> list[frozenset[int]]:
                 reached.setdefault(node, set()).update(reached.get(target, ()))
                 if target.op == "placeholder":
                     reached[node].add(-1 - places[target])
-        if node.op == "output" or node in without_grad or detaches(node):
+        if node.op == "output" or node in without_grad or detaches(node) or _counts(node):
             continue
         for source in node.all_input_nodes:
             reached.setdefault(source, set()).update(reached.get(node, ()))
     return [frozenset(reached.get(node, ())) for node in places]
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether the value of a node is known and made of integers or truth values."""
+    value = _torch.fake_value(node)
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _inputs(graph: fx.GraphModule) -> list[fx.Node]:
