@@ -44,7 +44,7 @@ from benchmarks.zoo.build import LIBRARIES, Name, names
 from benchmarks.zoo.try_model import send_row
 
 _CONTEXT = multiprocessing.get_context("forkserver")  # its processes need not import the libraries again
-_CONTEXT.set_forkserver_preload(["transformers.modeling_utils", "peft", "benchmarks.zoo.try_model"])
+_CONTEXT.set_forkserver_preload(["benchmarks.zoo.preloaded"])
 SECONDS = 600
 """After which a model counts as not ended."""
 DRAWN = 20
