@@ -48,6 +48,8 @@ DROWNED = 0.5
 """Relative gradient error from which rounding decides the gradient: nothing can be compared."""
 FLOAT64_ERROR = 1e-9
 """Relative error of a float64 step that the order of its sums explains, also behind constants in float32."""
+REORDERED = 1e-5
+"""Relative gradient error that another order of sums explains in float32."""
 FP8_STEPS = 32
 """A rounding step of e5m2, the narrowest format of an 8-bit plan, in steps of bf16."""
 
@@ -182,6 +184,7 @@ def compare_with_plain(
     than its later steps, as with layers that it makes when it runs: the code of a planned step has run once before.
     Where the step falls into other pieces than Dynamo's, or where ``aot_eager`` fails, sums may have another order than
     in either. Then the step runs in float64 too: the order shows in the last digits alone, and a fault stays as it was.
+    A model that has float32 tensors of its own cannot: its error may be twice that of ``aot_eager``, and tiny.
 
     A compiled step passes if its error against the plain eager step is at most twice the error of ``torch.compile``.
     """
@@ -202,7 +205,13 @@ def compare_with_plain(
     if reference is not None and same(found, without_zeros(reference, expected)):
         return row | {"as loaded": "aot_eager"}
     row["gradient error in float64"] = error_in_float64(model, batch, loss)
-    return row | {"as loaded": "float64" if row["gradient error in float64"] <= FLOAT64_ERROR else ""}
+    if row["gradient error in float64"] <= FLOAT64_ERROR:
+        return row | {"as loaded": "float64"}
+    if row["gradient error in float64"] == float("inf") and reference is not None:
+        row["gradient error of aot_eager"] = distance(reference, expected)
+        near = row["gradient error"] <= min(2 * row["gradient error of aot_eager"], REORDERED)
+        return row | {"as loaded": "near aot_eager" if near else ""}
+    return row | {"as loaded": ""}
 
 
 def compiled_step(model: nn.Module, loss: Loss, batch: Any, backend: str) -> Any:
