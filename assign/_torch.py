@@ -841,6 +841,28 @@ class AppliedFunction:
         return _APPLY(self.function, *args, **kwargs)
 
 
+class OutsideFunction(AppliedFunction):
+    """In a graph of a whole step, an operator that runs outside every piece: what it reads, and makes gradients for.
+
+    It waits with what it reads until the backward pass. Its results have the sizes of ``results``, and no values.
+    """
+
+    def __init__(self, results: Sequence[torch.Tensor]) -> None:
+        sizes = [(tuple(x.shape), x.dtype) for x in results]
+
+        class Outside(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *read: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                ctx.save_for_backward(*read)
+                return tuple(read[0].new_zeros(shape, dtype=dtype) for shape, dtype in sizes)
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                return tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
+
+        super().__init__(Outside)
+
+
 def stand_in_block_of(node: fx.Node, neighbour: fx.Node) -> None:
     """Put a node that was added to a captured graph into the checkpointed block of another."""
     node.meta |= {name: neighbour.meta[name] for name in ("recompute", "ac_graph_id") if name in neighbour.meta}

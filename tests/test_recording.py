@@ -669,6 +669,32 @@ def test_the_peak_of_a_step_in_several_pieces():
         assert assign.estimate(table, plan).peak_bytes == pytest.approx(measured, rel=0.05), format_name
 
 
+@pytest.mark.filterwarnings("ignore:assign. ctc_loss")
+def test_the_peak_of_a_step_with_an_operator_outside_every_piece():
+    """What waits for the backward pass in front of the operator waits, although no graph leads through it."""
+
+    class Speech(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(64, 512), nn.Linear(512, 32)
+
+        def forward(self, x):
+            logits = self.head(self.body(x).tanh()).log_softmax(-1).transpose(0, 1)
+            sizes = torch.full((x.shape[0],), x.shape[1]), torch.full((x.shape[0],), 5)
+            return F.ctc_loss(logits, torch.arange(1, 6).expand(x.shape[0], 5), *sizes)
+
+    model, batch = Speech(), (torch.randn(8, 200, 64),)
+    loss = lambda model, batch: model(batch[0])  # noqa: E731
+    table = traced(model, batch, loss, sgd)
+    assert "ctc_loss" in table.outside[0]
+    assert not any("ctc" in row.op for row in table.tensors)
+    for format_name in ("fp32", "bf16"):
+        plan, copied = everything(table, format_name), copy.deepcopy(model)
+        step = assign.planned_step(copied, loss, plan, backend="eager")
+        measured = measured_peak(copied, batch, step, sgd(copied.parameters()))
+        assert assign.estimate(table, plan).peak_bytes == pytest.approx(measured, rel=0.05), format_name
+
+
 def test_nothing_warns_where_all_runs_under_the_plan():
     model, batch = Checked(), vectors()
     with warnings.catch_warnings():

@@ -209,7 +209,7 @@ def _walk_graph(graph: fx.GraphModule, result: Walk) -> None:
             _walk_body(graph, node, result)
         elif node.meta.get("assign_in_place"):
             _name_written(graph, node, aliases, result)
-        elif node.meta.get("assign_after", node) is node:
+        elif node.meta.get("assign_after", node) is node and not isinstance(node.target, _torch.OutsideFunction):
             _name_output(graph, node, aliases, result)
         _follow_float32(node, result)
 

@@ -629,6 +629,20 @@ class _WholeRecording(_Recording):
             self._end_piece(reason)
         return with_tensors(self._computed, values)
 
+    def _run_outside(self, func: Any, args: Any, kwargs: Any, reason: str) -> Any:
+        """The operator's real results; a stand-in for it joins what is in front of it and what is behind."""
+        made = super()._run_outside(func, args, kwargs, reason)
+        read = [x for x in tensors_in((args, kwargs)) if self._is_parametric(x) and _torch.is_strided(x)]
+        carrying = [x for x in tensors_in(made) if (x.is_floating_point() or x.is_complex()) and _torch.is_strided(x)]
+        if not read or not carrying:
+            return made
+        deferred = self.record(_torch.OutsideFunction(carrying), tuple(read), {})
+        stand_ins = {id(x): stand_in for x, stand_in in zip(carrying, deferred, strict=True)}
+        for x, stand_in in zip(carrying, deferred, strict=True):
+            self.pending.values[stand_in.node] = x.detach()
+            self.pending.values.setdefault(stand_in.node.args[0], tuple(each.detach() for each in carrying))
+        return with_tensors(lambda x: stand_ins.get(id(x), x), made)
+
     def _note_outside(self, outside: Outside) -> None:
         pass  # the table lists it
 
