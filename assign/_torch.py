@@ -842,9 +842,10 @@ class AppliedFunction:
 
 
 class OutsideFunction(AppliedFunction):
-    """In a graph of a whole step, an operator that runs outside every piece: what it reads, and makes gradients for.
+    """The stand-in, in the graph of a whole step, for an operator that runs outside every piece.
 
-    It waits with what it reads until the backward pass. Its results have the sizes of ``results``, and no values.
+    What it reads waits for its backward pass, which makes a gradient of each. Its results have the sizes of
+    ``results``, and no values.
     """
 
     def __init__(self, results: Sequence[torch.Tensor]) -> None:

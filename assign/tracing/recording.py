@@ -168,6 +168,7 @@ class _Recording(TorchFunctionMode):
             self._end_piece(f"{name} draws random numbers or sets their generator, behind operators that draw some")
 
     def _end_piece(self, reason: str) -> None:
+        """End the pending piece because of the order of random numbers."""
         self.close(reason)
 
     def _before_seeding(self, name: str) -> None:
