@@ -131,7 +131,7 @@ def bound_of(row: dict[str, Any]) -> float:
 
 def verdict(row: dict[str, Any], bound: float) -> dict[str, str]:
     """Result and reason of a row, and notes: why an error beyond ``bound`` is no fault of the planned step."""
-    narrowed_alike = row.get("as autocast error", float("inf")) <= bound
+    narrowed_alike = "as autocast error" in row and row["as autocast error"] <= bound
     wrong = {
         "tracing changed the model": not row["tracing changes nothing"],
         "under the plan as loaded": not row["as loaded"],
