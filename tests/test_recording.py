@@ -27,8 +27,7 @@ from models import (
     vectors,
 )
 from rich.console import Console
-from torch import nn
-from torch.library import custom_op
+from torch import library, nn
 from torch.utils.checkpoint import checkpoint
 
 import assign
@@ -168,7 +167,7 @@ class GrowsInItsFirstStep(nn.Module):
 
 
 def test_layers_made_in_a_step_draw_in_the_order_of_the_code():
-    """A mask that the first piece draws comes before the weights of a layer made behind it."""
+    """The dropout mask of the first layer is drawn before the initial weights of a layer that is made after it."""
     model, batch = GrowsInItsFirstStep(), vectors()
     plan, plain = everything(traced(model, batch, call), "fp32"), copy.deepcopy(model)
     expected = run(plain, lambda each: call(plain, each), batch)
@@ -671,7 +670,7 @@ def test_the_peak_of_a_step_in_several_pieces():
 
 @pytest.mark.filterwarnings("ignore:assign. ctc_loss")
 def test_the_peak_of_a_step_with_an_operator_outside_every_piece():
-    """What waits for the backward pass in front of the operator waits, although no graph leads through it."""
+    """Activations saved before the operator count, although the operator is in no captured graph."""
 
     class Speech(nn.Module):
         def __init__(self):
@@ -816,7 +815,7 @@ def test_shapes_that_depend_on_values_need_values():
         assign.trace(model, x, lambda m, x: torch.masked_select(m(x), m(x) > 0).sum())
 
 
-@custom_op("assign_tests::doubled", mutates_args=())
+@library.custom_op("assign_tests::doubled", mutates_args=())
 def doubled(x: torch.Tensor) -> torch.Tensor:
     """A custom operator with a backward pass."""
     return x * 2

@@ -179,7 +179,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node, aliases: Aliases) 
 
 
 def _write(graph: fx.Graph, node: fx.Node, target: fx.Node, root: fx.Node, *, hidden: bool) -> fx.Node:
-    """The tensor ``root`` as it is behind the in-place node, which writes into its view ``target``.
+    """Return the new value of ``root`` after the in-place node has written into its view ``target``.
 
     Args:
         hidden: the write changes the values alone, and its gradient is that of ``root``.
@@ -202,7 +202,7 @@ def _write(graph: fx.Graph, node: fx.Node, target: fx.Node, root: fx.Node, *, hi
 
 
 def _write_values(graph: fx.Graph, node: fx.Node, detached: fx.Node, root: fx.Node, values: fx.Node) -> fx.Node:
-    """The tensor ``root`` as it is when ``values`` are written into its view ``detached``, which has no gradient."""
+    """Return a copy of ``root`` with ``values`` copied into its detached view: the gradient of ``root`` is unchanged."""
     with graph.inserting_before(node):
         updated = graph.call_method("clone", (root,))
         view = _replay(graph, detached, root, updated)
@@ -221,10 +221,10 @@ def _read_instead(
     family: Iterable[fx.Node],
     hidden_in: Aliases | None = None,
 ) -> None:
-    """Let who reads a view of ``root`` after the in-place node read the same view of ``updated``.
+    """Replace a family of views of ``root`` by the same views of ``updated`` in all nodes after the in-place node.
 
     Args:
-        hidden_in: where the write changed values alone: what tells which of the views have a gradient.
+        hidden_in: given if the write changed values but no gradient: says which views have a gradient.
     """
     order = {n: i for i, n in enumerate(graph.nodes)}
     replayed = {root: updated}

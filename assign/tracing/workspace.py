@@ -229,7 +229,7 @@ def _zeros(tensor: Tensor, dtype: torch.dtype | None) -> _Zeros:
 
 
 def _mask_dtype(mask: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of an attention mask: kernels accept their own and float32."""
+    """The dtype in which an attention kernel that computes in ``dtype`` takes a mask: its own, or float32."""
     return mask.dtype if mask.dtype == torch.float32 else dtype
 
 

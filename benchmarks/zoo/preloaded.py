@@ -1,4 +1,4 @@
-"""What the processes of the zoo have in common, imported once: each model's process is forked behind it."""
+"""The libraries that every model needs, imported once in the fork server: its child processes need not import them."""
 
 import importlib
 

@@ -178,12 +178,13 @@ def compare_with_plain(
 ) -> dict[str, Any]:
     """Find which reference the step under the plan ``as loaded`` equals; ``""`` if none.
 
-    An eager step must equal plain PyTorch or ``aot_eager`` bit for bit, also where a model's first step is another one
-    than its later steps, as with layers that it makes when it runs: the code of a planned step has run once before.
-    Where the step falls into other pieces than Dynamo's, or where ``aot_eager`` fails, sums may have another order than
-    in either. Then the step runs in float64 too: the order shows in the last digits alone, and a fault stays as it was.
-    A model that has float32 tensors of its own cannot: its error may be twice that of a plain step whose weights are
-    off by one rounding.
+    An eager step must equal plain PyTorch or ``aot_eager`` bit for bit. Some models create layers in their first step.
+    Tracing has already run their code once, so that the second plain step is a valid reference too.
+
+    If graph breaks are in other places than Dynamo's, or if ``aot_eager`` fails, sums can have a third order. Then the
+    step is compared in float64: a different order changes only the last digits, a fault stays as large as it is in
+    float32. If the model creates float32 tensors, float64 fails; then the error may be at most twice that of a plain
+    step whose weights are changed by one rounding step.
 
     A compiled step passes if its error against the plain eager step is at most twice the error of ``torch.compile``.
     """
@@ -222,7 +223,7 @@ def compiled_step(model: nn.Module, loss: Loss, batch: Any, backend: str) -> Any
 
 
 def error_in_float64(model: nn.Module, batch: Any, loss: Loss) -> float:
-    """Relative error of gradient, loss and buffers of a step as loaded, all of it in float64; infinite if it fails."""
+    """Largest relative error of gradient, loss and buffers in float64, with no format changed; infinite on failure."""
     model, batch = copy.deepcopy(model).double(), pytree.tree_map(in_float64, batch)
     try:
         expected = run(copy.deepcopy(model), loss, batch)
