@@ -107,7 +107,7 @@ def _drop_zeros(
                 node, numbers[position] = function, number
     if node is None:
         return
-    edges = [behind.get(edge, _through_tap(edge[0], behind)) for edge in node.next_functions]
+    edges = [behind.get(_torch.edge_of(edge), _through_tap(edge[0], behind)) for edge in node.next_functions]
 
     def drop(gradients: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         used = {position for position, number in numbers.items() if results[number] is not None}
@@ -120,6 +120,6 @@ def _drop_zeros(
 
 
 def _through_tap(function: Any, behind: Mapping[tuple[Any, int], frozenset[int]]) -> frozenset[int] | None:
-    """What is behind the parameter of a tap; None of another autograd node."""
+    """The positions for the parameter that a tap reads; None if the autograd node is no tap."""
     edges = [] if function is None else [edge for edge in function.next_functions if edge[0] is not None]
-    return behind.get(edges[0]) if len(edges) == 1 and hasattr(edges[0][0], "variable") else None
+    return behind.get(_torch.edge_of(edges[0])) if len(edges) == 1 and hasattr(edges[0][0], "variable") else None

@@ -202,7 +202,7 @@ def _write(graph: fx.Graph, node: fx.Node, target: fx.Node, root: fx.Node, *, hi
 
 
 def _write_values(graph: fx.Graph, node: fx.Node, detached: fx.Node, root: fx.Node, values: fx.Node) -> fx.Node:
-    """Return a copy of ``root`` with ``values`` copied into its detached view: the gradient of ``root`` is unchanged."""
+    """Return a copy of ``root`` with ``values`` written into its detached view: the gradient of ``root`` stays."""
     with graph.inserting_before(node):
         updated = graph.call_method("clone", (root,))
         view = _replay(graph, detached, root, updated)
