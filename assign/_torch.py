@@ -9,6 +9,7 @@ import logging
 import operator
 import os
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,13 @@ from unittest import mock
 
 import torch
 from torch import fx, nn
+from torch._C._dynamo.eval_frame import reset_code
 from torch._decomp import decompositions, get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.eval_frame import cached_backends
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, TorchRuntimeError, Unsupported, UserError
 from torch._dynamo.source import LocalSource
 from torch._dynamo.variables import TorchInGraphFunctionVariable
@@ -520,12 +523,23 @@ def compile_kernel(
 def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
     """``torch.compile`` of a module as one graph, with a backend of ours; logging and recurrent layers do not break it.
 
+    What was compiled is freed with the result: Dynamo by itself would keep the backend, and with it the model, until
+    ``torch._dynamo.reset()``. Code objects live forever, so the module must have a ``forward`` with code of its own.
+
     One graph within ``DistributedDataParallel`` too, where Dynamo would cut it at the buckets. A hook that a module
     gets or loses later makes a new graph; by default Dynamo would not look. ``requires_grad_(True)`` in the middle of a
     step, as behind a frozen embedding, asks for a gradient that no parameter gets; it says nothing here.
     """
 
-    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    received = weakref.ref(backend)
+
+    def receive(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        alive = received()
+        assert alive is not None  # ``run`` holds it
+        return alive(graph, inputs)
+
+    compiled = torch.compile(step, backend=receive, fullgraph=True)
+    _forget_backend(receive)
     names = ("debug", "info", "warning", "error", "warning_once", "info_once", "warning_advice")
     loggers = {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
     options = {
@@ -540,7 +554,16 @@ def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
         with dynamo_config.patch(options), ignore:
             return compiled(*args, **kwargs)
 
+    run.backend = backend  # type: ignore[attr-defined]  # held as long as it can be called
+    weakref.finalize(step, reset_code, step.forward.__code__)
     return run
+
+
+def _forget_backend(backend: GraphBackend) -> None:
+    """Drop the entry that Dynamo made for ``torch._dynamo.reset()``, which has nothing to reset in ours."""
+    for key, known in list(cached_backends.items()):
+        if getattr(known, "compiler_fn", known) is backend:
+            cached_backends.pop(key, None)
 
 
 def unrolled_lstm() -> contextlib.AbstractContextManager[Any]:

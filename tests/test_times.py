@@ -77,6 +77,18 @@ def test_every_node_counts_once(step, graphs):
     assert times.rest == 4  # views and casts of the loss's own, under no tensor's name
 
 
+def test_a_step_with_a_branch_is_timed_more_than_once(step):
+    """Each run follows the one before, which holds the operators after the branch already."""
+    model, batch, _ = step
+
+    def branching_loss(model, batch):
+        result = model(batch[0])
+        return torch.nn.functional.cross_entropy(result * 2 if result.sum() > 1e9 else result, batch[1])
+
+    times = assign.measure_times(model, batch, branching_loss, repeats=2, clock=Ticks())
+    assert any(cell.key == "loss/log_softmax" for cell in times.seconds)
+
+
 def test_the_model_stays_as_it_is(step):
     model, batch, _ = step
     before = copy.deepcopy(model.state_dict())

@@ -8,7 +8,6 @@ flag. Only calling it differs: the call is captured, marked, packed and compiled
 import contextlib
 import copy
 import functools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -112,10 +111,14 @@ def apply(
     return planned
 
 
-_Applied = tuple[Assignment, Promotion | None, type]
-_PLANNED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, str], _Applied]] = (
-    weakref.WeakKeyDictionary()
-)  # what autocast compiled, as long as its model lives
+class _PlannedClasses(dict[tuple[int, int, str], tuple[Assignment, Promotion | None, type]]):
+    """Classes that :func:`autocast` made for a model, kept in the model, which they refer to: both are freed together.
+
+    A copy of the model, or a pickle, gets an empty dict in its place.
+    """
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return dict, ()
 
 
 @contextlib.contextmanager
@@ -142,7 +145,9 @@ def autocast(
             f"autocast: the plan stores {lasting!r} as {plan.entries[lasting].format}, and what a model keeps does not "
             "change back behind the context. Use assign.apply(model, plan)."
         )
-    cache = _PLANNED.setdefault(model, {})
+    cache = model.__dict__.get("_assign_planned")
+    if not isinstance(cache, _PlannedClasses):
+        cache = model.__dict__["_assign_planned"] = _PlannedClasses()
     key = (id(plan), id(promotion), backend)
     if key not in cache:
         cache[key] = (plan, promotion, type(apply(model, plan, backend=backend, promotion=promotion)))

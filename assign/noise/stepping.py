@@ -65,7 +65,7 @@ class ProbedStep:
         check_parameters(model)
         self._step = compile_step(model, loss, self._receive, whole=True)
         self._fused = fused
-        self._found: tuple[_Joint, Sequence[Any]] | None = None
+        self._found: list[tuple[_Joint, Sequence[Any]]] = []  # of the present run; a compiled step must not hold self
         self._avoided: dict[Any, Callable[..., Any] | None] = {}  # operator → what runs in its place; None: a constant
         self._hidden: frozenset[str] = frozenset()
         self._joint: _Joint | None = None
@@ -102,13 +102,13 @@ class ProbedStep:
         Raises:
             TraceError: the step cannot be captured, or is not one of a scalar loss.
         """
-        self._found = None
+        self._found.clear()
         with torch.enable_grad(), contextlib.nullcontext() if self._fused else sdpa_kernel(SDPBackend.MATH):
             self._step(batch)
-        if self._found is None:
+        if not self._found:
             raise TraceError("noise: the loss does not use the model. loss(model, batch) must call model.")
-        joint, inputs = self._found
-        self._found, self._joint = None, joint
+        joint, inputs = self._found.pop()
+        self._joint = joint
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return joint.run([x.detach() if isinstance(x, Tensor) else x for x in inputs], touch, self._avoided)
@@ -120,6 +120,7 @@ class ProbedStep:
         insert_probes(capture.graph, walk(capture))
         _probe_loss(capture.graph)
         joints: list[_Joint] = []
+        found = self._found
 
         def partition(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
             joints.append(_Joint(joint))
@@ -130,7 +131,7 @@ class ProbedStep:
             raise TraceError("noise: no parameter of the model requires a gradient. Unfreeze one, or train nothing.")
 
         def run(*inputs: Any) -> Any:
-            self._found = (joints[0], inputs)
+            found[:] = [(joints[0], inputs)]
             return examples
 
         return run

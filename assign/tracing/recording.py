@@ -663,7 +663,7 @@ class _WholeRecording(_Recording):
         pending = self.pending
         if not isinstance(x, Deferred) and id(x) not in pending.inputs:
             return x
-        for node in pending.script.nodes:
+        for node in pending.script.nodes[: pending.size]:  # the rest is of the step before
             if node not in pending.values:
                 pending.values[node] = _run_node(node, pending.values)
         found: Tensor = pending.values[self._node(x)]
