@@ -15,6 +15,7 @@ from assign.cli.shell import Meter
 from assign.numerics.promotion import Promoted
 from assign.plan.assignment import Assignment
 from assign.report.tables import Bar, new_table
+from assign.strategies import BASELINES, STRATEGIES
 from assign.training.history import EpochResult
 from assign.training.loop import Progress
 
@@ -37,6 +38,17 @@ def task():
 def bright():
     import dataclasses
     return dataclasses.replace(task(), train=[(x * 50, y) for x, y in task().train])
+
+def judged():
+    inputs, classes = torch.randn(32, 8), torch.arange(32) % 2
+    return assign.Task(
+        model=lambda: nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 2)),
+        loss=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
+        train=[(inputs, classes)] * 2,
+        evaluate=lambda model: {"accuracy": float((model(inputs).argmax(1) == classes).float().mean())},
+        optimizer=torch.optim.AdamW,
+        epochs=1,
+    )
 
 def nan():
     import dataclasses
@@ -262,7 +274,7 @@ def test_show_draws_where_the_memory_goes(here, monkeypatch, capsys):
     search = ("search", "mine.py:task", "--low-ratio", "0.5", "--seed", "3", "-o", "p.json")
     monkeypatch.setattr(sys, "argv", ["assign", *search])
     run(*search)
-    printed = run("show", "p.json", "--json", "show.json")
+    printed = run("show", "p.json", "--task", "mine.py:task", "--json", "show.json")
     found = json.loads((here / "show.json").read_text())
     assert found["plan"] == json.loads((here / "p.json").read_text())
     step, predicted = found["step"], found["plan"]["provenance"]["estimate"]
@@ -279,10 +291,49 @@ def test_show_draws_where_the_memory_goes(here, monkeypatch, capsys):
     assert "Entries" not in printed
 
 
+EVERY_STRATEGY = [
+    *(["--strategy", name, "--low-ratio", "0.5"] for name in STRATEGIES),
+    *(["--strategy", name, "--recipe", "bf16"] for name in BASELINES),
+    ["--strategy", "milp", "--low-ratio", "0.5"],
+    ["--strategy", "optuna", "--budget", "99%", "--trials", "2", "--epochs", "1"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", EVERY_STRATEGY, ids=lambda options: options[1])
+def test_every_command_takes_a_plan_of_every_strategy(here, options):
+    mine = "mine.py:judged"
+    run("search", mine, *options, "-o", "p.json")
+    assert "made by" in run("show", "p.json", "--task", mine, "--all")
+    assert "Operators" in run("show", "p.json", "--task", mine, "--lowered")
+    run("diff", "p.json", "p.json")
+    run("estimate", mine, "--plan", "p.json")
+    run("report", "p.json", "--task", mine, "-o", "p.html")
+    run("train", mine, "--plan", "p.json", "--epochs", "1", "--backend", "eager")
+    run("compare", mine, "--plan", "p.json", "--seeds", "1", "--epochs", "1", "--backend", "eager")
+    run("certify", mine, "--plan", "p.json", "--epochs", "1", "--backend", "eager")
+
+
+def test_a_plan_runs_no_code_that_the_user_does_not_name(here, monkeypatch, capsys):
+    """The command that a file remembers may name any importable function; only built-in tasks are opened for it."""
+    run("search", "mine.py:task", "--low-ratio", "0.5", "-o", "p.json")
+    plan = Assignment.load("p.json")
+    (here / "harm.py").write_text("open('harmed', 'w').close()\ndef task(): open('harmed', 'w').close()\n")
+    for task in ("harm.py", "harm.py:task", "harm:task", "./harm.py:task", "os:abort", "http.server:test"):
+        command = f"assign search {task} --low-ratio 0.5"
+        plan.with_provenance(dataclasses.replace(plan.provenance, command=command)).save("q.json")
+        assert f"--task {task}" in run("show", "q.json")
+        for more in (["show", "q.json", "--lowered"], ["report", "q.json", "-o", "q.html"]):
+            said = fails(capsys, monkeypatch, *more)
+            assert "which is code of its own" in said
+            assert f"--task {task}" in said
+    assert not (here / "harmed").exists()
+
+
 def test_show_says_why_it_draws_no_memory(here, monkeypatch, capsys):
     run("search", "mine.py:task", "--low-ratio", "0.5", "-o", "p.json")
     plan = Assignment.load("p.json")
-    for command, why in (("", "does not say which task"), ("assign search gone.py --low-ratio 1", "gone.py")):
+    for command, why in (("", "does not say which task"), ("assign search gone.py --low-ratio 1", "--task gone.py")):
         plan.with_provenance(dataclasses.replace(plan.provenance, command=command)).save("q.json")
         printed = run("show", "q.json", "--all", "--json", "show.json")
         assert json.loads((here / "show.json").read_text())["step"] is None

@@ -476,7 +476,8 @@ def search(monkeypatch, *arguments):
 def test_report_finds_the_plans_task_and_its_options(here, monkeypatch, capsys):
     search(monkeypatch, "mine.py", "--low-ratio", "1", "--batch-size", "48", "-o", "my plan.json")
     run("train", "mine.py", "--plan", "my plan.json", "--json", "run.json")
-    assert "wrote report.html" in run("report", "my plan.json", "--run", "run.json")
+    asked = ("--task", "mine.py", "--run", "run.json")
+    assert "wrote report.html" in run("report", "my plan.json", *asked)
     page = (here / "report.html").read_text()
     peak = Assignment.load("my plan.json").provenance.estimate["peak_bytes"]
     found = data_of(page)["alive"]

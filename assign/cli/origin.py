@@ -13,6 +13,7 @@ from assign.errors import TaskError
 from assign.plan.assignment import Assignment
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
+from assign.tasks.builtin import BUILTIN
 
 PlanTask = Annotated[
     str | None,
@@ -30,11 +31,15 @@ class Origin:
     """The task that a plan was searched for, or that the user names in its place.
 
     Attributes:
-        task: None where neither says one; the others are as given, or as searched.
+        task: None where the user names none and the plan was not searched for a built-in one; the others are as
+            given, or as searched.
+        own_task: what the plan was searched for, if that is somebody's code. A plan is data: it runs no code that the
+            user has not named.
     """
 
     plan: Path
     task: str | None
+    own_task: str | None
     batch_size: int | None
     device: str
     data: Path | None
@@ -48,6 +53,12 @@ class Origin:
             TaskError: no task is known.
             AssignError: it cannot be loaded or traced.
         """
+        if self.task is None and self.own_task:
+            raise TaskError(
+                f"{self.plan} was searched for the task {self.own_task!r}, which is code of its own. Code that only a "
+                "plan's file names is not run.\n"
+                f"  If you trust it, name it yourself: --task {shlex.quote(self.own_task)}"
+            )
         if self.task is None:
             made = f": it was made by {self.command!r}" if self.command else ""
             raise TaskError(
@@ -71,9 +82,11 @@ def origin_of(
     """What is given, and for the rest what the command that made the plan was given."""
     asked = _asked(plan)
     folder = data or asked.get("data")
+    named = asked.get("task")
     return Origin(
         plan=path,
-        task=task or asked.get("task"),
+        task=task or (named if named in BUILTIN else None),
+        own_task=None if named in BUILTIN else named,
         batch_size=batch_size or asked.get("batch_size"),
         device=device or asked.get("device") or "cpu",
         data=None if folder is None else Path(folder),

@@ -287,7 +287,7 @@ def _encode_blocks(x: Tensor, format: str, order: list[int], seed: Tensor | None
     codes = torch.empty(fmt.bytes_of(x.numel()), dtype=torch.uint8, device=x.device)
     packed, stored = _parts(codes, fmt)
     shared = torch.empty_like(stored, dtype=torch.int32)
-    _run(_encoder, fmt, x.permute(order).reshape(-1), (packed, *shared), key)
+    _run(_encoder, fmt, x.permute(order).reshape(-1).contiguous(), (packed, *shared), key)
     stored.copy_(shared)
     return codes
 

@@ -188,10 +188,12 @@ def _quantize_by_chance(x: Tensor, scale: Scale | None, numbers: Sequence[Any], 
 
 
 @functools.cache
-def _spoiling(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _propagating_nonfinite(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel, with NaN in place of what is infinite or NaN."""
+
     def quantize(x: Tensor, *rest: Any) -> Tensor:
         x = x.to(torch.float32)
-        return kernel(x, *rest) + (x - x)
+        return torch.where((x.view(torch.int32) & MAGNITUDE) < INF, kernel(x, *rest), math.nan)
 
     return quantize
 
@@ -219,7 +221,7 @@ def quantizing(fmt: Format, saturate: bool) -> Work:
     """
     if fmt.delayed and not saturate:
         work = quantizing(fmt, True)
-        return work._replace(kernel=_spoiling(work.kernel))
+        return work._replace(kernel=_propagating_nonfinite(work.kernel))
     if fmt.stochastic:
         return _quantizing_by_chance(fmt, saturate)
     shift = WIDTH - fmt.mantissa_bits

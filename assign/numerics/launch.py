@@ -6,6 +6,7 @@ One compilation per kernel and pair of dtypes serves every format. On a CPU narr
 
 import functools
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def run(
     numbers = _tensors(work.ints, work.floats, x.device)
     fused = scales or [_one(x.device)] * 2
     done = x.numel() - x.numel() % count
-    kernel = _compiled(work.kernel, x.dtype, dtype, count, x.device)
+    kernel = _compiled(work.kernel, x.dtype, dtype, count, x.device, _is_exact(scale, dtype, count))
 
     def compiled() -> None:
         words = (_words(tensor, done, count) for tensor in (x, result))
@@ -123,7 +124,7 @@ def run_measured(
         measured = torch.empty((), dtype=torch.int32, device=x.device)
         known = _scale_of(work, scale, x.device) or (scale, scale)
         numbers = _tensors(work.ints, work.floats, x.device)
-        kernel = _compiled_measured(work.kernel, x.dtype, dtype, count, x.device)
+        kernel = _compiled_measured(work.kernel, x.dtype, dtype, count, x.device, _is_exact(scale, dtype, count))
 
         def compiled() -> None:
             words = (_words(tensor, x.numel(), count) for tensor in (x, result))
@@ -213,14 +214,19 @@ class _Lazy:
 
 @functools.cache
 def _compiled(
-    kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype, count: int, device: torch.device
+    kernel: Callable[..., Tensor],
+    source: torch.dtype,
+    target: torch.dtype,
+    count: int,
+    device: torch.device,
+    exact: bool,
 ) -> _Lazy:
     def store(
         x: Tensor, out: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, *key: Tensor
     ) -> None:
         numbers = (*ints.unbind(), *floats.unbind())
         done = [kernel(part, Scale(scale, inverse), numbers, *key) for part in split(x, source, count)]
-        out.copy_(join(done, target))
+        out.copy_(join(done, target, exact=exact))
 
     return _Lazy(store, 2)
 
@@ -243,14 +249,19 @@ def _compiled_scaled(
 
 @functools.cache
 def _compiled_measured(
-    kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype, count: int, device: torch.device
+    kernel: Callable[..., Tensor],
+    source: torch.dtype,
+    target: torch.dtype,
+    count: int,
+    device: torch.device,
+    exact: bool,
 ) -> _Lazy:
     def store(
         x: Tensor, out: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, measured: Tensor
     ) -> None:
         parts = split(x, source, count)
         done = [kernel(part, Scale(scale, inverse), (*ints.unbind(), *floats.unbind())) for part in parts]
-        out.copy_(join(done, target))
+        out.copy_(join(done, target, exact=exact))
         measured.copy_(_largest_of(parts))
 
     return _Lazy(store, 2)
@@ -335,6 +346,16 @@ def _scale_of(work: Work, scale: Tensor | None, device: torch.device) -> Scale |
         scale = _one(device)
     scale = scale.reshape(()) * work.unit
     return Scale(scale, scale.reciprocal())
+
+
+def _is_exact(scale: Tensor | None, dtype: torch.dtype, count: int) -> bool:
+    """Whether ``dtype`` holds the product of a format's value and ``scale`` as it is: a power of two.
+
+    Without words it does not matter, since torch's own conversion rounds; then the scale's value is not looked at.
+    """
+    if scale is None or count == 1 or dtype != torch.bfloat16:
+        return True
+    return abs(math.frexp(float(scale))[0]) == 0.5
 
 
 def _is_in_words(x: Tensor, result: Tensor, count: int) -> bool:

@@ -43,8 +43,12 @@ def split(words: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
     return [each.view(torch.float32) if dtype == torch.bfloat16 else each >> 16 for each in bits]
 
 
-def join(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The words whose lanes are ``values``, which ``dtype`` holds exactly, and NaNs that come out of a product."""
+def join(values: Sequence[Tensor], dtype: torch.dtype, *, exact: bool = True) -> Tensor:
+    """The words whose lanes are ``values``.
+
+    Args:
+        exact: ``dtype`` holds every value as it is. Else values become the nearest bfloat16, ties to even.
+    """
     if len(values) == 1:
         return values[0]
     if dtype == torch.float32:
@@ -52,12 +56,24 @@ def join(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     elif dtype == torch.uint8:
         halves = [_four(values)]
     else:
-        bits = [value.view(torch.int32) if dtype == torch.bfloat16 else value << 16 for value in values]
+        round_bits = _bits if exact else _bits_of_nearest
+        bits = [round_bits(value) if dtype == torch.bfloat16 else value << 16 for value in values]
         halves = [((low >> 16) & 0xFFFF) | (high & -(1 << 16)) for low, high in zip(bits[::2], bits[1::2], strict=True)]
     if len(halves) == 1:
         return halves[0]
     low, high = (half.to(torch.int64) for half in halves)
     return (low & 0xFFFFFFFF) | (high << 32)
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.view(torch.int32)
+
+
+def _bits_of_nearest(value: Tensor) -> Tensor:
+    """Bits of a float32 of which the upper 16 are those of the nearest bfloat16; of a NaN its own."""
+    bits = value.view(torch.int32)
+    rounded = bits + (0x7FFF + ((bits >> 16) & 1))
+    return torch.where((bits & 0x7FFFFFFF) > 0x7F800000, bits, rounded)
 
 
 def _four(codes: Sequence[Tensor]) -> Tensor:

@@ -117,13 +117,20 @@ def _provenance(plan: Assignment) -> Table:
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     head.add_row("made on", f"{source.created or 'unknown'}; {versions}")
     for name, value in source.estimate.items():
-        text = human_bytes(float(str(value))) if name.endswith("bytes") else f"{float(str(value)):.4g}"
+        text = _figure(name, value)
         words = name.removesuffix("_bytes").replace("_", " ")
         if name == "seconds":
             head.add_row("searched in", f"{text} s")
         else:
             head.add_row(words if words.startswith("trained") else f"predicted {words}", text)
     return head
+
+
+def _figure(name: str, value: Any) -> str:
+    """A predicted or searched number as the table says it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return human_bytes(float(str(value))) if name.endswith("bytes") else f"{float(str(value)):.4g}"
 
 
 def _roles(step: PlannedStep) -> Table:

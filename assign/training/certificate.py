@@ -7,6 +7,7 @@ with Γ > 2δ the largest stays the largest: the sample is certified. The lemma 
 Source: arXiv 2305.10947, section 3; arXiv 2301.12809.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -137,7 +138,8 @@ def certify_task(
             task.evaluate(model)
     finally:
         hook.remove()
-    return certify(model, apply(model, plan, backend=backend), calls)
+    planned = apply(copy.deepcopy(model), plan, backend=backend)  # a plan may change the dtype of its model's weights
+    return certify(model, planned, calls)
 
 
 @dataclass(frozen=True, slots=True)
