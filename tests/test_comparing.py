@@ -388,7 +388,7 @@ class TestSummary:
     def test_a_result_cut_short_is_refused(self) -> None:
         data = compared(by_hand("fp32", 0, 1.0)).to_json()
         del data["runs"][0]["result"]["diverged"]
-        with pytest.raises(ComparisonError, match=r"here\.json is no whole comparison: diverged"):
+        with pytest.raises(ComparisonError, match=r"here\.json, run 0 is not a valid comparison:\n  diverged"):
             Comparison.from_json(json.dumps(data), where="here.json")
 
 

@@ -278,12 +278,12 @@ def test_files_that_hold_no_run_are_refused(results):
     messages = {
         "other": "holds trainings of another model: its fingerprint is f, the plan's g",
         "both": "holds trainings of another model",
-        "torn": "holds no training: course: Value error, its lists differ in length",
+        "torn": "is not a valid training:\n  course: its lists differ in length",
         "compare": "compares plans of another model: its fingerprint is f, the plan's g",
-        "list": "holds no training, but a list",
+        "list": "is not a training, but a list",
         "cut": "is not JSON",
-        "plan": "holds no training: metrics: Field required",
-        "none": "cannot read the run",
+        "plan": "is not a valid training:\n  metrics: Field required",
+        "none": "there is no training",
     }
     for name, message in messages.items():
         with pytest.raises(ReportError, match=message):
