@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from comparisons import by_hand, compared
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +22,7 @@ from assign.plan.memory import low_ratio, low_ratio_bits
 from assign.plan.recipes import get_recipe, initial
 from assign.plan.tensors import TensorTable
 from assign.report.tables import comparison_table
+from assign.report.terminal import Terminal
 from assign.tasks import Task
 from assign.tracing.tracer import trace
 from assign.training.comparing import Variant, compare, load_variants, seed_range
@@ -394,7 +394,7 @@ class TestSummary:
 
 class TestTable:
     def text(self, comparison: Comparison) -> str:
-        console = Console(width=140, record=True, file=io.StringIO())
+        console = Terminal(width=140, record=True, file=io.StringIO())
         console.print(comparison_table(comparison))
         return console.export_text()
 

@@ -143,7 +143,7 @@ def show(
             raise
         why = f"No memory by role: {error}"
     console.print(plan_table(chosen, step, everything=everything))
-    console.print(why, markup=False, highlight=False, end="\n" if why else "")
+    console.print(why, highlight=False, end="\n" if why else "")
     facts = {"plan": json.loads(chosen.to_json()), "step": step and step.to_json()}
     write_json(json_file, facts)
 

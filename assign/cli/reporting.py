@@ -64,7 +64,7 @@ def report(
     )
     with console.status("writing the page"):
         write_report(output, page)
-    console.print(f"wrote {output}: open it in a browser", markup=False)
+    console.print(f"wrote {output}: open it in a browser")
     costs = estimate(page.table, chosen, update_rounding=page.update_rounding)
     write_json(json_file, {"report": str(output), **costs.to_json()})
 

@@ -276,7 +276,7 @@ def searched(table: TensorTable, output: Path, asked: dict[str, Any]) -> Assignm
     with console.status("searching"):
         plan = search_table(table, **asked)
     plan.save(output)
-    console.print(f"wrote {output}: {len(plan.entries)} tensors", markup=False)
+    console.print(f"wrote {output}: {len(plan.entries)} tensors")
     _tell(table, plan, asked["update_rounding"])
     return plan
 
@@ -310,10 +310,10 @@ def _picked(
     front = Front.load(directory)
     plan = front.pick(table, budget, update_rounding=update_rounding)
     if plan is None:
-        console.print(f"none of the {len(front.plans)} plans in {directory} fits: searching", markup=False)
+        console.print(f"none of the {len(front.plans)} plans in {directory} fits: searching")
         return None
     plan.save(output)
-    console.print(f"wrote {output}: the best of {len(front.plans)} plans in {directory} that fits", markup=False)
+    console.print(f"wrote {output}: the best of {len(front.plans)} plans in {directory} that fits")
     _tell(table, plan, update_rounding)
     return plan
 
@@ -379,7 +379,6 @@ def _measured(
     console.print(
         f"wrote {file}: {len(found.cells)} choices, {found.batches} batches, relative standard error "
         f"{found.relative_error:.3f}",
-        markup=False,
     )
     return found
 

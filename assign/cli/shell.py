@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
@@ -22,6 +21,7 @@ from assign.plan.memory import peak_bytes
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.report import tables
+from assign.report.terminal import Terminal
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
 from assign.tracing.tracer import trace as trace_step
@@ -37,7 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(width=None if sys.stdout.isatty() else 140)  # piped: plain, and wide enough for long keys
+console = Terminal(width=None if sys.stdout.isatty() else 140)  # piped: plain, and wide enough for long keys
 
 
 def open_task(name: str, seed: int, batch_size: int | None, device: str, data: Path | None, epochs: int | None) -> Task:
@@ -70,13 +70,13 @@ def trained(
         def tell(step: Progress) -> None:
             advance(f"{name}, {meter.after(step)}", step)
             for past in step.promoted:
-                console.print(tables.promotion_line(past), markup=False, highlight=False)
+                console.print(tables.promotion_line(past), highlight=False)
             if step.promoted and step.plan and promoted:
                 step.plan.save(promoted)
 
         result = train_task(task, plan, table=table, on_step=tell, on_epoch=meter.after_epoch, **options)
     if result.promotions and promoted:
-        console.print(f"wrote {promoted}: {len(result.promotions)} tensors promoted", markup=False)
+        console.print(f"wrote {promoted}: {len(result.promotions)} tensors promoted")
     return result
 
 

@@ -199,7 +199,7 @@ def compare_plans(
 
         def tell(run: Run) -> None:
             trained.append(run)
-            console.print(f"trained {run.variant}, seed {run.seed}", markup=False, highlight=False)
+            console.print(f"trained {run.variant}, seed {run.seed}", highlight=False)
 
         try:
             found = compare(
@@ -214,10 +214,10 @@ def compare_plans(
                 on_run=tell,
             )
         except KeyboardInterrupt:
-            console.print(f"stopped: the same command goes on from {json_file}", markup=False, highlight=False)
+            console.print(f"stopped: the same command goes on from {json_file}", highlight=False)
             raise
     if len(found.runs) > len(trained):
-        console.print(f"{len(found.runs) - len(trained)} of {len(found.runs)} runs were in {json_file}", markup=False)
+        console.print(f"{len(found.runs) - len(trained)} of {len(found.runs)} runs were in {json_file}")
     console.print(tables.comparison_table(found))
     for text in pictures.draw(found, drawn, must=picture is not None):
-        console.print(text, markup=False)
+        console.print(text)

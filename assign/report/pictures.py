@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assign.errors import ComparisonError
+from assign.report.terminal import visible
 from assign.training.comparison import Comparison, RunFacts, Spread, Summary, VariantRow
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def curves_picture(comparison: Comparison, metric: str | None = None) -> "Figure
 def _matplotlib() -> Any:
     """Looked for when a picture is drawn: nothing else needs it."""
     try:
-        for part in ("matplotlib.figure", "matplotlib.ticker"):
+        for part in ("matplotlib.figure", "matplotlib.text", "matplotlib.ticker"):
             importlib.import_module(part)
         return importlib.import_module("matplotlib")
     except ImportError as error:
@@ -336,6 +337,9 @@ def _finish(axes: "Axes", comparison: Comparison, metric: str | None, when: str,
     figure: Any = axes.figure
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False, ncols=1 + len(labels) // 25)
+    for text in figure.findobj(_matplotlib().text.Text):  # names come from files, and "$" would begin a formula
+        text.set_parse_math(False)
+        text.set_text(visible(text.get_text()))
 
 
 def _within_one(comparison: Comparison, metric: str) -> bool:
