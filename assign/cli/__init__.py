@@ -3,6 +3,7 @@
 import sys
 
 from assign.cli import looking, reporting, searching, training, verifying
+from assign.cli.secrets import mask_text
 from assign.cli.shell import app
 from assign.errors import AssignError
 from assign.report.terminal import Terminal
@@ -16,7 +17,7 @@ def main() -> None:
         app()
     except AssignError as error:
         Terminal(stderr=True, soft_wrap=True).print(
-            "\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]),
+            mask_text("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())])),
             style="red",
             highlight=False,
         )

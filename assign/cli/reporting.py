@@ -7,7 +7,8 @@ import typer
 
 from assign.cli.options import BatchSize, Data, Json
 from assign.cli.origin import PlanDevice, PlanRounding, PlanTask, origin_of
-from assign.cli.shell import app, command_line, console, write_json
+from assign.cli.outputs import check_outputs, write_json
+from assign.cli.shell import app, command_line, console
 from assign.fronts import Front
 from assign.plan.assignment import Assignment
 from assign.plan.memory import estimate
@@ -39,6 +40,7 @@ def report(
 ) -> None:
     """Write one page about a plan, for a browser: its memory, its tensors, its trainings. It needs no network."""
     check_libraries()
+    check_outputs(output, json_file, inputs=[plan, task, noise or _noise_beside(plan), front, *(run or [])])
     chosen = Assignment.load(plan)
     runs = load_runs(run or [], chosen.fingerprint)
     beside = Front.load(front) if front else None

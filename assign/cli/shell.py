@@ -1,7 +1,6 @@
 """What every command needs: the application, its console, a task opened and traced, JSON written, a bar of progress."""
 
 import contextlib
-import json
 import shlex
 import statistics
 import sys
@@ -15,6 +14,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from assign.cli.secrets import mask_argument
+from assign.files import is_stdout
 from assign.plan.assignment import Assignment
 from assign.plan.display import human_bytes
 from assign.plan.memory import peak_bytes
@@ -117,7 +118,13 @@ class Meter:
 
 def promoted_path(plan: Path) -> Path:
     """Where the plan goes that training made of the one in ``plan``."""
+    plan = named(plan)
     return plan.with_name(f"{plan.stem}.promoted{plan.suffix}")
+
+
+def named(plan: Path) -> Path:
+    """The plan's file, beside which others go; ``plan.json`` for a plan that goes to standard output."""
+    return Path("plan.json") if is_stdout(plan) else plan
 
 
 @contextlib.contextmanager
@@ -141,11 +148,5 @@ def bar(title: str) -> Iterator[Callable[[str, Progress], None]]:
 
 
 def command_line() -> str:
-    """What the user ran, so that a shell takes it again."""
-    return shlex.join(["assign", *sys.argv[1:]])
-
-
-def write_json(path: Path | None, data: Any) -> None:
-    """What ``--json FILE`` asks for; nothing without a path."""
-    if path is not None:
-        path.write_text(json.dumps(data, indent=2) + "\n")
+    """What the user ran, so that a shell takes it again; passwords in it are masked."""
+    return shlex.join(["assign", *map(mask_argument, sys.argv[1:])])

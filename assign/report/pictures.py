@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assign.errors import ComparisonError
+from assign.files import replacing
 from assign.report.terminal import visible
 from assign.training.comparison import Comparison, RunFacts, Spread, Summary, VariantRow
 
@@ -53,7 +54,8 @@ def save_picture(figure: "Figure", path: Path) -> None:
     kind = path.suffix.lower().removeprefix(".")
     with _matplotlib().rc_context({"svg.fonttype": "none", "svg.hashsalt": "assign"}):
         try:
-            figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
+            with replacing(path) as file:
+                figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
         except OSError as error:
             raise ComparisonError(f"cannot draw {path}: {error.strerror or error}. Give another file.") from error
 
