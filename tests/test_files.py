@@ -1,6 +1,8 @@
 """Outputs: written whole or not at all, regular files only, and never one of the command's inputs."""
 
 import os
+import resource
+import signal
 import stat
 import subprocess
 import sys
@@ -59,9 +61,16 @@ def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     write_whole(path, "old")
-    with pytest.raises(OSError, match="No space"), replacing(path) as file:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
+    half = b"x" * 2**20
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(half) // 2, limit[1]))  # to a file this is what a full disk is
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_whole(path, half.decode())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["plan.json"]
 
@@ -71,7 +80,7 @@ def test_a_killed_writer_leaves_nothing_for_the_next(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     code = (
         "import sys, time; from assign.files import replacing\n"
-        "with replacing(sys.argv[1]) as file: file.write(b'half'); file.flush(); print('open', flush=True); time.sleep(60)"
+        "with replacing(sys.argv[1]) as file: file.write(b'half'); print('open', flush=True); time.sleep(60)"
     )
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(2)

@@ -218,7 +218,7 @@ class Comparison:
             what = "not a comparison" if found is None else f"a comparison of version {found!r}; this reads {VERSION}"
             raise ComparisonError(f"{where} is {what}. {_FILE.advice}")
         fields = {name: value for name, value in data.items() if name not in ("assign_comparison", "summaries")}
-        comparison: Self = _FILE.validate(TypeAdapter(cls), json.dumps(fields), where)
+        comparison: Self = _FILE.validate(_COMPARISON, json.dumps(fields), where)
         comparison._check(where)
         return comparison
 
@@ -261,6 +261,7 @@ class Comparison:
         _FILE.write(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
 
 
+_COMPARISON: TypeAdapter[Any] = TypeAdapter(Comparison)
 _FACTS = TypeAdapter(RunFacts)
 
 

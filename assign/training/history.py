@@ -138,7 +138,7 @@ class History:
         Raises:
             TypeError, ValueError: it is not one.
         """
-        found: Self = TypeAdapter(cls).validate_json(json.dumps(saved), strict=True)
+        found: Self = _HISTORY.validate_json(json.dumps(saved), strict=True)
         finished, seen = len(found.epochs), sum(point.steps for point in found.course.points)
         if finished != found.epoch or seen != found.steps or found.step_in_epoch > found.steps:
             raise ValueError(f"it counts {found.epoch} epochs and {found.steps} steps, and lists {finished} and {seen}")
@@ -176,6 +176,9 @@ class History:
     def step_seconds(self) -> float | None:
         """Median of the steady steps; None if there was none."""
         return statistics.median(self.seconds) if self.seconds else None
+
+
+_HISTORY: TypeAdapter[Any] = TypeAdapter(History)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
