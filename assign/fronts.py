@@ -162,7 +162,7 @@ def _best(plans: list[Assignment]) -> tuple[Assignment, ...]:
 
 def _cost(plan: Assignment) -> float:
     estimate = plan.provenance.estimate
-    return float(str(estimate.get("noise", estimate["low_ratio"])))
+    return float(str(estimate["noise" if "noise" in estimate else "low_ratio"]))
 
 
 def _cost_in_words(plan: Assignment) -> str:

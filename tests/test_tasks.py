@@ -335,10 +335,11 @@ class TestData:
 
     def test_sizes_that_lie_take_no_memory(self, tmp_path: Path) -> None:
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**40,)})
+        shape = (3, 99999, 32, 32)
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for part in ("train", "test"):
             with zipfile.ZipFile(tmp_path / f"cifar10-{part}.npz", "w") as archive:
-                archive.writestr("delta.npy", header.getvalue().replace(b"(1099511627776,)", b"(3,99999,32,32) "))
+                archive.writestr("delta.npy", header.getvalue())
                 archive.writestr("labels.npy", header.getvalue())
         with pytest.raises(TaskError, match=r"delta.npy has 0 bytes, and its header says 307,196,928"):
             read_cifar(tmp_path, 10)

@@ -20,7 +20,9 @@ from assign.report.page.runs import load_runs
 @app.command()
 def report(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the page goes.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the page goes; - is standard output.")] = Path(
+        "report.html"
+    ),
     run: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="What train, run or compare wrote with --json; give several."),

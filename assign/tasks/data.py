@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -233,18 +234,30 @@ def _read_array(archive: zipfile.ZipFile, name: str, axes: int) -> Array:
     if size > _MOST_BYTES:
         raise ValueError(f"{name} has {size:,} bytes, more than the {_MOST_BYTES:,} of the largest data set")
     with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"{name} has a header of version {version}; 1.0 is read")
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype.kind not in "iu" or len(shape) != axes or by_columns or any(length < 0 for length in shape):
-            raise ValueError(f"{name} holds {dtype} in {len(shape)} axes; whole numbers in {axes} are read")
+        start = file.read(10)
+        head = _HEAD.fullmatch(start[:8] + file.read(int.from_bytes(start[8:], "little")))
+        if head is None:
+            raise ValueError(f"{name} is no array of whole numbers, written by rows, as numpy.savez writes one")
+        shape = [int(length) for length in head["shape"].split(b",") if length.strip()]
+        dtype = np.dtype(head["dtype"].decode())
+        if len(shape) != axes:
+            raise ValueError(f"{name} has {len(shape)} axes; {axes} are read")
         content = file.read()
     if len(content) != math.prod(shape) * dtype.itemsize:
         raise ValueError(
             f"{name} has {len(content):,} bytes, and its header says {math.prod(shape) * dtype.itemsize:,}"
         )
     return np.frombuffer(content, dtype=dtype).reshape(shape)
+
+
+_HEAD = re.compile(
+    rb"\x93NUMPY\x01\x00\{'descr': '(?P<dtype>\|u1|<i4|<i8)', 'fortran_order': False, "
+    rb"'shape': \((?P<shape>(?:[0-9]{1,9}, ?){0,4}(?:[0-9]{1,9})?)\), \} *\n"
+)
+"""What an array begins with, but for two bytes behind the version, which say how long the text is.
+
+NumPy's own reader takes this text for Python. Source: numpy.lib.format, version 1.0.
+"""
 
 
 def _content(path: Path) -> bytes:
