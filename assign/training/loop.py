@@ -443,6 +443,8 @@ class _Run:
         with _fits(path, "history"):
             self.history = History.of(state["history"])
         with _fits(path, "random state"):
+            if not isinstance(state["rng"], Mapping):
+                raise ValueError(f"it is a {type(state['rng']).__name__}")
             torch.Generator().set_state(state["rng"]["cpu"].cpu())
             self.resumed = state["rng"] if self.history.step_in_epoch else None
 
