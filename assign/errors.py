@@ -23,6 +23,10 @@ class PlanError(AssignError):
     """A plan file that cannot be read, or that does not belong to this model."""
 
 
+class OutputError(AssignError):
+    """A file that a command cannot or must not write: no regular file, or one that it reads."""
+
+
 class BudgetError(AssignError):
     """A limit on memory, time or the low ratio that no assignment can meet, or none where one is needed.
 

@@ -1,25 +1,145 @@
-"""Writing a file whole: whoever reads meanwhile, or is killed, finds the old file or the new one, never a half."""
+"""Outputs of a command: checked before the work, written whole, and nothing but regular files.
+
+Whoever reads meanwhile, or is killed, finds the old file or the new one, never a half. Of a link, the file that it
+points to is replaced; the link stays. ``-`` is standard output.
+"""
 
 import contextlib
+import errno
+import fcntl
+import hashlib
 import os
 import secrets
+import stat
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+STDOUT = "-"
+"""The path that means standard output."""
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def is_stdout(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` means standard output."""
+    return os.fspath(path) == STDOUT
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text``, as UTF-8, in the place of what ``path`` holds; of a link, what it points to is replaced.
+    """Write ``text``, as UTF-8, in the place of what ``path`` holds; see :func:`replacing`.
 
     Raises:
-        OSError: the file cannot be written; nothing is left behind.
+        OSError: the file cannot be written; nothing is left behind, and the old file is as it was.
     """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}-{secrets.token_hex(6)}.tmp")
+    if is_stdout(path):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file that takes the place of the one at ``path`` when the block ends without an error.
+
+    The old file's mode is kept. What a killed process left behind of an earlier attempt is removed.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left behind, and the old file is as it was.
+    """
+    target, mode = _target(path)
+    remove_leftovers(path)
+    temporary, descriptor = _create(target, 0o666 if mode is None else mode)
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            os.replace(temporary, target)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Make sure, before the work begins, that ``path`` can be written; what stands there stays as it is.
+
+    Raises:
+        OSError: it is no regular file, its directory does not exist or takes no file, or it may not be written.
+    """
+    if is_stdout(path):
+        return
+    target, _ = _target(path)
+    remove_leftovers(path)
+    temporary, descriptor = _create(target, 0o600)
+    os.close(descriptor)
+    temporary.unlink()
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that killed processes left of ``path``; those of living processes are locked."""
+    target = Path(os.path.realpath(path))
+    prefix = _prefix(target)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(target.parent):
+            if name.startswith(prefix) and name.endswith(_SUFFIX):
+                _remove_unlocked(target.with_name(name))
+
+
+_SUFFIX = ".tmp"
+
+
+def _prefix(target: Path) -> str:
+    """Of temporary names; as long for a long name, which leaves no room for more, as for a short one."""
+    return f".assign-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}-"
+
+
+def _target(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
+    """The file itself, behind all links, and its mode; None where there is none yet."""
+    try:
+        found = os.stat(path)  # of a loop of links, or a name that is too long, this is the error
+    except FileNotFoundError:
+        return Path(os.path.realpath(path)), None
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, str(error)) from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file")
+    if not os.access(path, os.W_OK):
+        raise OSError(errno.EACCES, "it may not be written")
+    return Path(os.path.realpath(path)), stat.S_IMODE(found.st_mode)
+
+
+def _create(target: Path, mode: int) -> tuple[Path, int]:
+    """A new file beside ``target``, locked as long as it is open."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        temporary = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}{_SUFFIX}")
+        descriptor = os.open(temporary, flags, mode)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)  # another process took it for a leftover before it was locked
+
+
+def _remove_unlocked(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except BlockingIOError:
+        pass  # its process lives
+    finally:
+        os.close(descriptor)

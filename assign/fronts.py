@@ -31,7 +31,12 @@ class Front(Drawn):
         check_empty(directory)
         digits = max(2, len(str(len(self.plans))))
         paths = [Path(directory) / f"plan-{number:0{digits}}.json" for number in range(1, len(self.plans) + 1)]
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(
+                f"cannot make the directory {directory}: {error.strerror or error}. Give one that you may write to."
+            ) from error
         for path, plan in zip(paths, self.plans, strict=True):
             plan.save(path)
         return paths
@@ -157,7 +162,7 @@ def _best(plans: list[Assignment]) -> tuple[Assignment, ...]:
 
 def _cost(plan: Assignment) -> float:
     estimate = plan.provenance.estimate
-    return float(str(estimate.get("noise", estimate["low_ratio"])))
+    return float(str(estimate["noise" if "noise" in estimate else "low_ratio"]))
 
 
 def _cost_in_words(plan: Assignment) -> str:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assign.errors import PlanError
+from assign.json_file import LARGEST
 from assign.plan.assignment import Assignment, Entry, Provenance
 
 E4M3, E5M2, BF16, FP32 = Entry("e4m3", True), Entry("e5m2", True), Entry("bf16", False), Entry("fp32", False)
@@ -17,7 +18,7 @@ E4M3, E5M2, BF16, FP32 = Entry("e4m3", True), Entry("e5m2", True), Entry("bf16",
 FORMAT_NAMES = st.sampled_from(
     ["fp32", "bf16", "fp16", "e4m3", "e5m2:pow2", "fp(4,3,4)", "fp(6,9,0)", "bf16:sr", "fp(4,3,4):sr"]
 )
-NUMBERS = st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
+NUMBERS = st.integers(-(2**60), 2**60) | st.floats(-LARGEST, LARGEST)
 ASSIGNMENTS = st.builds(
     Assignment,
     entries=st.dictionaries(st.text(), st.builds(Entry, FORMAT_NAMES, st.booleans())),
@@ -239,7 +240,7 @@ def test_places_that_hold_no_plan(tmp_path: Path) -> None:
             plan().save(path)
     with pytest.raises(PlanError, match=r"there is no plan .*missing\.json"):
         Assignment.load(tmp_path / "missing.json")
-    with pytest.raises(PlanError, match="is a directory; give the plan's file"):
+    with pytest.raises(PlanError, match="is a directory, not a plan"):
         Assignment.load(tmp_path)
     with pytest.raises(PlanError, match="cannot read the plan"):
         Assignment.load(tmp_path / "file" / "plan.json")

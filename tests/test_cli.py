@@ -8,13 +8,13 @@ import re
 import sys
 
 import pytest
-from rich.console import Console
 from shell import fails, run
 
 from assign.cli.shell import Meter
 from assign.numerics.promotion import Promoted
 from assign.plan.assignment import Assignment
 from assign.report.tables import Bar, new_table
+from assign.report.terminal import Terminal
 from assign.strategies import BASELINES, STRATEGIES
 from assign.training.history import EpochResult
 from assign.training.loop import Progress
@@ -447,7 +447,7 @@ def test_bars_share_a_scale_and_never_wrap(width):
     table = new_table("", ["tensor", ""])
     for name, dark, light in (("a" * 30, 0.25, 0.75), ("b", 0.25, 0.0), ("c", 1.0, 1.0)):
         table.add_row(name, Bar(dark, light))
-    console = Console(width=width, file=io.StringIO())
+    console = Terminal(width=width, file=io.StringIO())
     console.print(table)
     rows = [line for line in console.file.getvalue().splitlines() if "█" in line]
     full = rows[2].count("█")

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from comparisons import by_hand, compared
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +22,7 @@ from assign.plan.memory import low_ratio, low_ratio_bits
 from assign.plan.recipes import get_recipe, initial
 from assign.plan.tensors import TensorTable
 from assign.report.tables import comparison_table
+from assign.report.terminal import Terminal
 from assign.tasks import Task
 from assign.tracing.tracer import trace
 from assign.training.comparing import Variant, compare, load_variants, seed_range
@@ -388,13 +388,13 @@ class TestSummary:
     def test_a_result_cut_short_is_refused(self) -> None:
         data = compared(by_hand("fp32", 0, 1.0)).to_json()
         del data["runs"][0]["result"]["diverged"]
-        with pytest.raises(ComparisonError, match=r"here\.json is no whole comparison: diverged"):
+        with pytest.raises(ComparisonError, match=r"here\.json, run 0 is not a valid comparison:\n  diverged"):
             Comparison.from_json(json.dumps(data), where="here.json")
 
 
 class TestTable:
     def text(self, comparison: Comparison) -> str:
-        console = Console(width=140, record=True, file=io.StringIO())
+        console = Terminal(width=140, record=True, file=io.StringIO())
         console.print(comparison_table(comparison))
         return console.export_text()
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from assign.errors import TaskError
 from assign.optim.monitor import LostUpdates
 from assign.optim.updates import SGD, AdamW
 from assign.report.audits import lost_table
+from assign.report.terminal import Terminal
 
 
 class Two(nn.Module):
@@ -132,7 +132,7 @@ def test_table_and_errors():
     optimizer = sgd(model)
     with LostUpdates(model, optimizer) as lost:
         steps(model, optimizer)
-    console = Console(width=100)
+    console = Terminal(width=100)
     with console.capture() as captured:
         console.print(lost_table(lost))
     assert captured.get().index("large") < captured.get().index("small")

@@ -25,10 +25,10 @@ from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import Role, TensorTable
 from assign.planning import search_table
 from assign.report.page import Report, write_report
-from assign.report.page.beside import best_of, measure_of, points_of
+from assign.report.page.beside import Point, best_of, measure_of, points_of
 from assign.report.page.colours import of_formats
 from assign.report.page.curves import course_figure, curves_figure, epoch_scale_figure, overflow_figure, scale_figure
-from assign.report.page.figures import front_figure, memory_figure, model_figure, words
+from assign.report.page.figures import front_figure, memory_figure, model_figure, plain, words
 from assign.report.page.page import context, render
 from assign.report.page.runs import load_runs
 from assign.report.rows import formats_of, tensor_rows
@@ -278,12 +278,12 @@ def test_files_that_hold_no_run_are_refused(results):
     messages = {
         "other": "holds trainings of another model: its fingerprint is f, the plan's g",
         "both": "holds trainings of another model",
-        "torn": "holds no training: course: Value error, its lists differ in length",
+        "torn": "is not a valid training:\n  course: its lists differ in length",
         "compare": "compares plans of another model: its fingerprint is f, the plan's g",
-        "list": "holds no training, but a list",
+        "list": "is not a training, but a list",
         "cut": "is not JSON",
-        "plan": "holds no training: metrics: Field required",
-        "none": "cannot read the run",
+        "plan": "is not a valid training:\n  metrics: Field required",
+        "none": "there is no training",
     }
     for name, message in messages.items():
         with pytest.raises(ReportError, match=message):
@@ -404,7 +404,7 @@ def test_a_page_says_how_to_reproduce_it(table, low):
 def evil_report(table, runs=()):
     """A report of a model that has mark-up for a name."""
     text = json.dumps(table.to_json()).replace('"head', f'"{EVIL}</script>')
-    renamed = TensorTable.from_json(json.loads(text))
+    renamed = TensorTable.from_json({**json.loads(text), "fingerprint": None})  # it is no longer that of its names
     return Report(name=EVIL, plan=all_low(renamed), table=renamed, runs=runs)
 
 
@@ -420,6 +420,18 @@ def test_names_are_shown_not_run(table, results):
     read_by_plotly = json.dumps([tree["labels"], tree["hovertext"], past["text"], totals])
     assert "&lt;img" in read_by_plotly
     assert "<img" not in read_by_plotly
+
+
+def test_labels_from_files_are_no_mark_up_and_no_template(table, results):
+    """Plotly reads tags in labels, and ``%{…}`` in what it shows under the pointer."""
+    assert plain("%{x} <b>\x1b") == "%&#123;x} &lt;b&gt;\\x1b"
+    evil = Point(name=EVIL, peak_bytes=1, costs={f"trained_{EVIL}": 0.5})
+    past = {"step": 1, "key": "a", "overflow_ratio": 0.5, "from_format": EVIL, "to_format": EVIL}
+    (results / "evil.json").write_text(json.dumps(with_course() | {"promotions": [past]}))
+    runs = load_runs([results / "evil.json"], "f")
+    for figure in (front_figure([evil], None), overflow_figure(runs)):
+        assert "<img" not in json.dumps(figure)
+        assert "&lt;img" in json.dumps(figure)
 
 
 def test_another_models_plan_is_refused(table, low, tmp_path):

@@ -186,3 +186,11 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch:
     assert said.startswith("no picture: pictures are drawn with matplotlib")
     with pytest.raises(ComparisonError, match="not installed"):
         draw(comparison(), paths, must=True)
+
+
+@pytest.mark.parametrize("picture", BOTH)
+def test_names_are_no_formulas(picture: Callable[..., Figure], svg: Path) -> None:
+    """A name comes from a file, and a broken formula in it would end the drawing."""
+    name = "$\\frac{$\x1b"
+    save_picture(picture(compared(by_hand("fp32", 0, 0.9), by_hand(name, 0, 0.5), task=name)), svg)
+    assert "$\\frac{$\\x1b" in " ".join(texts(svg))

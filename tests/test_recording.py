@@ -26,13 +26,13 @@ from models import (
     tokens,
     vectors,
 )
-from rich.console import Console
 from torch import library, nn
 from torch.utils.checkpoint import checkpoint
 
 import assign
 from assign.errors import TraceError
 from assign.report.tables import trace_table
+from assign.report.terminal import Terminal
 from assign.tracing import recording
 from assign.tracing.capture import compile_step
 from assign.tracing.functionalize import functionalize
@@ -722,7 +722,7 @@ def test_nothing_warns_where_all_runs_under_the_plan():
 
 def test_a_table_says_where_the_code_needs_a_value():
     table = traced(Sign(), torch.randn(4, 4), square_loss)
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Terminal(width=200, record=True, file=io.StringIO())
     console.print(trace_table(table))
     text = console.export_text()
     assert "places where the code needs a value" in text

@@ -5,7 +5,9 @@ import hashlib
 import io
 import pickle
 import struct
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -296,6 +298,68 @@ class TestData:
         with pytest.raises(TaskError, match=r"train cannot be read: it holds .*, which is no array"):
             read_cifar(tmp_path, 100)
         assert not (tmp_path / "ran").exists()
+
+    def test_a_pickle_cannot_crash_the_interpreter(self, tmp_path: Path) -> None:
+        """A dtype that says of its bytes that they are objects makes NumPy follow them as pointers."""
+
+        class Pointers:
+            def __reduce__(self) -> Any:
+                return np.dtype, ("u1", False, True), (3, "|", None, None, None, -1, -1, 63)
+
+        class Crafted:
+            def __reduce__(self) -> Any:
+                state = (1, (1,), Pointers(), False, b"A" * 8)
+                return np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), state
+
+        array = pickle.dumps(np.zeros(1, dtype=np.uint8), protocol=2)
+        deep = b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"K\x01s."
+        bad_dtype = pickle.dumps({"data": Crafted(), "fine_labels": []}, protocol=2)
+        script = (
+            "from pathlib import Path; import sys; from assign.tasks.data import read_cifar; "
+            "from assign.errors import TaskError\n"
+            "for each in sys.argv[1:]:\n"
+            "    try: read_cifar(Path(each), 100)\n"
+            "    except TaskError as error: print('refused', error)"
+        )
+        wanted = {"a dtype that is not plain": bad_dtype, "a key that is no text": deep, "not a dictionary": array}
+        for number, content in enumerate(wanted.values()):
+            folder = tmp_path / str(number) / "cifar-100-python"
+            folder.mkdir(parents=True)
+            for part in ("train", "test"):
+                (folder / part).write_bytes(content)
+        places = [str(tmp_path / str(number)) for number in range(len(wanted))]
+        found = subprocess.run([sys.executable, "-c", script, *places], capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr
+        for fact, line in zip(wanted, found.stdout.splitlines(), strict=True):
+            assert fact in line
+
+    def test_sizes_that_lie_take_no_memory(self, tmp_path: Path) -> None:
+        header = io.BytesIO()
+        shape = (3, 99999, 32, 32)
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for part in ("train", "test"):
+            with zipfile.ZipFile(tmp_path / f"cifar10-{part}.npz", "w") as archive:
+                archive.writestr("delta.npy", header.getvalue())
+                archive.writestr("labels.npy", header.getvalue())
+        with pytest.raises(TaskError, match=r"delta.npy has 0 bytes, and its header says 307,196,928"):
+            read_cifar(tmp_path, 10)
+        write_fashion(tmp_path, "gz", fashion_arrays())
+        images = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte.gz"
+        images.write_bytes(gzip.compress(bytes([0, 0, 8, 3]) + b"\xff" * 12 + b"\0" * 100))
+        with pytest.raises(TaskError, match=r"its sizes \[4294967295, .* do not fit its 116 bytes"):
+            read_fashion_mnist(tmp_path)
+        images.write_bytes(gzip.compress(b"\0" * (2**28 + 1)))
+        with pytest.raises(TaskError, match="more than the 268,435,456 bytes"):
+            read_fashion_mnist(tmp_path)
+
+    def test_every_image_has_a_label_of_its_own(self, tmp_path: Path) -> None:
+        arrays = fashion_arrays()
+        write_fashion(tmp_path, "npz", {**arrays, "train_labels": arrays["train_labels"][1:]})
+        with pytest.raises(TaskError, match="12 training images and 11 labels"):
+            read_fashion_mnist(tmp_path)
+        write_fashion(tmp_path, "npz", {**arrays, "test_labels": np.full(4, 10, dtype=np.uint8)})
+        with pytest.raises(TaskError, match=r"test labels go from 10 to 10\. Allowed: 0 to 9"):
+            read_fashion_mnist(tmp_path)
 
 
 def write_all_data(directory: Path) -> None:

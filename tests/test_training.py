@@ -355,16 +355,68 @@ class TestCheckpoint:
         whole = file.read_bytes()
         for content in (whole[: len(whole) // 2], b"", b"some text"):
             file.write_bytes(content)
-            with pytest.raises(TaskError, match=r"run.pt is not a checkpoint, or it was cut off. Start again without"):
+            with pytest.raises(
+                TaskError, match=r"run.pt is not a checkpoint, or it was cut off or damaged: .* Start again without"
+            ):
                 go_on(make_task())
+
+    def test_a_bit_that_flipped_in_a_weight_is_seen(self, tmp_path: Path) -> None:
+        """torch does not look at the checksums of its files, and such a weight was 8.8e36."""
+        file = tmp_path / "run.pt"
+        result = train(make_task(), checkpoint=file)
+        weight = result.model.linear.weight.detach().numpy().tobytes()
+        content = bytearray(file.read_bytes())
+        content[content.index(weight) + 3] ^= 0x40  # the highest bit of an exponent
+        file.write_bytes(content)
+        assert torch.load(file, weights_only=True)["model"]["linear.weight"].abs().max() > 1e30
+        with pytest.raises(TaskError, match=r"damaged: the checksum of its part .* is wrong"):
+            train(make_task(), checkpoint=file, resume=True)
+        with pytest.raises(TaskError, match=r"the checksum of its part"):
+            train(make_task(), weights=file)
+
+    @pytest.mark.parametrize(
+        ("place", "value"),
+        [
+            (("history",), 3),
+            (("history", "steps"), "6"),
+            (("history", "epoch"), 9),
+            (("history", "course", "points"), [{}]),
+            (("history", "seconds"), [-1.0]),
+            (("history", "metrics"), {"accuracy": "high"}),
+            (("rng", "cpu"), torch.zeros(3, dtype=torch.uint8)),
+            (("rng",), None),
+            (("optimizer", "param_groups"), 5),
+            (("optimizer", "state"), []),
+            (("scheduler", "last_epoch"), "one"),
+            (("scheduler",), {}),
+            (("model",), [1]),
+            (("identity",), "x"),
+            (("identity", "seed"), torch.zeros(3)),
+        ],
+    )
+    def test_whole_files_with_wrong_values_are_refused(
+        self, tmp_path: Path, place: tuple[str, ...], value: Any
+    ) -> None:
+        """What loads is used: a wrong kind is refused before the first step, not by whatever meets it there."""
+        file = tmp_path / "run.pt"
+        task = make_task(scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1))
+        train(task, checkpoint=file)
+        state = torch.load(file, weights_only=True)
+        inner = state
+        for name in place[:-1]:
+            inner = inner[name]
+        inner[place[-1]] = value
+        torch.save(state, file)
+        with pytest.raises(TaskError, match=r"run\.pt"):
+            train(task, checkpoint=file, resume=True)
 
     def test_a_failed_write_leaves_the_last_checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "run.pt"
         train(make_task(), epochs=1, checkpoint=file)
         before = file.read_bytes()
 
-        def fill_the_disk(_: Any, path: Path) -> None:
-            path.write_bytes(b"half")
+        def fill_the_disk(_: Any, file: Any) -> None:
+            file.write(b"half")
             raise OSError("no space left")
 
         monkeypatch.setattr(torch, "save", fill_the_disk)

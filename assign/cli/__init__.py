@@ -2,11 +2,11 @@
 
 import sys
 
-from rich.console import Console
-
 from assign.cli import looking, reporting, searching, training, verifying
+from assign.cli.secrets import mask_text
 from assign.cli.shell import app
 from assign.errors import AssignError
+from assign.report.terminal import Terminal
 
 __all__ = ["app", "looking", "main", "reporting", "searching", "training", "verifying"]
 
@@ -16,10 +16,9 @@ def main() -> None:
     try:
         app()
     except AssignError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            "\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]),
+        Terminal(stderr=True, soft_wrap=True).print(
+            mask_text("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())])),
             style="red",
-            markup=False,
             highlight=False,
         )
         sys.exit(2)

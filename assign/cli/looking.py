@@ -10,10 +10,12 @@ import typer
 from assign import _torch
 from assign.cli.options import BackendName, BatchSize, Data, Device, Json, PlanFile, Rounding, Seed, TaskName
 from assign.cli.origin import Origin, PlanDevice, PlanRounding, PlanTask, origin_of
-from assign.cli.shell import app, console, open_task, traced, write_json
+from assign.cli.outputs import check_outputs, write_json
+from assign.cli.shell import app, console, open_task, traced
 from assign.errors import AssignError
 from assign.executor.compile import Backend
 from assign.executor.rehearsal import Rehearsal, rehearse
+from assign.files import is_stdout
 from assign.plan.assignment import Assignment
 from assign.plan.formats import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
 from assign.plan.lowered import Lowered
@@ -35,6 +37,7 @@ def formats(
     json_file: Json = None,
 ) -> None:
     """List the number formats: range, precision, and how each is stored."""
+    check_outputs(json_file)
     rows = map(parse_saved, names or (*FORMATS, *SAVED_FORMATS))
     elements, blocks = [], []
     for row in rows:
@@ -65,7 +68,9 @@ def formats(
 @app.command()
 def schema(json_file: Json = None) -> None:
     """Print the JSON schema of a plan's file."""
-    typer.echo(json.dumps(Assignment.schema(), indent=2))
+    check_outputs(json_file)
+    if json_file is None or not is_stdout(json_file):
+        typer.echo(json.dumps(Assignment.schema(), indent=2))
     write_json(json_file, Assignment.schema())
 
 
@@ -79,6 +84,7 @@ def trace(
     json_file: Json = None,
 ) -> None:
     """List every tensor of one training step, which is not computed."""
+    check_outputs(json_file, inputs=[task])
     table = traced(open_task(task, seed, batch_size, device, data, None), device)
     console.print(tables.trace_table(table))
     write_json(json_file, table.to_json())
@@ -97,6 +103,7 @@ def estimate(
     json_file: Json = None,
 ) -> None:
     """Predict the memory of one training step under a plan (or as the model is loaded), before anything runs."""
+    check_outputs(json_file, inputs=[task, plan])
     loaded = open_task(task, seed, batch_size, device, data, None)
     table = traced(loaded, device)
     chosen = Assignment.load(plan) if plan else search_table(table, strategy="as-loaded")
@@ -122,6 +129,7 @@ def show(
     json_file: Json = None,
 ) -> None:
     """Print a plan: where it came from, where its memory goes, its formats, its largest tensors."""
+    check_outputs(json_file, inputs=[plan, task])
     chosen = Assignment.load(plan)
     origin = origin_of(
         plan,
@@ -143,7 +151,7 @@ def show(
             raise
         why = f"No memory by role: {error}"
     console.print(plan_table(chosen, step, everything=everything))
-    console.print(why, markup=False, highlight=False, end="\n" if why else "")
+    console.print(why, highlight=False, end="\n" if why else "")
     facts = {"plan": json.loads(chosen.to_json()), "step": step and step.to_json()}
     write_json(json_file, facts)
 
@@ -163,6 +171,7 @@ def diff(
     json_file: Json = None,
 ) -> None:
     """Print what differs between two plans."""
+    check_outputs(json_file, inputs=[first, second])
     found = Assignment.load(first).diff(Assignment.load(second))
     console.print(diff_table(found))
     changed = {key: [a.format, b.format] for key, (a, b) in found.changed.items()}

@@ -16,7 +16,9 @@ TaskName = Annotated[
         help="digits, cifar10, cifar100, fashion-mnist, shakespeare, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION",
     ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too; - is standard output.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the model, the data's order and the search.")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples per step; the task's own if left out.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
@@ -113,7 +115,7 @@ From = Annotated[
     Path | None,
     typer.Option("--from", help="Go on from these fp32 weights: what 'train --checkpoint' wrote, or a state_dict."),
 ]
-Output = Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes; - is standard output.")]
 StepTime = Annotated[
     str | None,
     typer.Option(

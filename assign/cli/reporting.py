@@ -7,7 +7,8 @@ import typer
 
 from assign.cli.options import BatchSize, Data, Json
 from assign.cli.origin import PlanDevice, PlanRounding, PlanTask, origin_of
-from assign.cli.shell import app, command_line, console, write_json
+from assign.cli.outputs import check_outputs, write_json
+from assign.cli.shell import app, command_line, console
 from assign.fronts import Front
 from assign.plan.assignment import Assignment
 from assign.plan.memory import estimate
@@ -19,7 +20,9 @@ from assign.report.page.runs import load_runs
 @app.command()
 def report(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the page goes.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the page goes; - is standard output.")] = Path(
+        "report.html"
+    ),
     run: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="What train, run or compare wrote with --json; give several."),
@@ -39,6 +42,7 @@ def report(
 ) -> None:
     """Write one page about a plan, for a browser: its memory, its tensors, its trainings. It needs no network."""
     check_libraries()
+    check_outputs(output, json_file, inputs=[plan, task, noise or _noise_beside(plan), front, *(run or [])])
     chosen = Assignment.load(plan)
     runs = load_runs(run or [], chosen.fingerprint)
     beside = Front.load(front) if front else None
@@ -64,7 +68,7 @@ def report(
     )
     with console.status("writing the page"):
         write_report(output, page)
-    console.print(f"wrote {output}: open it in a browser", markup=False)
+    console.print(f"wrote {output}: open it in a browser")
     costs = estimate(page.table, chosen, update_rounding=page.update_rounding)
     write_json(json_file, {"report": str(output), **costs.to_json()})
 

@@ -43,7 +43,8 @@ from assign.cli.options import (
     Weights,
     Workers,
 )
-from assign.cli.shell import app, command_line, console, open_task, traced, write_json
+from assign.cli.outputs import check_directory, check_outputs, write_json
+from assign.cli.shell import app, command_line, console, named, open_task, traced
 from assign.errors import BudgetError
 from assign.executor.compile import Backend
 from assign.executor.timing import measure_times
@@ -107,6 +108,10 @@ def search(
     json_file: Json = None,
 ) -> None:
     """Choose a format for every tensor and write the plan; or, with --pareto, a front of plans."""
+    several = pareto is not None or (strategy == OPTUNA and budget is None)
+    check_outputs(None if several else output, json_file, inputs=[task, noise_file, front])
+    if several:
+        check_directory(output)
     loaded = open_task(task, seed, batch_size, device, data, None)
     table = traced(loaded, device)
     stored = {"master": master, "gradients": gradients, "optimizer_states": optimizer_states, "saved": saved}
@@ -210,6 +215,7 @@ def measure(
     json_file: Json = None,
 ) -> None:
     """Measure how much rounding each tensor perturbs the gradient: what --strategy milp minimises."""
+    check_outputs(json_file, inputs=[task, checkpoint], continued=[output])
     loaded = open_task(task, seed, batch_size, device, data, None)
     table = traced(loaded, device)
     found = _measured(
@@ -276,7 +282,7 @@ def searched(table: TensorTable, output: Path, asked: dict[str, Any]) -> Assignm
     with console.status("searching"):
         plan = search_table(table, **asked)
     plan.save(output)
-    console.print(f"wrote {output}: {len(plan.entries)} tensors", markup=False)
+    console.print(f"wrote {output}: {len(plan.entries)} tensors")
     _tell(table, plan, asked["update_rounding"])
     return plan
 
@@ -310,10 +316,10 @@ def _picked(
     front = Front.load(directory)
     plan = front.pick(table, budget, update_rounding=update_rounding)
     if plan is None:
-        console.print(f"none of the {len(front.plans)} plans in {directory} fits: searching", markup=False)
+        console.print(f"none of the {len(front.plans)} plans in {directory} fits: searching")
         return None
     plan.save(output)
-    console.print(f"wrote {output}: the best of {len(front.plans)} plans in {directory} that fits", markup=False)
+    console.print(f"wrote {output}: the best of {len(front.plans)} plans in {directory} that fits")
     _tell(table, plan, update_rounding)
     return plan
 
@@ -339,7 +345,7 @@ def _noise_for(
         return NoiseTable.load(file)
     if strategy != MILP:
         return None
-    file = plan.with_name(f"{plan.stem}.noise.json")
+    file = named(plan).with_name(f"{named(plan).stem}.noise.json")
     return _measured(task, table, device, None, warm_up=None, file=file, **options)
 
 
@@ -379,7 +385,6 @@ def _measured(
     console.print(
         f"wrote {file}: {len(found.cells)} choices, {found.batches} batches, relative standard error "
         f"{found.relative_error:.3f}",
-        markup=False,
     )
     return found
 

@@ -1,7 +1,6 @@
 """What every command needs: the application, its console, a task opened and traced, JSON written, a bar of progress."""
 
 import contextlib
-import json
 import shlex
 import statistics
 import sys
@@ -12,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from assign.cli.secrets import mask_argument
+from assign.files import is_stdout
 from assign.plan.assignment import Assignment
 from assign.plan.display import human_bytes
 from assign.plan.memory import peak_bytes
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.report import tables
+from assign.report.terminal import Terminal
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
 from assign.tracing.tracer import trace as trace_step
@@ -37,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(width=None if sys.stdout.isatty() else 140)  # piped: plain, and wide enough for long keys
+console = Terminal(width=None if sys.stdout.isatty() else 140)  # piped: plain, and wide enough for long keys
 
 
 def open_task(name: str, seed: int, batch_size: int | None, device: str, data: Path | None, epochs: int | None) -> Task:
@@ -70,13 +71,13 @@ def trained(
         def tell(step: Progress) -> None:
             advance(f"{name}, {meter.after(step)}", step)
             for past in step.promoted:
-                console.print(tables.promotion_line(past), markup=False, highlight=False)
+                console.print(tables.promotion_line(past), highlight=False)
             if step.promoted and step.plan and promoted:
                 step.plan.save(promoted)
 
         result = train_task(task, plan, table=table, on_step=tell, on_epoch=meter.after_epoch, **options)
     if result.promotions and promoted:
-        console.print(f"wrote {promoted}: {len(result.promotions)} tensors promoted", markup=False)
+        console.print(f"wrote {promoted}: {len(result.promotions)} tensors promoted")
     return result
 
 
@@ -117,7 +118,13 @@ class Meter:
 
 def promoted_path(plan: Path) -> Path:
     """Where the plan goes that training made of the one in ``plan``."""
+    plan = named(plan)
     return plan.with_name(f"{plan.stem}.promoted{plan.suffix}")
+
+
+def named(plan: Path) -> Path:
+    """The plan's file, beside which others go; ``plan.json`` for a plan that goes to standard output."""
+    return Path("plan.json") if is_stdout(plan) else plan
 
 
 @contextlib.contextmanager
@@ -141,11 +148,5 @@ def bar(title: str) -> Iterator[Callable[[str, Progress], None]]:
 
 
 def command_line() -> str:
-    """What the user ran, so that a shell takes it again."""
-    return shlex.join(["assign", *sys.argv[1:]])
-
-
-def write_json(path: Path | None, data: Any) -> None:
-    """What ``--json FILE`` asks for; nothing without a path."""
-    if path is not None:
-        path.write_text(json.dumps(data, indent=2) + "\n")
+    """What the user ran, so that a shell takes it again; passwords in it are masked."""
+    return shlex.join(["assign", *map(mask_argument, sys.argv[1:])])

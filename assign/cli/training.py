@@ -35,8 +35,9 @@ from assign.cli.options import (
     Strategy,
     TaskName,
 )
+from assign.cli.outputs import check_outputs, write_json
 from assign.cli.searching import prepare_search, searched
-from assign.cli.shell import app, bar, console, open_task, promoted_path, traced, trained, write_json
+from assign.cli.shell import app, bar, console, open_task, promoted_path, traced, trained
 from assign.executor.compile import Backend
 from assign.numerics.promotion import THRESHOLD
 from assign.plan.assignment import Assignment
@@ -67,6 +68,8 @@ def train(
     json_file: Json = None,
 ) -> None:
     """Train a task under a plan, or in plain fp32 without one."""
+    promoted = promoted_path(plan) if plan else None
+    check_outputs(json_file, inputs=[task, plan, weights], continued=[checkpoint, promoted])
     chosen = Assignment.load(plan) if plan else None
     loaded = open_task(task, seed, batch_size, device, data, epochs)
     name = "plan" if chosen else "fp32"
@@ -83,7 +86,7 @@ def train(
         resume=resume,
         promote_every=promote_every,
         promote_threshold=promote_threshold,
-        promoted=promoted_path(plan) if plan else None,
+        promoted=promoted,
         update_rounding=update_rounding,
         weights=weights,
     )
@@ -123,6 +126,7 @@ def run(
     json_file: Json = None,
 ) -> None:
     """The main job: trace, search, train in fp32 and under the plan, print both side by side."""
+    check_outputs(output, json_file, inputs=[task, noise_file])
     loaded = open_task(task, seed, batch_size, device, data, epochs)
     table = traced(loaded, device)
     asked = prepare_search(
@@ -189,6 +193,7 @@ def compare_plans(
     chosen = seed_range(seeds)
     variants = load_variants(plan or [], promote_every=promote_every, promote_threshold=promote_threshold, fp32=fp32)
     drawn = pictures.picture_paths(json_file, picture)
+    check_outputs(*(drawn if picture else ()), inputs=[task, *(plan or [])], continued=[json_file])
     trained: list[Run] = []
 
     def make_task(seed: int) -> Task:
@@ -199,7 +204,7 @@ def compare_plans(
 
         def tell(run: Run) -> None:
             trained.append(run)
-            console.print(f"trained {run.variant}, seed {run.seed}", markup=False, highlight=False)
+            console.print(f"trained {run.variant}, seed {run.seed}", highlight=False)
 
         try:
             found = compare(
@@ -214,10 +219,10 @@ def compare_plans(
                 on_run=tell,
             )
         except KeyboardInterrupt:
-            console.print(f"stopped: the same command goes on from {json_file}", markup=False, highlight=False)
+            console.print(f"stopped: the same command goes on from {json_file}", highlight=False)
             raise
     if len(found.runs) > len(trained):
-        console.print(f"{len(found.runs) - len(trained)} of {len(found.runs)} runs were in {json_file}", markup=False)
+        console.print(f"{len(found.runs) - len(trained)} of {len(found.runs)} runs were in {json_file}")
     console.print(tables.comparison_table(found))
     for text in pictures.draw(found, drawn, must=picture is not None):
-        console.print(text, markup=False)
+        console.print(text)

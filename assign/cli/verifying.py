@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from assign.cli.options import BackendName, BatchSize, Data, Device, Epochs, Json, Seed, TaskName, Weights
-from assign.cli.shell import app, console, open_task, trained, write_json
+from assign.cli.outputs import check_outputs, write_json
+from assign.cli.shell import app, console, open_task, trained
 from assign.executor.compile import Backend
 from assign.plan.assignment import Assignment
 from assign.report import audits
@@ -29,6 +30,7 @@ def audit(
     json_file: Json = None,
 ) -> None:
     """Say what a 16-bit format would lose of a task's constants, weights, gradients and updates, before it does."""
+    check_outputs(json_file, inputs=[task, checkpoint])
     loaded = open_task(task, seed, batch_size, device, data, None)
     with console.status("one forward and backward pass in fp32"):
         constants, report = audit_task(loaded, format=format_name, checkpoint=checkpoint, device=device)
@@ -52,6 +54,7 @@ def certify(
     json_file: Json = None,
 ) -> None:
     """Certify which predictions of an fp32 model cannot change under a plan; trains it first without a checkpoint."""
+    check_outputs(json_file, inputs=[task, plan, checkpoint])
     chosen = Assignment.load(plan)
     loaded = open_task(task, seed, batch_size, device, data, epochs)
     if checkpoint is None:

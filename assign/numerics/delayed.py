@@ -136,7 +136,11 @@ class DelayedScales:
                     f"DelayedScales: the state to load has {key!r}, whose scale is not delayed under this plan. "
                     "Load the state of a training under the same plan."
                 )
-        self._keys, self._past = list(state["keys"]), state["past"]
+        keys, past = list(state["keys"]), state["past"]
+        whole = past is None or (past.dtype is torch.int32 and past.ndim == 2 and past.shape[1] == len(keys))
+        if not whole or (past is None) != (not keys):
+            raise PlanError(f"DelayedScales: the state to load has not a column for each of its {len(keys)} tensors.")
+        self._keys, self._past = keys, past
 
     def _remember(self) -> None:
         """Put what the last step saw before what is known; a tensor that it did not see says nothing."""

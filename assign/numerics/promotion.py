@@ -200,6 +200,9 @@ class Promotion:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict` of a promotion of the same plan."""
         past = tuple(Promoted(**saved) for saved in state["promoted"])
+        for each in past:
+            if each.key not in self._start.entries or type(each.step) is not int:
+                raise PlanError(f"Promotion: the state to load promotes {each.key!r}, which is none of this plan's.")
         self._steps = state["steps"]
         self.plan, self.promoted = self._start, ()
         self.overflow, self._looked = {}, False

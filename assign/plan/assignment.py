@@ -6,27 +6,27 @@ human-readable JSON in and out.
 
 import dataclasses
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from assign.errors import FormatError, PlanError, nearest
-from assign.files import write_whole
+from assign.json_file import MOST_ELEMENTS, Kind
 from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.plan.entry import STRICT as _STRICT
 from assign.plan.entry import Entry as Entry
-from assign.plan.formats import BlockFormat, Format, parse_format, parse_saved
+from assign.plan.formats import LOADED, BlockFormat, Format, parse_format, parse_saved
 from assign.plan.stored import buffer_of, check_stored, owner_of, parse_stored, with_loaded
 from assign.plan.tensors import Role, base_key, grad_key, is_saved_key, saved_key
 
 VERSION = 1
 """Version of the file that this package writes, under the key ``assign_plan``."""
+
+_FILE = Kind(name="plan", error=PlanError, advice="Give the file that a search wrote, or search again.")
 
 _NAMED = 3  # keys named in an error message before "and n more"
 
@@ -40,6 +40,18 @@ def format_pair(entries: Mapping[str, Entry], key: str) -> tuple[Format, Format]
         return None
     gradient = entries.get(grad_key(key), entries[key])
     return parse_format(entries[key].format), parse_format(gradient.format)
+
+
+def _check_estimate(estimate: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """What is read again of a plan's costs, where plans are put beside each other; the rest is only shown."""
+    peak = estimate.get("peak_bytes", 0)
+    if not isinstance(peak, int) or isinstance(peak, bool) or not 0 <= peak <= MOST_ELEMENTS:
+        raise ValueError("peak_bytes must be a whole number of bytes, 0 or more")
+    for name in ("noise", "low_ratio"):
+        value = estimate.get(name, 0)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} must be a number, 0 or more")
+    return estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +72,7 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     strategy: str = ""
-    estimate: dict[str, JsonValue] = field(default_factory=dict)
+    estimate: Annotated[dict[str, JsonValue], AfterValidator(_check_estimate)] = field(default_factory=dict)
     created: str = ""
 
 
@@ -124,6 +136,15 @@ class Assignment(Drawn):
         object.__setattr__(self, "entries", entries)
         self._refuse_delayed_copies()
         check_stored(entries)
+        self._check_loaded()
+
+    def _check_loaded(self) -> None:
+        allowed = [fmt.name for fmt in LOADED.values()]
+        for key, name in self.loaded.items():
+            if name not in allowed:
+                raise PlanError(
+                    f"the weight {key!r} is said to be loaded as {name!r}. Allowed: {', '.join(allowed)}. Search again."
+                )
 
     def _refuse_delayed_copies(self) -> None:
         """A copy in a format of its own is made of what this step computed: there is no step before to ask."""
@@ -265,13 +286,8 @@ class Assignment(Drawn):
         Raises:
             PlanError: it is not JSON, not a plan, from a newer version, or names an unknown format.
         """
-        _check_version(_parse_json(text, where), where)
-        try:
-            file = _PlanFile.model_validate_json(text)
-        except ValidationError as error:
-            raise PlanError(
-                f"{where} is not a valid plan:\n  {_facts(error)}\nMend it by hand, or search again."
-            ) from None
+        _check_version(_FILE.parse(text, where), where)
+        file = _FILE.validate(_SCHEMA, text, where)
         try:
             return cls(
                 entries=file.tensors,
@@ -294,16 +310,7 @@ class Assignment(Drawn):
         Raises:
             PlanError: the file cannot be written.
         """
-        target = Path(path)
-        if target.is_dir():
-            raise PlanError(f"{target} is a directory; give the plan's file, e.g. {target / 'plan.json'}.")
-        try:
-            write_whole(target, self.to_json())
-        except OSError as error:
-            raise PlanError(
-                f"cannot write the plan {path}: {error.strerror or error}. "
-                "Give a file in a directory that exists and that you may write to."
-            ) from error
+        _FILE.write(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -312,22 +319,10 @@ class Assignment(Drawn):
         Raises:
             PlanError: there is no such file, or :meth:`from_json` refuses it.
         """
-        where = str(path)
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise PlanError(
-                f"there is no plan {where}. Give the file that a search wrote with plan.save(...)."
-            ) from None
-        except IsADirectoryError:
-            raise PlanError(f"{where} is a directory; give the plan's file, e.g. {Path(path) / 'plan.json'}.") from None
-        except UnicodeDecodeError:
-            raise PlanError(
-                f"{where} is not a plan: it is not text in UTF-8. Give the file that a search wrote."
-            ) from None
-        except OSError as error:
-            raise PlanError(f"cannot read the plan {where}: {error.strerror}.") from error
-        return cls.from_json(text, where=where)
+        return cls.from_json(_FILE.read(path), where=str(path))
+
+
+_SCHEMA = TypeAdapter(_PlanFile)
 
 
 def _belongs(key: str, wanted: Collection[str]) -> bool:
@@ -344,31 +339,6 @@ def _named(keys: Sequence[str], others: Iterable[str], title: str) -> list[str]:
     return lines
 
 
-def _parse_json(text: str, where: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise PlanError(f"{where} has the key {twice!r} twice. Keep one of the two.")
-        return result
-
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):
-            raise PlanError(f"{where} holds the number {number}, which JSON does not know. Give a finite one.")
-        return value
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
-    except json.JSONDecodeError as error:
-        raise PlanError(
-            f"{where} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}, "
-            f"of {len(text.splitlines())} lines. If it was cut off, search again: a whole plan ends in '}}'."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"{where} is not a plan: {error}. Give the file that a search wrote.") from None
-
-
 def _check_version(data: Any, where: str) -> None:
     if not isinstance(data, dict) or "assign_plan" not in data:
         found = "no key 'assign_plan'" if isinstance(data, dict) else f"a {type(data).__name__} at the top"
@@ -379,11 +349,3 @@ def _check_version(data: Any, where: str) -> None:
     newer = isinstance(version, (int, float)) and version > VERSION
     advice = "Upgrade this package to read it." if newer else "Search again to make a new one."
     raise PlanError(f"{where} is a plan of version {version!r}; this package reads version {VERSION}. {advice}")
-
-
-def _facts(error: ValidationError) -> str:
-    found = error.errors(include_url=False)
-    lines = [f"{' → '.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in found[:_NAMED]]
-    if len(found) > _NAMED:
-        lines.append(f"and {len(found) - _NAMED} more")
-    return "\n  ".join(lines)

@@ -12,13 +12,12 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from assign.errors import PlanError, nearest
-from assign.files import write_whole
+from assign.errors import FormatError, PlanError, nearest
+from assign.json_file import Count, Kind, NotNegative, shown
 from assign.plan.assignment import Entry
 from assign.plan.display import SHOWN, Drawn, frame, table_html
 from assign.plan.formats import parse_saved
@@ -58,6 +57,12 @@ class Sample:
     loss: float
 
 
+_FILE = Kind(
+    name="table of noise", error=PlanError, advice="Give the file that 'assign noise' wrote, or write a new one."
+)
+_Samples = Annotated[list[tuple[NotNegative, Annotated[float, Field(ge=-1, le=1)], float]], Field(min_length=1)]
+
+
 class _NoiseFile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, title="assign noise")
 
@@ -66,8 +71,8 @@ class _NoiseFile(BaseModel):
     method: Method = Field(strict=False)
     seed: int
     loss_scaling: bool = Field(description="gradients were rounded under a loss scale")
-    warm_up: int = Field(default=0, description="steps that the model was trained first")
-    cells: dict[str, dict[str, list[tuple[float, float, float]]]] = Field(
+    warm_up: Count = Field(default=0, description="steps that the model was trained first")
+    cells: dict[str, dict[str, _Samples]] = Field(
         description="tensor's key → format → per batch: gradient, cosine, loss"
     )
 
@@ -193,13 +198,7 @@ class NoiseTable(Drawn):
         Raises:
             PlanError: the file cannot be written.
         """
-        try:
-            write_whole(path, self.to_json())
-        except OSError as error:
-            raise PlanError(
-                f"cannot write the noise {path}: {error.strerror or error}. "
-                "Give a file in a directory that exists and that you may write to."
-            ) from error
+        _FILE.write(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "NoiseTable":
@@ -208,22 +207,18 @@ class NoiseTable(Drawn):
         Raises:
             PlanError: there is no such file, or it holds something else.
         """
-        advice = "Give the file that 'assign noise' wrote, or write a new one."
-        try:
-            file = _NoiseFile.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"cannot read the noise {path}: {error.strerror or error}. {advice}") from error
-        except UnicodeDecodeError:
-            raise PlanError(f"{path} is not text in UTF-8. {advice}") from None
-        except ValidationError as error:
-            fact = error.errors(include_url=False)[0]
-            place = " → ".join(map(str, fact["loc"])) or "the file"
-            raise PlanError(f"{path} is not a table of noise: {place}: {fact['msg']}. {advice}") from None
-        cells = {
-            Cell(key, name): tuple(Sample(*each) for each in samples)
-            for key, row in file.cells.items()
-            for name, samples in row.items()
-        }
+        where = str(path)
+        file = _FILE.load(_SCHEMA, _FILE.read(path), where)
+        cells: dict[Cell, tuple[Sample, ...]] = {}
+        for key, row in file.cells.items():
+            for name, samples in row.items():
+                cell = Cell(key, _canonical(name, key, where))
+                if cell in cells:
+                    raise PlanError(
+                        f"{where} has the noise of {shown(key)!r} in {cell.format} twice, under two spellings of that "
+                        "format. Keep one of the two."
+                    )
+                cells[cell] = tuple(Sample(*each) for each in samples)
         return cls(
             fingerprint=file.fingerprint,
             method=file.method,
@@ -245,6 +240,17 @@ class NoiseTable(Drawn):
                 "(--saved for copies that wait)."
             )
         return samples
+
+
+_SCHEMA = TypeAdapter(_NoiseFile)
+
+
+def _canonical(name: str, key: str, where: str) -> str:
+    """The name of a format as this package writes it."""
+    try:
+        return parse_saved(name).name
+    except FormatError as error:
+        raise PlanError(f"{where}: {shown(key)!r} was measured in {shown(name)!r}: {error}") from None
 
 
 def _standard_error(samples: tuple[Sample, ...]) -> float:

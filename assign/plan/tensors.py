@@ -12,15 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import networkx
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
 
-from assign.errors import PlanError
-from assign.files import write_whole
+from assign.errors import PlanError, nearest
+from assign.json_file import MOST_ELEMENTS, Count, Kind, shown, twice
 from assign.plan.display import SHOWN, Drawn, frame, table_html
-from assign.plan.formats import loaded_format
+from assign.plan.formats import ITEM_BYTES, loaded_format
+
+_FILE = Kind(
+    name="tensor table", error=PlanError, advice="Make one with 'assign trace TASK --json FILE', or TensorTable.save."
+)
+_STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 class Role(StrEnum):
@@ -73,15 +78,17 @@ class TensorInfo:
         need: the least that its values need (see :mod:`assign.plan.precision`).
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     key: str
     role: Role
-    shape: tuple[int, ...]
-    elements: int
+    shape: tuple[Count, ...]
+    elements: Count
     dtype: str
     op: str
     module: str = ""
     source: str = ""
-    group: int = 0
+    group: Count = 0
     inputs: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     opaque: bool = False
@@ -145,6 +152,14 @@ SCRATCH_DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Order of the dtypes in ``Event.scratch``."""
 
 
+def _in_all_dtypes(scratch: tuple[int, ...]) -> tuple[int, ...]:
+    """Bytes by dtype; of a version that knew float32 and "16 bit", those of all dtypes."""
+    if len(scratch) == 2:
+        in_float32, in_16_bit = scratch
+        return (in_float32, *[in_16_bit] * (len(SCRATCH_DTYPES) - 1)) if any(scratch) else ()
+    return scratch
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buffer:
     """Memory that one operator of the step allocates.
@@ -155,10 +170,12 @@ class Buffer:
         part: position in the operator's result; what follows the first part are statistics that stay as they are.
     """
 
-    elements: int
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    elements: Count
     dtype: str
     holds: str = ""
-    part: int = 0
+    part: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,11 +190,13 @@ class Event:
             out is none.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     op: str
     backward: bool
-    reads: tuple[int, ...] = ()
-    writes: tuple[int, ...] = ()
-    scratch: tuple[int, ...] = ()
+    reads: tuple[Count, ...] = ()
+    writes: tuple[Count, ...] = ()
+    scratch: Annotated[tuple[Count, ...], AfterValidator(_in_all_dtypes)] = ()
 
     def scratch_in(self, dtype: str) -> int:
         """Bytes its kernel needs for a moment when it runs in a dtype."""
@@ -197,16 +216,18 @@ class Schedule:
         optimizer_bytes: states; optimizer_scratch_bytes: what its step allocates for a moment.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     buffers: tuple[Buffer, ...] = ()
     events: tuple[Event, ...] = ()
-    kept: tuple[int, ...] = ()
-    parameter_bytes: int = 0
-    buffer_bytes: int = 0
-    batch_bytes: int = 0
-    gradient_bytes: int = 0
+    kept: tuple[Count, ...] = ()
+    parameter_bytes: Count = 0
+    buffer_bytes: Count = 0
+    batch_bytes: Count = 0
+    gradient_bytes: Count = 0
     optimizer: str = ""
-    optimizer_bytes: int = 0
-    optimizer_scratch_bytes: int = 0
+    optimizer_bytes: Count = 0
+    optimizer_scratch_bytes: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,17 +338,24 @@ class TensorTable(Drawn):
             PlanError: the data is not a table.
         """
         try:
-            rows = tuple(_row_from_plain(row) for row in data["tensors"])
-            plain = dict(data["schedule"])
-            plain["buffers"] = tuple(Buffer(**row) for row in plain["buffers"])
-            plain["events"] = tuple(map(_event_from_plain, plain["events"]))
-            plain["kept"] = tuple(plain["kept"])
-            said = {name: tuple(map(str, data.get(name, ()))) for name in ("breaks", "outside")}
-            return cls(tensors=tuple(TensorInfo(**row) for row in rows), schedule=Schedule(**plain), **said)
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(
-                f"table: not a tensor table ({error}). Make one with 'assign trace TASK --json FILE'."
-            ) from error
+            text = json.dumps(data)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PlanError(f"the table is not a tensor table: {error}. {_FILE.advice}") from None
+        return cls._of_text(text, "the table")
+
+    @classmethod
+    def _of_text(cls, text: str, where: str) -> "TensorTable":
+        file = _FILE.load(_SCHEMA, text, where)
+        table = cls(tensors=file.tensors, schedule=file.schedule, breaks=file.breaks, outside=file.outside)
+        problem = _problem(table)
+        if not problem and file.fingerprint not in (None, table.fingerprint):
+            problem = (
+                f"its fingerprint is {shown(file.fingerprint)!r}, and that of its tensors {table.fingerprint!r}: one "
+                "of them was changed"
+            )
+        if problem:
+            raise PlanError(f"{where} is not a valid tensor table: {problem}. {_FILE.advice}")
+        return table
 
     def to_pandas(self) -> Any:
         """A frame with a row for each tensor, its fields the columns. Needs pandas."""
@@ -355,13 +383,7 @@ class TensorTable(Drawn):
         Raises:
             PlanError: the file cannot be written.
         """
-        try:
-            write_whole(path, json.dumps(self.to_json()))
-        except OSError as error:
-            raise PlanError(
-                f"cannot write the table {path}: {error.strerror or error}. "
-                "Give a file in a directory that exists and that you may write to."
-            ) from error
+        _FILE.write(path, json.dumps(self.to_json()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TensorTable":
@@ -370,25 +392,52 @@ class TensorTable(Drawn):
         Raises:
             PlanError: the file cannot be read, or is not a table.
         """
-        try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise PlanError(f"cannot read the table {path}: {error}. Give what TensorTable.save wrote.") from error
+        return cls._of_text(_FILE.read(path), str(path))
 
 
-def _row_from_plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    fields = _from_plain(TensorInfo, row)
-    return fields | {"role": Role(row["role"]), "need": Need(row.get("need", ""))}
+class _TableFile(BaseModel):
+    """A tensor table; what follows from its tensors stands there for other programs and is not read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tensors: tuple[TensorInfo, ...]
+    schedule: Schedule
+    breaks: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    fingerprint: str | None = None
+    elements: Any = None
+    groups: Any = None
 
 
-def _event_from_plain(row: Mapping[str, Any]) -> Event:
-    fields = _from_plain(Event, row)
-    if len(fields.get("scratch", ())) == 2:  # of a version that knew float32 and "16 bit"
-        in_float32, in_16_bit = fields["scratch"]
-        fields["scratch"] = (in_float32, *(in_16_bit,) * (len(SCRATCH_DTYPES) - 1)) if any(fields["scratch"]) else ()
-    return Event(**fields)
+_SCHEMA = TypeAdapter(_TableFile)
 
 
-def _from_plain(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {field.name for field in dataclasses.fields(kind)}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in row.items() if name in fields}
+def _problem(table: TensorTable) -> str:
+    """What cannot be in any table; '' where nothing is."""
+    again = twice(info.key for info in table.tensors)
+    if again is not None:
+        return f"the tensor {shown(again)!r} is in it twice"
+    for info in table.tensors:
+        for dtype in (info.dtype, *info.reads):
+            if dtype not in ITEM_BYTES:
+                return f"{shown(info.key)!r} has the dtype {shown(dtype)!r}{_close(dtype)}"
+    return _schedule_problem(table.schedule)
+
+
+def _schedule_problem(schedule: Schedule) -> str:
+    count = len(schedule.buffers)
+    for number, buffer in enumerate(schedule.buffers):
+        if buffer.dtype not in ITEM_BYTES:
+            return f"buffer {number} has the dtype {shown(buffer.dtype)!r}{_close(buffer.dtype)}"
+    used = (*schedule.kept, *(number for event in schedule.events for number in (*event.reads, *event.writes)))
+    if max(used, default=0) >= max(count, 1):
+        return f"its schedule uses the buffer {max(used)} of {count}, which are numbered from 0"
+    long = max((len(event.scratch) for event in schedule.events), default=0)
+    if long > len(SCRATCH_DTYPES):
+        return f"an event has scratch in {long} dtypes, of {len(SCRATCH_DTYPES)}"
+    total = sum(buffer.elements for buffer in schedule.buffers) + sum(sum(event.scratch) for event in schedule.events)
+    return f"its buffers have more than {MOST_ELEMENTS} elements" if total > MOST_ELEMENTS else ""
+
+
+def _close(dtype: str) -> str:
+    return f"; nearest: {nearest(shown(dtype), ITEM_BYTES) or 'none'}"

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from rich.console import Group as Rows
 from rich.console import RenderableType
-from rich.markup import escape
 
 from assign.optim.monitor import LostUpdates
 from assign.report.tables import new_table
@@ -21,7 +20,7 @@ def constants_table(found: Sequence[Finding]) -> RenderableType:
     )
     for each in found:
         becomes = f"{each.becomes:.4g} ({each.format})"
-        table.add_row(escape(each.where), escape(each.name), f"{each.value:g}", becomes, each.why, f"{each.advice:g}")
+        table.add_row(each.where, each.name, f"{each.value:g}", becomes, each.why, f"{each.advice:g}")
     return table
 
 
@@ -32,7 +31,7 @@ def range_table(report: RangeReport, limit: int = 20) -> RenderableType:
     rows = sorted(report.rows, key=lambda row: (-row.overflowing, -(row.lost_updates or 0), -(row.small or 0)))
     for row in (report.weights, *rows[:limit]):
         shares = (_percent(share) for share in (row.small, row.small_gradients, row.lost_updates))
-        table.add_row(escape(row.name), f"{row.elements:,}", f"{row.largest:.4g}", f"{row.overflowing:,}", *shares)
+        table.add_row(row.name, f"{row.elements:,}", f"{row.largest:.4g}", f"{row.overflowing:,}", *shares)
     left_out = [f"and {len(rows) - limit} more tensors"] if len(rows) > limit else []
     verdict = "Nothing overflows." if report.fits else "Something overflows: it would be infinite."
     return Rows(table, *left_out, verdict)
@@ -42,7 +41,7 @@ def lost_table(lost: LostUpdates) -> RenderableType:
     """The share of updates lost, parameter by parameter, the largest first."""
     table = new_table("Updates lost to rounding", ["parameter", "lost"])
     for name, share in sorted(lost.shares.items(), key=lambda item: -item[1]):
-        table.add_row(escape(name), _percent(share))
+        table.add_row(name, _percent(share))
     return Rows(table, f"all together: {_percent(lost.share) or 'none tried'}")
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assign.errors import ComparisonError
+from assign.files import replacing
+from assign.report.terminal import visible
 from assign.training.comparison import Comparison, RunFacts, Spread, Summary, VariantRow
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ def save_picture(figure: "Figure", path: Path) -> None:
     kind = path.suffix.lower().removeprefix(".")
     with _matplotlib().rc_context({"svg.fonttype": "none", "svg.hashsalt": "assign"}):
         try:
-            figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
+            with replacing(path) as file:
+                figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
         except OSError as error:
             raise ComparisonError(f"cannot draw {path}: {error.strerror or error}. Give another file.") from error
 
@@ -148,7 +151,7 @@ def curves_picture(comparison: Comparison, metric: str | None = None) -> "Figure
 def _matplotlib() -> Any:
     """Looked for when a picture is drawn: nothing else needs it."""
     try:
-        for part in ("matplotlib.figure", "matplotlib.ticker"):
+        for part in ("matplotlib.figure", "matplotlib.text", "matplotlib.ticker"):
             importlib.import_module(part)
         return importlib.import_module("matplotlib")
     except ImportError as error:
@@ -336,6 +339,9 @@ def _finish(axes: "Axes", comparison: Comparison, metric: str | None, when: str,
     figure: Any = axes.figure
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False, ncols=1 + len(labels) // 25)
+    for text in figure.findobj(_matplotlib().text.Text):  # names come from files, and "$" would begin a formula
+        text.set_parse_math(False)
+        text.set_text(visible(text.get_text()))
 
 
 def _within_one(comparison: Comparison, metric: str) -> bool:

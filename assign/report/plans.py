@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Group as Rows
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from assign.plan.assignment import Assignment, Diff, Entry
@@ -94,11 +93,11 @@ def diff_table(diff: Diff) -> RenderableType:
             counts.add_row(*((title, "") if keys is diff.only_here else ("", title)), str(len(keys)))
     table = new_table("Differences", ["tensor", "first", "second"], right=3)
     for key, (one, other) in diff.changed.items():
-        table.add_row(escape(key), _entry(one), _entry(other))
+        table.add_row(key, _entry(one), _entry(other))
     for key in diff.only_here:
-        table.add_row(escape(key), "in this one only", "")
+        table.add_row(key, "in this one only", "")
     for key in diff.only_there:
-        table.add_row(escape(key), "", "in this one only")
+        table.add_row(key, "", "in this one only")
     return Rows(counts, table)
 
 
@@ -113,11 +112,11 @@ def _provenance(plan: Assignment) -> Table:
     head.add_row("recipe", plan.recipe)
     head.add_row("model's fingerprint", plan.fingerprint)
     head.add_row("strategy", f"{source.strategy or 'unknown'}, seed {source.seed}")
-    head.add_row("made by", escape(source.command or "unknown"))
+    head.add_row("made by", source.command or "unknown")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     head.add_row("made on", f"{source.created or 'unknown'}; {versions}")
     for name, value in source.estimate.items():
-        text = _figure(name, value)
+        text = _cost(name, value)
         words = name.removesuffix("_bytes").replace("_", " ")
         if name == "seconds":
             head.add_row("searched in", f"{text} s")
@@ -126,11 +125,13 @@ def _provenance(plan: Assignment) -> Table:
     return head
 
 
-def _figure(name: str, value: Any) -> str:
-    """A predicted or searched number as the table says it."""
+def _cost(name: str, value: Any) -> str:
+    """One of the costs in a plan's file; a value that is no number is shown as it is."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return human_bytes(float(str(value))) if name.endswith("bytes") else f"{float(str(value)):.4g}"
+    if not isinstance(value, (int, float)):
+        return str(value)
+    return human_bytes(value) if name.endswith("bytes") else f"{value:.4g}"
 
 
 def _roles(step: PlannedStep) -> Table:
@@ -180,7 +181,7 @@ def _largest(rows: Sequence[Row]) -> Table:
     for row in shown:
         shape = "×".join(map(str, row.shape)) or "scalar"
         sizes = (human_bytes(row.fp32_bytes), human_bytes(row.bytes))
-        table.add_row(escape(row.key), shape, row.format, *sizes, Bar(row.bytes / most, row.fp32_bytes / most))
+        table.add_row(row.key, shape, row.format, *sizes, Bar(row.bytes / most, row.fp32_bytes / most))
     table.columns[-1].justify = "left"
     return table
 
@@ -188,7 +189,7 @@ def _largest(rows: Sequence[Row]) -> Table:
 def _entries(plan: Assignment) -> Table:
     table = new_table("Entries", ["tensor", "format", "low"], right=3)
     for key, entry in plan.entries.items():
-        table.add_row(escape(key), entry.format, "low" if entry.low else "")
+        table.add_row(key, entry.format, "low" if entry.low else "")
     return table
 
 

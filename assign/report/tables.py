@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.console import Group as Rows
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -256,13 +255,13 @@ def comparison_table(comparison: Comparison) -> RenderableType:
     columns = ["variant", "low ratio\n(elements)", "low ratio\n(bits)", *judged_by]
     columns += ["peak MiB", "s/step", "tensors\npromoted", "diverged"]
     seeds = f"{len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else "1 seed"
-    table = new_table(f"{escape(comparison.task)}: {comparison.epochs} epochs, {seeds}, {comparison.device}", columns)
+    table = new_table(f"{comparison.task}: {comparison.epochs} epochs, {seeds}, {comparison.device}", columns)
     for summary in comparison.summaries():
         judged = [_metric(summary, summary.loss)]
         if metric:
             judged = [_metric(summary, found.get(metric)) for found in (summary.metrics, summary.fp32_metrics)]
         table.add_row(
-            escape(summary.variant),
+            summary.variant,
             _fall(summary.low_ratio, summary.final_low_ratio),
             _fall(summary.low_ratio_bits, summary.final_low_ratio_bits),
             *judged,
@@ -301,7 +300,7 @@ def _first_messages(comparison: Comparison) -> list[str]:
     found: dict[str, str] = {}
     for run in comparison.runs:
         if run.facts.diverged:
-            found.setdefault(run.variant, escape(f"{run.variant}, seed {run.seed}: {run.facts.message}"))
+            found.setdefault(run.variant, f"{run.variant}, seed {run.seed}: {run.facts.message}")
     return [*found.values()]
 
 

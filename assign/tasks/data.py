@@ -1,8 +1,10 @@
 """Data sets read from a directory or from scikit-learn, without torchvision; batches made on the device."""
 
 import gzip
-import pickle
+import math
+import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,10 @@ import torch
 from torch import Tensor
 
 from assign.errors import TaskError
+from assign.tasks.cifar_pickle import read_pickle
+
+_MOST_BYTES = 2**28
+"""Of a file, or of an array in it, once unpacked; the images of CIFAR take 154 MB."""
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -98,10 +104,10 @@ def read_cifar(directory: Path | None, classes: int) -> Images:
     batches = _CIFAR_BATCHES[classes]
     root = _find(directory, name, [archives, batches.train + batches.test])
     if (root / archives[0]).exists():
-        return _images(_decode_cifar(root / archives[0]), _decode_cifar(root / archives[1]))
+        return _images(_decode_cifar(root / archives[0]), _decode_cifar(root / archives[1]), classes, root)
     train = [_read_pickle(root / file, batches.label) for file in batches.train]
     images = np.concatenate([pixels for pixels, _ in train]), np.concatenate([labels for _, labels in train])
-    return _images(images, _read_pickle(root / batches.test[0], batches.label))
+    return _images(images, _read_pickle(root / batches.test[0], batches.label), classes, root)
 
 
 def read_fashion_mnist(directory: Path | None) -> Images:
@@ -116,23 +122,26 @@ def read_fashion_mnist(directory: Path | None) -> Images:
     ]
     root = _find(directory, "fashion-mnist", [(archive,), *raw])
     if (root / archive).exists():
-        z = _load_archive(root / archive, ("train_images", "train_labels", "test_images", "test_labels"))
+        z = _load_archive(root / archive, {"train_images": 3, "train_labels": 1, "test_images": 3, "test_labels": 1})
         train, test = (z["train_images"], z["train_labels"]), (z["test_images"], z["test_labels"])
     else:
         files = next(files for files in raw if all((root / file).exists() for file in files))
         images, labels, test_images, test_labels = (_read_idx(root / file) for file in files)
         train, test = (images, labels), (test_images, test_labels)
-    return _images((train[0][:, None], train[1]), (test[0][:, None], test[1]))
+    return _images((train[0][:, None], train[1]), (test[0][:, None], test[1]), 10, root)
 
 
 def read_text(directory: Path | None, file: str, task: str) -> str:
     """A text file of ``directory``.
 
     Raises:
-        TaskError: it is not there.
+        TaskError: it is not there, or no text.
     """
     path = _find(directory, task, [(file,)]) / file
-    return path.read_text(encoding="utf-8")
+    try:
+        return _content(path).decode("utf-8")
+    except (ValueError, OSError) as error:
+        raise TaskError(f"{path} cannot be read: {error}. It is to be text in UTF-8; copy it again.") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,21 +180,97 @@ def _describe(layouts: list[tuple[str, ...]]) -> str:
     return "It is to hold " + ", or ".join(" and ".join(files) for files in layouts) + "."
 
 
-def _images(train: tuple[Array, Array], test: tuple[Array, Array]) -> Images:
-    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in (*train, *test)]
+def _images(train: tuple[Array, Array], test: tuple[Array, Array], classes: int, root: Path) -> Images:
+    """All of a data set; ``root``: its directory, for errors.
+
+    Raises:
+        TaskError: an image has no label, or a label no image, or no such class exists.
+    """
+    for part, (images, labels) in (("training", train), ("test", test)):
+        if images.dtype != np.uint8 or labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise TaskError(
+                f"{root}: the {part} images are {images.dtype}, the labels {labels.dtype} in {labels.ndim} axes. "
+                "Allowed: images of bytes, and a whole number as the label of each. Copy the data again."
+            )
+        if len(images) != len(labels) or not len(labels):
+            raise TaskError(
+                f"{root}: there are {len(images)} {part} images and {len(labels)} labels. Each image has one label, "
+                "and there is at least one. Copy the data again."
+            )
+        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise TaskError(
+                f"{root}: the {part} labels go from {labels.min()} to {labels.max()}. Allowed: 0 to {classes - 1}. "
+                "Copy the data again."
+            )
+    tensors = [torch.from_numpy(np.array(array, order="C")) for array in (*train, *test)]
     return Images(
         train_images=tensors[0], train_labels=tensors[1].long(), test_images=tensors[2], test_labels=tensors[3].long()
     )
 
 
-def _load_archive(path: Path, names: tuple[str, ...]) -> dict[str, Array]:
+def _load_archive(path: Path, axes: dict[str, int]) -> dict[str, Array]:
+    """Arrays of a NumPy archive by name; ``axes``: how many each has."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names}
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            return {name: _read_array(archive, f"{name}.npy", count) for name, count in axes.items()}
+    except (
+        KeyError,
+        ValueError,
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise TaskError(
-            f"{path} cannot be read: {error}. It is to be a NumPy archive with {', '.join(names)}; copy it again."
+            f"{path} cannot be read: {error}. It is to be a NumPy archive with {', '.join(axes)}; copy it again."
         ) from error
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, axes: int) -> Array:
+    """One array; what its header says is compared with what is there before any memory is taken for it."""
+    size = archive.getinfo(name).file_size
+    if size > _MOST_BYTES:
+        raise ValueError(f"{name} has {size:,} bytes, more than the {_MOST_BYTES:,} of the largest data set")
+    with archive.open(name) as file:
+        start = file.read(10)
+        head = _HEAD.fullmatch(start[:8] + file.read(int.from_bytes(start[8:], "little")))
+        if head is None:
+            raise ValueError(f"{name} is no array of whole numbers, written by rows, as numpy.savez writes one")
+        shape = [int(length) for length in head["shape"].split(b",") if length.strip()]
+        dtype = np.dtype(head["dtype"].decode())
+        if len(shape) != axes:
+            raise ValueError(f"{name} has {len(shape)} axes; {axes} are read")
+        content = file.read()
+    if len(content) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"{name} has {len(content):,} bytes, and its header says {math.prod(shape) * dtype.itemsize:,}"
+        )
+    return np.frombuffer(content, dtype=dtype).reshape(shape)
+
+
+_HEAD = re.compile(
+    rb"\x93NUMPY\x01\x00\{'descr': '(?P<dtype>\|u1|<i4|<i8)', 'fortran_order': False, "
+    rb"'shape': \((?P<shape>(?:[0-9]{1,9}, ?){0,4}(?:[0-9]{1,9})?)\), \} *\n"
+)
+"""What an array begins with, but for two bytes behind the version, which say how long the text is.
+
+NumPy's own reader takes this text for Python. Source: numpy.lib.format, version 1.0.
+"""
+
+
+def _content(path: Path) -> bytes:
+    """All bytes of a file, unpacked if its name ends in ``.gz``.
+
+    Raises:
+        ValueError: there are more than any data set has.
+    """
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        content: bytes = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"it has more than the {_MOST_BYTES:,} bytes of the largest data set")
+    return content
 
 
 def _decode_cifar(path: Path) -> tuple[Array, Array]:
@@ -193,40 +278,29 @@ def _decode_cifar(path: Path) -> tuple[Array, Array]:
 
     The three planes are R−G, G and B−G; each pixel is then less the one to its left, and that less the row above.
     """
-    archive = _load_archive(path, ("delta", "labels"))
+    archive = _load_archive(path, {"delta": 4, "labels": 1})
     planes = archive["delta"]
+    if planes.shape[0] != 3 or planes.shape[2:] != (32, 32) or planes.dtype != np.uint8:
+        raise TaskError(
+            f"{path} cannot be read: its delta has the shape {planes.shape} of {planes.dtype}. It is to be 3 × images "
+            "× 32 × 32 bytes; copy it again."
+        )
     for axis in (2, 3):
         planes = np.cumsum(planes, axis=axis, dtype=np.uint8)
     red, green, blue = planes
     return np.stack([red + green, green, blue + green], axis=1), archive["labels"]
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads the pickles of CIFAR, which hold NumPy arrays and plain values, and refuses to build anything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = _SAFE.get((module.replace("numpy._core", "numpy.core"), name))
-        if found is None:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
-        return found
-
-
-_SAFE: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # by its public way in
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
-}
-
-
 def _read_pickle(path: Path, label: str) -> tuple[Array, Array]:
     try:
-        with path.open("rb") as file:
-            content = _ArraysOnly(file, encoding="latin1").load()
-        content = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
-        images = np.asarray(content["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
-        return images, np.asarray(content[label], dtype=np.uint8)
-    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
+        content = read_pickle(_content(path))
+        labels = content[label]
+        if isinstance(labels, list) and not all(type(value) is int for value in labels):
+            raise ValueError(f"its {label} are not whole numbers")
+        if not isinstance(content["data"], np.ndarray) or not isinstance(labels, (list, np.ndarray)):
+            raise ValueError(f"its data is no array, or its {label} are no list")
+        return content["data"].reshape(-1, 3, 32, 32), np.asarray(labels, dtype=np.int64)
+    except (EOFError, LookupError, ValueError, OverflowError, OSError) as error:
         raise TaskError(
             f"{path} cannot be read: {error}. It is to be a batch file of CIFAR's Python version; copy it again."
         ) from error
@@ -238,13 +312,17 @@ def _read_idx(path: Path) -> Array:
     Source: "The IDX file format" in LeCun, Cortes and Burges, The MNIST database.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        axes = content[3]
-        shape = np.frombuffer(content, dtype=">u4", count=axes, offset=4)
-        if content[:3] != b"\0\0\x08":
+        content = _content(path)
+        if content[:3] != b"\0\0\x08" or len(content) < 4:
             raise ValueError("it does not start as an IDX file of bytes")
-        return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
-    except (ValueError, IndexError, EOFError, OSError) as error:
+        axes = 3 if "idx3" in path.name else 1
+        if content[3] != axes or len(content) < 4 + 4 * axes:
+            raise ValueError(f"it has {content[3]} axes and {len(content)} bytes; {axes} axes are read")
+        shape = [int(size) for size in np.frombuffer(content, dtype=">u4", count=axes, offset=4)]
+        if math.prod(shape) != len(content) - 4 - 4 * axes:
+            raise ValueError(f"its sizes {shape} do not fit its {len(content):,} bytes")
+        return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape)
+    except (ValueError, EOFError, OSError, zlib.error) as error:
         raise TaskError(
             f"{path} cannot be read: {error}. It is to be an IDX file of Fashion-MNIST; copy it again."
         ) from error

@@ -1,7 +1,7 @@
 """A run's checkpoint as a file: never half written, refused where it belongs to another run."""
 
-import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,36 @@ from typing import Any
 import torch
 
 from assign.errors import TaskError
+from assign.files import check_writable, replacing
+from assign.json_file import shown
+
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    OSError,
+    zipfile.BadZipFile,
+)
+"""What torch raises of a file that is damaged, or of another model."""
+
+
+def check(path: Path) -> None:
+    """Make sure, before the training, that a checkpoint can be written to ``path``.
+
+    Raises:
+        TaskError: it cannot.
+    """
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -17,16 +47,15 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         TaskError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        torch.save(dict(state), temporary)
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            torch.save(dict(state), file)
     except (OSError, RuntimeError) as error:
-        raise TaskError(
-            f"cannot write the checkpoint {path}: {error}. Give a file in a directory that exists."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: Exception) -> TaskError:
+    return TaskError(f"cannot write the checkpoint {path}: {error}. Give a regular file in a directory that exists.")
 
 
 def load(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -38,14 +67,56 @@ def load(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[
     if not path.is_file():
         raise TaskError(f"there is no checkpoint {path} to go on from. Start without resume; training writes it.")
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state = read(path, device)
         found = state["identity"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, OSError) as error:
-        raise TaskError(f"{path} is not a checkpoint, or it was cut off. Start again without resume.") from error
+        if not isinstance(found, Mapping):
+            raise ValueError(f"its identity is a {type(found).__name__}")
+    except UNREADABLE as error:
+        raise TaskError(
+            f"{path} is not a checkpoint, or it was cut off or damaged: {error}. Start again without resume."
+        ) from error
     for name, wanted in identity.items():
-        if found.get(name) != wanted:
+        given = found.get(name)
+        if type(given) is not type(wanted) or given != wanted:
             raise TaskError(
-                f"the checkpoint {path} is of another run: its {name} is {found.get(name)!r}, not {wanted!r}. "
+                f"the checkpoint {path} is of another run: its {name} is {shown(repr(given))}, not {wanted!r}. "
                 "Go on with what it was made with, or start without resume."
             )
     return state
+
+
+def read(path: Path, device: torch.device) -> dict[str, Any]:
+    """What ``torch.save`` wrote to ``path``: tensors and plain values; what is damaged is refused.
+
+    torch itself does not look at the checksums that it writes: a bit that flipped in a weight would stay unseen.
+
+    Raises:
+        One of ``UNREADABLE``.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is packed, which torch.save does not do")
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of its part {damaged!r} is wrong")
+    state = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    return state
+
+
+def check_like(own: Mapping[str, Any], found: Any) -> None:
+    """Make sure that the state of a part has the names and the kinds of values that the part has itself.
+
+    Parts that only store what they are given, as torch's schedulers do, would fail on it some steps later.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if not isinstance(found, Mapping) or found.keys() != own.keys():
+        raise ValueError(f"it has not the entries {', '.join(map(str, own))}")
+    for name, value in own.items():
+        kinds = (int, float) if type(value) in (int, float) else type(value)
+        if value is not None and found[name] is not None and not isinstance(found[name], kinds):
+            raise ValueError(f"its {name} is a {type(found[name]).__name__}, not a {type(value).__name__}")

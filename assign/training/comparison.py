@@ -6,17 +6,17 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from assign.errors import ComparisonError
-from assign.files import write_whole
+from assign.json_file import Count, Kind, NotNegative, Share, twice
 
 VERSION = 1
 """Version of the file that this package writes, under the key ``assign_comparison``."""
 
-_OTHER_FILE = "Give another file, or move this one away to start anew."
+_FILE = Kind(name="comparison", error=ComparisonError, advice="Give another file, or move this one away to start anew.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +32,12 @@ class VariantRow:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     plan: str | None
     recipe: str
     strategy: str
-    promote_every: int
-    promote_threshold: float = 0.01
+    promote_every: Count
+    promote_threshold: Share = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +55,10 @@ class Run:
 
     variant: str
     seed: int
-    low_ratio: float | None
-    low_ratio_bits: float | None
-    final_low_ratio: float | None
-    final_low_ratio_bits: float | None
+    low_ratio: Share | None
+    low_ratio_bits: Share | None
+    final_low_ratio: Share | None
+    final_low_ratio_bits: Share | None
     result: dict[str, JsonValue]
     hardware: str
 
@@ -85,8 +85,8 @@ class RunFacts(BaseModel):
     metrics: dict[str, float | None]
     fp32_metrics: dict[str, float | None]
     loss: float | None
-    measured_peak_bytes: int | None
-    step_seconds: float | None
+    measured_peak_bytes: Count | None
+    step_seconds: NotNegative | None
     diverged: bool
     message: str
     epochs: list[EpochFacts]
@@ -174,8 +174,8 @@ class Comparison:
 
     task: str
     fingerprint: str
-    elements: int
-    epochs: int
+    elements: Count
+    epochs: Annotated[int, Field(ge=1)]
     backend: str
     device: str
     versions: dict[str, str]
@@ -212,24 +212,36 @@ class Comparison:
         Raises:
             ComparisonError: it is not one, or one that another version wrote.
         """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise ComparisonError(f"{where} is not JSON: {error}. {_OTHER_FILE}") from None
+        data = _FILE.parse(text, where)
         found = data.get("assign_comparison") if isinstance(data, dict) else None
-        if found != VERSION:
+        if found != VERSION or isinstance(found, bool):
             what = "not a comparison" if found is None else f"a comparison of version {found!r}; this reads {VERSION}"
-            raise ComparisonError(f"{where} is {what}. {_OTHER_FILE}")
-        try:
-            fields = {name: value for name, value in data.items() if name not in ("assign_comparison", "summaries")}
-            comparison: Self = TypeAdapter(cls).validate_json(json.dumps(fields))
-            for run in comparison.runs:
-                _ = run.facts
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = " → ".join(map(str, first["loc"])) or "the file"
-            raise ComparisonError(f"{where} is no whole comparison: {place}: {first['msg']}. {_OTHER_FILE}") from None
+            raise ComparisonError(f"{where} is {what}. {_FILE.advice}")
+        fields = {name: value for name, value in data.items() if name not in ("assign_comparison", "summaries")}
+        comparison: Self = _FILE.validate(_COMPARISON, json.dumps(fields), where)
+        comparison._check(where)
         return comparison
+
+    def _check(self, where: str) -> None:
+        """Make sure that every run is one of these variants and seeds, and that nothing is there twice.
+
+        Raises:
+            ComparisonError: it is not so.
+        """
+
+        def refuse(what: str) -> ComparisonError:
+            return ComparisonError(f"{where} is not a valid comparison: {what}. {_FILE.advice}")
+
+        names = [row.name for row in self.variants]
+        for what, again in (("variant", twice(names)), ("seed", twice(self.seeds))):
+            if again is not None:
+                raise refuse(f"the {what} {again!r} is in it twice")
+        if run_again := twice((run.variant, run.seed) for run in self.runs):
+            raise refuse(f"the run of {run_again[0]!r} with seed {run_again[1]} is in it twice")
+        for number, run in enumerate(self.runs):
+            if run.variant not in names or run.seed not in self.seeds:
+                raise refuse(f"run {number} is of {run.variant!r} with seed {run.seed}, which is none of its own")
+            _FILE.validate(_FACTS, json.dumps(run.result), f"{where}, run {number}")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -238,10 +250,7 @@ class Comparison:
         Raises:
             ComparisonError: it cannot be read, or :meth:`from_json` refuses it.
         """
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ComparisonError(f"cannot read the comparison {path}: {error}. {_OTHER_FILE}") from error
+        return cls.from_json(_FILE.read(path), where=str(path))
 
     def save(self, path: Path) -> None:
         """Write it to ``path``; whoever reads meanwhile sees the old file or the new one, never a half.
@@ -249,13 +258,11 @@ class Comparison:
         Raises:
             ComparisonError: the file cannot be written.
         """
-        try:
-            write_whole(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            raise ComparisonError(
-                f"cannot write the comparison {path}: {error.strerror or error}. "
-                "Give a file in a directory that exists and that you may write to."
-            ) from error
+        _FILE.write(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+
+_COMPARISON: TypeAdapter[Any] = TypeAdapter(Comparison)
+_FACTS = TypeAdapter(RunFacts)
 
 
 def _summary(row: VariantRow, runs: Sequence[Run]) -> Summary:

@@ -1,14 +1,17 @@
 """What a training has seen: its course step by step, its epochs; it goes into the checkpoint and into the result."""
 
 import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import nn
 
+from assign.json_file import Count, NotNegative, Share
 from assign.numerics.promotion import Promoted
 from assign.plan.assignment import Assignment
 from assign.tasks.task import Metrics
@@ -18,6 +21,9 @@ MOST_POINTS = 500
 
 _DIGITS = {"loss": 6, "seconds": 4, "overflow": 4}
 """Significant digits of a point's numbers in JSON; the others are whole."""
+
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +39,15 @@ class Point:
         skipped: those whose gradients were not finite.
     """
 
-    step: int
-    steps: int = 1
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    step: Count
+    steps: Count = 1
     loss: float
-    seconds: float = field(compare=False)  # no second run repeats it
-    overflow: float | None = None
+    seconds: NotNegative = field(compare=False)  # no second run repeats it
+    overflow: Share | None = None
     loss_scale: float | None = None
-    skipped: int = 0
+    skipped: Count = 0
 
     def joined(self, after: "Point") -> "Point":
         """This point and the one after it as one."""
@@ -65,7 +73,9 @@ class Course:
             neighbours are joined, and the stride doubles.
     """
 
-    stride: int = 1
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    stride: Annotated[int, Field(ge=1)] = 1
     points: list[Point] = field(default_factory=list)
 
     def add(self, step: Point) -> None:
@@ -92,36 +102,47 @@ class EpochResult:
         skipped_steps: those whose gradients were not finite.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     loss: float
     metrics: Metrics
     fp32_metrics: Metrics
     loss_scale: float | None
-    skipped_steps: int
+    skipped_steps: Count
 
 
 @dataclass(slots=True, kw_only=True)
 class History:
     """What a run has seen so far; ``dataclasses.asdict`` of it goes into the checkpoint."""
 
-    epoch: int = 0
-    step_in_epoch: int = 0
-    steps: int = 0
-    skipped: int = 0
-    skipped_in_epoch: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    epoch: Count = 0
+    step_in_epoch: Count = 0
+    steps: Count = 0
+    skipped: Count = 0
+    skipped_in_epoch: Count = 0
     course: Course = field(default_factory=Course)
     epochs: list[EpochResult] = field(default_factory=list)
     epoch_loss: float = 0.0
     metrics: Metrics = field(default_factory=dict)
     fp32_metrics: Metrics = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
-    first_batch_bytes: int = 0
+    seconds: list[NotNegative] = field(default_factory=list)
+    peak_bytes: Count | None = None
+    first_batch_bytes: Count = 0
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Self:
-        """The history that a checkpoint holds."""
-        course = Course(stride=saved["course"]["stride"], points=[Point(**each) for each in saved["course"]["points"]])
-        return cls(**{**saved, "course": course, "epochs": [EpochResult(**each) for each in saved["epochs"]]})
+        """The history that a checkpoint holds.
+
+        Raises:
+            TypeError, ValueError: it is not one.
+        """
+        found: Self = _HISTORY.validate_json(json.dumps(saved), strict=True)
+        finished, seen = len(found.epochs), sum(point.steps for point in found.course.points)
+        if finished != found.epoch or seen != found.steps or found.step_in_epoch > found.steps:
+            raise ValueError(f"it counts {found.epoch} epochs and {found.steps} steps, and lists {finished} and {seen}")
+        return found
 
     def take(self, step: Point) -> None:
         """Count one more step."""
@@ -155,6 +176,9 @@ class History:
     def step_seconds(self) -> float | None:
         """Median of the steady steps; None if there was none."""
         return statistics.median(self.seconds) if self.seconds else None
+
+
+_HISTORY: TypeAdapter[Any] = TypeAdapter(History)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

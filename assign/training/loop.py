@@ -4,6 +4,7 @@ Epoch ``n`` is seeded (torch, numpy, random) by the seed and ``n`` alone: two ru
 whatever else they draw, and a resumed run goes on bit for bit.
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -127,6 +128,8 @@ def train(
         )
     if resume and checkpoint is None:
         raise TaskError("train: resume=True needs checkpoint=, the file to go on from.")
+    if checkpoint is not None:
+        checkpoints.check(checkpoint)
     promotion = Promotion(plan, every=promote_every, threshold=promote_threshold) if plan else None
     run = _Run(
         task,
@@ -433,12 +436,17 @@ class _Run:
         """
         state = checkpoints.load(path, self._identity(), self.device)
         for name, part in self._parts().items():
-            try:
+            with _fits(path, name):
+                if name not in ("model", "optimizer"):
+                    checkpoints.check_like(part.state_dict(), state[name])
                 part.load_state_dict(state[name])
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise TaskError(f"the checkpoint {path} is of another run: its {name} does not fit: {error}") from error
-        self.history = History.of(state["history"])
-        self.resumed = state["rng"] if self.history.step_in_epoch else None
+        with _fits(path, "history"):
+            self.history = History.of(state["history"])
+        with _fits(path, "random state"):
+            if not isinstance(state["rng"], Mapping):
+                raise ValueError(f"it is a {type(state['rng']).__name__}")
+            torch.Generator().set_state(state["rng"]["cpu"].cpu())
+            self.resumed = state["rng"] if self.history.step_in_epoch else None
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own."""
@@ -458,6 +466,18 @@ class _Run:
             torch.set_rng_state(cpu.cpu())
         if cuda is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(cuda.cpu(), self.device)
+
+
+@contextlib.contextmanager
+def _fits(path: Path, name: str) -> Iterator[None]:
+    """Say of a checkpoint's part that it does not fit, whatever a user's model or optimizer raises of it."""
+    try:
+        yield
+    except Exception as error:
+        raise TaskError(
+            f"the checkpoint {path} is of another run: its {name} does not fit: {error}\n"
+            "  Go on with what it was made with, or start without resume."
+        ) from error
 
 
 def _check_divisible(plan: Assignment) -> None:

@@ -3,7 +3,6 @@
 Source of the second: arXiv 2311.18587, continuous 16-bit training.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,7 @@ from assign.plan.assignment import Assignment
 from assign.plan.formats import Format
 from assign.plan.stored import buffer_format, master_format, parameter_format
 from assign.tasks.task import Task
-
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ValueError,
-    OSError,
-)
+from assign.training import checkpoints
 
 
 def load_weights(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
@@ -43,7 +32,7 @@ def load_weights(path: Path, model: nn.Module, optimizer: Optimizer | None = Non
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = checkpoints.read(path, device)
         weights, states = state, None
         if isinstance(state.get("model"), Mapping):
             weights, states = state["model"], state.get("optimizer")
@@ -58,7 +47,7 @@ def load_weights(path: Path, model: nn.Module, optimizer: Optimizer | None = Non
             f"there is no checkpoint {path}{f'; nearest: {close}' if close else ''}. "
             "Give a file that 'assign train --checkpoint' or torch.save(model.state_dict(), …) wrote."
         ) from error
-    except _UNREADABLE as error:
+    except checkpoints.UNREADABLE as error:
         raise TaskError(
             f"the checkpoint {path} does not fit this model: {str(error).strip()}\n"
             "  Give a file that 'assign train --checkpoint' or torch.save(model.state_dict(), …) wrote for this task."

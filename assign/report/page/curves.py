@@ -96,7 +96,7 @@ def _promotions(run: TrainedRun, look: Mapping[str, Any]) -> dict[str, Any]:
         "mode": "markers",
         "name": plain(run.name),
         "marker": {"size": 10, "color": look["color"], "symbol": look["symbol"], "line": {"width": 0.5, "color": INK}},
-        "text": [f"{plain(short(each.key))}<br>{each.from_format} → {each.to_format}" for each in past],
+        "text": [f"{plain(short(each.key))}<br>{plain(f'{each.from_format} → {each.to_format}')}" for each in past],
         "cliponaxis": False,
         "hovertemplate": f"{plain(short(run.name))}, step %{{x:d}}<br>%{{text}}<br>%{{y:.3g}} %<extra></extra>",
     }

@@ -13,6 +13,7 @@ from assign.plan.moments import OPTIMIZER, Moments
 from assign.report.page.beside import LOW_RATIO, TRAINED, Point, best_of, measure_of
 from assign.report.page.colours import BLUE, BRANCH, GREY, GRID, INK, ROLES, VERMILLION, Look
 from assign.report.rows import Row
+from assign.report.terminal import visible
 
 Figure = dict[str, Any]
 """``data``: traces; ``layout``."""
@@ -30,8 +31,8 @@ def short(text: str, longest: int = _LONGEST) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that plotly shows as it is: it reads tags in labels."""
-    return html.escape(text, quote=False)
+    """Text that plotly shows as it is: it reads tags in labels, and ``%{…}`` in templates."""
+    return html.escape(visible(text), quote=False).replace("%{", "%&#123;")
 
 
 def unit_of(largest: float) -> tuple[float, str]:
@@ -283,7 +284,7 @@ def front_figure(points: Sequence[Point], this: Point | None) -> Figure:
         "layout": layout(
             xaxis=axis(f"predicted peak of one step ({unit})"),
             yaxis=axis(""),
-            annotations=[titled(f"<b>{words_of(measure)}</b>", 1)],
+            annotations=[titled(f"<b>{plain(words_of(measure))}</b>", 1)],
             shapes=shapes,
         ),
     }

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from assign.errors import PlanError, ReportError
-from assign.files import write_whole
 from assign.fronts import Front
+from assign.json_file import Kind
 from assign.plan.assignment import Assignment
 from assign.plan.display import human_bytes
 from assign.plan.memory import Estimate, estimate
@@ -25,6 +25,7 @@ from assign.report.page.figures import Figure
 from assign.report.page.runs import TrainedRun
 from assign.report.rows import Row, formats_of, tensor_rows
 
+_FILE = Kind(name="report", error=ReportError, advice="")
 _CHART_PIXELS, _TALL_PIXELS, _ROW_PIXELS = 340, 520, 190
 
 
@@ -89,14 +90,7 @@ def write_report(path: Path, report: Report) -> None:
         ReportError: the file cannot be written, or a library is missing (the extra ``report`` has them).
         PlanError: plan, table and noise are of different models.
     """
-    text = render(report)
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise ReportError(
-            f"cannot write the report {path}: {error.strerror or error}. "
-            "Give a file in a directory that exists and that you may write to."
-        ) from error
+    _FILE.write(path, render(report))
 
 
 def render(report: Report) -> str:

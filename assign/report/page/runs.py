@@ -4,22 +4,28 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from assign.errors import ReportError
+from assign.json_file import Count, Kind, NotNegative, Share
 from assign.training.comparison import Comparison, EpochFacts
 
-_ALLOWED = "what 'assign train', 'assign run' or 'assign compare' wrote with --json"
+_FILE = Kind(
+    name="training",
+    error=ReportError,
+    advice="Give what 'assign train', 'assign run' or 'assign compare' wrote with --json.",
+)
+_Scale = Annotated[float, Field(gt=0)]
 
 
 class Epoch(EpochFacts):
     """One finished epoch of a run; skipped steps are those whose gradients were not finite."""
 
     fp32_metrics: dict[str, float | None] = Field(default_factory=dict)
-    loss_scale: float | None = None
-    skipped_steps: int = 0
+    loss_scale: _Scale | None = None
+    skipped_steps: Count = 0
 
 
 class Promotion(BaseModel):
@@ -27,9 +33,9 @@ class Promotion(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    step: int
+    step: Count
     key: str
-    overflow_ratio: float
+    overflow_ratio: Share
     from_format: str
     to_format: str
 
@@ -39,12 +45,12 @@ class Course(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    step: list[int]
-    steps: list[int]
+    step: list[Count]
+    steps: list[Count]
     loss: list[float | None]
-    overflow: list[float | None]
-    loss_scale: list[float | None]
-    skipped: list[int]
+    overflow: list[Share | None]
+    loss_scale: list[_Scale | None]
+    skipped: list[Count]
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -61,17 +67,17 @@ class Facts(BaseModel):
     metrics: dict[str, float | None]
     fp32_metrics: dict[str, float | None] = Field(default_factory=dict)
     loss: float | None
-    measured_peak_bytes: int | None = None
-    predicted_peak_bytes: int | None = None
-    step_seconds: float | None = None
+    measured_peak_bytes: Count | None = None
+    predicted_peak_bytes: Count | None = None
+    step_seconds: NotNegative | None = None
     diverged: bool = False
     message: str = ""
-    steps: int | None = None
-    skipped_steps: int | None = None
+    steps: Count | None = None
+    skipped_steps: Count | None = None
     epochs: list[Epoch]
     course: Course | None = None
     promotions: list[Promotion] = Field(default_factory=list)
-    promote_threshold: float | None = None
+    promote_threshold: Share | None = None
     fingerprint: str | None = None
 
 
@@ -104,13 +110,10 @@ def load_runs(paths: Sequence[Path], fingerprint: str) -> tuple[TrainedRun, ...]
     """
     found = []
     for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ReportError(f"cannot read the run {path}: {error}.\n  Give {_ALLOWED}.") from error
+        text = _FILE.read(path)
         prefix = f"{path.stem}: " if len(paths) > 1 else ""
         for variant, seed, result in _results(text, path, fingerprint):
-            facts = _facts(result, path)
+            facts = _FILE.validate(_FACTS, json.dumps(result), str(path))
             _check(facts.fingerprint, fingerprint, f"{path} holds trainings of another model")
             found.append(TrainedRun(variant=prefix + (variant or path.stem), seed=seed, facts=facts))
     return tuple(found)
@@ -118,12 +121,9 @@ def load_runs(paths: Sequence[Path], fingerprint: str) -> tuple[TrainedRun, ...]
 
 def _results(text: str, path: Path, fingerprint: str) -> Iterator[tuple[str, int | None, Any]]:
     """Variant, seed and result of each training in a file."""
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise ReportError(f"{path} is not JSON: {error}.\n  Give {_ALLOWED}.") from None
+    data = _FILE.parse(text, str(path))
     if not isinstance(data, dict):
-        raise ReportError(f"{path} holds no training, but a {type(data).__name__}.\n  Give {_ALLOWED}.")
+        raise ReportError(f"{path} is not a training, but a {type(data).__name__}. {_FILE.advice}")
     if "assign_comparison" in data:
         comparison = Comparison.from_json(text, where=str(path))
         _check(comparison.fingerprint, fingerprint, f"{path} compares plans of another model")
@@ -142,10 +142,4 @@ def _check(found: str | None, wanted: str, what: str) -> None:
         )
 
 
-def _facts(result: Any, path: Path) -> Facts:
-    try:
-        return Facts.model_validate(result)
-    except ValidationError as error:
-        fact = error.errors(include_url=False)[0]
-        place = " → ".join(map(str, fact["loc"])) or "the file"
-        raise ReportError(f"{path} holds no training: {place}: {fact['msg']}.\n  Give {_ALLOWED}.") from None
+_FACTS = TypeAdapter(Facts)

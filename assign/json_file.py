@@ -1,0 +1,215 @@
+"""The one reader of JSON files: text in, checked by a schema, or an error that says where and what is allowed.
+
+A file is refused that is too large or too deep, has a key twice, a number that is not finite or out of range, or a
+string that no text file can hold. What passes is checked, strictly, by a pydantic schema.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from assign.errors import AssignError
+from assign.files import is_stdout, write_whole
+
+MOST_BYTES = 2**26
+"""Of a file. The noise of 4,000 tensors in four formats on the usual 8 batches takes 8 MB."""
+
+MOST_LEVELS = 64
+"""Of lists and objects in each other; the deepest of our own files has 8."""
+
+LARGEST_WHOLE = 2**64
+"""Whole numbers lie below it, and not below its negative: the seeds that torch takes are the largest of all."""
+
+LARGEST = 1e150
+"""Of a number with a fraction: its square is finite, as sums and deviations of such numbers are."""
+
+MOST_ELEMENTS = 2**53
+"""Of a tensor, or bytes of a step: what a float, and JavaScript, counts without rounding."""
+
+Count = Annotated[int, Field(ge=0, le=MOST_ELEMENTS)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+_NAMED = 3  # facts named in an error before "and n more"
+_LONGEST = 100  # characters that an error repeats of a file
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A kind of file.
+
+    Attributes:
+        name: what an error calls one, e.g. ``plan``.
+        error: what is raised.
+        advice: what to do where a file is not of this kind.
+    """
+
+    name: str
+    error: type[AssignError]
+    advice: str
+
+    def read(self, path: str | os.PathLike[str]) -> str:
+        """The text of a file, in UTF-8.
+
+        Raises:
+            AssignError: there is none, it cannot be read, is too large, or is no text.
+        """
+        where = shown(os.fspath(path))
+        try:
+            with open(path, "rb") as file:
+                content = file.read(MOST_BYTES + 1)
+            if len(content) > MOST_BYTES:
+                raise self.error(
+                    f"{where} is not a {self.name}: it has more than {MOST_BYTES >> 20} MiB, the most that is read. "
+                    f"{self.advice}"
+                )
+            return content.decode("utf-8-sig")
+        except FileNotFoundError:
+            raise self.error(f"there is no {self.name} {where}. {self.advice}") from None
+        except IsADirectoryError:
+            raise self.error(f"{where} is a directory, not a {self.name}. {self.advice}") from None
+        except UnicodeDecodeError:
+            raise self.error(f"{where} is not a {self.name}: it is not text in UTF-8. {self.advice}") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise self.error(f"cannot read the {self.name} {where}: {reason}. {self.advice}") from error
+
+    def parse(self, text: str, where: str) -> Any:
+        """The plain data of a text; see the module.
+
+        Raises:
+            AssignError: it is refused.
+        """
+
+        def refuse(what: str) -> AssignError:
+            return self.error(f"{where} is not a {self.name}: {what}. {self.advice}")
+
+        try:
+            data = json.loads(text, **_hooks(refuse))
+        except json.JSONDecodeError as error:
+            raise self.error(
+                f"{where} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}, "
+                f"of {len(text.splitlines())} lines. A file that was cut off ends so. {self.advice}"
+            ) from None
+        except RecursionError:
+            raise refuse(f"its lists and objects lie in each other deeper than {MOST_LEVELS} levels") from None
+        _check_levels(data, refuse)
+        return data
+
+    def validate(self, schema: TypeAdapter[T], text: str, where: str) -> T:
+        """What a schema makes of a text that :meth:`parse` let pass.
+
+        Raises:
+            AssignError: it does not fit; says in which places, and what is allowed there.
+        """
+        try:
+            return schema.validate_json(text, strict=True)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_input=False)
+            lines = [
+                f"{place(fact['loc'])}: {shown(fact['msg'].removeprefix('Value error, '))}" for fact in found[:_NAMED]
+            ]
+            if len(found) > _NAMED:
+                lines.append(f"and {len(found) - _NAMED} more")
+            raise self.error(f"{where} is not a valid {self.name}:\n  " + "\n  ".join([*lines, self.advice])) from None
+
+    def load(self, schema: TypeAdapter[T], text: str, where: str) -> T:
+        """:meth:`parse`, then :meth:`validate`."""
+        self.parse(text, where)
+        return self.validate(schema, text, where)
+
+    def write(self, path: str | os.PathLike[str], text: str) -> None:
+        """Write a file whole.
+
+        Raises:
+            AssignError: it cannot be written.
+        """
+        try:
+            write_whole(path, text)
+        except OSError as error:
+            raise self.unwritable(path, error) from error
+
+    def unwritable(self, path: str | os.PathLike[str], error: OSError) -> AssignError:
+        """The error of a file that cannot be written."""
+        if error.errno == errno.EPIPE and is_stdout(path):
+            return self.error(f"cannot write the {self.name} to standard output: nobody reads it any more.")
+        return self.error(
+            f"cannot write the {self.name} {path}: {error.strerror or error}. "
+            "Give a regular file in a directory that exists and that you may write to."
+        )
+
+
+def twice(values: Iterable[T]) -> T | None:
+    """The first of some values that comes a second time; None where there is none."""
+    seen = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return None
+
+
+def place(names: Iterable[str | int]) -> str:
+    """A place in a file, for an error: ``tensors → fc.weight``."""
+    return " → ".join(shown(str(name)) for name in names) or "the file"
+
+
+def shown(text: str) -> str:
+    """A text out of a file, for an error: its beginning, if it is long."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
+
+
+def _hooks(refuse: Callable[[str], AssignError]) -> dict[str, Any]:
+    """What ``json.loads`` calls for objects and numbers."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise refuse(f"it has the key {shown(repr(twice(name for name, _ in pairs)))} twice; keep one of the two")
+        return found
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise refuse(f"it holds the number {shown(number)}, and only finite ones are allowed")
+        if abs(value) > LARGEST:
+            raise refuse(f"it holds the number {shown(number)}, and ±{LARGEST:g} is the most that is allowed")
+        return value
+
+    def whole(number: str) -> int:
+        if len(number) <= 21 and -LARGEST_WHOLE <= (value := int(number)) < LARGEST_WHOLE:
+            return value
+        raise refuse(f"it holds the number {shown(number)}, and whole numbers end at ±2**64")
+
+    return {"object_pairs_hook": unique, "parse_constant": finite, "parse_float": finite, "parse_int": whole}
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _check_levels(data: Any, refuse: Callable[[str], AssignError]) -> None:
+    """Refuse what lies too deep, and half characters (``\\ud800``), which no file in UTF-8 can hold."""
+    level = [data]
+    for _ in range(MOST_LEVELS):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value.keys()
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            elif isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
+                raise refuse(f"it holds the text {shown(ascii(value))}, which is half a character")
+        if not below:
+            return
+        level = below
+    raise refuse(f"its lists and objects lie in each other deeper than {MOST_LEVELS} levels")
