@@ -242,6 +242,7 @@ def finish(name: str, place: Path, found: Found) -> Any:
 
 def attack(name: str, kills: int, seed: int, directory: Path) -> Found:
     """Kill one command so many times, each time going on from what is there, and let it end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and what they start
     rng, found = random.Random(f"{name} {seed}"), Found()
     reference, place = directory / f"{name}-alone", directory / f"{name}-killed"
     for each in (reference, place):
