@@ -61,6 +61,18 @@ def test_processes_that_start_at_once_share_the_trials_that_wait(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_who_reads_a_trial_in_order_to_claim_it_is_the_only_one(tmp_path):
+    path = str(tmp_path / "s.db")
+    storage = open_database(path, 30)
+    other = sqlite3.connect(path, timeout=0.1)
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("SELECT * FROM trials")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("UPDATE trials SET state = 'RUNNING'")
+    other.execute("UPDATE trials SET state = 'RUNNING'")
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["a?b.db", "50%.db", "%3F.db", "{x}.db", "#1.db", "a b.db"])
 def test_odd_paths(tmp_path, name):
     storage = open_database(str(tmp_path / name), 30)

@@ -50,8 +50,9 @@ def main() -> None:
             f"{error.strerror or error}.\n  Give another file, or mend what is said here."
         )
         status = 2
-    if interruptible and status == _INTERRUPTED:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only print a traceback
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; it would only disturb how Python ends
+    if status == _INTERRUPTED:
         _say(_advice())
     sys.exit(check_streams(status))
 
