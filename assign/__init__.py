@@ -47,11 +47,12 @@ them is pure Python and never imports torch.
                       ``audit``: what 16 bits would lose, said before; ``certificate``: predictions that a plan
                       cannot change; ``comparing``: several plans on one task, run by run; ``comparison``: what they
                       came to, and its file; ``tuning``: search by training, an Optuna study; ``trials``: what it
-                      proposes, trained
+                      proposes, trained; ``database``: where a study is kept
 ``integrations``      plans in the trainers of other libraries: ``transformers``, ``lightning``
 ``report``            tables and pictures for people, and in ``report/page`` a page for a browser; ``plotting``: its
                       charts in a notebook
-``cli``               the shell: a file for each kind of command; ``options`` and ``shell``: what they share
+``cli``               the shell: a file for each kind of command, all of them in ``commands``; ``options`` and
+                      ``shell``: what they share; ``streams``: standard output as it is; ``stopping``: after Ctrl-C
 ``errors``            AssignError, what a user can mend; ``files``: written whole; ``_torch``: all private torch names
 ====================  ==========================================================================================
 """

@@ -1,13 +1,13 @@
 """How long does a search take on a deep model, and how long does it take to say that a budget cannot be met?
 
-Method: one table, of a transformer with some 360 groups of tensors; for each strategy a budget half-way between all
+Method: one table, of a transformer with some 400 groups of tensors; for each strategy a budget half-way between all
 high and all low, and one of half the lowest peak, which no plan meets. The noise of ``milp`` is drawn at random, since
 the time of the program is asked for, not the quality of its plan. Each search runs in a process of its own, so that its
 peak memory is its own; seconds are of that process's CPU, without the trace.
 
 Target: 10 seconds and 2 GB for each.
 
-    python benchmarks/bench_budget.py               # five minutes on one core
+    python benchmarks/bench_budget.py               # two minutes on one core
     python benchmarks/bench_budget.py --layers 2    # a smoke test
 """
 
