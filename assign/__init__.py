@@ -47,43 +47,50 @@ them is pure Python and never imports torch.
                       ``audit``: what 16 bits would lose, said before; ``certificate``: predictions that a plan
                       cannot change; ``comparing``: several plans on one task, run by run; ``comparison``: what they
                       came to, and its file; ``tuning``: search by training, an Optuna study; ``trials``: what it
-                      proposes, trained
+                      proposes, trained; ``database``: where a study is kept
 ``integrations``      plans in the trainers of other libraries: ``transformers``, ``lightning``
 ``report``            tables and pictures for people, and in ``report/page`` a page for a browser; ``plotting``: its
                       charts in a notebook
-``cli``               the shell: a file for each kind of command; ``options`` and ``shell``: what they share
+``cli``               the shell: a file for each kind of command, all of them in ``commands``; ``options`` and
+                      ``shell``: what they share; ``streams``: standard output as it is; ``stopping``: after Ctrl-C
 ``errors``            AssignError, what a user can mend; ``files``: written whole; ``_torch``: all private torch names
 ====================  ==========================================================================================
 """
 
-from assign.errors import AssignError
-from assign.executor.apply import apply, autocast, planned_step
-from assign.executor.rehearsal import Rehearsal, rehearse
-from assign.executor.timing import measure_times
-from assign.fronts import Front, search_front
-from assign.noise.measuring import measure_noise
-from assign.numerics.delayed import DelayedScales
-from assign.numerics.promotion import Promotion
-from assign.numerics.rounding import quantize
-from assign.optim.masters import widened_weights
-from assign.optim.monitor import LostUpdates
-from assign.optim.optimizers import optimizer, widened_state_dict
-from assign.plan.assignment import Assignment
-from assign.plan.formats import FORMATS, Format, parse_format
-from assign.plan.memory import Estimate, estimate
-from assign.plan.noise import NoiseTable
-from assign.plan.recipes import RECIPES
-from assign.plan.tensors import TensorTable
-from assign.plan.times import TimeTable
-from assign.planning import search
-from assign.report.plotting import plot
-from assign.several import data_parallel
-from assign.strategies import STRATEGIES
-from assign.tasks import Task
-from assign.tracing.tracer import trace
-from assign.training.audit import audit_constants, audit_range
-from assign.training.certificate import certify
-from assign.training.tuning import tune
+import importlib
+import importlib.util
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from assign.errors import AssignError
+    from assign.executor.apply import apply, autocast, planned_step
+    from assign.executor.rehearsal import Rehearsal, rehearse
+    from assign.executor.timing import measure_times
+    from assign.fronts import Front, search_front
+    from assign.noise.measuring import measure_noise
+    from assign.numerics.delayed import DelayedScales
+    from assign.numerics.promotion import Promotion
+    from assign.numerics.rounding import quantize
+    from assign.optim.masters import widened_weights
+    from assign.optim.monitor import LostUpdates
+    from assign.optim.optimizers import optimizer, widened_state_dict
+    from assign.plan.assignment import Assignment
+    from assign.plan.formats import FORMATS, Format, parse_format
+    from assign.plan.memory import Estimate, estimate
+    from assign.plan.noise import NoiseTable
+    from assign.plan.recipes import RECIPES
+    from assign.plan.tensors import TensorTable
+    from assign.plan.times import TimeTable
+    from assign.planning import search
+    from assign.report.plotting import plot
+    from assign.several import data_parallel
+    from assign.strategies import STRATEGIES
+    from assign.tasks import Task
+    from assign.tracing.tracer import trace
+    from assign.training.audit import audit_constants, audit_range
+    from assign.training.certificate import certify
+    from assign.training.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -126,3 +133,61 @@ __all__ = [
     "widened_state_dict",
     "widened_weights",
 ]
+
+_PLACES = MappingProxyType(
+    {
+        "AssignError": "assign.errors",
+        "apply": "assign.executor.apply",
+        "autocast": "assign.executor.apply",
+        "planned_step": "assign.executor.apply",
+        "Rehearsal": "assign.executor.rehearsal",
+        "rehearse": "assign.executor.rehearsal",
+        "measure_times": "assign.executor.timing",
+        "Front": "assign.fronts",
+        "search_front": "assign.fronts",
+        "measure_noise": "assign.noise.measuring",
+        "DelayedScales": "assign.numerics.delayed",
+        "Promotion": "assign.numerics.promotion",
+        "quantize": "assign.numerics.rounding",
+        "widened_weights": "assign.optim.masters",
+        "LostUpdates": "assign.optim.monitor",
+        "optimizer": "assign.optim.optimizers",
+        "widened_state_dict": "assign.optim.optimizers",
+        "Assignment": "assign.plan.assignment",
+        "FORMATS": "assign.plan.formats",
+        "Format": "assign.plan.formats",
+        "parse_format": "assign.plan.formats",
+        "Estimate": "assign.plan.memory",
+        "estimate": "assign.plan.memory",
+        "NoiseTable": "assign.plan.noise",
+        "RECIPES": "assign.plan.recipes",
+        "TensorTable": "assign.plan.tensors",
+        "TimeTable": "assign.plan.times",
+        "search": "assign.planning",
+        "plot": "assign.report.plotting",
+        "data_parallel": "assign.several",
+        "STRATEGIES": "assign.strategies",
+        "Task": "assign.tasks",
+        "trace": "assign.tracing.tracer",
+        "audit_constants": "assign.training.audit",
+        "audit_range": "assign.training.audit",
+        "certify": "assign.training.certificate",
+        "tune": "assign.training.tuning",
+    }
+)
+"""Name → the module that defines it, imported when the name is first used: torch alone takes seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        found = getattr(importlib.import_module(_PLACES[name]), name)
+    elif not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        found = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

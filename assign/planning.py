@@ -19,7 +19,7 @@ from assign.plan.noise import NoiseTable
 from assign.plan.recipes import Recipe, candidates_of, get_recipe, save, store
 from assign.plan.stored import UpdateRounding, check_rounding
 from assign.plan.tensors import TensorTable, is_saved_key, master_key
-from assign.plan.timeline import Timeline
+from assign.plan.timeline import RunningPeak, Timeline
 from assign.plan.times import TimeTable, parse_step_time
 from assign.strategies import BASELINES, MILP, Strategy, get_strategy
 from assign.strategies.baselines import uniform_in
@@ -224,7 +224,7 @@ def search_table(
         entries = chosen(
             table,
             recipe=rules,
-            peak_bytes=lambda candidate: peak_bytes(table, whole(candidate), update_rounding),
+            peak_bytes=RunningPeak(table, whole, update_rounding),
             low_ratio=low_ratio,
             budget_bytes=None if budget is None else parse_budget(budget, peak_bytes(table, {})),
             seed=seed,

@@ -210,7 +210,7 @@ def test_compare_ends_well_where_runs_diverge_or_are_stopped(here, monkeypatch):
 
     monkeypatch.setattr("assign.training.comparing.train", interrupt)
     arguments = ("compare", "mine.py:nan", "--plan", "low.json", "--seeds", "2", "--json", "b.json")
-    assert "goes on from b.json" in run(*arguments, code=130)
+    run(*arguments, code=130)
     assert json.loads((here / "b.json").read_text())["runs"] == []
 
 

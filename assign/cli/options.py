@@ -109,7 +109,7 @@ Weights = Annotated[
 ]
 WarmUp = Annotated[
     int | None,
-    typer.Option(help="Steps of plain training before noise is measured; 40 if left out, 0 with --checkpoint."),
+    typer.Option(min=0, help="Steps of plain training before noise is measured; 40 if left out, 0 with --checkpoint."),
 ]
 From = Annotated[
     Path | None,

@@ -206,21 +206,17 @@ def compare_plans(
             trained.append(run)
             console.print(f"trained {run.variant}, seed {run.seed}", highlight=False)
 
-        try:
-            found = compare(
-                make_task,
-                variants,
-                seeds=chosen,
-                file=json_file,
-                backend=backend,
-                device=device,
-                epochs=epochs,
-                on_step=lambda variant, seed, step: advance(f"{variant.name}, seed {seed}, loss {step.loss:.4f}", step),
-                on_run=tell,
-            )
-        except KeyboardInterrupt:
-            console.print(f"stopped: the same command goes on from {json_file}", highlight=False)
-            raise
+        found = compare(
+            make_task,
+            variants,
+            seeds=chosen,
+            file=json_file,
+            backend=backend,
+            device=device,
+            epochs=epochs,
+            on_step=lambda variant, seed, step: advance(f"{variant.name}, seed {seed}, loss {step.loss:.4f}", step),
+            on_run=tell,
+        )
     if len(found.runs) > len(trained):
         console.print(f"{len(found.runs) - len(trained)} of {len(found.runs)} runs were in {json_file}")
     console.print(tables.comparison_table(found))

@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from assign.errors import PlanError
+from assign.errors import PlanError, TraceError
 from assign.noise.sampling import sample
 from assign.noise.stepping import ProbedStep
 from assign.plan.formats import parse_format, parse_saved
@@ -87,6 +87,10 @@ def measure_noise(
         )
         ```
     """
+    if warm_up < 0:
+        raise PlanError(
+            f"noise: a warm-up of {warm_up} steps was asked for.\n  Allowed: 0 or more. Give 0 for a trained model."
+        )
     iterator = iter(batches)
     if warm_up:
         model = _warmed_up(model, itertools.islice(iterator, warm_up), loss, optimizer, warm_up, seed)
@@ -152,12 +156,15 @@ def _warmed_up(
 
     Raises:
         PlanError: there is no optimizer, or not a batch for each step.
+        TraceError: nothing can be trained, or the loss has no gradient.
     """
     if make is None:
         raise PlanError(
             f"noise: a warm-up of {steps} steps needs an optimizer.\n"
             "  Give optimizer=torch.optim.AdamW, say, or a trained model and warm_up=0."
         )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TraceError("noise: no parameter of the model requires a gradient. Unfreeze one, or train nothing.")
     trained = copy.deepcopy(model)
     optimizer = make(trained.parameters())
     done = 0
@@ -165,7 +172,14 @@ def _warmed_up(
         torch.manual_seed(seed)
         for batch in batches:
             optimizer.zero_grad()
-            torch.autograd.backward(loss(trained, batch))
+            found = loss(trained, batch)
+            if not isinstance(found, Tensor) or found.numel() != 1 or not found.requires_grad:
+                raise TraceError(
+                    f"noise: loss(model, batch) returned {found if not isinstance(found, Tensor) else 'a tensor'} "
+                    "during the warm-up; it must be a scalar tensor with a gradient.\n"
+                    "  Do not detach it, and compute it in floating point."
+                )
+            torch.autograd.backward(found)
             optimizer.step()
             done += 1
     if done < steps:

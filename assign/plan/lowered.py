@@ -1,11 +1,12 @@
 """The rules of ``lowering`` on a whole table: where each tensor lives, in which dtype each operator runs, and why."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from assign.plan import lowering
 from assign.plan.assignment import Entry, format_pair
-from assign.plan.formats import Format, loaded_format
+from assign.plan.formats import Format, loaded_format, parse_format
 from assign.plan.tensors import SLICE, Role, TensorInfo, TensorTable, saved_key
 
 
@@ -29,12 +30,18 @@ class Operator:
     why: str
 
 
+@functools.cache
+def _carrier(forward: str, gradient: str) -> str:
+    """:func:`assign.plan.lowering.carrier` of two formats by name; a search asks for few pairs millions of times."""
+    return lowering.carrier(parse_format(forward), parse_format(gradient))
+
+
 class Lowered:
     """A table under some entries; tensors without one are as they were loaded."""
 
     def __init__(self, table: TensorTable, entries: Mapping[str, Entry]) -> None:
         self._table, self._entries = table, entries
-        self._rows = {info.key: info for info in reversed(table.tensors)}  # of two, as in checkpointing, the first
+        self._rows = table.first_by_key
         self._carriers: dict[str, str] = {}
         self._computes: dict[str, str | None] = {}
 
@@ -58,7 +65,8 @@ class Lowered:
     def carrier(self, key: str) -> str:
         """Dtype in which a forward tensor lives between operators."""
         if key not in self._carriers:
-            self._carriers[key] = lowering.carrier(*self.formats(key))
+            forward, gradient = self.formats(key)
+            self._carriers[key] = _carrier(forward.name, gradient.name)
         return self._carriers[key]
 
     def compute(self, key: str) -> str:

@@ -198,11 +198,19 @@ Bytes = np.ndarray[Any, np.dtype[np.int64]]
 def changes_of(segments: Iterable[Segment], events: int) -> Bytes:
     """Bytes that each slot of a step has more than the one before it: ``[slots + 1]``."""
     change = np.zeros(SLOTS * events + 1, dtype=np.int64)
+    for slot, size in jumps_of(segments).items():
+        change[slot] += size
+    return change
+
+
+def jumps_of(segments: Iterable[Segment]) -> dict[int, int]:
+    """Slot → bytes that it has more than the one before it, of these segments; slots without a change are left out."""
+    jumps: dict[int, int] = defaultdict(int)
     for segment in segments:
         if segment.end >= segment.start:
-            change[max(segment.start, 0)] += segment.bytes
-            change[segment.end + 1] -= segment.bytes
-    return change
+            jumps[max(segment.start, 0)] += segment.bytes
+            jumps[segment.end + 1] -= segment.bytes
+    return jumps
 
 
 def converts(event: Event, table: TensorTable) -> bool:
@@ -225,6 +233,14 @@ def copies_in(event: Event, table: TensorTable) -> list[tuple[int, int]]:
     return [(s, copied) for copied, key in held for s in event.reads if key and buffers[s].holds == key]
 
 
+def _by_source(alias: Mapping[int, int | None]) -> dict[int | None, list[int]]:
+    """Buffer → those that are the same memory."""
+    twins: dict[int | None, list[int]] = defaultdict(list)
+    for buffer, source in alias.items():
+        twins[source].append(buffer)
+    return dict(twins)
+
+
 class Replay:
     """The schedule of a table under some entries; tensors without one are as they were loaded."""
 
@@ -236,6 +252,7 @@ class Replay:
         self.entries = with_loaded(entries, table.loaded)
         self.segments: list[Segment] = []
         self.saved_bytes = 0
+        self._kept_buffers = frozenset(self.schedule.kept)
         self._lowered = Lowered(table, entries)
         self._narrowed = self._lowered.narrowed
         self._update_rounding = update_rounding
@@ -244,6 +261,7 @@ class Replay:
         self._apart = self._find_apart()
         self._reads = self._index_reads()
         self._alias = self._find_aliases(self.schedule.events)
+        self._twins = _by_source(self._alias)
         self._copies = self._index_copies()
         self._spans = [self._replay_event(number, event) for number, event in enumerate(self.schedule.events)]
         forward = sum(not event.backward for event in self.schedule.events)
@@ -314,7 +332,7 @@ class Replay:
         return self._lowered.compute(key)
 
     def _readers(self, buffer: int) -> list[int]:
-        family = [buffer, *(b for b, source in self._alias.items() if source == buffer)]
+        family = [buffer, *self._twins.get(buffer, ())]
         copies = [copied for b in family for copied in self._copies.get(b, ())]
         again = [n for copied in copies for n in self._readers(copied) if self.schedule.events[n].backward]
         return sorted({*again, *(n for b in family for n in self._reads.get(b, ()))})
@@ -362,9 +380,8 @@ class Replay:
         key, role = self._owner(info, event)
         size = self._size(info, event, compute, is_mark)
         readers = self._readers(buffer)
-        end = len(self.schedule.events) - 1 if buffer in self.schedule.kept else max(readers, default=number)
-        twins = [b for b, source in self._alias.items() if source == buffer and b in self.schedule.kept]
-        if twins:
+        end = len(self.schedule.events) - 1 if buffer in self._kept_buffers else max(readers, default=number)
+        if any(twin in self._kept_buffers for twin in self._twins.get(buffer, ())):
             end, role = len(self.schedule.events) - 1, Role.WEIGHT_GRAD
         start = self._convert(info, number, event, compute, is_mark)
         later = [n for n in readers if self.schedule.events[n].backward]
@@ -399,8 +416,8 @@ class Replay:
         return info.holds in self.table.by_key and ITEM_BYTES.get(info.dtype, own) < own
 
     def _held_by(self, buffer: int) -> str:
-        for b in (buffer, *(b for b, source in self._alias.items() if source == buffer)):
-            held = self.schedule.buffers[b].holds
+        for b in (buffer, *self._twins.get(buffer, ())):
+            held: str = self.schedule.buffers[b].holds
             if held:
                 return held
         return ""
@@ -412,8 +429,7 @@ class Replay:
 
     def _marks(self, buffer: int, event: Event) -> bool:
         """Whether the buffer is the tensor itself, not a copy in another layout."""
-        twins = [b for b, source in self._alias.items() if source == buffer]
-        return event.op.startswith(MARK) or bool(twins)
+        return event.op.startswith(MARK) or buffer in self._twins
 
     def _is_source_resident(self, key: str) -> bool:
         info = self.table.by_key.get(key)
@@ -493,13 +509,29 @@ class Replay:
         self, entries: Mapping[str, Entry], numbers: Iterable[int], marks: Iterable[int]
     ) -> list[Segment]:
         """What :meth:`of_events` would be under other entries; ``marks``: all events that may alias their buffers."""
+        return [segment for found in self.replay_each(entries, numbers, marks) for segment in found]
+
+    def replay_each(
+        self, entries: Mapping[str, Entry], numbers: Iterable[int], marks: Iterable[int]
+    ) -> list[list[Segment]]:
+        """As :meth:`replay_events`, event by event."""
         twin = copy.copy(self)
         twin.entries, twin.segments = with_loaded(entries, self.table.loaded), []
         twin._lowered = Lowered(self.table, entries)
         twin._alias = twin._find_aliases(self.schedule.events[number] for number in marks)
-        for number in numbers:
-            twin._replay_event(number, self.schedule.events[number])
-        return twin.segments
+        twin._twins = _by_source(twin._alias)
+        spans = [twin._replay_event(number, self.schedule.events[number]) for number in numbers]
+        return [twin.segments[span] for span in spans]
+
+    def is_narrowed_alike(self, entries: Mapping[str, Entry], change: Mapping[str, Entry]) -> bool:
+        """Whether saved activations are packed under other entries exactly if they are under these.
+
+        Args:
+            change: the entries that differ.
+        """
+        if self._narrowed and any(entry.format != "fp32" for entry in change.values()):
+            return True
+        return Lowered(self.table, entries).narrowed == self._narrowed
 
     # ---- the answer -------------------------------------------------------------------------------------------------
 

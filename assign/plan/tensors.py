@@ -269,6 +269,11 @@ class TensorTable(Drawn):
         return {info.key: info for info in self.tensors}
 
     @cached_property
+    def first_by_key(self) -> Mapping[str, TensorInfo]:
+        """Rows by key; of two with one key, as in activation checkpointing, the first."""
+        return {info.key: info for info in reversed(self.tensors)}
+
+    @cached_property
     def loaded(self) -> Mapping[str, str]:
         """Weight → name of the format in which it is loaded."""
         weights = (info for info in self.tensors if info.role is Role.WEIGHT and "/" not in info.key)

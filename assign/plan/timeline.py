@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from assign.plan.assignment import Entry
-from assign.plan.memory import Bytes, Replay, changes_of, converts, copies_in
+from assign.plan.memory import Bytes, Replay, Segment, changes_of, converts, copies_in, jumps_of
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import MARK, TensorTable, base_key, saved_key
 
@@ -46,26 +46,92 @@ class Timeline:
         base = self._complete(entries)
         replay = Replay(self._table, base, self._update_rounding)
         moments = len(_moments(replay))
-        rows, columns, values = [], [], []
+        rows: list[int] = []
+        columns: list[int] = []
+        values: list[int] = []
         for row, change in enumerate(changes):
+            if all(base.get(key) == entry for key, entry in change.items()):
+                continue
             events, marks = self._near.of(change)
-            after = replay.replay_events(self._changed(base, change), events, marks)
-            count = len(self._table.schedule.events)
-            difference = changes_of(after, count) - changes_of(replay.of_events(events), count)
-            (found,) = difference.nonzero()
+            after = replay.replay_events(_changed(base, change, self._complete), events, marks)
+            found = jumps_of(after)
+            for slot, size in jumps_of(replay.of_events(events)).items():
+                found[slot] = found.get(slot, 0) - size
+            if total := sum(found.values()):  # the optimizer's step has nothing of it
+                found[moments - 1] = found.get(moments - 1, 0) - total
+            found = {slot: size for slot, size in found.items() if size}
             rows += [row] * len(found)
-            columns += found.tolist()
-            values += difference[found].tolist()
-            if total := int(difference.sum()):  # the optimizer's step has nothing of it
-                rows, columns, values = [*rows, row], [*columns, moments - 1], [*values, -total]
+            columns += found.keys()
+            values += found.values()
         return csr_array((np.array(values, dtype=np.int64), (rows, columns)), shape=(len(changes), moments))
 
-    def _changed(self, base: Mapping[str, Entry], change: Mapping[str, Entry]) -> dict[str, Entry]:
-        changed = dict(base)
-        for key in change:
-            changed.pop(saved_key(key), None)
-        changed.update(self._complete(change))
-        return changed
+
+class RunningPeak:
+    """Peak bytes of entries that a search asks for one after another, each a small change of those before.
+
+    It returns what :func:`assign.plan.memory.peak_bytes` returns, and replays only the events around what has changed
+    since the last call. The first call, and one that changes what is stored between steps, replays the whole step.
+
+    Args:
+        complete, update_rounding: as for :class:`Timeline`.
+    """
+
+    def __init__(
+        self, table: TensorTable, complete: Complete = dict, update_rounding: str = UpdateRounding.NEAREST
+    ) -> None:
+        self._table, self._complete, self._update_rounding = table, complete, update_rounding
+        self._near = _Neighbours(table)
+        self._chosen: Mapping[str, Entry] = {}
+        self._entries: dict[str, Entry] = {}
+        self._replay: Replay | None = None
+        self._found: list[list[Segment]] = []  # of each event
+        self._jumps: Bytes = np.zeros(0, dtype=np.int64)
+
+    def __call__(self, entries: Mapping[str, Entry]) -> int:
+        """Peak bytes of one step under these entries."""
+        change = {key: entry for key, entry in entries.items() if self._chosen.get(key) != entry}
+        is_small = len(entries) == len(self._chosen) and 2 * len(change) < len(entries)
+        if self._replay is None or not is_small or not self._update(self._replay, change):
+            self._start(entries)
+        self._chosen = dict(entries)
+        assert self._replay is not None
+        alive = int(np.cumsum(self._jumps).max(initial=0)) + self._replay.resident_bytes
+        return max(alive, self._replay.optimizer_peak_bytes)
+
+    def _start(self, entries: Mapping[str, Entry]) -> None:
+        self._entries = self._complete(entries)
+        self._replay = Replay(self._table, self._entries, self._update_rounding)
+        count = len(self._table.schedule.events)
+        self._found = [self._replay.of_events([number]) for number in range(count)]
+        self._jumps = changes_of(self._replay.segments, count)
+
+    def _update(self, replay: Replay, change: Mapping[str, Entry]) -> bool:
+        """Replay what depends on ``change``; returns False, and changes nothing, where that is the whole step."""
+        entries = _changed(self._entries, change, self._complete)
+        followed = set(change) | {saved_key(key) for key in change}
+        others = ((key, entry) for key, entry in self._complete(change).items() if key not in followed)
+        if not all(self._entries.get(key) == entry for key, entry in others):
+            return False
+        if not replay.is_narrowed_alike(entries, change):
+            return False
+        events, marks = self._near.of(change)
+        after = replay.replay_each(entries, events, marks)
+        for sign, segments in ((-1, (self._found[number] for number in events)), (1, after)):
+            for slot, size in jumps_of(each for found in segments for each in found).items():
+                self._jumps[slot] += sign * size
+        for number, found in zip(events, after, strict=True):
+            self._found[number] = found
+        self._entries = entries
+        return True
+
+
+def _changed(base: Mapping[str, Entry], change: Mapping[str, Entry], complete: Complete) -> dict[str, Entry]:
+    """The completed entries ``base`` after a change."""
+    changed = dict(base)
+    for key in change:
+        changed.pop(saved_key(key), None)
+    changed.update(complete(change))
+    return changed
 
 
 def _moments(replay: Replay) -> Bytes:

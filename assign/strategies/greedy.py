@@ -51,9 +51,11 @@ def greedy(
     """
     goal = Goal(low_ratio=low_ratio, budget_bytes=budget_bytes)
     ordered = demotion_order(table.groups, order, seed)
+    keys = {group.id: group.keys for group in table.groups}
+    high, all_low = initial(table, recipe), initial(table, recipe, keys.keys())
 
     def build(low: Sequence[int]) -> dict[str, Entry]:
-        return initial(table, recipe, frozenset(low))
+        return high | {key: all_low[key] for group in low for key in keys[group]}
 
     low = _prefix_for_ratio(ordered, goal)
     if goal.budget_bytes is None:

@@ -9,10 +9,10 @@ always truly within the goals.
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
@@ -33,9 +33,9 @@ _SECONDS = 60.0  # for one solution; the gap says what it came to
 _ROUNDS = 10  # solutions, with what was wrong about the bytes put right
 _LARGE = 100_000  # numbers in the program: beyond, the last percent takes HiGHS minutes
 _UNITS, _PARTS, _MOST = 6, 1e3, 1e8  # tries for a unit; units of noise in the best plan; in what no good plan has
-_CHUNK = 256  # decisions whose bytes are looked at at once
-_TRIALS = 16  # plans whose bytes say in most cases that one moment does not cover another
-
+_INFEASIBLE = 2  # HiGHS's status of a program that no values solve
+_TOLERANCE = 1e-6  # share of the bytes by which HiGHS may exceed a constraint
+_NEAR = 64  # moments: of those so near to each other, one gets a constraint at a time
 
 Waiting = Callable[[Mapping[str, Entry]], Sequence[Mapping[str, Entry]]]
 """Entries of some tensors → entries of their saved copies, one mapping for each format these may have."""
@@ -57,7 +57,7 @@ class Solution:
         gap: share of it by which a plan of less noise could be better, in the linear model of bytes.
         rounds: solutions until the true bytes were within the budget.
         by_greedy: the paper's greedy plan was no worse, and is what was returned.
-        decisions, moments: size of the program, dominated moments left out.
+        decisions: size of the program; moments: those that needed a constraint.
     """
 
     noise: float
@@ -120,12 +120,17 @@ class Milp:
         pinned = _pinned(table, candidates, self.pins)
         decisions = _decide(table, candidates, pinned, self.granularity, self.waiting)
         program = _Program(table, goal, decisions, pinned, self)
-        baseline = None if self.formats else self._greedy(table, recipe, peak_bytes, goal, pinned)
+        baseline, floor = None, None
+        if not self.formats:
+            try:
+                baseline = self._greedy(table, recipe, peak_bytes, goal, pinned)
+            except BudgetError as error:
+                floor = error.floor
         baseline = baseline if baseline is not None and program.is_within(baseline) else None
         found, bound, rounds = program.run(self.noise(baseline) if baseline else math.inf)
         plans = [(self.noise(plan), number, plan) for number, plan in enumerate((found, baseline)) if plan is not None]
         if not plans:
-            raise program.error()
+            raise program.error(floor)
         noise, which, plan = min(plans, key=lambda each: each[:2])
         gap = max(0.0, (noise - bound) / noise) if noise > 0 else 0.0
         moments, size = program.moments, len(decisions)
@@ -135,18 +140,19 @@ class Milp:
 
     def _greedy(
         self, table: TensorTable, recipe: Recipe, peak_bytes: PeakBytes, goal: Goal, pinned: dict[str, Entry]
-    ) -> dict[str, Entry] | None:
-        """The greedy plan with the pins; None where it misses a goal."""
-        try:
-            plan = greedy(
-                table,
-                recipe=recipe,
-                peak_bytes=lambda entries: peak_bytes({**entries, **pinned}),
-                low_ratio=goal.low_ratio,
-                budget_bytes=goal.budget_bytes,
-            )
-        except BudgetError:
-            return None
+    ) -> dict[str, Entry]:
+        """The greedy plan with the pins.
+
+        Raises:
+            BudgetError: it misses a goal.
+        """
+        plan = greedy(
+            table,
+            recipe=recipe,
+            peak_bytes=lambda entries: peak_bytes({**entries, **pinned}),
+            low_ratio=goal.low_ratio,
+            budget_bytes=goal.budget_bytes,
+        )
         return plan | pinned
 
 
@@ -213,6 +219,7 @@ class _Program:
         self.noise = np.array([ask.noise(option) for option in self.options])
         self.fixed_noise = ask.noise(pinned) if pinned else 0.0
         self.moments = 0
+        self.places: set[int] = set()  # moments that have a constraint
         elements = self.elements_of = {row.key: row.elements for row in table.paper_tensors}
         self.elements = table.elements
         self.pinned_low = sum(elements[key] for key, entry in pinned.items() if entry.low)
@@ -262,8 +269,12 @@ class _Program:
         lowest = self._fewest_bytes() if extra is not None else None
         return (lowest if lowest is not None and self.is_within(lowest) else None), bound, number
 
-    def error(self) -> BudgetError:
-        """For goals that nothing found could meet: names the least time, the lowest peak, or the highest low ratio."""
+    def error(self, greedy_floor: int | None = None) -> BudgetError:
+        """For goals that nothing found could meet: names the least time, the lowest peak, or the highest low ratio.
+
+        Args:
+            greedy_floor: the lowest peak that the greedy search found.
+        """
         lowest = self._fewest_bytes() if self.goal.budget_bytes is not None else None
         fastest = sum(self.seconds[self.owner == number].min() for number in range(len(self.decisions)))
         if fastest > self.most_seconds:
@@ -278,6 +289,8 @@ class _Program:
             slower = self._fewest_bytes(any_time=True) if self.ask.most_seconds is not None else None
             if slower is not None and self.goal.within_budget(int(self.ask.timeline.at(slower).max())):
                 return self._out_of_time(floor, self.ask.seconds(slower) + self.ask.other_seconds)
+            if greedy_floor is not None and self.ask.most_seconds is None:
+                floor = min(floor, greedy_floor)
             return over_budget(self.goal, floor, f"even with all {len(self.decisions)} decisions for the fewest bytes")
         most = self.pinned_low + sum(self.low[self.owner == number].max() for number in range(len(self.decisions)))
         return BudgetError(
@@ -310,23 +323,58 @@ class _Program:
 
     def _solve(self, extra: Floats | None, known: float) -> tuple[OptimizeResult, float]:
         """What HiGHS says, and the noise in which it counts."""
-        constraints = self._always()
-        if extra is not None:
-            assert self.goal.budget_bytes is not None
-            budget = self.goal.budget_bytes
-            rows, base = self._binding(self.base + extra, budget)
-            self.moments = max(self.moments, len(base))
-            if len(base):
-                constraints.append(LinearConstraint(rows / budget, ub=(budget - base) / budget))
         too_noisy = self.noise > known * (1 + RELATIVE_GAP)  # alone more than a whole plan that is known
-        upper = np.where(too_noisy, 0.0, 1.0)
-        bounds, unit = Bounds(0, upper), float(self.noise.max()) or 1.0
+        bounds, unit = Bounds(0, np.where(too_noisy, 0.0, 1.0)), float(self.noise.max()) or 1.0
         for _ in range(_UNITS):  # HiGHS takes a millionth for nothing: count in parts of what any plan has at least
-            relaxed = self._call(self._cost(unit), constraints, bounds, whole=0)
+            relaxed = self._within_budget(self._cost(unit), extra, bounds, whole=0)
             if relaxed.x is None or relaxed.fun > 1 or relaxed.fun <= 0:
                 break
             unit *= max(float(relaxed.fun), 1e-6) / _PARTS
-        return self._call(self._cost(unit), constraints, bounds), unit
+        if relaxed.status == _INFEASIBLE:
+            return relaxed, unit
+        return self._within_budget(self._cost(unit), extra, bounds), unit
+
+    def _within_budget(self, cost: Floats, extra: Floats | None, bounds: Bounds, whole: int = 1) -> OptimizeResult:
+        """The least cost within the budget: moments that a solution exceeds get a constraint, and it is solved again.
+
+        Most moments never bind, and thousands of constraints would take HiGHS minutes and gigabytes. With some of them
+        left out, a program that has no solution has none with all of them either.
+        """
+        if extra is None:
+            return self._call(cost, self._always(), bounds, whole)
+        assert self.goal.budget_bytes is not None
+        budget, until = self.goal.budget_bytes, time.monotonic() + _SECONDS
+        while True:
+            places = np.array(sorted(self.places), dtype=np.int64)
+            limit = (budget - self.base - extra)[places] / budget
+            constraints = [
+                *self._always(),
+                *([LinearConstraint(self._bytes_at(places) / budget, ub=limit)] if len(places) else []),
+            ]
+            solved = self._call(cost, constraints, bounds, whole, until - time.monotonic())
+            if solved.x is None or not self._add_moments(solved.x, extra, budget):
+                return solved
+
+    def _add_moments(self, x: Floats, extra: Floats | float, most: float) -> bool:
+        """Give constraints to the moments at which options ``x`` take more bytes than ``most``; whether there are any.
+
+        Of neighbours that all exceed it, the one with the most bytes; the others follow if that is not enough.
+        """
+        alive = self.base + extra + np.cumsum(np.asarray(x @ self.steps))
+        over = np.flatnonzero(alive > most * (1 + _TOLERANCE))
+        over = over[~np.isin(over, list(self.places))]
+        runs = np.split(over, np.flatnonzero(np.diff(over) > _NEAR) + 1)
+        self.places |= {int(run[alive[run].argmax()]) for run in runs if len(run)}
+        self.moments = len(self.places)
+        return len(over) > 0
+
+    def _bytes_at(self, places: Integers) -> csr_array:
+        """What each option adds at some moments in order: ``[places, options]``."""
+        steps = self.steps.tocoo()
+        begins = np.searchsorted(places, steps.col, side="left")  # the first of these moments at which it is there
+        shape = (self.steps.shape[0], len(places) + 1)
+        sums = csr_array((steps.data, (steps.row, begins)), shape=shape).toarray()
+        return csr_array(np.cumsum(sums[:, :-1], axis=1).T)
 
     def _cost(self, unit: float) -> Floats:
         """Noise of every option in this unit, up to what no good plan comes near."""
@@ -336,25 +384,35 @@ class _Program:
         """The plan of the lowest peak in the linear model: one more variable, the peak itself."""
         if not self.options:
             return dict(self.pinned)
-        rows, base = self._binding(self.base, 0)
-        unit = max(float(base.max(initial=1)), 1.0)
-        peak = csr_array(-np.ones((len(base), 1)))
-        constraints = [
+        unit = max(float(self.base.max(initial=1)), 1.0)
+        cost = np.append(np.zeros(len(self.options)), 1.0)
+        bounds = Bounds(0, np.append(np.ones(len(self.options)), np.inf))
+        always = [
             LinearConstraint(hstack([each.A, csr_array((each.A.shape[0], 1))]), each.lb, each.ub)
             for each in (self._choose_one() + self._enough_low() if any_time else self._always())
         ]
-        constraints.append(LinearConstraint(hstack([rows / unit, peak]), ub=-base / unit))
-        cost = np.append(np.zeros(len(self.options)), 1.0)
-        whole = np.append(np.ones(len(self.options)), 0)
-        bounds = Bounds(0, np.append(np.ones(len(self.options)), np.inf))
-        solved = self._call(cost, constraints, bounds, whole)
+        self.places.add(int(self.base.argmax()))
+        until = time.monotonic() + _SECONDS
+        for whole in (np.zeros(len(cost)), np.append(np.ones(len(self.options)), 0)):
+            while True:  # as in _within_budget
+                places = np.array(sorted(self.places), dtype=np.int64)
+                rows = hstack([self._bytes_at(places) / unit, csr_array(-np.ones((len(places), 1)))])
+                constraints = [*always, LinearConstraint(rows, ub=-self.base[places] / unit)]
+                solved = self._call(cost, constraints, bounds, whole, until - time.monotonic())
+                if solved.x is None or not self._add_moments(solved.x[:-1], 0.0, solved.x[-1] * unit):
+                    break
         return None if solved.x is None else self.entries(np.flatnonzero(solved.x[:-1] > 0.5))
 
     def _call(
-        self, cost: Floats, constraints: list[LinearConstraint], bounds: Bounds, whole: Floats | int = 1
+        self,
+        cost: Floats,
+        constraints: list[LinearConstraint],
+        bounds: Bounds,
+        whole: Floats | int = 1,
+        seconds: float = _SECONDS,
     ) -> OptimizeResult:
         size = sum(each.A.nnz for each in constraints)
-        options = {"mip_rel_gap": RELATIVE_GAP if size < _LARGE else LARGE_GAP, "time_limit": _SECONDS}
+        options = {"mip_rel_gap": RELATIVE_GAP if size < _LARGE else LARGE_GAP, "time_limit": max(seconds, 1.0)}
         return milp(cost, integrality=whole, bounds=bounds, constraints=constraints, options=options)
 
     def _always(self) -> list[LinearConstraint]:
@@ -376,50 +434,3 @@ class _Program:
             return []
         share = csr_array(self.low[None, :] / self.elements)
         return [LinearConstraint(share, lb=self.goal.low_ratio - self.pinned_low / self.elements)]
-
-    def _binding(self, base: Floats, budget: float) -> tuple[Any, Floats]:
-        """Moments that may exceed the budget and that no other moment covers: bytes by option, and without any."""
-        highest = base.copy()
-        for effects, starts in self._effects():
-            highest += np.maximum.reduceat(effects, starts, axis=0).sum(axis=0)
-        kept = np.flatnonzero(highest > budget)
-        rows = np.concatenate([effects[:, kept] for effects, _ in self._effects()]).T
-        places = uncovered(base[kept], rows, np.flatnonzero(np.diff(self.owner, prepend=-1)))
-        return csr_array(rows[places]), base[kept][places]
-
-    def _effects(self) -> Iterator[tuple[Floats, Integers]]:
-        """Chunk by chunk of decisions: bytes by option at every moment, and where in the chunk decisions begin."""
-        for first in range(0, len(self.decisions), _CHUNK):
-            part = np.flatnonzero((self.owner >= first) & (self.owner < first + _CHUNK))
-            starts = np.flatnonzero(np.diff(self.owner[part], prepend=-1))
-            yield np.cumsum(self.steps[part].toarray(), axis=1), starts
-
-
-def uncovered(base: Floats, effects: Floats, starts: Integers) -> Integers:
-    """Places of the moments that no other covers: one with at least as many bytes whatever is chosen.
-
-    Args:
-        base: ``[moments]``; effects: ``[moments, options]``, what an option adds to it.
-        starts: where in the options each decision begins; one option of each decision is chosen. Of moments that are
-            equal, one stays.
-    """
-
-    def covers(first: Any, second: Any) -> Any:
-        worst = np.minimum.reduceat(effects[first] - effects[second], starts, axis=-1).sum(axis=-1)
-        return base[first] - base[second] + worst >= 0
-
-    places = np.arange(len(base))
-    before = len(places) + 1
-    while 1 < len(places) < before:  # most are covered by a neighbour in time
-        before = len(places)
-        places = places[np.append(True, ~covers(places[:-1], places[1:]))]
-        places = places[np.append(~covers(places[1:], places[:-1]), True)]
-    trial = np.random.default_rng(0).integers(0, np.diff(np.append(starts, effects.shape[1])), (_TRIALS, len(starts)))
-    trial[0] = 0
-    bytes_tried = base + effects[:, starts + trial].sum(axis=-1).T
-    kept: list[int] = []
-    for place in sorted(places, key=lambda each: -base[each]):
-        rivals = [other for other in kept if (bytes_tried[:, other] >= bytes_tried[:, place]).all()]
-        if not any(covers(other, place) for other in rivals):
-            kept.append(int(place))
-    return np.array(sorted(kept), dtype=np.int64)

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -43,19 +44,38 @@ def load_task(spec: str, options: TaskOptions | None = None) -> Task:
     if spec in BUILTIN:
         return BUILTIN[spec](options)
     target, _, function = spec.rpartition(":") if ":" in spec else (spec, "", "")
-    is_file = target.endswith(".py") or "/" in target or Path(target).is_file()
+    is_file = target.endswith(".py") or "/" in target or os.path.isfile(target.replace("\0", ""))
     if not is_file and not function:
         near = nearest(spec, BUILTIN)
         raise TaskError(
             f"there is no task {spec!r}{f', did you mean {near}' if near else ''}. "
             f"Built-in: {', '.join(BUILTIN)}. Your own: path/to/file.py:function or package.module:function."
         )
-    path = Path(target)
+    path = _checked(Path(target)) if is_file else Path(target)
     with _import_path(path.resolve().parent if is_file else Path.cwd()):
         module = _import_file(path) if is_file else _import_module(target)
         make = _find_function(module, target, function)
         task = _call(make, f"{target}:{function or 'task'}", options)
     return dataclasses.replace(task, name=task.name or spec, epochs=options.epochs or task.epochs)
+
+
+def _checked(path: Path) -> Path:
+    """The path, if the system can look for it.
+
+    Raises:
+        TaskError: its name is too long, holds a NUL, or is a link that leads to itself.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise TaskError(
+            f"the task file {str(path)[:200]!r} cannot be read: {why}.\n"
+            f"  Give path/to/file.py:function, or a built-in task: {', '.join(BUILTIN)}."
+        ) from error
+    return path
 
 
 @contextlib.contextmanager

@@ -128,7 +128,26 @@ class TaskOptions:
                 raise TaskError(f"{field} is {value}; give a whole number of at least 1.")
         if self.width is not None and not 0 < self.width <= 16:
             raise TaskError(f"width is {self.width}; give a multiplier above 0 and up to 16, e.g. 0.5.")
+        check_seed(self.seed)
         check_device(self.device)
+
+
+SEEDS = 2**32
+"""Seeds below this number, and above its negative, are taken: every generator takes what is made of them."""
+
+
+def check_seed(seed: int, *, where: str = "task") -> int:
+    """The seed, if random-number generators take it.
+
+    Raises:
+        TaskError: it is too large.
+    """
+    if not -SEEDS < seed < SEEDS:
+        raise TaskError(
+            f"{where}: the seed is {seed}, and no generator takes a number of that size.\n"
+            f"  Allowed: whole numbers from {1 - SEEDS} to {SEEDS - 1}.\n  Give a smaller one."
+        )
+    return seed
 
 
 def check_device(name: str) -> torch.device:

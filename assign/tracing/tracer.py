@@ -76,6 +76,12 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         raise TraceError(
             f"trace: loss(model, batch) returned {what}, a scalar tensor is needed. Reduce it with .mean()."
         )
+    if not recorder.has_gradient:
+        raise TraceError(
+            f"trace: loss(model, batch) returned a {result.dtype} tensor without a gradient, with which nothing can be "
+            "trained.\n  Allowed: a floating-point scalar that depends on the parameters.\n"
+            "  Do not detach it or convert it to integers, and compute it outside of torch.no_grad()."
+        )
     breaks, outside = step.recorder.report()
     as_loaded = _as_loaded(model)
     used = as_loaded.keys() if outside else recorder.used  # what runs outside may read any parameter
@@ -100,6 +106,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.walked: Walk | None = None
+        self.has_gradient = False  # anything that leaves the graph, or one of several
         self.schedule = Schedule()
         self.saved: dict[str, str] = {}
         self.needs: Mapping[str, Need] = {}
@@ -111,6 +118,8 @@ class _Recorder:
     def receive(self, capture: Capture) -> Callable[..., Any]:
         outputs: Any = _torch.output_of(capture.graph).args[0]
         examples = [_torch.make_dense_output(_torch.fake_value(n) if isinstance(n, fx.Node) else n) for n in outputs]
+        found = (_torch.fake_value(node) for node in outputs if isinstance(node, fx.Node))
+        self.has_gradient |= any(_requires_grad(value) for value in found)
         functionalize(capture.graph)
         self.used = {name for node, name in capture.parameters.items() if node.users}
         self.walked = walk(capture)

@@ -42,7 +42,7 @@ from assign.plan.stored import (
 )
 from assign.plan.tensors import TensorTable
 from assign.tasks.batch import Batch, move, tensors_in
-from assign.tasks.task import Metrics, Task, check_device
+from assign.tasks.task import Metrics, Task, check_device, check_seed
 from assign.tracing.loaded import complete, stored_otherwise
 from assign.tracing.measuring import count_bytes, measure_peak
 from assign.training import checkpoints
@@ -126,6 +126,7 @@ def train(
             "of the data.\n  Allowed: one process.\n  Start it without torchrun, or write the loop yourself, with "
             "DistributedDataParallel(assign.apply(model, plan))."
         )
+    check_seed(seed, where="train")
     if resume and checkpoint is None:
         raise TaskError("train: resume=True needs checkpoint=, the file to go on from.")
     if checkpoint is not None:
@@ -216,6 +217,9 @@ class _Run:
         self.warm_up = WARM_UP  # counts down, in every process anew
         self.last_step = math.inf
         self.resumed: Mapping[str, Tensor | None] | None = None
+        self.harmless: set[int] = set()  # places in a batch of tensors whose infinities do no harm, such as masks
+        self.unmeasured: Batch | None = None  # the last batch, while no step was measured
+        self.hidden = ""  # why it diverged, where the plan's formats would hide that
 
     def train(self, checkpoint: Path | None, every: int | None, max_steps: int | None) -> str:
         """Train to the end; returns where it diverged, '' if it did not."""
@@ -225,6 +229,8 @@ class _Run:
         while h.epoch < self.epochs and h.steps < stop:
             complete = True
             for value in self._epoch():
+                if self.hidden:
+                    return self._diverged(self.hidden)
                 if not math.isfinite(value):
                     return self._diverged(f"the loss is {value}")
                 if checkpoint and every and h.steps % every == 0:
@@ -239,6 +245,8 @@ class _Run:
                 self.save(checkpoint)
             if complete and self.on_epoch:
                 self.on_epoch(self.history.epoch, self.history.epochs[-1])
+        if self.unmeasured is not None and h.peak_bytes is None:
+            self._measure_afterwards(self.unmeasured)
         return ""
 
     def _epoch(self) -> Iterator[float]:
@@ -251,8 +259,12 @@ class _Run:
         if self.resumed is not None:
             self._restore_rng(self.resumed)
             self.resumed = None
-        for batch in batches:
-            step = self._next_step(move(batch, self.device))
+        for each in batches:
+            batch = move(each, self.device)
+            if self._hides_infinities(batch):
+                yield math.inf
+                return
+            step = self._next_step(batch)
             promoted: tuple[Promoted, ...] = ()
             if self.promotion:
                 promoted = self.promotion.step()
@@ -273,6 +285,28 @@ class _Run:
             yield step.loss
         if not h.step_in_epoch:
             raise TaskError("Task: train has no batch. Give at least one; a batch size above the data's gives none.")
+
+    def _hides_infinities(self, batch: Batch) -> bool:
+        """Whether the batch holds infinities of which plain PyTorch makes a loss that is not finite.
+
+        Formats of a plan may round them to their largest value, so that training would go on with numbers that mean
+        nothing. An attention mask holds infinities too, and its loss is finite. The model computes plainly only where
+        a tensor of the batch holds infinities for the first time.
+        """
+        if self.plan is None:
+            return False
+        tensors = list(enumerate(tensors_in(batch)))
+        found = {place for place, x in tensors if x.is_floating_point() and bool(x.isinf().any())} - self.harmless
+        if not found:
+            return False
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+            loss = float(self.task.loss(copy.deepcopy(self._as_loaded()), batch))
+        if math.isfinite(loss):
+            self.harmless |= found
+            return False
+        self.hidden = f"the next batch holds infinite values, and without the plan its loss is {loss}"
+        return True
 
     def _end_epoch(self, complete: bool) -> str:
         """Evaluate, and turn to the next epoch if this one is complete; returns where it diverged, '' if it did not."""
@@ -299,6 +333,7 @@ class _Run:
         steady = self.warm_up <= 0 or h.steps + 1 == self.last_step > 1
         if steady and h.peak_bytes is None and size == h.first_batch_bytes:
             return self._measured_step(batch)
+        self.unmeasured = batch if h.peak_bytes is None else None
         step = self._step(batch)
         if self.warm_up <= 0:
             h.seconds.append(step.seconds)
@@ -312,6 +347,16 @@ class _Run:
         resident = [*self.model.parameters(), *self.model.buffers(), *states, *tensors_in(batch)]
         self.history.peak_bytes = measure_peak(lambda: steps.append(self._step(batch)), resident)
         return steps[0]
+
+    def _measure_afterwards(self, batch: Batch) -> None:
+        """Measure a step more, and undo it: the training was too short to have a steady one."""
+        before = copy.deepcopy({name: part.state_dict() for name, part in self._parts().items()})
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            self._measured_step(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, part in self._parts().items():
+            part.load_state_dict(before[name])
 
     def _step(self, batch: Batch) -> Point:
         """One whole step; reading its loss waits for the device."""
@@ -374,6 +419,8 @@ class _Run:
         where = f"training diverged at step {h.steps} (epoch {h.epoch + 1} of {self.epochs}): {what}."
         if self.plan is None:
             return f"{where} No plan was in use: try a lower learning rate, or look for such values in the data."
+        if self.hidden:
+            return f"{where} Look for such values in the data, or in what prepares it."
         other = "" if self.plan.recipe == "native" else ", or the recipe native, whose 8-bit tensors have a scale each"
         return f"{where} The plan is too narrow for this model: try a lower low ratio, a higher budget{other}."
 

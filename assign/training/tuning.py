@@ -10,7 +10,13 @@ and the answer is their Pareto front.
 
 import contextlib
 import dataclasses
+import logging
 import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +26,20 @@ from typing import Any
 import optuna
 import torch
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import RDBStorage
 from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from assign.errors import StudyError, nearest
+from assign.errors import AssignError, StudyError, nearest
 from assign.plan.assignment import Assignment
 from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.tasks import Task
+from assign.training.database import check_storage, exclusive, explained, open_database
 from assign.training.trials import Settings, Trainer
 
 SAMPLERS = ("tpe", "nsga2")
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+_PATIENCE = 3.0  # seconds that helpers have to end in
 _MINIMISED = ("loss", "error", "perplexity")
 
 
@@ -122,15 +130,18 @@ def tune(
     """
     if trials < 1 or workers < 1:
         raise StudyError(f"tune: {trials} trials by {workers} workers are asked for. Give at least one of each.")
-    job = _Job(make_task, _url(storage), name, trials, sampler, heartbeat)
-    with job.opened(settings) as (trainer, study):
-        trainer.enqueue(study, starts)
-        helpers = [_start(job, workers) for _ in range(1, workers)]
+    job = _Job(make_task, check_storage(storage), name, trials, sampler, heartbeat)
+    with explained(job.storage), job.opened(settings, starts) as (trainer, study):
+        helpers: list[multiprocessing.process.BaseProcess] = []
         try:
+            helpers += (_start(job, workers) for _ in range(1, workers))
             job.work(trainer, study, on_trial)
-        finally:
+        except BaseException:
             for helper in helpers:
-                helper.join()
+                helper.terminate()  # its trial will be proposed again
+            _join(helpers, _PATIENCE)
+            raise
+        _join(helpers, None)
         return _result(trainer, study)
 
 
@@ -139,19 +150,31 @@ class _Job:
     """What every process of this call does; pickled for the others."""
 
     make_task: Callable[[int], Task]
-    url: str
+    storage: str
     name: str
     trials: int
     sampler: str | None
     heartbeat: int
 
     @contextlib.contextmanager
-    def opened(self, settings: Settings | None) -> Iterator[tuple[Trainer, optuna.Study]]:
-        """The study, and what trains for it; the database is left behind."""
-        storage = _open(self.url, self.heartbeat)
+    def opened(
+        self, settings: Settings | None, starts: Sequence[Assignment] | None = None
+    ) -> Iterator[tuple[Trainer, optuna.Study]]:
+        """The study, and what trains for it; the database is left behind.
+
+        Args:
+            starts: plans to try before anything is drawn, after the greedy ones; None: another process proposes all.
+        """
+        with _quiet():
+            storage = open_database(self.storage, self.heartbeat)
         try:
             trainer = Trainer.make(self.make_task, _agreed(storage, self.name, settings))
-            yield trainer, _study(trainer, storage, self.name, self.sampler)
+            with exclusive(self.storage):
+                _agreed(storage, self.name, trainer.settings)  # another process may have begun the study meanwhile
+                study = _study(trainer, storage, self.name, self.sampler)
+                if starts is not None:
+                    trainer.enqueue(study, starts)
+            yield trainer, study
         finally:
             storage.remove_session()
             storage.engine.dispose()
@@ -170,67 +193,69 @@ class _Job:
 
 
 def _start(job: _Job, workers: int) -> multiprocessing.process.BaseProcess:
+    """A process that does trials too. It ignores Ctrl-C, which a terminal sends to all: this one ends it."""
     threads = max(1, torch.get_num_threads() // workers)
     process = multiprocessing.get_context("spawn").Process(target=_help, args=(job, threads), daemon=True)
-    process.start()
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        process.start()
+        return process
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
     return process
+
+
+def _join(helpers: Sequence[multiprocessing.process.BaseProcess], seconds: float | None) -> None:
+    """Wait until they have ended; after so many seconds, end them."""
+    until = None if seconds is None else time.monotonic() + seconds
+    for helper in helpers:
+        helper.join(None if until is None else max(0.0, until - time.monotonic()))
+        if helper.is_alive():
+            helper.kill()
+            helper.join()
 
 
 def _help(job: _Job, threads: int) -> None:
     """A process that does trials of a study that another one began."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its trial is proposed again
     torch.set_num_threads(threads)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with job.opened(None) as (trainer, study):
-        job.work(trainer, study)
+    try:
+        with explained(job.storage), job.opened(None) as (trainer, study):
+            job.work(trainer, study)
+    except KeyboardInterrupt:
+        sys.exit(1)
+    except AssignError as error:
+        sys.exit(f"error in a worker: {error}")
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended, however that was."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Optuna's own words on parts of it that may change."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        yield
-
-
-def _url(storage: str | Path) -> str:
-    text = str(storage)
-    if "://" in text:
-        return text
-    if not Path(text).absolute().parent.is_dir():
-        raise StudyError(f"tune: there is no directory for {text}. Make it, or give a file in one that is there.")
-    return f"sqlite:///{text}"
-
-
-def _open(url: str, heartbeat: int) -> RDBStorage:
-    """The database.
-
-    Raises:
-        StudyError: it cannot be reached, or its driver is not installed.
-    """
+    """Without Optuna's own words on parts of it that may change, and on errors, which are raised anyway."""
+    logger = logging.getLogger("optuna.study._optimize")
+    logger.addFilter(_is_no_failure)
     try:
-        with _quiet():
-            return RDBStorage(
-                url,
-                heartbeat_interval=heartbeat,
-                grace_period=2 * heartbeat,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-            )
-    except ImportError as error:
-        raise StudyError(
-            f"tune: the driver of the storage {_without_password(url)} is not installed: {error}\n"
-            "  For postgresql: pip install 'precision-assign[postgresql]'. Or give a file, which needs no driver."
-        ) from error
-    except Exception as error:  # whatever the driver raises
-        raise StudyError(
-            f"tune: the storage {_without_password(url)} cannot be used: {str(error).splitlines()[0]}\n"
-            "  Give a file, or the URL of a database that can be reached: postgresql://user:password@host/name."
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            yield
+    finally:
+        logger.removeFilter(_is_no_failure)
 
 
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    login, at, place = rest.rpartition("@")
-    return f"{scheme}://{login.partition(':')[0]}{at}{place}"
+def _is_no_failure(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.WARNING
 
 
 def _agreed(storage: RDBStorage, name: str, settings: Settings | None) -> Settings:

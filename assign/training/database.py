@@ -1,0 +1,186 @@
+"""The database of a study: opened by many processes at once, and its errors as ours."""
+
+import contextlib
+import os
+import re
+import sqlite3
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+
+from assign.errors import StudyError
+
+_WAIT = 60.0
+"""Seconds that a process waits for another one that writes."""
+
+_BUSY = re.compile(r"already exists|duplicate|unique|locked|concurrent", re.IGNORECASE)
+"""What databases say when two processes create the same tables at the same moment."""
+
+
+class Database(RDBStorage):
+    """Optuna's storage; a sign of life that cannot be written is left out, and the next one is tried."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Note that a trial is running."""
+        with contextlib.suppress(StorageInternalError):
+            super().record_heartbeat(trial_id)
+
+
+def check_storage(storage: str | Path) -> str:
+    """The storage as text: the URL of a database, or the path of a file.
+
+    Raises:
+        StudyError: the file's directory is not there.
+    """
+    text = str(storage)
+    if not _is_url(text) and not os.path.isdir(os.path.dirname(os.path.abspath(text))):
+        raise StudyError(f"tune: there is no directory for {text}. Make it, or give a file in one that is there.")
+    return text
+
+
+def open_database(storage: str, heartbeat: int) -> Database:
+    """The database, with its tables.
+
+    Args:
+        storage: what :func:`check_storage` returned.
+        heartbeat: seconds between two signs of life of a running trial.
+    Raises:
+        StudyError: it cannot be reached or used, or its driver is not installed.
+    """
+    until = time.monotonic() + _WAIT
+    while True:
+        try:
+            with exclusive(storage):
+                return _open(storage, heartbeat)
+        except ImportError as error:
+            raise StudyError(
+                f"tune: the driver of the storage {without_password(storage)} is not installed: {error}\n"
+                "  For postgresql: pip install 'precision-assign[postgresql]'. Or give a file, which needs no driver."
+            ) from error
+        except Exception as error:  # whatever the driver raises
+            if _BUSY.search(str(error)) and time.monotonic() < until:
+                time.sleep(0.1)
+                continue
+            raise StudyError(
+                f"tune: the storage {without_password(storage)} cannot be used: {_why(error)}\n"
+                "  Give a file, or the URL of a database that can be reached: postgresql://user:password@host/name."
+            ) from error
+
+
+def _open(storage: str, heartbeat: int) -> Database:
+    options: dict[str, Any] = {}
+    if not _is_url(storage):  # connected to by its path: in a URL some characters mean something else
+
+        def connect() -> sqlite3.Connection:
+            return sqlite3.connect(storage, timeout=_WAIT, check_same_thread=False)
+
+        options["engine_kwargs"] = {"creator": connect}
+    found = Database(
+        storage if _is_url(storage) else "sqlite:///study",
+        heartbeat_interval=heartbeat,
+        grace_period=2 * heartbeat,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+        **options,
+    )
+    if found.engine.dialect.name == "sqlite":
+        _lock_before_reading(found)
+    return found
+
+
+def _lock_before_reading(database: Database) -> None:
+    """Let each transaction have SQLite's lock from its beginning.
+
+    SQLite ignores ``SELECT … FOR UPDATE``, by which Optuna claims a trial: two processes could read that a trial is
+    waiting, and both would train it.
+    """
+    from sqlalchemy import event  # here: it takes a moment to import, and comes with Optuna
+
+    def begin(connection: Any) -> None:
+        connection.connection.dbapi_connection.isolation_level = None  # Python begins no transaction of its own
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    database.engine.dispose()
+    event.listen(database.engine, "begin", begin)
+
+
+@contextlib.contextmanager
+def exclusive(storage: str) -> Iterator[None]:
+    """Within the context, no other process of this machine is in it for a file of the same directory.
+
+    A database behind a URL has locks of its own; so has a system without ``fcntl``, where this does nothing.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    if _is_url(storage):
+        yield
+        return
+    directory = os.open(os.path.dirname(os.path.abspath(storage)), os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without such locks
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
+
+
+@contextlib.contextmanager
+def explained(storage: str) -> Iterator[None]:
+    """Turn what a database or Optuna raises, because it cannot be read or written, into an error that says so.
+
+    Raises:
+        StudyError: as described.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_storage(error):
+            raise
+        raise StudyError(
+            f"tune: the storage {without_password(storage)} cannot be read or written any more: {_why(error)}\n"
+            "  Allowed: a database that can be written to, on a disk with free space.\n"
+            "  Free some space, or make the database available. Then run the same command again to resume; the trials "
+            "that are done are kept."
+        ) from error
+
+
+def without_password(url: str) -> str:
+    """The URL of a database without its password, for a message; a path as it is."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    login, at, place = rest.rpartition("@")
+    return f"{scheme}://{login.partition(':')[0]}{at}{place}"
+
+
+def _is_url(storage: str) -> bool:
+    return "://" in storage
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if isinstance(error, StorageInternalError | SQLAlchemyError | sqlite3.Error):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, AssertionError) and bool(frames) and "optuna" in Path(frames[-1].filename).parts
+
+
+def _why(error: BaseException) -> str:
+    """The first line of what the database itself said."""
+    chain: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in chain:
+        chain.append(each)
+        each = each.__cause__ or each.__context__
+    said = next((e for e in reversed(chain) if isinstance(e, sqlite3.Error)), None) or next(
+        (e for e in reversed(chain) if type(e).__module__.startswith(("sqlalchemy", "psycopg"))), error
+    )
+    return (str(said).splitlines() or [type(said).__name__])[0]

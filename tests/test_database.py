@@ -1,0 +1,167 @@
+"""A study's database under many processes at once, on odd paths, on a full disk, and when its processes are killed."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from attack.kills import session
+
+from assign.errors import StudyError
+from assign.training.database import exclusive, explained, open_database, without_password
+
+ROOT = Path(__file__).parents[1]
+
+OPEN_AND_CLAIM = """
+import sys, time, warnings
+import optuna
+from assign.training.database import exclusive, open_database
+warnings.simplefilter("ignore")
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+path, start, waiting = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+time.sleep(max(0.0, start - time.time()))
+storage = open_database(path, 30)
+with exclusive(path):
+    study = optuna.create_study(storage=storage, study_name="s", load_if_exists=True)
+    if not study.get_trials(deepcopy=False):
+        for number in range(waiting):
+            study.enqueue_trial({"x": number})
+mine = []
+while (claimed := study._pop_waiting_trial_id()) is not None:
+    mine.append(claimed)
+print(*mine)
+"""
+
+
+def start(code, *arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_processes_that_start_at_once_share_the_trials_that_wait(tmp_path):
+    begin, waiting = time.time() + 6, 40
+    processes = [start(OPEN_AND_CLAIM, tmp_path / "s.db", begin, waiting) for _ in range(8)]
+    claimed = []
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        claimed += map(int, out.split())
+    assert sorted(claimed) == list(range(1, waiting + 1))  # each once
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_who_reads_a_trial_in_order_to_claim_it_is_the_only_one(tmp_path):
+    path = str(tmp_path / "s.db")
+    storage = open_database(path, 30)
+    other = sqlite3.connect(path, timeout=0.1)
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("SELECT * FROM trials")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("UPDATE trials SET state = 'RUNNING'")
+    other.execute("UPDATE trials SET state = 'RUNNING'")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["a?b.db", "50%.db", "%3F.db", "{x}.db", "#1.db", "a b.db"])
+def test_odd_paths(tmp_path, name):
+    storage = open_database(str(tmp_path / name), 30)
+    optuna.create_study(storage=storage, study_name="s")
+    storage.engine.dispose()
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+    assert optuna.get_all_study_names(open_database(str(tmp_path / name), 30)) == ["s"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_full_disk_is_said(tmp_path):
+    path = str(tmp_path / "s.db")
+    storage = open_database(path, 30)
+    study = optuna.create_study(storage=storage, study_name="s")
+    (pages,) = sqlite3.connect(path).execute("PRAGMA page_count").fetchone()
+    from sqlalchemy import event
+
+    @event.listens_for(storage.engine, "checkout")
+    def limit(connection, *_):  # what SQLite says then is what it says on a full disk
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    def objective(trial):
+        trial.set_user_attr("long", "x" * 1900)
+        return 0.0
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with pytest.raises(StudyError, match=r"full\n.*\n.*same command again"), explained(path):
+        study.optimize(objective, n_trials=200)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(AssertionError, match="of ours"), explained("s.db"):
+        raise AssertionError("of ours")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_database_is_said(tmp_path):
+    (tmp_path / "s.db").write_bytes(b"no database at all, however long the file is " * 50)
+    with pytest.raises(StudyError, match=r"s\.db.*not a database"):
+        open_database(str(tmp_path / "s.db"), 30)
+
+
+def test_one_process_at_a_time_is_exclusive(tmp_path):
+    code = "import sys; from assign.training.database import exclusive\nwith exclusive(sys.argv[1]): print('in')"
+    with exclusive(str(tmp_path / "s.db")):
+        process = start(code, tmp_path / "s.db")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(4)
+    assert process.communicate(timeout=60)[0] == "in\n"
+
+
+def test_passwords_are_left_out():
+    assert without_password("postgresql://me:secret@host/name") == "postgresql://me@host/name"
+    assert without_password("a/path:b@c.db") == "a/path:b@c.db"
+
+
+TUNE = """
+import functools, sys
+from test_tuning import make_task, tune
+if __name__ == "__main__":
+    try:
+        tune(functools.partial(make_task, seconds=0.5), storage=sys.argv[1], trials=200, workers=2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_the_process_that_started_them(tmp_path, number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    script = tmp_path / "script.py"
+    script.write_text(TUNE)
+    process = start(
+        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
+        script,
+        tmp_path / "s.db",
+        start_new_session=True,
+    )
+    until = time.monotonic() + 100
+    while time.monotonic() < until and len(session(process.pid)) < 3:  # this one, multiprocessing's, and the worker
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    time.sleep(15)  # both train by now
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == (130 if number is signal.SIGINT else -number)
+    assert "Traceback" not in out + err
+    until = time.monotonic() + 5
+    while time.monotonic() < until and session(process.pid):
+        time.sleep(0.1)
+    assert session(process.pid) == []
