@@ -53,7 +53,8 @@ them is pure Python and never imports torch.
                       charts in a notebook
 ``cli``               the shell: a file for each kind of command, all of them in ``commands``; ``options`` and
                       ``shell``: what they share; ``streams``: standard output as it is; ``stopping``: after Ctrl-C
-``errors``            AssignError, what a user can mend; ``files``: written whole; ``_torch``: all private torch names
+``errors``            AssignError, what a user can mend; ``files``: written whole; ``json_file``: read strictly;
+                      ``_torch``: all private torch names
 ====================  ==========================================================================================
 """
 

@@ -6,6 +6,7 @@ Charts are drawn where plotly is known: :mod:`assign.report.plotting` says how, 
 import functools
 import html
 import importlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from assign.errors import ReportError
 
 SHOWN = 12
 """Rows of a table before "and n more"."""
+
+_CHARTS = "assign.report.plotting"
+"""The module that registers the charts; imported with the first one."""
 
 _LINE = "border-top:1px solid rgba(128,128,128,.3);padding:2px 10px;text-align:"
 _BAR = "background:rgba(86,180,233,.6);height:.7em;border-radius:2px;width:"
@@ -35,6 +39,9 @@ def plot(thing: object, table: Any = None) -> Any:
         figure.write_html("memory.html")
         ```
     """
+    if _CHARTS not in sys.modules:
+        importlib.import_module(_CHARTS)
+        return plot(thing, table)
     kinds = "TensorTable, Assignment (with table=), Estimate, Front, Tuned, NoiseTable"
     raise ReportError(f"plot: there is no chart of a {type(thing).__name__}. Give one of: {kinds}.")
 

@@ -261,7 +261,7 @@ class _Run:
             self.resumed = None
         for each in batches:
             batch = move(each, self.device)
-            if self._hides_infinities(batch):
+            if self._hides_infinities(each, batch):
                 yield math.inf
                 return
             step = self._next_step(batch)
@@ -286,17 +286,19 @@ class _Run:
         if not h.step_in_epoch:
             raise TaskError("Task: train has no batch. Give at least one; a batch size above the data's gives none.")
 
-    def _hides_infinities(self, batch: Batch) -> bool:
+    def _hides_infinities(self, loaded: Batch, batch: Batch) -> bool:
         """Whether the batch holds infinities of which plain PyTorch makes a loss that is not finite.
 
         Formats of a plan may round them to their largest value, so that training would go on with numbers that mean
         nothing. An attention mask holds infinities too, and its loss is finite. The model computes plainly only where
         a tensor of the batch holds infinities for the first time.
+
+        Args:
+            loaded: the batch as it was read, where nothing waits for the device.
         """
         if self.plan is None:
             return False
-        tensors = list(enumerate(tensors_in(batch)))
-        found = {place for place, x in tensors if x.is_floating_point() and bool(x.isinf().any())} - self.harmless
+        found = {place for place, x in enumerate(tensors_in(loaded)) if _has_infinities(x)} - self.harmless
         if not found:
             return False
         cuda = [self.device] if self.device.type == "cuda" else []
@@ -513,6 +515,11 @@ class _Run:
             torch.set_rng_state(cpu.cpu())
         if cuda is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(cuda.cpu(), self.device)
+
+
+def _has_infinities(x: Tensor) -> bool:
+    found = x.is_floating_point() and x.isinf().any().cpu()
+    return bool(found.numpy()) if isinstance(found, Tensor) else found
 
 
 @contextlib.contextmanager
