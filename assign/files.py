@@ -6,8 +6,9 @@ points to is replaced; the link stays. ``-`` is standard output.
 
 import contextlib
 import errno
-import fcntl
+import functools
 import hashlib
+import operator
 import os
 import secrets
 import stat
@@ -62,7 +63,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         with os.fdopen(descriptor, "wb") as file:
             if mode is not None:
-                os.fchmod(file.fileno(), mode)
+                temporary.chmod(mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -123,23 +124,42 @@ def _target(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
 
 def _create(target: Path, mode: int) -> tuple[Path, int]:
     """A new file beside ``target``, locked as long as it is open."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _flags("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
     while True:
         temporary = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}{_SUFFIX}")
         descriptor = os.open(temporary, flags, mode)
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _lock(descriptor)
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
         os.close(descriptor)  # another process took it for a leftover before it was locked
 
 
 def _remove_unlocked(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | _flags("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, wait=False)
         path.unlink()
     except BlockingIOError:
         pass  # its process lives
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool = True) -> None:
+    """Lock an open file for this process.
+
+    Raises:
+        BlockingIOError: another process has locked it, and this one does not wait.
+        OSError: the file system, or Windows, has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOTSUP, "this system has no locks of whole files") from None
+    fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _flags(*names: str) -> int:
+    """Flags for ``os.open``, without those that this system does not know."""
+    return functools.reduce(operator.or_, (getattr(os, name, 0) for name in names))
