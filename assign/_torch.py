@@ -81,9 +81,16 @@ def fake_value(node: fx.Node) -> Any:
 
 
 def has_sizes_from_data(graph: fx.GraphModule) -> bool:
-    """Whether the shape of a tensor in a captured graph depends on values, so that nobody knows it."""
-    values = (fake_value(node) for node in graph.graph.nodes)
-    return any(isinstance(value, torch.Tensor) and free_unbacked_symbols(value) for value in values)
+    """Whether the shape of a tensor in a captured graph depends on values.
+
+    Nobody knows it then, or only because the user's code compares it with a known one later, which AOTAutograd does not
+    see when it makes the tensor.
+    """
+    tensors = ((node, fake_value(node)) for node in graph.graph.nodes)
+    return any(
+        isinstance(value, torch.Tensor) and (free_unbacked_symbols(value) or node.meta.get("unbacked_bindings"))
+        for node, value in tensors
+    )
 
 
 def joint_value(node: fx.Node) -> Any:

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 import assign
 from assign.errors import TraceError
+from assign.planning import search_table
 from assign.report.tables import trace_table
 from assign.report.terminal import Terminal
 from assign.tracing import recording
@@ -1060,3 +1061,36 @@ def test_no_gradient_passes_what_cuts_it_off_in_a_later_piece(how):
     assert (plain.points.weight.grad is None) is (how != "as it is")
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
+
+
+def test_a_size_that_the_code_compares_with_a_known_one_ends_a_piece_each_time():
+    """Dynamo knows the size then, AOTAutograd does not: tracing and running must take the same way."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.other = nn.Embedding(8, 4), nn.Linear(3, 4)
+
+        def forward(self, ids, features):
+            embedded, found = self.embed(ids), self.other(features)
+            mask = (ids == 7).unsqueeze(-1).expand_as(embedded)
+            torch._check(embedded[mask].numel() == found.numel())
+            return embedded.masked_scatter(mask, found)
+
+    batch = torch.tensor([[1, 7, 7, 2]]), torch.randn(2, 3)
+
+    def loss(model, batch):
+        return model(*batch).square().mean()
+
+    torch.manual_seed(0)
+    model = Model()
+    table = assign.trace(model, batch, loss)
+    plan = search_table(table, strategy="as-loaded")
+    expected = loss(model, batch)
+    expected.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    found = assign.planned_step(model, loss, plan, backend="eager")(batch)
+    found.backward()
+    assert torch.equal(found, expected)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
