@@ -15,7 +15,6 @@ from assign.numerics.promotion import Promoted
 from assign.plan.assignment import Assignment
 from assign.report.tables import Bar, new_table
 from assign.report.terminal import Terminal
-from assign.strategies import BASELINES, STRATEGIES
 from assign.training.history import EpochResult
 from assign.training.loop import Progress
 
@@ -38,17 +37,6 @@ def task():
 def bright():
     import dataclasses
     return dataclasses.replace(task(), train=[(x * 50, y) for x, y in task().train])
-
-def judged():
-    inputs, classes = torch.randn(32, 8), torch.arange(32) % 2
-    return assign.Task(
-        model=lambda: nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 2)),
-        loss=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
-        train=[(inputs, classes)] * 2,
-        evaluate=lambda model: {"accuracy": float((model(inputs).argmax(1) == classes).float().mean())},
-        optimizer=torch.optim.AdamW,
-        epochs=1,
-    )
 
 def nan():
     import dataclasses
@@ -289,29 +277,6 @@ def test_show_draws_where_the_memory_goes(here, monkeypatch, capsys):
     assert row.count("█") / (row.count("█") + row.count("░")) == pytest.approx(kept, abs=0.1)
     assert "The 10 largest of" in printed
     assert "Entries" not in printed
-
-
-EVERY_STRATEGY = [
-    *(["--strategy", name, "--low-ratio", "0.5"] for name in STRATEGIES),
-    *(["--strategy", name, "--recipe", "bf16"] for name in BASELINES),
-    ["--strategy", "milp", "--low-ratio", "0.5"],
-    ["--strategy", "optuna", "--budget", "99%", "--trials", "2", "--epochs", "1"],
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", EVERY_STRATEGY, ids=lambda options: options[1])
-def test_every_command_takes_a_plan_of_every_strategy(here, options):
-    mine = "mine.py:judged"
-    run("search", mine, *options, "-o", "p.json")
-    assert "made by" in run("show", "p.json", "--task", mine, "--all")
-    assert "Operators" in run("show", "p.json", "--task", mine, "--lowered")
-    run("diff", "p.json", "p.json")
-    run("estimate", mine, "--plan", "p.json")
-    run("report", "p.json", "--task", mine, "-o", "p.html")
-    run("train", mine, "--plan", "p.json", "--epochs", "1", "--backend", "eager")
-    run("compare", mine, "--plan", "p.json", "--seeds", "1", "--epochs", "1", "--backend", "eager")
-    run("certify", mine, "--plan", "p.json", "--epochs", "1", "--backend", "eager")
 
 
 def test_a_plan_runs_no_code_that_the_user_does_not_name(here, monkeypatch, capsys):

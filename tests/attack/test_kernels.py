@@ -14,7 +14,7 @@ from assign.numerics.launch import use_compiled
 from assign.numerics.rounding import amax_scale, decode, encode, quantize
 from assign.plan.formats import FORMATS, SAVED_FORMATS, parse_format
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.attack, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")]
 
 OWN = ["fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)", "fp(8,7,0)", "fp(8,2,0)", "fp(7,3,-63)", "fp(3,2,1)", "fp(4,3,4):sr"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

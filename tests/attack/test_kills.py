@@ -6,7 +6,7 @@ import pytest
 from attack.kills import COMMANDS, Found, attack, make_plan, session, temporary_files
 
 
-@pytest.mark.slow
+@pytest.mark.attack
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_command_loses_nothing(name, tmp_path):
     make_plan(tmp_path)
