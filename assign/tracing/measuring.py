@@ -20,8 +20,8 @@ def measure_peak(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
     """
     tensors = list(resident)
     held = count_bytes(tensors)
+    gc.collect()  # garbage in cycles, freed within the step, would make room for the step's own
     if any(tensor.is_cuda for tensor in tensors):
-        gc.collect()  # garbage in cycles, freed within the step, would make room for the step's own
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
