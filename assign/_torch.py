@@ -8,6 +8,7 @@ import functools
 import logging
 import operator
 import os
+import threading
 import types
 import weakref
 from collections import OrderedDict
@@ -596,11 +597,17 @@ def multiply_in_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         multiply = torch.mm if a.dim() == 2 else torch.bmm
         return multiply(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
     onednn: Any = torch.backends.mkldnn
-    before, onednn.matmul.fp32_precision = onednn.matmul.fp32_precision, "bf16"
-    try:
-        return torch.matmul(a, b)
-    finally:
-        onednn.matmul.fp32_precision = before
+    with _PRECISION:
+        before, onednn.matmul.fp32_precision = onednn.matmul.fp32_precision, "bf16"
+        try:
+            return torch.matmul(a, b)
+        finally:
+            onednn.matmul.fp32_precision = before
+
+
+_PRECISION = threading.Lock()
+"""Held while oneDNN's precision is changed, a setting of the whole process: two threads that change and restore it at
+once could leave it changed. Plain float32 products of other threads may be made in bf16 meanwhile."""
 
 
 def multiplies_fp8(device: torch.device) -> bool:

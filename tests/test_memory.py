@@ -1,5 +1,7 @@
 """The memory model on schedules small enough to add up by hand, and against the profiler on real steps."""
 
+import gc
+
 import pytest
 import torch
 from helpers import adamw, all_high, all_low, everything, measured_peak, sgd, traced

@@ -1,5 +1,7 @@
 """Products of narrow matrices: that the plan takes effect in them, forward and backward, and that they are right."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from helpers import all_high, all_low, everything, steps, traced
@@ -173,6 +175,16 @@ def test_the_bf16_product_is_exact_up_to_the_order_of_sums_and_leaves_no_setting
     assert float((result - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     wide = torch.randn(shape)
     assert torch.equal(ops.product(wide, b, "fp(6,9,0)", "fp(5,2,0)"), wide @ b)
+
+
+def test_threads_leave_the_setting_as_it_was():
+    a, b = torch.randn(64, 64).bfloat16().float(), torch.randn(64, 64).bfloat16().float()
+    expected = _torch.multiply_in_bf16(a, b)
+    setting = torch.backends.mkldnn.matmul.fp32_precision
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: _torch.multiply_in_bf16(a, b), range(400)))
+    assert torch.backends.mkldnn.matmul.fp32_precision == setting
+    assert all(torch.equal(each, expected) for each in found)
 
 
 def test_what_is_promoted_is_multiplied_in_float32_from_then_on(monkeypatch):
