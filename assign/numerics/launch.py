@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def run(
     numbers = _tensors(work.ints, work.floats, x.device)
     fused = scales or [_one(x.device)] * 2
     done = x.numel() - x.numel() % count
-    kernel = _compiled(work.kernel, x.dtype, dtype, count, x.device, _is_exact(scale, dtype, count))
+    kernel = _compiled(work.kernel, _Words(x.dtype, dtype, count, x.device, _is_exact(scale, dtype, count)))
 
     def compiled() -> None:
         words = (_words(tensor, done, count) for tensor in (x, result))
@@ -96,7 +97,7 @@ def run_scaled(
     if scaler.kernel is power_of_two and _is_in_words(x, result, count):  # its inverse needs no division
         numbers = _tensors(work.ints, (*work.floats, work.unit), x.device)
         bounds, _ = _tensors(scaler.ints, (), x.device)
-        kernel = _compiled_scaled(work.kernel, x.dtype, dtype, count, x.device)
+        kernel = _compiled_scaled(work.kernel, _Words(x.dtype, dtype, count, x.device, exact=True))
 
         def compiled() -> None:
             words = (_words(tensor, x.numel(), count) for tensor in (x, result))
@@ -124,7 +125,9 @@ def run_measured(
         measured = torch.empty((), dtype=torch.int32, device=x.device)
         known = _scale_of(work, scale, x.device) or (scale, scale)
         numbers = _tensors(work.ints, work.floats, x.device)
-        kernel = _compiled_measured(work.kernel, x.dtype, dtype, count, x.device, _is_exact(scale, dtype, count))
+        kernel = _compiled_measured(
+            work.kernel, _Words(x.dtype, dtype, count, x.device, _is_exact(scale, dtype, count))
+        )
 
         def compiled() -> None:
             words = (_words(tensor, x.numel(), count) for tensor in (x, result))
@@ -212,56 +215,55 @@ class _Lazy:
         self._compiled(*args)
 
 
+class _Words(NamedTuple):
+    """What a kernel reads and writes.
+
+    Attributes:
+        lanes: elements in a word.
+        exact: ``target`` holds every result as it is; else it is rounded.
+    """
+
+    source: torch.dtype
+    target: torch.dtype
+    lanes: int
+    device: torch.device
+    exact: bool
+
+
 @functools.cache
-def _compiled(
-    kernel: Callable[..., Tensor],
-    source: torch.dtype,
-    target: torch.dtype,
-    count: int,
-    device: torch.device,
-    exact: bool,
-) -> _Lazy:
+def _compiled(kernel: Callable[..., Tensor], words: _Words) -> _Lazy:
     def store(
         x: Tensor, out: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, *key: Tensor
     ) -> None:
         numbers = (*ints.unbind(), *floats.unbind())
-        done = [kernel(part, Scale(scale, inverse), numbers, *key) for part in split(x, source, count)]
-        out.copy_(join(done, target, exact=exact))
+        done = [kernel(part, Scale(scale, inverse), numbers, *key) for part in split(x, words.source, words.lanes)]
+        out.copy_(join(done, words.target, exact=words.exact))
 
     return _Lazy(store, 2)
 
 
 @functools.cache
-def _compiled_scaled(
-    kernel: Callable[..., Tensor], source: torch.dtype, target: torch.dtype, count: int, device: torch.device
-) -> _Lazy:
+def _compiled_scaled(kernel: Callable[..., Tensor], words: _Words) -> _Lazy:
     def store(x: Tensor, out: Tensor, ints: Tensor, floats: Tensor, limits: Tensor, scale_out: Tensor) -> None:
-        parts = split(x, source, count)
+        parts = split(x, words.source, words.lanes)
         scale = power_of_two(_largest_of(parts), limits.unbind())
         *rest, unit = floats.unbind()
         own = Scale(scale * unit, inverse_power(scale * unit))
         done = [kernel(part, own, (*ints.unbind(), *rest)) for part in parts]
-        out.copy_(join(done, target))
+        out.copy_(join(done, words.target))
         scale_out.copy_(scale)
 
     return _Lazy(store, 2)
 
 
 @functools.cache
-def _compiled_measured(
-    kernel: Callable[..., Tensor],
-    source: torch.dtype,
-    target: torch.dtype,
-    count: int,
-    device: torch.device,
-    exact: bool,
-) -> _Lazy:
+def _compiled_measured(kernel: Callable[..., Tensor], words: _Words) -> _Lazy:
     def store(
         x: Tensor, out: Tensor, scale: Tensor, inverse: Tensor, ints: Tensor, floats: Tensor, measured: Tensor
     ) -> None:
-        parts = split(x, source, count)
+        parts = split(x, words.source, words.lanes)
         done = [kernel(part, Scale(scale, inverse), (*ints.unbind(), *floats.unbind())) for part in parts]
-        out.copy_(join(done, target, exact=exact))
+        out.copy_(join(done, words.target, exact=words.exact))
         measured.copy_(_largest_of(parts))
 
     return _Lazy(store, 2)

@@ -116,7 +116,7 @@ class Subjects:
 
     def kinds(self) -> Iterator[Kind]:
         """All of them."""
-        text = lambda name: json.dumps(json.loads(name)).encode()  # noqa: E731
+        text = lambda name: json.dumps(json.loads(name)).encode()  # noqa: E731 - short, and used on the next line alone
         yield Kind(
             name="plan",
             suffix=".json",
