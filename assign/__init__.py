@@ -54,7 +54,7 @@ them is pure Python and never imports torch.
 ``cli``               the shell: a file for each kind of command, all of them in ``commands``; ``options`` and
                       ``shell``: what they share; ``streams``: standard output as it is; ``stopping``: after Ctrl-C
 ``errors``            AssignError, what a user can mend; ``files``: written whole; ``json_file``: read strictly;
-                      ``_torch``: all private torch names
+                      ``passwords``: masked; ``_torch``: all private torch names
 ====================  ==========================================================================================
 """
 

@@ -531,8 +531,9 @@ def compile_kernel(
 def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
     """``torch.compile`` of a module as one graph, with a backend of ours; logging and recurrent layers do not break it.
 
-    What was compiled is freed with the result: Dynamo by itself would keep the backend, and with it the model, until
-    ``torch._dynamo.reset()``. Code objects live forever, so the module must have a ``forward`` with code of its own.
+    Compiled code is freed with ``step``; by default Dynamo keeps the backend, and so the model, until
+    ``torch._dynamo.reset()``. Here Dynamo gets only a weak reference: the caller must keep ``backend`` alive while it
+    calls the result. ``step.forward`` must have a code object of its own, because the code is reset at the end.
 
     One graph within ``DistributedDataParallel`` too, where Dynamo would cut it at the buckets. A hook that a module
     gets or loses later makes a new graph; by default Dynamo would not look. ``requires_grad_(True)`` in the middle of a
@@ -543,7 +544,7 @@ def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
 
     def receive(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         alive = received()
-        assert alive is not None  # ``run`` holds it
+        assert alive is not None, "the caller must keep the backend alive"
         return alive(graph, inputs)
 
     compiled = torch.compile(step, backend=receive, fullgraph=True)
@@ -562,13 +563,12 @@ def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
         with dynamo_config.patch(options), ignore:
             return compiled(*args, **kwargs)
 
-    run.backend = backend  # type: ignore[attr-defined]  # held as long as it can be called
     weakref.finalize(step, reset_code, step.forward.__code__)
     return run
 
 
 def _forget_backend(backend: GraphBackend) -> None:
-    """Drop the entry that Dynamo made for ``torch._dynamo.reset()``, which has nothing to reset in ours."""
+    """Remove our backend from the list that ``torch._dynamo.reset()`` goes through: it has no state to reset."""
     for key, known in list(cached_backends.items()):
         if getattr(known, "compiler_fn", known) is backend:
             cached_backends.pop(key, None)
@@ -606,8 +606,8 @@ def multiply_in_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 _PRECISION = threading.Lock()
-"""Held while oneDNN's precision is changed, a setting of the whole process: two threads that change and restore it at
-once could leave it changed. Plain float32 products of other threads may be made in bf16 meanwhile."""
+"""Held while the precision of oneDNN's products is changed. The precision is a setting of the whole process; without
+the lock, two threads could leave it changed. Float32 products of other threads may still run in bf16 meanwhile."""
 
 
 def multiplies_fp8(device: torch.device) -> bool:

@@ -1,7 +1,7 @@
-"""Outputs of a command: checked before the work, written whole, and nothing but regular files.
+"""Write output files atomically: regular files only, and checked before the work begins.
 
-Whoever reads meanwhile, or is killed, finds the old file or the new one, never a half. Of a link, the file that it
-points to is replaced; the link stays. ``-`` is standard output.
+A reader, or a process killed meanwhile, finds the old file or the new one, never a part. Of a link, the file that it
+points to is replaced. ``-`` is standard output.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def is_stdout(path: str | os.PathLike[str]) -> bool:
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text``, as UTF-8, in the place of what ``path`` holds; see :func:`replacing`.
+    """Write ``text`` as UTF-8 to ``path`` atomically; see :func:`replacing`.
 
     Raises:
         OSError: the file cannot be written; nothing is left behind, and the old file is as it was.
@@ -50,9 +50,9 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new file that takes the place of the one at ``path`` when the block ends without an error.
+    """Open a temporary file that replaces ``path`` when the block ends without an error.
 
-    The old file's mode is kept. What a killed process left behind of an earlier attempt is removed.
+    The mode of an existing file is kept. Temporary files of killed processes are removed.
 
     Raises:
         OSError: the file cannot be written; nothing is left behind, and the old file is as it was.
@@ -74,7 +74,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Make sure, before the work begins, that ``path`` can be written; what stands there stays as it is.
+    """Check that ``path`` can be written, without changing it.
 
     Raises:
         OSError: it is no regular file, its directory does not exist or takes no file, or it may not be written.
@@ -89,7 +89,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Remove the temporary files that killed processes left of ``path``; those of living processes are locked."""
+    """Remove temporary files for ``path`` that killed processes left; those of running processes are locked."""
     target = Path(os.path.realpath(path))
     prefix = _prefix(target)
     with contextlib.suppress(OSError):
@@ -102,12 +102,12 @@ _SUFFIX = ".tmp"
 
 
 def _prefix(target: Path) -> str:
-    """Of temporary names; as long for a long name, which leaves no room for more, as for a short one."""
+    """Return the prefix of temporary names. Its length is fixed, since a long name leaves no room for a suffix."""
     return f".assign-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}-"
 
 
 def _target(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
-    """The file itself, behind all links, and its mode; None where there is none yet."""
+    """Resolve links; return the file and its mode, None if it does not exist yet."""
     try:
         found = os.stat(path)  # of a loop of links, or a name that is too long, this is the error
     except FileNotFoundError:
@@ -123,7 +123,7 @@ def _target(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
 
 
 def _create(target: Path, mode: int) -> tuple[Path, int]:
-    """A new file beside ``target``, locked as long as it is open."""
+    """Create a temporary file in the directory of ``target``; return its path and a descriptor that holds its lock."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _flags("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
     while True:
         temporary = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}{_SUFFIX}")
@@ -147,7 +147,7 @@ def _remove_unlocked(path: Path) -> None:
 
 
 def _lock(descriptor: int, *, wait: bool = True) -> None:
-    """Lock an open file for this process.
+    """Lock an open file.
 
     Raises:
         BlockingIOError: another process has locked it, and this one does not wait.
@@ -161,5 +161,5 @@ def _lock(descriptor: int, *, wait: bool = True) -> None:
 
 
 def _flags(*names: str) -> int:
-    """Flags for ``os.open``, without those that this system does not know."""
+    """Combine flags of ``os.open``, leaving out those that this system does not have."""
     return functools.reduce(operator.or_, (getattr(os, name, 0) for name in names))

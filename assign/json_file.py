@@ -1,7 +1,7 @@
-"""The one reader of JSON files: text in, checked by a schema, or an error that says where and what is allowed.
+"""Read JSON files strictly: every file is checked by a pydantic schema, and an error says where and what is allowed.
 
-A file is refused that is too large or too deep, has a key twice, a number that is not finite or out of range, or a
-string that no text file can hold. What passes is checked, strictly, by a pydantic schema.
+A file is refused if it is too large or nested too deeply, or has a duplicate key, a number that is not finite or out of
+range, or a string that UTF-8 cannot encode.
 """
 
 import errno
@@ -19,19 +19,19 @@ from assign.errors import AssignError
 from assign.files import is_stdout, write_whole
 
 MOST_BYTES = 2**26
-"""Of a file. The noise of 4,000 tensors in four formats on the usual 8 batches takes 8 MB."""
+"""Largest size of a file. The noise of 4,000 tensors in four formats on 8 batches takes 8 MB."""
 
 MOST_LEVELS = 64
-"""Of lists and objects in each other; the deepest of our own files has 8."""
+"""Deepest nesting of lists and objects; files of this package have at most 8 levels."""
 
 LARGEST_WHOLE = 2**64
-"""Whole numbers lie below it, and not below its negative: the seeds that torch takes are the largest of all."""
+"""Whole numbers n must satisfy -LARGEST_WHOLE <= n < LARGEST_WHOLE, the range of torch's seeds."""
 
 LARGEST = 1e150
-"""Of a number with a fraction: its square is finite, as sums and deviations of such numbers are."""
+"""Largest magnitude of a float: its square, and sums and deviations of such numbers, are finite."""
 
 MOST_ELEMENTS = 2**53
-"""Of a tensor, or bytes of a step: what a float, and JavaScript, counts without rounding."""
+"""Largest number of elements or bytes: a float64, and so JavaScript, represents it exactly."""
 
 Count = Annotated[int, Field(ge=0, le=MOST_ELEMENTS)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -58,10 +58,10 @@ class Kind:
     advice: str
 
     def read(self, path: str | os.PathLike[str]) -> str:
-        """The text of a file, in UTF-8.
+        """Read the text of a file, in UTF-8.
 
         Raises:
-            AssignError: there is none, it cannot be read, is too large, or is no text.
+            AssignError: the file is missing, cannot be read, is too large, or is not UTF-8.
         """
         where = shown(os.fspath(path))
         try:
@@ -84,10 +84,10 @@ class Kind:
             raise self.error(f"cannot read the {self.name} {where}: {reason}. {self.advice}") from error
 
     def parse(self, text: str, where: str) -> Any:
-        """The plain data of a text; see the module.
+        """Parse JSON text and apply the limits of this module.
 
         Raises:
-            AssignError: it is refused.
+            AssignError: the text is not JSON or exceeds a limit.
         """
 
         def refuse(what: str) -> AssignError:
@@ -106,10 +106,10 @@ class Kind:
         return data
 
     def validate(self, schema: TypeAdapter[T], text: str, where: str) -> T:
-        """What a schema makes of a text that :meth:`parse` let pass.
+        """Validate text that :meth:`parse` has accepted, and return what the schema makes of it.
 
         Raises:
-            AssignError: it does not fit; says in which places, and what is allowed there.
+            AssignError: the data does not match the schema; names the places and what is allowed there.
         """
         try:
             return schema.validate_json(text, strict=True)
@@ -128,10 +128,10 @@ class Kind:
         return self.validate(schema, text, where)
 
     def write(self, path: str | os.PathLike[str], text: str) -> None:
-        """Write a file whole.
+        """Write a file atomically.
 
         Raises:
-            AssignError: it cannot be written.
+            AssignError: the file cannot be written.
         """
         try:
             write_whole(path, text)
@@ -139,7 +139,7 @@ class Kind:
             raise self.unwritable(path, error) from error
 
     def unwritable(self, path: str | os.PathLike[str], error: OSError) -> AssignError:
-        """The error of a file that cannot be written."""
+        """Return the error for a file that cannot be written."""
         if error.errno == errno.EPIPE and is_stdout(path):
             return self.error(f"cannot write the {self.name} to standard output: nobody reads it any more.")
         return self.error(
@@ -149,7 +149,7 @@ class Kind:
 
 
 def twice(values: Iterable[T]) -> T | None:
-    """The first of some values that comes a second time; None where there is none."""
+    """Return the first value that occurs a second time, or None."""
     seen = set()
     for value in values:
         if value in seen:
@@ -159,17 +159,17 @@ def twice(values: Iterable[T]) -> T | None:
 
 
 def place(names: Iterable[str | int]) -> str:
-    """A place in a file, for an error: ``tensors → fc.weight``."""
+    """Format a place in a file for an error message: ``tensors → fc.weight``."""
     return " → ".join(shown(str(name)) for name in names) or "the file"
 
 
 def shown(text: str) -> str:
-    """A text out of a file, for an error: its beginning, if it is long."""
+    """Shorten text from a file for an error message."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
 
 
 def _hooks(refuse: Callable[[str], AssignError]) -> dict[str, Any]:
-    """What ``json.loads`` calls for objects and numbers."""
+    """Return the hooks that ``json.loads`` calls for objects and numbers."""
 
     def unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
         found = dict(pairs)
@@ -197,7 +197,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _check_levels(data: Any, refuse: Callable[[str], AssignError]) -> None:
-    """Refuse what lies too deep, and half characters (``\\ud800``), which no file in UTF-8 can hold."""
+    """Refuse data nested too deeply, and lone surrogates (``\\ud800``), which UTF-8 cannot encode."""
     level = [data]
     for _ in range(MOST_LEVELS):
         below: list[Any] = []

@@ -13,7 +13,7 @@ import pytest
 from attack.kills import session
 
 from assign.errors import StudyError
-from assign.training.database import exclusive, explained, open_database, without_password
+from assign.training.database import exclusive, explained, open_database
 
 ROOT = Path(__file__).parents[1]
 
@@ -124,9 +124,13 @@ def test_one_process_at_a_time_is_exclusive(tmp_path):
     assert process.communicate(timeout=60)[0] == "in\n"
 
 
-def test_passwords_are_left_out():
-    assert without_password("postgresql://me:secret@host/name") == "postgresql://me@host/name"
-    assert without_password("a/path:b@c.db") == "a/path:b@c.db"
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("url", ["nosuch://me:hidden@host/name", "nosuch://host/name?user=me&password=hidden"])
+def test_errors_mask_the_password_of_a_url(url):
+    with pytest.raises(StudyError) as raised:
+        open_database(url, 30)
+    assert "host/name" in str(raised.value)
+    assert "hidden" not in str(raised.value)
 
 
 TUNE = """

@@ -180,7 +180,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(here, capsys,
 
 
 def test_a_dash_is_standard_output(here) -> None:
-    """The file alone: what is said about it goes to standard error."""
+    """Standard output holds only the plan; messages go to standard error."""
     found = subprocess.run(
         [sys.executable, "-m", "assign", "search", "mine.py:task", "--low-ratio", "0.5", "-o", "-"],
         capture_output=True,

@@ -1,6 +1,6 @@
 """The shell: arguments in, tables and JSON out; no logic of its own.
 
-Nothing heavy is imported here, so that Ctrl-C is obeyed from the first line on: torch alone takes seconds to import.
+This module imports nothing slow, so that Ctrl-C works before torch, which takes seconds, is imported.
 """
 
 import os
@@ -8,9 +8,9 @@ import signal
 import sys
 from typing import Any
 
-from assign.cli.secrets import mask_text
 from assign.cli.streams import check_streams, guard_streams
 from assign.errors import AssignError
+from assign.passwords import mask_text
 
 __all__ = ["app", "main"]
 
@@ -26,7 +26,10 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Entry point: an AssignError is one message and exit status 2; Ctrl-C is one message and exit status 130."""
+    """Entry point of the shell.
+
+    An AssignError prints one message and ends with exit status 2; Ctrl-C prints one message and ends with 130.
+    """
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, as by nohup
     if interruptible:
         signal.signal(signal.SIGINT, _stop_importing)
@@ -52,14 +55,16 @@ def main() -> None:
         )
         status = 2
     if interruptible:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; it would only disturb how Python ends
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # the command has ended; a signal would only interrupt Python's own shutdown
     if status == _INTERRUPTED:
         _say(_advice())
     sys.exit(check_streams(status))
 
 
 def _stop_importing(_signal: int, _frame: Any) -> None:
-    """End at once: nothing has begun, and whatever is being imported could swallow an exception."""
+    """End the process immediately. Only imports have run, and a module being imported could catch an exception."""
     os.write(2, f"{_advice()}\n".encode())
     os._exit(_INTERRUPTED)
 

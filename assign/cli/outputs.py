@@ -1,4 +1,4 @@
-"""What a command may write: known and tried before its work begins, and never what it reads."""
+"""Check the output files of a command before its work begins; none may be an input of the same command."""
 
 import json
 import os
@@ -14,16 +14,16 @@ from assign.files import check_writable, is_stdout, remove_leftovers, write_whol
 def check_outputs(
     *outputs: Path | None, inputs: Iterable[Path | str | None] = (), continued: Iterable[Path | None] = ()
 ) -> None:
-    """Make sure, before the work, that a command can write what it is to write.
+    """Check that a command can write all its outputs.
 
-    Where one of the outputs is standard output, tables and messages go to standard error.
+    If one of the outputs is standard output, tables and messages go to standard error.
 
     Args:
-        outputs: files that are written once, at the end; None is not asked for.
-        inputs: files that the command reads; a task ``FILE.py:FUNCTION`` is its file, a directory the files in it.
-        continued: files that are written many times and read when the same command goes on.
+        outputs: files written once, at the end; None for an output that was not requested.
+        inputs: files that the command reads. A task ``FILE.py:FUNCTION`` means its file, a directory its JSON files.
+        continued: files that are written repeatedly, and read when the command is resumed.
     Raises:
-        OutputError: one cannot be written, is read too, or is given twice.
+        OutputError: an output cannot be written, is an input too, or is given twice.
     """
     once = [path for path in outputs if path is not None]
     often = [path for path in continued if path is not None]
@@ -49,10 +49,10 @@ def check_outputs(
 
 
 def check_directory(directory: Path) -> None:
-    """Make sure, before the work, that files can be written into a directory, which may be made.
+    """Check that files can be written into a directory, which may not exist yet.
 
     Raises:
-        OutputError: they cannot.
+        OutputError: they cannot be written.
     """
     nearest = next(each for each in (directory, *directory.absolute().parents) if each.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -61,7 +61,7 @@ def check_directory(directory: Path) -> None:
 
 
 def write_json(path: Path | None, data: Any) -> None:
-    """What ``--json FILE`` asks for, written whole; nothing without a path.
+    """Write the result that ``--json FILE`` requests, atomically; do nothing without a path.
 
     Raises:
         OutputError: the file cannot be written.
@@ -75,7 +75,7 @@ def write_json(path: Path | None, data: Any) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
-    """The error of an output that cannot be written."""
+    """Return the error for an output that cannot be written."""
     return OutputError(
         f"cannot write {path}: {error.strerror or error}. "
         "Give a regular file in a directory that exists and that you may write to, or '-' for standard output."

@@ -14,8 +14,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from assign.cli.secrets import mask_argument
 from assign.files import is_stdout
+from assign.passwords import mask_argument
 from assign.plan.assignment import Assignment
 from assign.plan.display import human_bytes
 from assign.plan.memory import peak_bytes
@@ -123,7 +123,7 @@ def promoted_path(plan: Path) -> Path:
 
 
 def named(plan: Path) -> Path:
-    """The plan's file, beside which others go; ``plan.json`` for a plan that goes to standard output."""
+    """Return the path that names the files beside a plan: ``plan.json`` if the plan goes to standard output."""
     return Path("plan.json") if is_stdout(plan) else plan
 
 
@@ -148,5 +148,5 @@ def bar(title: str) -> Iterator[Callable[[str, Progress], None]]:
 
 
 def command_line() -> str:
-    """What the user ran, so that a shell takes it again; passwords in it are masked."""
+    """Return the command that the user ran, quoted for a shell, with passwords masked."""
     return shlex.join(["assign", *map(mask_argument, sys.argv[1:])])

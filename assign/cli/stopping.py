@@ -1,10 +1,10 @@
-"""What to do after a command was stopped by Ctrl-C. No imports of ours: it is needed while they are under way."""
+"""Say how to continue after Ctrl-C. It imports nothing of the package: it may run during imports."""
 
 from collections.abc import Sequence
 
 
 def advice(arguments: Sequence[str]) -> str:
-    """How to go on after a command with these arguments was stopped."""
+    """Return how to continue after the command with these arguments was stopped."""
     command = next((each for each in arguments if not each.startswith("-")), "")
     options = {name: _value(arguments, *name.split("/")) for name in ("--checkpoint", "-o/--output", "--strategy")}
     checkpoint, output = options["--checkpoint"], options["-o/--output"]
@@ -28,7 +28,7 @@ def advice(arguments: Sequence[str]) -> str:
 
 
 def _value(arguments: Sequence[str], *names: str) -> str | None:
-    """What was given for an option: ``--name value`` or ``--name=value``; of several, the last."""
+    """Return the value of an option, ``--name value`` or ``--name=value``; the last one if it is repeated."""
     found = None
     for place, each in enumerate(arguments):
         name, equals, value = each.partition("=")

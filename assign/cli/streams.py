@@ -1,4 +1,4 @@
-"""Standard output and standard error as they are: closed, full, or unable to show every character."""
+"""Keep a command running when standard output or standard error is closed, full, or limited to ASCII."""
 
 import contextlib
 import errno
@@ -8,9 +8,12 @@ from typing import Any, TextIO
 
 
 class Guarded:
-    """A stream whose first failure is kept; nothing is written to it afterwards, and the command goes on.
+    """A text stream that does not raise: after the first OSError it discards all output.
 
-    A training of hours must not be lost because its table cannot be shown.
+    A long training must not be lost because its result cannot be printed.
+
+    Attributes:
+        failure: the first error; None if there was none.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -18,7 +21,7 @@ class Guarded:
         self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
-        """As of any stream; after a failure nothing happens."""
+        """Write ``text``, unless an earlier call has failed; return its length."""
         if self.failure is None:
             try:
                 return self._stream.write(text)
@@ -27,7 +30,7 @@ class Guarded:
         return len(text)
 
     def flush(self) -> None:
-        """As of any stream; after a failure nothing happens."""
+        """Flush the stream, unless an earlier call has failed."""
         if self.failure is None:
             try:
                 self._stream.flush()
@@ -39,12 +42,15 @@ class Guarded:
 
     def _fail(self, error: OSError) -> None:
         self.failure = error
-        with contextlib.suppress(OSError):  # what is in the buffer goes nowhere, now and when Python ends
+        with contextlib.suppress(OSError):  # the buffer is discarded, also when Python flushes it at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def guard_streams() -> None:
-    """Make ``sys.stdout`` and ``sys.stderr`` take every text, whatever they are."""
+    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that never raise on output.
+
+    A closed stream becomes the null device, and characters that the encoding does not have become ``?``.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started this process
@@ -55,7 +61,7 @@ def guard_streams() -> None:
 
 
 def check_streams(status: int) -> int:
-    """The exit status: 2 where standard output could not be written, which is said; 1 where nobody reads it."""
+    """Return the exit status: ``status``; if output was lost, 1 for a closed pipe, else 2 with a message."""
     stream = sys.stdout
     if not isinstance(stream, Guarded):
         return status

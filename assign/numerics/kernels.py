@@ -189,7 +189,7 @@ def _quantize_by_chance(x: Tensor, scale: Scale | None, numbers: Sequence[Any], 
 
 @functools.cache
 def _propagating_nonfinite(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The kernel, with NaN in place of what is infinite or NaN."""
+    """Return the kernel extended to give NaN for every non-finite input."""
 
     def quantize(x: Tensor, *rest: Any) -> Tensor:
         x = x.to(torch.float32)

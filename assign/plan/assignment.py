@@ -43,7 +43,7 @@ def format_pair(entries: Mapping[str, Entry], key: str) -> tuple[Format, Format]
 
 
 def _check_estimate(estimate: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """What is read again of a plan's costs, where plans are put beside each other; the rest is only shown."""
+    """Check the numbers of a plan's estimate that comparing plans uses; the others are only displayed."""
     peak = estimate.get("peak_bytes", 0)
     if not isinstance(peak, int) or isinstance(peak, bool) or not 0 <= peak <= MOST_ELEMENTS:
         raise ValueError("peak_bytes must be a whole number of bytes, 0 or more")

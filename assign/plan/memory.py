@@ -204,7 +204,7 @@ def changes_of(segments: Iterable[Segment], events: int) -> Bytes:
 
 
 def jumps_of(segments: Iterable[Segment]) -> dict[int, int]:
-    """Slot → bytes that it has more than the one before it, of these segments; slots without a change are left out."""
+    """Return {slot: change in bytes from the slot before}; slots without a change are left out."""
     jumps: dict[int, int] = defaultdict(int)
     for segment in segments:
         if segment.end >= segment.start:
@@ -234,7 +234,7 @@ def copies_in(event: Event, table: TensorTable) -> list[tuple[int, int]]:
 
 
 def _by_source(alias: Mapping[int, int | None]) -> dict[int | None, list[int]]:
-    """Buffer → those that are the same memory."""
+    """Return {buffer: its aliases, which share its memory}."""
     twins: dict[int | None, list[int]] = defaultdict(list)
     for buffer, source in alias.items():
         twins[source].append(buffer)
@@ -524,7 +524,7 @@ class Replay:
         return [twin.segments[span] for span in spans]
 
     def is_narrowed_alike(self, entries: Mapping[str, Entry], change: Mapping[str, Entry]) -> bool:
-        """Whether saved activations are packed under other entries exactly if they are under these.
+        """Return whether saved activations are packed under ``entries`` if and only if they are packed now.
 
         Args:
             change: the entries that differ.

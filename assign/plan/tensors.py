@@ -153,7 +153,7 @@ SCRATCH_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _in_all_dtypes(scratch: tuple[int, ...]) -> tuple[int, ...]:
-    """Bytes by dtype; of a version that knew float32 and "16 bit", those of all dtypes."""
+    """Return scratch bytes for each dtype. Old files have two values: for float32 and for 16-bit dtypes."""
     if len(scratch) == 2:
         in_float32, in_16_bit = scratch
         return (in_float32, *[in_16_bit] * (len(SCRATCH_DTYPES) - 1)) if any(scratch) else ()
@@ -401,7 +401,7 @@ class TensorTable(Drawn):
 
 
 class _TableFile(BaseModel):
-    """A tensor table; what follows from its tensors stands there for other programs and is not read."""
+    """Schema of a tensor table. ``elements`` and ``groups`` are written for other programs and not read."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -418,7 +418,7 @@ _SCHEMA = TypeAdapter(_TableFile)
 
 
 def _problem(table: TensorTable) -> str:
-    """What cannot be in any table; '' where nothing is."""
+    """Return why a table is invalid; an empty string if it is valid."""
     again = twice(info.key for info in table.tensors)
     if again is not None:
         return f"the tensor {shown(again)!r} is in it twice"

@@ -67,7 +67,7 @@ class Timeline:
 
 
 class RunningPeak:
-    """Peak bytes of entries that a search asks for one after another, each a small change of those before.
+    """Peak bytes of successive candidates of a search, each a small change of the one before.
 
     It returns what :func:`assign.plan.memory.peak_bytes` returns, and replays only the events around what has changed
     since the last call. The first call, and one that changes what is stored between steps, replays the whole step.
@@ -106,7 +106,11 @@ class RunningPeak:
         self._jumps = changes_of(self._replay.segments, count)
 
     def _update(self, replay: Replay, change: Mapping[str, Entry]) -> bool:
-        """Replay what depends on ``change``; returns False, and changes nothing, where that is the whole step."""
+        """Replay only the events that depend on ``change``.
+
+        Returns:
+            False, with nothing changed, if the whole step depends on it.
+        """
         entries = _changed(self._entries, change, self._complete)
         followed = set(change) | {saved_key(key) for key in change}
         others = ((key, entry) for key, entry in self._complete(change).items() if key not in followed)
@@ -126,7 +130,7 @@ class RunningPeak:
 
 
 def _changed(base: Mapping[str, Entry], change: Mapping[str, Entry], complete: Complete) -> dict[str, Entry]:
-    """The completed entries ``base`` after a change."""
+    """Return a copy of ``base``, which is complete, with the entries of ``change`` and all that follows from them."""
     changed = dict(base)
     for key in change:
         changed.pop(saved_key(key), None)

@@ -1,7 +1,7 @@
-"""The one way to the terminal: text is shown as it is, whatever file or model it comes from.
+"""Print to the terminal: text from files and models is shown literally.
 
-Names of tensors, recipes and tasks come from files of strangers. A terminal would obey the escape sequences in them,
-and rich the markup. Here markup is off, and characters that a terminal does not show are written out: ``\\x1b``.
+Names of tensors, recipes and tasks may come from untrusted files. A terminal would execute escape sequences in them,
+and rich would interpret markup. Here markup is off, and control characters are printed as escapes, e.g. ``\\x1b``.
 """
 
 import unicodedata
@@ -14,13 +14,13 @@ from rich.status import Status
 from rich.text import Text
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-"""Unicode categories of what is not shown: controls, marks that turn the direction of text, half characters."""
+"""Unicode categories printed as escapes: control and format characters, surrogates, private use, line separators."""
 
 _ALLOWED = "\n\t"
 
 
 def visible(text: str) -> str:
-    """The text with every character written out that a terminal would obey or hide.
+    """Return the text with control and invisible characters replaced by their escapes.
 
     Examples:
         >>> visible("a\\x1b[31m\\u202eb")
@@ -35,7 +35,7 @@ def visible(text: str) -> str:
 
 
 class Terminal(Console):
-    """A console without markup, on which all text is :func:`visible`.
+    """A rich console without markup that passes all text through :func:`visible`.
 
     Args:
         options: as of ``rich.console.Console``.
@@ -45,14 +45,14 @@ class Terminal(Console):
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """The text as rich's own; every string in a table comes here."""
+        """Convert a string, such as a table cell, to a rich Text."""
         return super().render_str(visible(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """What is shown of anything; text that did not come as a string is made visible here."""
+        """Render anything; text inside rich objects passes through :func:`visible` here."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def status(self, status: RenderableType, **options: Any) -> Status:
-        """A line that turns while something is done; rich would read markup in a string."""
+        """Show a spinner with a message. The message is a Text, because rich interprets markup in a string."""
         return super().status(Text(visible(status)) if isinstance(status, str) else status, **options)

@@ -1,8 +1,8 @@
-"""The batch files of CIFAR's Python version: pickles of one known layout, read without unpickling anything.
+"""Read the batch files of CIFAR's Python version, which are pickles of one layout, without unpickling them.
 
-A pickle is a program for a small machine with a stack. Those of CIFAR build a dictionary of texts, lists of whole
-numbers and arrays of bytes. The machine here knows the instructions which that takes and no others, and makes plain
-values of them: it calls nothing, imports nothing, and gives NumPy nothing but bytes and a shape.
+A pickle is a program for a stack machine. The ones of CIFAR build a dictionary of strings, lists of integers and arrays
+of bytes. The machine here knows only the opcodes needed for that. It calls and imports nothing from the file, and
+passes only bytes and a shape to NumPy.
 """
 
 import pickletools
@@ -14,11 +14,11 @@ import numpy as np
 
 _DTYPES = {"u1": np.uint8, "i4": np.int32, "i8": np.int64}
 _DTYPE_STATE = (None, None, None, -1, -1, 0)
-"""What a plain dtype's state ends with: no fields, no size of its own, no flags."""
+"""End of the pickled state of a plain dtype: no fields, no item size, no flags."""
 
 
 class _Mark:
-    """What a ``MARK`` puts on the stack."""
+    """The object that the opcode ``MARK`` puts on the stack."""
 
 
 _MARK = _Mark()
@@ -26,7 +26,7 @@ _MARK = _Mark()
 
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """The name of something that a pickle would import."""
+    """A global name that unpickling would import."""
 
     name: str
 
@@ -38,16 +38,16 @@ class _DType:
 
 @dataclass(slots=True)
 class _Array:
-    """An array, empty until its state is known."""
+    """An array, without a value until its state is set."""
 
     value: np.ndarray[Any, Any] | None = None
 
 
 def read_pickle(content: bytes) -> dict[str, Any]:
-    """The dictionary of a batch file; its values are texts, lists, arrays.
+    """Return the dictionary of a batch file; its values are strings, bytes, lists and arrays.
 
     Raises:
-        ValueError: it is not of this layout; says what it holds instead.
+        ValueError: the file has another layout; says what it contains.
     """
     machine = _Machine()
     for instruction, argument, _ in pickletools.genops(content):
@@ -69,17 +69,17 @@ def _finished(value: Any) -> Any:
 
 
 class _Machine:
-    """A stack and a memory; :meth:`run` is one instruction."""
+    """A stack and a memo; :meth:`run` executes one opcode."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self._memory: dict[int, Any] = {}
 
     def run(self, name: str, argument: Any) -> None:
-        """Do one instruction of a pickle.
+        """Execute one opcode.
 
         Raises:
-            ValueError: it is not one of those that CIFAR's files have, or what it works on is missing.
+            ValueError: CIFAR's files do not use it, or its operands are missing.
         """
         if name in _VALUES:
             self.stack.append(argument)
@@ -109,7 +109,7 @@ class _Machine:
         return top
 
     def _marked(self) -> list[Any]:
-        """What was put on the stack since the last mark."""
+        """Pop and return the values above the last mark."""
         found = []
         while (value := self._pop()) is not _MARK:
             found.append(value)
@@ -153,7 +153,7 @@ class _Machine:
         self.stack.append(_Global(f"{module}.{name}"))
 
     def call(self) -> None:
-        """What a pickle would call: one of four functions, whose results are made here."""
+        """Replace a call by its result, for the four functions that CIFAR's files call."""
         arguments, function = self._pop(), self._pop()
         name = function.name if isinstance(function, _Global) else type(function).__name__
         made = _FUNCTIONS.get(name.replace("numpy._core", "numpy.core"))
@@ -162,7 +162,7 @@ class _Machine:
         self.stack.append(made(arguments if isinstance(arguments, tuple) else ()))
 
     def build(self) -> None:
-        """Give an array or a dtype its state."""
+        """Set the state of an array or a dtype."""
         state = self._pop()
         target = self._top()
         if isinstance(target, _Array):
@@ -172,7 +172,7 @@ class _Machine:
 
 
 def _is_plain(state: Any) -> bool:
-    """Whether this is the state of a dtype of one plain number."""
+    """Return whether this is the state of a plain integer dtype."""
     if not isinstance(state, tuple) or len(state) != 8:
         return False
     version, order, *rest = state
@@ -191,7 +191,7 @@ def _dtype(arguments: tuple[Any, ...]) -> _DType:
 
 
 def _array(state: Any) -> np.ndarray[Any, Any]:
-    """The array of a state: version, shape, dtype, whether its columns follow each other, bytes."""
+    """Build an array from its state: version, shape, dtype, whether it is in Fortran order, bytes."""
     if not isinstance(state, tuple) or len(state) != 5 or state[0] != 1:
         raise ValueError("it has an array of another layout")
     _, shape, dtype, by_columns, content = state

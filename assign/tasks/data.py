@@ -18,7 +18,7 @@ from assign.errors import TaskError
 from assign.tasks.cifar_pickle import read_pickle
 
 _MOST_BYTES = 2**28
-"""Of a file, or of an array in it, once unpacked; the images of CIFAR take 154 MB."""
+"""Largest size of a decompressed file or array that is read; the images of CIFAR take 154 MB."""
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -181,7 +181,7 @@ def _describe(layouts: list[tuple[str, ...]]) -> str:
 
 
 def _images(train: tuple[Array, Array], test: tuple[Array, Array], classes: int, root: Path) -> Images:
-    """All of a data set; ``root``: its directory, for errors.
+    """Check and convert the arrays of a data set; ``root`` is its directory, for errors.
 
     Raises:
         TaskError: an image has no label, or a label no image, or no such class exists.
@@ -213,23 +213,18 @@ def _load_archive(path: Path, axes: dict[str, int]) -> dict[str, Array]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {name: _read_array(archive, f"{name}.npy", count) for name, count in axes.items()}
-    except (
-        KeyError,
-        ValueError,
-        OSError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
+    except (*_UNREADABLE_ARCHIVE, KeyError, ValueError, OSError, EOFError) as error:
         raise TaskError(
             f"{path} cannot be read: {error}. It is to be a NumPy archive with {', '.join(axes)}; copy it again."
         ) from error
 
 
+_UNREADABLE_ARCHIVE = (zipfile.BadZipFile, zlib.error, RuntimeError)
+"""Errors of zipfile for damaged archives; RuntimeError for encrypted entries and unknown compression methods."""
+
+
 def _read_array(archive: zipfile.ZipFile, name: str, axes: int) -> Array:
-    """One array; what its header says is compared with what is there before any memory is taken for it."""
+    """Read one array. The size in its header is compared with the size of the entry, which is bounded."""
     size = archive.getinfo(name).file_size
     if size > _MOST_BYTES:
         raise ValueError(f"{name} has {size:,} bytes, more than the {_MOST_BYTES:,} of the largest data set")
@@ -254,14 +249,14 @@ _HEAD = re.compile(
     rb"\x93NUMPY\x01\x00\{'descr': '(?P<dtype>\|u1|<i4|<i8)', 'fortran_order': False, "
     rb"'shape': \((?P<shape>(?:[0-9]{1,9}, ?){0,4}(?:[0-9]{1,9})?)\), \} *\n"
 )
-"""What an array begins with, but for two bytes behind the version, which say how long the text is.
+"""Header of an array file, without the two bytes after the version that give its length.
 
-NumPy's own reader takes this text for Python. Source: numpy.lib.format, version 1.0.
+NumPy's own reader evaluates this header as a Python literal. Source: numpy.lib.format, version 1.0.
 """
 
 
 def _content(path: Path) -> bytes:
-    """All bytes of a file, unpacked if its name ends in ``.gz``.
+    """Read a whole file, decompressed if its name ends in ``.gz``.
 
     Raises:
         ValueError: there are more than any data set has.

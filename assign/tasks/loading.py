@@ -60,10 +60,10 @@ def load_task(spec: str, options: TaskOptions | None = None) -> Task:
 
 
 def _checked(path: Path) -> Path:
-    """The path, if the system can look for it.
+    """Return the path after checking that the system accepts it.
 
     Raises:
-        TaskError: its name is too long, holds a NUL, or is a link that leads to itself.
+        TaskError: the name is too long, contains a NUL, or is a loop of links.
     """
     try:
         path.stat()

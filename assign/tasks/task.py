@@ -133,14 +133,14 @@ class TaskOptions:
 
 
 SEEDS = 2**32
-"""Seeds below this number, and above its negative, are taken: every generator takes what is made of them."""
+"""A seed s must satisfy -SEEDS < s < SEEDS, so that all random-number generators accept it."""
 
 
 def check_seed(seed: int, *, where: str = "task") -> int:
-    """The seed, if random-number generators take it.
+    """Return the seed after checking that random-number generators accept it.
 
     Raises:
-        TaskError: it is too large.
+        TaskError: it is out of range.
     """
     if not -SEEDS < seed < SEEDS:
         raise TaskError(

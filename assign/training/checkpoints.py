@@ -26,7 +26,7 @@ UNREADABLE = (
     OSError,
     zipfile.BadZipFile,
 )
-"""What torch raises of a file that is damaged, or of another model."""
+"""Errors that ``torch.load`` and ``load_state_dict`` raise for a damaged file or another model."""
 
 
 def check(path: Path) -> None:
@@ -86,9 +86,9 @@ def load(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[
 
 
 def read(path: Path, device: torch.device) -> dict[str, Any]:
-    """What ``torch.save`` wrote to ``path``: tensors and plain values; what is damaged is refused.
+    """Read what ``torch.save`` wrote to ``path``, tensors and plain values, and verify its checksums.
 
-    torch itself does not look at the checksums that it writes: a bit that flipped in a weight would stay unseen.
+    ``torch.load`` does not verify the checksums that ``torch.save`` writes.
 
     Raises:
         One of ``UNREADABLE``.
@@ -107,12 +107,12 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def check_like(own: Mapping[str, Any], found: Any) -> None:
-    """Make sure that the state of a part has the names and the kinds of values that the part has itself.
+    """Check that a loaded state has the same names and types of values as the current state of the object.
 
-    Parts that only store what they are given, as torch's schedulers do, would fail on it some steps later.
+    torch's schedulers store any state that they are given, so a wrong one would raise only some steps later.
 
     Raises:
-        ValueError: it has not.
+        ValueError: they differ.
     """
     if not isinstance(found, Mapping) or found.keys() != own.keys():
         raise ValueError(f"it has not the entries {', '.join(map(str, own))}")

@@ -1,4 +1,4 @@
-"""The database of a study: opened by many processes at once, and its errors as ours."""
+"""Open the database of a study, possibly from several processes at once, and translate its errors to StudyError."""
 
 import contextlib
 import os
@@ -14,25 +14,26 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
 from assign.errors import StudyError
+from assign.passwords import mask_argument, mask_text
 
 _WAIT = 60.0
 """Seconds that a process waits for another one that writes."""
 
 _BUSY = re.compile(r"already exists|duplicate|unique|locked|concurrent", re.IGNORECASE)
-"""What databases say when two processes create the same tables at the same moment."""
+"""Parts of the errors that databases raise when two processes create the same tables at the same time."""
 
 
 class Database(RDBStorage):
-    """Optuna's storage; a sign of life that cannot be written is left out, and the next one is tried."""
+    """Optuna's storage, except that a heartbeat that cannot be written is skipped instead of raising."""
 
     def record_heartbeat(self, trial_id: int) -> None:
-        """Note that a trial is running."""
+        """Record the heartbeat of a running trial."""
         with contextlib.suppress(StorageInternalError):
             super().record_heartbeat(trial_id)
 
 
 def check_storage(storage: str | Path) -> str:
-    """The storage as text: the URL of a database, or the path of a file.
+    """Return the storage as a string: the URL of a database, or the path of a file.
 
     Raises:
         StudyError: the file's directory is not there.
@@ -44,11 +45,11 @@ def check_storage(storage: str | Path) -> str:
 
 
 def open_database(storage: str, heartbeat: int) -> Database:
-    """The database, with its tables.
+    """Open the database and create missing tables.
 
     Args:
         storage: what :func:`check_storage` returned.
-        heartbeat: seconds between two signs of life of a running trial.
+        heartbeat: seconds between two heartbeats of a running trial.
     Raises:
         StudyError: it cannot be reached or used, or its driver is not installed.
     """
@@ -59,7 +60,7 @@ def open_database(storage: str, heartbeat: int) -> Database:
                 return _open(storage, heartbeat)
         except ImportError as error:
             raise StudyError(
-                f"tune: the driver of the storage {without_password(storage)} is not installed: {error}\n"
+                f"tune: the driver of the storage {mask_argument(storage)} is not installed: {error}\n"
                 "  For postgresql: pip install 'precision-assign[postgresql]'. Or give a file, which needs no driver."
             ) from error
         except Exception as error:  # whatever the driver raises
@@ -67,7 +68,7 @@ def open_database(storage: str, heartbeat: int) -> Database:
                 time.sleep(0.1)
                 continue
             raise StudyError(
-                f"tune: the storage {without_password(storage)} cannot be used: {_why(error)}\n"
+                f"tune: the storage {mask_argument(storage)} cannot be used: {_why(error)}\n"
                 "  Give a file, or the URL of a database that can be reached: postgresql://user:password@host/name."
             ) from error
 
@@ -93,7 +94,7 @@ def _open(storage: str, heartbeat: int) -> Database:
 
 
 def _lock_before_reading(database: Database) -> None:
-    """Let each transaction have SQLite's lock from its beginning.
+    """Make each transaction take SQLite's write lock when it begins.
 
     SQLite ignores ``SELECT … FOR UPDATE``, by which Optuna claims a trial: two processes could read that a trial is
     waiting, and both would train it.
@@ -110,9 +111,9 @@ def _lock_before_reading(database: Database) -> None:
 
 @contextlib.contextmanager
 def exclusive(storage: str) -> Iterator[None]:
-    """Within the context, no other process of this machine is in it for a file of the same directory.
+    """Hold a lock that only one process of this machine has at a time for files of the same directory.
 
-    A database behind a URL has locks of its own; so has a system without ``fcntl``, where this does nothing.
+    A database with a URL has locks of its own, so nothing is locked for it; nor on systems without ``fcntl``.
     """
     try:
         import fcntl
@@ -133,10 +134,10 @@ def exclusive(storage: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(storage: str) -> Iterator[None]:
-    """Turn what a database or Optuna raises, because it cannot be read or written, into an error that says so.
+    """Convert errors of a database that cannot be read or written, and Optuna's own errors about it, to StudyError.
 
     Raises:
-        StudyError: as described.
+        StudyError: the database cannot be read or written.
     """
     try:
         yield
@@ -144,20 +145,11 @@ def explained(storage: str) -> Iterator[None]:
         if not _is_of_storage(error):
             raise
         raise StudyError(
-            f"tune: the storage {without_password(storage)} cannot be read or written any more: {_why(error)}\n"
+            f"tune: the storage {mask_argument(storage)} cannot be read or written any more: {_why(error)}\n"
             "  Allowed: a database that can be written to, on a disk with free space.\n"
             "  Free some space, or make the database available. Then run the same command again to resume; the trials "
             "that are done are kept."
         ) from error
-
-
-def without_password(url: str) -> str:
-    """The URL of a database without its password, for a message; a path as it is."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return url
-    login, at, place = rest.rpartition("@")
-    return f"{scheme}://{login.partition(':')[0]}{at}{place}"
 
 
 def _is_url(storage: str) -> bool:
@@ -174,7 +166,7 @@ def _is_of_storage(error: BaseException) -> bool:
 
 
 def _why(error: BaseException) -> str:
-    """The first line of what the database itself said."""
+    """Return the first line of the database's own error message."""
     chain: list[BaseException] = []
     each: BaseException | None = error
     while each is not None and each not in chain:
@@ -183,4 +175,4 @@ def _why(error: BaseException) -> str:
     said = next((e for e in reversed(chain) if isinstance(e, sqlite3.Error)), None) or next(
         (e for e in reversed(chain) if type(e).__module__.startswith(("sqlalchemy", "psycopg"))), error
     )
-    return (str(said).splitlines() or [type(said).__name__])[0]
+    return mask_text((str(said).splitlines() or [type(said).__name__])[0])

@@ -217,9 +217,11 @@ class _Run:
         self.warm_up = WARM_UP  # counts down, in every process anew
         self.last_step = math.inf
         self.resumed: Mapping[str, Tensor | None] | None = None
-        self.harmless: set[int] = set()  # places in a batch of tensors whose infinities do no harm, such as masks
-        self.unmeasured: Batch | None = None  # the last batch, while no step was measured
-        self.hidden = ""  # why it diverged, where the plan's formats would hide that
+        self.harmless: set[int] = (
+            set()
+        )  # positions in a batch of tensors whose infinities leave the loss finite, such as masks
+        self.unmeasured: Batch | None = None  # the last batch, until the peak of a step has been measured
+        self.hidden = ""  # why training diverged, if the plan's formats would hide it by saturation
 
     def train(self, checkpoint: Path | None, every: int | None, max_steps: int | None) -> str:
         """Train to the end; returns where it diverged, '' if it did not."""
@@ -287,14 +289,14 @@ class _Run:
             raise TaskError("Task: train has no batch. Give at least one; a batch size above the data's gives none.")
 
     def _hides_infinities(self, loaded: Batch, batch: Batch) -> bool:
-        """Whether the batch holds infinities of which plain PyTorch makes a loss that is not finite.
+        """Return whether the batch holds infinities that make the loss of the model without a plan non-finite.
 
-        Formats of a plan may round them to their largest value, so that training would go on with numbers that mean
-        nothing. An attention mask holds infinities too, and its loss is finite. The model computes plainly only where
-        a tensor of the batch holds infinities for the first time.
+        A plan's formats may saturate them, so that training would continue with meaningless values. An attention mask
+        holds infinities too, but its loss is finite. The loss without a plan is computed only the first time that a
+        tensor of the batch holds infinities.
 
         Args:
-            loaded: the batch as it was read, where nothing waits for the device.
+            loaded: the batch before it is moved to the device.
         """
         if self.plan is None:
             return False
@@ -351,7 +353,7 @@ class _Run:
         return steps[0]
 
     def _measure_afterwards(self, batch: Batch) -> None:
-        """Measure a step more, and undo it: the training was too short to have a steady one."""
+        """Measure the peak memory of one extra step, then restore the state: no step of the training was measured."""
         before = copy.deepcopy({name: part.state_dict() for name, part in self._parts().items()})
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
@@ -518,13 +520,13 @@ class _Run:
 
 
 def _has_infinities(x: Tensor) -> bool:
-    found = x.is_floating_point() and x.isinf().any().cpu()
-    return bool(found.numpy()) if isinstance(found, Tensor) else found
+    """Return whether ``x`` holds ±inf. For a tensor in host memory this does not wait for the device."""
+    return x.is_floating_point() and bool(x.isinf().any().cpu().numpy())
 
 
 @contextlib.contextmanager
 def _fits(path: Path, name: str) -> Iterator[None]:
-    """Say of a checkpoint's part that it does not fit, whatever a user's model or optimizer raises of it."""
+    """Convert whatever a model or an optimizer raises when it loads its state to a TaskError."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Damage to files, drawn from a seed: bits, pieces, and for JSON values of every wrong kind in every place."""
+"""Random damage to files, reproducible from a seed: changed bytes, and for JSON, values of wrong types."""
 
 import copy
 import json
@@ -73,12 +73,12 @@ BYTES: tuple[Change, ...] = (_flip, _cut, _drop, _repeat, _insert)
 
 
 def damage_bytes(content: bytes, draw: random.Random) -> bytes:
-    """The content with one kind of damage that knows nothing of what it means."""
+    """Return the content with one random change to its bytes."""
     return draw.choice(BYTES)(content, draw) if content else draw.randbytes(8)
 
 
 def damage_json(content: bytes, draw: random.Random) -> bytes:
-    """The content with one to three values changed, removed, added or put elsewhere."""
+    """Return JSON content with one to three values changed, removed, added or moved."""
     data = json.loads(content)
     raw: dict[str, str] = {}
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
@@ -90,7 +90,7 @@ def damage_json(content: bytes, draw: random.Random) -> bytes:
 
 
 def change_value(data: Any, draw: random.Random, raw: dict[str, str]) -> Any:
-    """Plain data with one place changed; what JSON's writer does not know goes to ``raw``, behind a name."""
+    """Return data with one value changed. Text that ``json.dumps`` cannot write is put into ``raw`` under a name."""
     places = [*_places(data)]
     if not places:
         return draw.choice(VALUES)
@@ -117,7 +117,7 @@ def change_value(data: Any, draw: random.Random, raw: dict[str, str]) -> Any:
 
 
 def _places(data: Any) -> list[tuple[Any, Any]]:
-    """Each value in data as what holds it and its key there; few of those in long lists, whose members are alike."""
+    """Return a (container, key or index) pair for each value in nested lists and dicts; at most about 5,000."""
     found, waiting = [], [data]
     while waiting and len(found) < 5000:
         holder = waiting.pop()

@@ -40,32 +40,28 @@ Read = Callable[[Path], int]
 """Directory → how much of the work is done; raises where what is there cannot be read."""
 
 
-def _steps(place: Path) -> int:
-    file = place / "train.pt"
-    return int(torch.load(file, weights_only=True)["history"]["steps"]) if file.exists() else 0
+def _counted(name: str, count: Callable[[Path], int]) -> Read:
+    """Count the work in a file of a directory: 0 while there is no such file."""
+    return lambda place: count(place / name) if (place / name).exists() else 0
 
 
-def _runs(place: Path) -> int:
-    file = place / "compare.json"
-    return len(json.loads(file.read_text())["runs"]) if file.exists() else 0
+def _steps(file: Path) -> int:
+    return int(torch.load(file, weights_only=True)["history"]["steps"])
 
 
-def _batches(place: Path) -> int:
-    file = place / "noise.json"
-    if not file.exists():
-        return 0
+def _runs(file: Path) -> int:
+    return len(json.loads(file.read_text())["runs"])
+
+
+def _batches(file: Path) -> int:
     return sum(len(samples) for row in json.loads(file.read_text())["cells"].values() for samples in row.values())
 
 
-def _plan(place: Path) -> int:
-    file = place / "plan.json"
-    return len(json.loads(file.read_text())["tensors"]) if file.exists() else 0
+def _tensors(file: Path) -> int:
+    return len(json.loads(file.read_text())["tensors"])
 
 
-def _trials(place: Path) -> int:
-    file = place / "tuned.study.db"
-    if not file.exists():
-        return 0
+def _trials(file: Path) -> int:
     with sqlite3.connect(file, timeout=30) as database:
         try:
             return int(
@@ -110,30 +106,32 @@ def _measured(place: Path) -> Any:
 COMMANDS = {
     "train": Command(
         ("train", "digits", "--epochs", "4", "--checkpoint", "train.pt", "--json", "train.json"),
-        _steps,
+        _counted("train.pt", _steps),
         20,
         lambda place: ("--resume",) if (place / "train.pt").exists() else (),
         _trained,
     ),
     "compare": Command(
         ("compare", "digits", "--plan", "low.json", "--seeds", "2", "--epochs", "1", "--json", "compare.json"),
-        _runs,
+        _counted("compare.json", _runs),
         20,
         result=_compared,
     ),
     "noise": Command(
         ("noise", "digits", "-o", "noise.json", "--batches", "3", "--until", "0", "--warm-up", "2"),
-        _batches,
+        _counted("noise.json", _batches),
         20,
         result=_measured,
     ),
-    "run": Command(("run", "digits", "--low-ratio", "0.5", "--epochs", "1", "-o", "plan.json"), _plan, 20),
+    "run": Command(
+        ("run", "digits", "--low-ratio", "0.5", "--epochs", "1", "-o", "plan.json"), _counted("plan.json", _tensors), 20
+    ),
     "search": Command(
         (
             *("search", "digits", "--strategy", "optuna", "--workers", "2", "--trials", "6", "--epochs", "1"),
             *("--budget", "90%", "-o", "tuned.json"),
         ),
-        _trials,
+        _counted("tuned.study.db", _trials),
         35,
     ),
 }

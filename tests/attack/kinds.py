@@ -116,54 +116,26 @@ class Subjects:
 
     def kinds(self) -> Iterator[Kind]:
         """All of them."""
-        text = lambda name: json.dumps(json.loads(name)).encode()  # noqa: E731 - short, and used on the next line alone
-        yield Kind(
-            name="plan",
-            suffix=".json",
-            whole=tuple(text(plan.to_json()) for plan in self._plans()),
-            damage=_mixed(damage_json),
-            load=Assignment.load,
-            use=self._use_plan,
-            share=30,
+
+        def of_json(name: str, *whole: Any, share: int, load: Callable[[Path], Any], use: Callable[..., None]) -> Kind:
+            """A kind of JSON files; ``whole``: the data of valid ones."""
+            texts = tuple(json.dumps(data).encode() for data in whole)
+            damage = _mixed(damage_json)
+            return Kind(name=name, suffix=".json", whole=texts, damage=damage, load=load, use=use, share=share)
+
+        plans = (json.loads(plan.to_json()) for plan in self._plans())
+        yield of_json("plan", *plans, share=30, load=Assignment.load, use=self._use_plan)
+        noise = json.loads(self._noise().to_json())
+        yield of_json("noise", noise, share=16, load=NoiseTable.load, use=self._use_noise)
+        yield of_json("table", self.table.to_json(), share=16, load=TensorTable.load, use=self._use_table)
+        result = train(self.task, self.plan, table=self.table).to_json()
+        both = {"baseline": train(self.task).to_json(), "plan": result, "search": {}}
+        fingerprint = self.table.fingerprint
+        yield of_json(
+            "run", result, both, share=10, load=lambda path: load_runs([path], fingerprint), use=self._use_run
         )
-        yield Kind(
-            name="noise",
-            suffix=".json",
-            whole=(text(self._noise().to_json()),),
-            damage=_mixed(damage_json),
-            load=NoiseTable.load,
-            use=self._use_noise,
-            share=16,
-        )
-        yield Kind(
-            name="table",
-            suffix=".json",
-            whole=(json.dumps(self.table.to_json()).encode(),),
-            damage=_mixed(damage_json),
-            load=TensorTable.load,
-            use=self._use_table,
-            share=16,
-        )
-        result = train(self.task, self.plan, table=self.table)
-        both = {"baseline": train(self.task).to_json(), "plan": result.to_json(), "search": {}}
-        yield Kind(
-            name="run",
-            suffix=".json",
-            whole=(json.dumps(result.to_json()).encode(), json.dumps(both).encode()),
-            damage=_mixed(damage_json),
-            load=lambda path: load_runs([path], self.table.fingerprint),
-            use=self._use_run,
-            share=10,
-        )
-        yield Kind(
-            name="comparison",
-            suffix=".json",
-            whole=(json.dumps(self._comparison(result.to_json()).to_json()).encode(),),
-            damage=_mixed(damage_json),
-            load=Comparison.load,
-            use=self._use_comparison,
-            share=10,
-        )
+        comparison = self._comparison(result).to_json()
+        yield of_json("comparison", comparison, share=10, load=Comparison.load, use=self._use_comparison)
         train(self.task, self.plan, checkpoint=self.folder / "run.pt", epochs=1)
         yield Kind(
             name="checkpoint",

@@ -1,4 +1,4 @@
-"""Files that mean nothing, made by hand: each is one change to a whole file, and each must be refused when read."""
+"""Handmade invalid files: each is a valid file with one invalid value, and the reader must refuse it."""
 
 import json
 from collections.abc import Iterator
@@ -108,11 +108,11 @@ COMPARISON: list[tuple[Place, Any]] = [
 ALL = {"plan": PLAN, "noise": NOISE, "table": TABLE, "run": RUN, "comparison": COMPARISON}
 
 NUMBERS = ("NaN", "Infinity", "-Infinity", "1e999", "1e308", "9" * 5000, str(2**70), "[" * 5000, '{"a": 1, "a": 2}')
-"""What stands in the place of a number in a whole file, in JSON or nearly so."""
+"""Texts that replace a number in a valid file; some are not JSON."""
 
 
 def nonsense(name: str, whole: bytes) -> Iterator[tuple[str, bytes]]:
-    """What was changed, and the file, for each change to a whole file of a kind."""
+    """Yield (description, content) of each invalid file of a kind, made from a valid one."""
     for place, value in ALL[name]:
         data = json.loads(whole)
         holder = data

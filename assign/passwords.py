@@ -1,4 +1,4 @@
-"""Passwords in what a user typed: masked before a command is stored in a file or shown."""
+"""Mask passwords in URLs before a command or a message is stored or shown."""
 
 import re
 
@@ -10,7 +10,7 @@ _IN_QUERY = re.compile(r"([?&][^=&#\s]*(?:passw|pwd|secret|token)[^=&#\s]*=)[^&#
 
 
 def mask_argument(argument: str) -> str:
-    """One argument of a command without the passwords of a URL in it.
+    """Return one argument of a command with the passwords of its URL masked.
 
     Examples:
         >>> mask_argument("--storage=postgresql://me:pass@word@host/db?sslpassword=x&a=b")
@@ -20,5 +20,5 @@ def mask_argument(argument: str) -> str:
 
 
 def mask_text(text: str) -> str:
-    """A message without the passwords of the URLs in it."""
+    """Return a message with the passwords of all its URLs masked."""
     return _IN_QUERY.sub(rf"\1{MASK}", _BEFORE_HOST_IN_TEXT.sub(rf"\1:{MASK}@", text))
