@@ -45,8 +45,8 @@ from benchmarks.zoo.try_model import send_row
 
 _CONTEXT = multiprocessing.get_context("forkserver")  # its processes need not import the libraries again
 _CONTEXT.set_forkserver_preload(["benchmarks.zoo.preloaded"])
-SECONDS = 600
-"""After which a model counts as not ended."""
+SECONDS = {"eager": 600, "inductor": 1800}
+"""Backend → seconds after which a model counts as not ended."""
 DRAWN = 20
 """Models that are tried compiled."""
 
@@ -94,10 +94,10 @@ def run(name: Name, backend: str) -> dict[str, Any]:
     process.start()
     sender.close()
     try:
-        if receiver.poll(SECONDS):
+        if receiver.poll(SECONDS[backend]):
             found: dict[str, Any] = receiver.recv()
             return found
-        return name._asdict() | {"result": "not ended", "reason": f"more than {SECONDS} s"}
+        return name._asdict() | {"result": "not ended", "reason": f"more than {SECONDS[backend]} s"}
     except EOFError:
         process.join()
         return name._asdict() | {"result": "crashed", "reason": f"exit code {process.exitcode}"}
