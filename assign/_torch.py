@@ -8,7 +8,6 @@ import functools
 import logging
 import operator
 import os
-import threading
 import types
 import weakref
 from collections import OrderedDict
@@ -49,10 +48,18 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.fx.graph import _BoxedCodeGen
 from torch.nn.utils import stateless
+from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as torch_checkpoint
-from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 
-__all__ = ["FakeTensor", "FakeTensorMode", "PendingUnbackedSymbolNotFound"]
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "PendingUnbackedSymbolNotFound",
+    "TorchDispatchMode",
+    "is_traceable_wrapper_subclass",
+    "pytree",
+]
 
 Graphs = tuple[fx.GraphModule, fx.GraphModule]
 GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -591,23 +598,22 @@ def _ignore_requires_grad(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
     return _REQUIRES_GRAD(self, tx, *args, **kwargs) if self.source else self
 
 
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """Return a number that only this storage has while it lives, also on the meta device, where no address tells."""
+    number: int = storage._cdata
+    return number
+
+
 def multiply_in_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b`` of float32 matrices, or batches of such, whose elements bf16 holds, summed in float32."""
-    if a.device.type == "cuda":
-        multiply = torch.mm if a.dim() == 2 else torch.bmm
-        return multiply(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    onednn: Any = torch.backends.mkldnn
-    with _PRECISION:
-        before, onednn.matmul.fp32_precision = onednn.matmul.fp32_precision, "bf16"
-        try:
-            return torch.matmul(a, b)
-        finally:
-            onednn.matmul.fp32_precision = before
+    """Return ``a @ b`` of float32 matrices, or batches of such, whose elements bf16 holds, summed in float32.
 
-
-_PRECISION = threading.Lock()
-"""Held while the precision of oneDNN's products is changed. The precision is a setting of the whole process; without
-the lock, two threads could leave it changed. Float32 products of other threads may still run in bf16 meanwhile."""
+    On a CPU the product is in float32: torch multiplies there in bf16 with a float32 result only under a setting of the
+    whole process, which would change other threads' products.
+    """
+    if a.device.type != "cuda":
+        return torch.matmul(a, b)
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
+    return multiply(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
 
 
 def multiplies_fp8(device: torch.device) -> bool:
@@ -1009,7 +1015,7 @@ def without_functions() -> contextlib.AbstractContextManager[Any]:
 def memory_of(x: torch.Tensor) -> int:
     """A number for the memory behind a tensor; the same for all views of it."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return id(x) if wrapped or not is_strided(x) else x.untyped_storage()._cdata
+    return id(x) if wrapped or not is_strided(x) else storage_id(x.untyped_storage())
 
 
 def is_strided(x: torch.Tensor) -> bool:

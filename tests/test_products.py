@@ -1,7 +1,5 @@
 """Products of narrow matrices: that the plan takes effect in them, forward and backward, and that they are right."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from helpers import all_high, all_low, everything, steps, traced
@@ -134,15 +132,6 @@ def test_scaled_product(names, shapes, bias, monkeypatch):
 # ---- bf16
 
 
-@pytest.fixture
-def setting():
-    """oneDNN's setting of what float32 products may multiply in, at ``ieee``."""
-    found = torch.backends.mkldnn.matmul
-    before, found.fp32_precision = found.fp32_precision, "ieee"
-    yield found
-    found.fp32_precision = before
-
-
 def test_products_of_emulated_formats_that_bf16_holds_are_multiplied_in_bf16(counted, monkeypatch):
     trained(lambda table: all_low(table, "hfp8"), True, monkeypatch)
     products = [(target, back) for target, back in counted if "attention" not in target]
@@ -162,14 +151,11 @@ def test_formats_that_bf16_does_not_hold_stay_in_float32(counted, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(33, 65), (4, 33, 65)])
-def test_the_bf16_product_is_exact_up_to_the_order_of_sums_and_leaves_no_setting_behind(shape, setting, monkeypatch):
+def test_the_bf16_product_is_exact_up_to_the_order_of_sums(shape):
     torch.manual_seed(0)
-    multiply, during = torch.matmul, []
-    monkeypatch.setattr(torch, "matmul", lambda a, b: during.append(setting.fp32_precision) or multiply(a, b))
     a = quantize(torch.randn(shape), "fp(4,3,4)")
     b = quantize(torch.randn(*shape[:-2], 65, 17), "fp(5,2,0)")
     result = ops.product(a, b, "fp(4,3,4)", "fp(5,2,0)")
-    assert (during, setting.fp32_precision) == (["bf16"], "ieee")
     assert result.dtype == torch.float32
     expected = a.double() @ b.double()
     assert float((result - expected).abs().max()) < 1e-5 * float(expected.abs().max())
@@ -177,14 +163,19 @@ def test_the_bf16_product_is_exact_up_to_the_order_of_sums_and_leaves_no_setting
     assert torch.equal(ops.product(wide, b, "fp(6,9,0)", "fp(5,2,0)"), wide @ b)
 
 
-def test_threads_leave_the_setting_as_it_was():
-    a, b = torch.randn(64, 64).bfloat16().float(), torch.randn(64, 64).bfloat16().float()
-    expected = _torch.multiply_in_bf16(a, b)
-    setting = torch.backends.mkldnn.matmul.fp32_precision
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: _torch.multiply_in_bf16(a, b), range(400)))
-    assert torch.backends.mkldnn.matmul.fp32_precision == setting
-    assert all(torch.equal(each, expected) for each in found)
+def test_products_change_no_setting_of_the_process():
+    """Under such a setting another thread's float32 products would be multiplied in bf16."""
+    settings = lambda: (torch.backends.mkldnn.matmul.fp32_precision, torch.get_float32_matmul_precision())  # noqa: E731
+    before, during = settings(), []
+
+    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            during.append(settings())
+            return func(*args, **(kwargs or {}))
+
+    with Watched():
+        ops.product(torch.ones(8, 8), torch.ones(8, 8), "fp(4,3,4)", "fp(5,2,0)")
+    assert {*during, settings()} == {before}
 
 
 def test_what_is_promoted_is_multiplied_in_float32_from_then_on(monkeypatch):

@@ -194,7 +194,11 @@ def test_an_interrupted_trial_is_proposed_again(tmp_path, monkeypatch):
         ({"trials": 0}, StudyError, "0 trials"),
         ({"sampler": "nsga"}, StudyError, "did you mean 'nsga2'"),
         ({"storage": "nowhere/s.db"}, StudyError, "no directory"),
-        ({"storage": "postgresql://me:secret@127.0.0.1:1/none"}, StudyError, r"postgresql://me:\*\*\*@127.0.0.1:1/none"),
+        (
+            {"storage": "postgresql://me:secret@127.0.0.1:1/none"},
+            StudyError,
+            r"postgresql://me:\*\*\*@127.0.0.1:1/none",
+        ),
         ({"settings": Settings(metric="f1")}, StudyError, "accuracy, loss"),
         ({"settings": Settings(budget=1000)}, BudgetError, "everything low"),
     ],

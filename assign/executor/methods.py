@@ -8,7 +8,8 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from assign import _torch
 
 _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning")
 """Packages whose modules have methods for the training loop and not for the model's computation."""
@@ -39,7 +40,7 @@ def planned_method(
     """
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+        if any(isinstance(leaf, Tensor) for leaf in _torch.pytree.tree_leaves((args, kwargs))):
             return compiled()(self, *args, **kwargs)
         return getattr(plain(self), name)(*args, **kwargs)
 

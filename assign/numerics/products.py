@@ -3,8 +3,8 @@
 Operands that a narrow dtype holds exactly are multiplied in that dtype, with sums in float32, and the result comes out
 in the dtype that was asked for: rounded once, as by float32 arithmetic, but for the order of the sum.
 
-* *bf16*: float32 matrices whose elements bf16 holds. On CUDA a bf16 product with a float32 result; on a CPU oneDNN's
-  float32 product, told that it may multiply in bf16.
+* *bf16*: float32 matrices whose elements bf16 holds. On CUDA a bf16 product with a float32 result; on a CPU a float32
+  product.
 * *fp8*: the codes of two 8-bit matrices and their scales, through torch's scaled product of float8 matrices.
 """
 

@@ -5,16 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from assign import _torch
 from assign.tracing.joint import tensors_in
 
 Scratch = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
 """``(operator, arguments, keyword arguments, result)`` → bytes that its kernel has for itself while it runs."""
 
 
-class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
+class Allocations(_torch.TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
     """While the mode is on, what operators make is counted; what is dropped later is taken off.
 
     Attributes:
@@ -32,12 +31,13 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        addresses = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = [leaf for leaf in _torch.pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        addresses = {_torch.storage_id(tensor.untyped_storage()) for tensor in given}
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
-            if storage._cdata not in addresses and storage.device.type == "meta":
-                addresses.add(storage._cdata)
+            if _torch.storage_id(storage) not in addresses and storage.device.type == "meta":
+                addresses.add(_torch.storage_id(storage))
                 size = int(storage.nbytes())
                 self.now += size
                 weakref.finalize(storage, self._free, size)

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from assign import _torch
 from assign.errors import AssignError, TraceError
+from assign.tracing.heap import Heap
 from assign.tracing.loaded import stored_otherwise
 from assign.tracing.pieces import Piece
 from assign.tracing.recording import Recorder
@@ -116,13 +117,15 @@ class CompiledStep:
         self._model = step.model
         self._compiled = _torch.compile_step(step, receive)
         self._in_pieces = False
+        self._heap = Heap()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Result of the step.
+        """Return the result of the step.
 
         Raises:
             TraceError: the step cannot be captured; says the user's line.
         """
+        self._heap.next_step((args, kwargs))
         try:
             with _hidden_gradients(self._model):
                 if not self._in_pieces:

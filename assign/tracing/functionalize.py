@@ -58,7 +58,7 @@ class Aliases:
         """Note the value of a node; a tensor of known storage belongs to that storage's first node."""
         self.values[node] = value
         if isinstance(value, Tensor):
-            address = value.untyped_storage()._cdata
+            address = _torch.storage_id(value.untyped_storage())
             self._keep.append(value.untyped_storage())
             self.root[node] = self._first.setdefault(address, node)
         else:

@@ -121,9 +121,9 @@ def _carries_mask(node: fx.Node, masked: set[fx.Node]) -> bool:
 
 def _family(node: fx.Node, walked: Walk) -> set[fx.Node]:
     """Nodes that share the storage of ``node``."""
-    address = walked.values[node].untyped_storage()._cdata
+    address = _torch.storage_id(walked.values[node].untyped_storage())
     tensors = ((n, value) for n, value in walked.values.items() if isinstance(value, Tensor))
-    return {n for n, value in tensors if value.untyped_storage()._cdata == address}
+    return {n for n, value in tensors if _torch.storage_id(value.untyped_storage()) == address}
 
 
 def _is_mask(value: Any) -> bool:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from assign import _torch
 from assign.errors import TraceError
 from assign.plan.tensors import Role, TensorInfo, state_key
 from assign.tracing.allocations import Allocations
@@ -142,7 +142,7 @@ def _read(
 
 def _parts(state: Tensor) -> Iterator[Tensor]:
     """The tensors that hold a state: itself, or those within a library's own kind of tensor."""
-    if not is_traceable_wrapper_subclass(state):
+    if not _torch.is_traceable_wrapper_subclass(state):
         yield state
         return
     for name in state.__tensor_flatten__()[0]:

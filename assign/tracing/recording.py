@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from assign import _torch
 from assign.errors import TraceError
@@ -137,9 +136,9 @@ class _Recording(TorchFunctionMode):
         functions = _torch.recorded_functions(self._apply_function, self._checkpointed, self._before_seeding)
         with self.code.followed(), _torch.as_if_compiling(), functions, self:
             returned = self.recorder.step.forward(*self.args, **self.kwargs)
-        self.close("", [x for x in pytree.tree_leaves(returned) if isinstance(x, Deferred)])
+        self.close("", [x for x in _torch.pytree.tree_leaves(returned) if isinstance(x, Deferred)])
         self.recorder.pieces = self.pieces
-        return pytree.tree_map(lambda x: x.computed_value if isinstance(x, Deferred) else x, returned)
+        return _torch.pytree.tree_map(lambda x: x.computed_value if isinstance(x, Deferred) else x, returned)
 
     # ---- what happens at each torch function
 
@@ -491,7 +490,7 @@ class _Recording(TorchFunctionMode):
         if _torch.is_plain() or not any(map(self._is_recorded, tensors_in((args, kwargs)))):
             return None
         applied = self.recorder.applied.setdefault(function, _torch.AppliedFunction(function))
-        hidden = any(isinstance(each, nn.Module) for each in pytree.tree_leaves((args, kwargs)))
+        hidden = any(isinstance(each, nn.Module) for each in _torch.pytree.tree_leaves((args, kwargs)))
         with _torch.without_functions():  # of a module, AOTAutograd would not see the parameters
             if hidden:
                 return self._run_outside(applied, args, kwargs, "reads a module")
@@ -534,7 +533,7 @@ class _Recording(TorchFunctionMode):
 
     def _leads_to_parameters(self, values: Any) -> bool:
         """Whether arguments depend on a parameter that is trained, or are modules with one."""
-        leaves = pytree.tree_leaves(values)
+        leaves = _torch.pytree.tree_leaves(values)
         modules = [each for each in leaves if isinstance(each, nn.Module)]
         trained = any(p.requires_grad for module in modules for p in module.parameters())
         return trained or any(self._is_parametric(x) for x in leaves if isinstance(x, Tensor))

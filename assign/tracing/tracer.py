@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from assign import _torch
 from assign.errors import TraceError
@@ -91,7 +90,7 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         recorder.schedule,
         parameter_bytes=_bytes(as_loaded.values()),
         buffer_bytes=_bytes(model.buffers()),
-        batch_bytes=_bytes(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)),
+        batch_bytes=_bytes(leaf for leaf in _torch.pytree.tree_leaves(batch) if isinstance(leaf, Tensor)),
         gradient_bytes=_bytes(twin for name, twin in as_loaded.items() if twin.requires_grad and name in used),
         optimizer=kept.name,
         optimizer_bytes=kept.bytes,
@@ -192,7 +191,7 @@ class _Lister:
 
     def _read(self, node: fx.Node) -> Iterable[int]:
         for tensor in tensors_in(_torch.joint_value(node)):
-            address = tensor.untyped_storage()._cdata
+            address = _torch.storage_id(tensor.untyped_storage())
             if address in self._owner:
                 yield self._owner[address]
 
@@ -204,7 +203,7 @@ class _Lister:
             if not isinstance(tensor, Tensor):
                 continue
             storage = tensor.untyped_storage()
-            if self._owner.get(storage._cdata) in (*reads, *written):
+            if self._owner.get(_torch.storage_id(storage)) in (*reads, *written):
                 continue
             self._alive.append(storage)
             holds = follows.get((node, part), "")
@@ -214,7 +213,7 @@ class _Lister:
                 holds = holds or next((self.buffers[b].holds for b in self._read(node.args[0])), "")
             dtype = dtype_of(tensor)
             elements = storage.nbytes() // tensor.dtype.itemsize
-            self._owner[storage._cdata] = len(self.buffers)
+            self._owner[_torch.storage_id(storage)] = len(self.buffers)
             written.append(len(self.buffers))
             self.buffers.append(Buffer(elements=elements, dtype=dtype, holds=holds, part=part))
         return tuple(written)
@@ -314,7 +313,7 @@ def _need_of_copy(recorder: _Recorder, key: str) -> Need:
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind tensors."""
     inner = (part.untyped_storage() for tensor in tensors for part in _torch.inner_tensors(tensor))
-    storages = {storage._cdata: storage.nbytes() for storage in inner}
+    storages = {_torch.storage_id(storage): storage.nbytes() for storage in inner}
     return sum(storages.values())
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from assign import _torch
 from assign.errors import TraceError
@@ -79,7 +78,7 @@ def kernel_scratch(node: fx.Node) -> tuple[int, ...]:
     Raises:
         TraceError: somebody profiles, so that what a kernel allocates cannot be seen.
     """
-    args, kwargs = pytree.tree_map_only(fx.Node, _torch.joint_value, (node.args, node.kwargs))
+    args, kwargs = _torch.pytree.tree_map_only(fx.Node, _torch.joint_value, (node.args, node.kwargs))
     tensors = [value for value in args if isinstance(value, Tensor)]
     in_float64 = bool(tensors) and tensors[0].dtype == torch.float64
     dtypes = [getattr(torch, name) for name in SCRATCH_DTYPES if in_float64 or name != "float64"]
@@ -162,9 +161,9 @@ def _run(operator: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ..
         )
     results: list[Any] = []
     with _torch.without_modes():
-        made, options = pytree.tree_map_only(_Zeros, _Zeros.make, (args, dict(kwargs)))
+        made, options = _torch.pytree.tree_map_only(_Zeros, _Zeros.make, (args, dict(kwargs)))
         peak = measure_peak(lambda: results.append(operator(*made, **options)), [])
-    return peak - count_bytes(value for value in pytree.tree_leaves(results) if isinstance(value, Tensor))
+    return peak - count_bytes(value for value in _torch.pytree.tree_leaves(results) if isinstance(value, Tensor))
 
 
 def _part(

@@ -13,11 +13,13 @@ from typing import Any
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
-from assign.errors import StudyError
+from assign.errors import AssignError, StudyError
 from assign.passwords import mask_argument, mask_text
 
 _WAIT = 60.0
 """Seconds that a process waits for another one that writes."""
+
+_PACKAGE = Path(__file__).parents[1].name
 
 _BUSY = re.compile(r"already exists|duplicate|unique|locked|concurrent", re.IGNORECASE)
 """Parts of the errors that databases raise when two processes create the same tables at the same time."""
@@ -146,9 +148,9 @@ def explained(storage: str) -> Iterator[None]:
             raise
         raise StudyError(
             f"tune: the storage {mask_argument(storage)} cannot be read or written any more: {_why(error)}\n"
-            "  Allowed: a database that can be written to, on a disk with free space.\n"
+            "  Allowed: an undamaged database that can be written to, on a disk with free space.\n"
             "  Free some space, or make the database available. Then run the same command again to resume; the trials "
-            "that are done are kept."
+            "that are done are kept. If the database is damaged, give another --storage."
         ) from error
 
 
@@ -157,12 +159,14 @@ def _is_url(storage: str) -> bool:
 
 
 def _is_of_storage(error: BaseException) -> bool:
+    """Return whether an error is the database's, or Optuna's about rows that it cannot read."""
     from sqlalchemy.exc import SQLAlchemyError
 
     if isinstance(error, StorageInternalError | SQLAlchemyError | sqlite3.Error):
         return True
-    frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, AssertionError) and bool(frames) and "optuna" in Path(frames[-1].filename).parts
+    frames = (Path(frame.filename).parts for frame in reversed(traceback.extract_tb(error.__traceback__)))
+    inner = next((parts for parts in frames if "optuna" in parts or _PACKAGE in parts), ())
+    return "optuna" in inner and not isinstance(error, AssignError)
 
 
 def _why(error: BaseException) -> str:

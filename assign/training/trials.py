@@ -3,15 +3,18 @@
 A plan is one decision for each group of the table: low or high, in the recipe's two formats.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import ConfigDict, TypeAdapter
 
 from assign.errors import PlanError, StudyError
+from assign.json_file import Count, Kind
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.memory import estimate, peak_bytes
 from assign.plan.recipes import get_recipe, initial
@@ -44,6 +47,8 @@ class Settings:
         update_rounding: of 16-bit masters, as in ``assign.optimizer``.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     recipe: str = "native"
     budget: str | int | None = None
     metric: str = "accuracy"
@@ -54,6 +59,45 @@ class Settings:
     device: str = "cpu"
     stored: tuple[tuple[str, str], ...] = ()
     update_rounding: str = UpdateRounding.NEAREST
+
+    @classmethod
+    def of(cls, study: str, attributes: Mapping[str, Any]) -> "Settings":
+        """Return the settings that a study keeps in its attributes.
+
+        Raises:
+            StudyError: they are damaged, or of a version that knows other settings.
+        """
+        text = json.dumps(attributes.get("settings", {}))
+        return _KEPT.load(_SETTINGS, text, f"what the study {study!r} keeps of its settings")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a completed trial came to, as the study keeps it.
+
+    Attributes:
+        low: ids of the groups that were low.
+        peak_bytes: predicted peak of a step, in bytes.
+        metric: of the trained model.
+    """
+
+    low: tuple[int, ...]
+    peak_bytes: Count
+    metric: float
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> "Outcome":
+        """Return the outcome of a completed trial.
+
+        Raises:
+            StudyError: the study's database is damaged.
+        """
+        kept = {name: trial.user_attrs.get(name) for name in cls.__dataclass_fields__}
+        return _KEPT.load(_OUTCOME, json.dumps(kept), f"what the study keeps of trial {trial.number}")
+
+
+_KEPT = Kind(name="part of a study", error=StudyError, advice="Give another storage, or begin another study.")
+_SETTINGS, _OUTCOME = TypeAdapter(Settings), TypeAdapter(Outcome)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +197,9 @@ class Trainer:
     def _known(self, trial: optuna.Trial, low: set[int]) -> float | None:
         """The metric of the same plan in a trial before."""
         for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            if other.user_attrs.get("low") == sorted(low):
-                return float(other.user_attrs["metric"])
+            outcome = Outcome.of(other)
+            if set(outcome.low) == low:
+                return outcome.metric
         return None
 
     def _train(self, trial: optuna.Trial, low: set[int]) -> float:

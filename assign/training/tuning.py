@@ -35,7 +35,7 @@ from assign.plan.assignment import Assignment
 from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.tasks import Task
 from assign.training.database import check_storage, exclusive, explained, open_database
-from assign.training.trials import Settings, Trainer
+from assign.training.trials import Outcome, Settings, Trainer
 
 SAMPLERS = ("tpe", "nsga2")
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -263,8 +263,7 @@ def _agreed(storage: RDBStorage, name: str, settings: Settings | None) -> Settin
     known = {summary.study_name: summary for summary in optuna.get_all_study_summaries(storage)}
     if name not in known:
         return settings or Settings()
-    found = dict(known[name].user_attrs.get("settings", {}))
-    kept = Settings(**{**found, "stored": tuple((str(k), str(v)) for k, v in found.get("stored", ()))})
+    kept = Settings.of(name, known[name].user_attrs)
     if settings is not None and settings != kept:
         other = [key for key in Settings.__dataclass_fields__ if getattr(kept, key) != getattr(settings, key)]
         raise StudyError(
@@ -312,16 +311,24 @@ def _study(trainer: Trainer, storage: RDBStorage, name: str, sampler: str | None
 def _result(trainer: Trainer, study: optuna.Study) -> Tuned:
     """What the study came to so far."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    best = {tuple(trial.user_attrs["low"]): trial for trial in reversed(study.best_trials)} if done else {}
+    best = {}
+    for trial in reversed(study.best_trials) if done else ():
+        outcome = Outcome.of(trial)
+        if unknown := set(outcome.low) - trainer.everything:
+            raise StudyError(
+                f"tune: trial {trial.number} of the study {study.study_name!r} has a group {min(unknown)} low, and the "
+                f"model has groups 0 to {max(trainer.everything)}. Give another storage, or begin another study."
+            )
+        best[outcome.low] = trial.number, outcome
     found = [
         Candidate(
             plan=trainer.plan(low),
-            metric=trial.user_attrs["metric"],
-            peak_bytes=trial.user_attrs["peak_bytes"],
-            trial=trial.number,
+            metric=outcome.metric,
+            peak_bytes=outcome.peak_bytes,
+            trial=number,
             costs=trainer.costs(low),
         )
-        for low, trial in best.items()
+        for low, (number, outcome) in best.items()
     ]
     found.sort(key=lambda each: (each.peak_bytes, each.trial))
     return Tuned(

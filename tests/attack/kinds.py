@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import random
+import sqlite3
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import optuna
 import torch
-from damage import VALUES, change_value, damage_bytes, damage_json
+from damage import RAW, VALUES, change_value, damage_bytes, damage_json
 from torch import nn
 from typer.main import get_command
 
 import assign
 from assign.cli import app, looking, origin, searching
-from assign.errors import AssignError
+from assign.errors import AssignError, StudyError
 from assign.fronts import Front
 from assign.plan.assignment import Assignment, Provenance
 from assign.plan.memory import estimate
@@ -35,8 +37,11 @@ from assign.report.page import page
 from assign.report.page.runs import load_runs
 from assign.report.terminal import Terminal
 from assign.tasks.data import read_cifar, read_fashion_mnist
+from assign.training import trials
 from assign.training.comparison import Comparison, Run, VariantRow
 from assign.training.loop import train
+from assign.training.trials import Settings
+from assign.training.tuning import tune
 from assign.training.weights import load_weights
 
 
@@ -74,6 +79,7 @@ class Kind:
         damage: content and generator → another content.
         load: reads a file, or raises an ``AssignError``.
         use: everything else that takes such a file; gets its path and what was loaded.
+        train: a training with what was loaded: for one file in fifty, and unwatched, because Dynamo executes code.
         share: of all files of a run of this attack.
     """
 
@@ -84,12 +90,14 @@ class Kind:
     load: Callable[[Path], Any]
     use: Callable[[Path, Any], None]
     share: int
+    train: Callable[[Any], None] | None = None
 
 
 class Subjects:
     """The task, its table and its files, made once; ``folder`` is where commands may write."""
 
     def __init__(self, folder: Path) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.folder, self.task = folder, make_task()
         self.table = assign.trace(self.task.make_model(), self.task.first_batch(), self.task.loss, self.task.optimizer)
         self.plan = search_table(self.table, low_ratio=0.5, recipe="native")
@@ -104,6 +112,7 @@ class Subjects:
             for name, value in (("open_task", self.task), ("traced", self.table)):
                 if hasattr(module, name):
                     setattr(module, name, lambda *_, _value=value, **__: _value)
+        trials.trace = lambda *_, **__: self.table
         self._command = get_command(app)
         origin.get_group = functools.cache(lambda _: self._command)
         parsed: dict[str, Any] = {}
@@ -117,14 +126,14 @@ class Subjects:
     def kinds(self) -> Iterator[Kind]:
         """All of them."""
 
-        def of_json(name: str, *whole: Any, share: int, load: Callable[[Path], Any], use: Callable[..., None]) -> Kind:
-            """A kind of JSON files; ``whole``: the data of valid ones."""
+        def of_json(name: str, *whole: Any, **others: Any) -> Kind:
+            """Return a kind of JSON files; ``whole``: the data of valid ones."""
             texts = tuple(json.dumps(data).encode() for data in whole)
-            damage = _mixed(damage_json)
-            return Kind(name=name, suffix=".json", whole=texts, damage=damage, load=load, use=use, share=share)
+            return Kind(name=name, suffix=".json", whole=texts, damage=_mixed(damage_json), **others)
 
-        plans = (json.loads(plan.to_json()) for plan in self._plans())
-        yield of_json("plan", *plans, share=30, load=Assignment.load, use=self._use_plan)
+        plans = [json.loads(plan.to_json()) for plan in self._plans()]
+        yield of_json("plan", *plans, share=30, load=Assignment.load, use=self._use_plan, train=self._train)
+        yield of_json("front", *plans, share=8, load=self._front, use=self._use_front)
         noise = json.loads(self._noise().to_json())
         yield of_json("noise", noise, share=16, load=NoiseTable.load, use=self._use_noise)
         yield of_json("table", self.table.to_json(), share=16, load=TensorTable.load, use=self._use_table)
@@ -146,6 +155,12 @@ class Subjects:
             use=lambda path, _: load_weights(path, _model()),
             share=6,
         )
+        storage = self.folder / "study.db"
+        tune(lambda _: self.task, storage=storage, trials=2, settings=Settings(epochs=1))
+        yield Kind(
+            name="study", suffix=".db", whole=(storage.read_bytes(),), damage=_mixed(self._damage_study),
+            load=self._study, use=_nothing, share=6,
+        )  # fmt: skip
         yield from self._data()
 
     # ---- whole files
@@ -266,15 +281,60 @@ class Subjects:
             self.command("show", str(path), *more, *task, "--json", out)
         self.command("diff", str(path), str(self.plan_file), "--json", out)
         self.command("estimate", "any:task", "--plan", str(path), "--json", out)
-        front = self.folder / "front"
-        front.mkdir(exist_ok=True)
-        plan.save(front / "a.json")
-        self.plan.save(front / "b.json")
-        self.command("report", str(path), *task, "--front", str(front), "-o", str(self.folder / "page.html"))
-        self.command("search", "any:task", "--front", str(front), "--budget", "1MB", "-o", out)
-        if all(each.fingerprint == self.plan.fingerprint for each in (plan, self.plan)):
-            Front.load(front)._repr_html_()
+        self.command("report", str(path), *task, "-o", str(self.folder / "page.html"))
         plan._repr_html_()
+
+    def _train(self, plan: Assignment) -> None:
+        _allowed(lambda: train(self.task, plan, epochs=1))
+
+    def _front(self, path: Path) -> Front:
+        front = self.folder / "read front"
+        front.mkdir(exist_ok=True)
+        (front / "a.json").write_bytes(path.read_bytes())
+        self.plan.save(front / "b.json")
+        return Front.load(front)
+
+    def _use_front(self, _: Path, front: Front) -> None:
+        front._repr_html_()
+        folder = str(self.folder / "read front")
+        self.command("search", "any:task", "--front", folder, "--budget", "1MB", "-o", str(self.folder / "out.json"))
+        self.command("report", str(self.plan_file), "--task", "any:task", "--front", folder, "-o",
+                     str(self.folder / "page.html"))  # fmt: skip
+
+    def _study(self, path: Path) -> Any:
+        """Resume a study of two trials; one that has lost them would train, and is refused instead."""
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise StudyError("no training here")
+
+        trained, trials.train = trials.train, refuse
+        try:
+            return tune(lambda _: self.task, storage=path, trials=2)
+        finally:
+            trials.train = trained
+
+    def _damage_study(self, content: bytes, draw: random.Random) -> bytes:
+        """A study with one cell, row or table changed; SQLite accepts the file."""
+        path = self.folder / "changed.db"
+        path.write_bytes(content)
+        with contextlib.closing(sqlite3.connect(path)) as database, database:
+            tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            filled = [each for each in tables if database.execute(f"SELECT count(*) FROM {each}").fetchone()[0]]
+            table = draw.choice(filled)
+            names = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+            rows = [row for (row,) in database.execute(f"SELECT rowid FROM {table}")]
+            value, kind = draw.choice(VALUES), draw.randrange(10)
+            with contextlib.suppress(sqlite3.IntegrityError, OverflowError):
+                if kind == 0:
+                    database.execute(f"DROP TABLE {table}")
+                elif kind == 1:
+                    database.execute(f"DELETE FROM {table} WHERE rowid = ?", (draw.choice(rows),))
+                else:
+                    written = value if kind < 5 and isinstance(value, str) else json.dumps(value)
+                    written = draw.choice([*RAW.values()]) if kind == 9 else written
+                    place = draw.choice(names), draw.choice(rows)
+                    database.execute(f"UPDATE {table} SET {place[0]} = ? WHERE rowid = ?", (written, place[1]))
+        return path.read_bytes()
 
     def _use_noise(self, path: Path, noise: NoiseTable) -> None:
         again = self.folder / "again.json"
