@@ -1,5 +1,6 @@
 """A study's database under many processes at once, on odd paths, on a full disk, and when its processes are killed."""
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -11,6 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 from attack.kills import session
+from test_tuning import make_task, tune
 
 from assign.errors import StudyError
 from assign.training.database import exclusive, explained, open_database
@@ -136,12 +138,25 @@ def test_errors_mask_the_password_of_a_url(url):
 TUNE = """
 import functools, sys
 from test_tuning import make_task, tune
+from assign.cli.stopping import repeat_lost_interrupts
 if __name__ == "__main__":
+    repeat_lost_interrupts()
     try:
         tune(functools.partial(make_task, seconds=0.5), storage=sys.argv[1], trials=200, workers=2)
     except KeyboardInterrupt:
         sys.exit(130)
 """
+
+
+def running_trials(path):
+    """Trials that processes train at this moment; 0 while the database is being made."""
+    if not path.exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(path, timeout=30)) as database:
+        try:
+            return database.execute("SELECT count(*) FROM trials WHERE state = 'RUNNING'").fetchone()[0]
+        except sqlite3.OperationalError:
+            return 0
 
 
 @pytest.mark.slow
@@ -157,10 +172,10 @@ def test_workers_end_with_the_process_that_started_them(tmp_path, number):
         start_new_session=True,
     )
     until = time.monotonic() + 100
-    while time.monotonic() < until and len(session(process.pid)) < 3:  # this one, multiprocessing's, and the worker
+    while time.monotonic() < until and running_trials(tmp_path / "s.db") < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.2)
-    time.sleep(15)  # both train by now
+    assert len(session(process.pid)) == 3  # this one, multiprocessing's, and the worker
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == (130 if number is signal.SIGINT else -number)
@@ -169,3 +184,34 @@ def test_workers_end_with_the_process_that_started_them(tmp_path, number):
     while time.monotonic() < until and session(process.pid):
         time.sleep(0.1)
     assert session(process.pid) == []
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_damaged_file_is_refused_without_waiting(tmp_path, monkeypatch):
+    """A table that cannot be created is a reason to wait only where another process may be creating it."""
+    open_database(str(tmp_path / "s.db"), 30)
+    refuse = "CREATE TRIGGER refuse BEFORE INSERT ON alembic_version BEGIN SELECT RAISE(FAIL, 'UNIQUE'); END"
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
+        database.execute(refuse)
+        database.execute("DELETE FROM alembic_version")
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    with pytest.raises(StudyError, match="UNIQUE"):
+        open_database(str(tmp_path / "s.db"), 30)
+    assert waited == []
+
+
+def test_a_damaged_row_is_a_study_error(tmp_path):
+    tune(make_task, storage=tmp_path / "s.db", trials=1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
+        database.execute("UPDATE trial_user_attributes SET value_json = '[true]' WHERE key = 'low'")
+    with pytest.raises(StudyError, match="of trial 0 is not a valid part of a study"):
+        tune(make_task, storage=tmp_path / "s.db", trials=1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
+        database.execute("UPDATE study_user_attributes SET value_json = '{\"epochs\": \"two\"}' WHERE key = 'settings'")
+    with pytest.raises(StudyError, match="epochs"):
+        tune(make_task, storage=tmp_path / "s.db", trials=1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
+        database.execute("UPDATE trials SET state = 'NONSENSE'")
+    with pytest.raises(StudyError, match="cannot be read or written"):
+        tune(make_task, storage=tmp_path / "s.db", trials=1)

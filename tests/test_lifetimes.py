@@ -135,3 +135,20 @@ def test_a_copy_of_a_model_under_autocast_takes_nothing_compiled_with_it(made):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.__dict__["_assign_planned"] == {}
         _autocast(twin, class_loss, made[1])
+
+
+@pytest.mark.attack
+def test_the_six_hundredth_model_is_still_planned(made):
+    """Dynamo gives up on code that it has compiled too often for other objects."""
+    losses = set()
+    for number in range(600):
+        torch.manual_seed(0)
+        step = assign.planned_step(MLP(), class_loss, made[1], backend="eager")
+        loss = step((torch.ones(8, 16), torch.arange(8) % 4))
+        loss.backward()
+        losses.add(float(loss.detach()))
+        if number % 100 == 99:
+            torch.manual_seed(0)
+            plain = float(class_loss(MLP(), (torch.ones(8, 16), torch.arange(8) % 4)).detach())
+            assert losses != {plain}
+    assert len(losses) == 1

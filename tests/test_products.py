@@ -163,21 +163,6 @@ def test_the_bf16_product_is_exact_up_to_the_order_of_sums(shape):
     assert torch.equal(ops.product(wide, b, "fp(6,9,0)", "fp(5,2,0)"), wide @ b)
 
 
-def test_products_change_no_setting_of_the_process():
-    """Under such a setting another thread's float32 products would be multiplied in bf16."""
-    settings = lambda: (torch.backends.mkldnn.matmul.fp32_precision, torch.get_float32_matmul_precision())  # noqa: E731
-    before, during = settings(), []
-
-    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            during.append(settings())
-            return func(*args, **(kwargs or {}))
-
-    with Watched():
-        ops.product(torch.ones(8, 8), torch.ones(8, 8), "fp(4,3,4)", "fp(5,2,0)")
-    assert {*during, settings()} == {before}
-
-
 def test_what_is_promoted_is_multiplied_in_float32_from_then_on(monkeypatch):
     """The graph stays; the operator asks for the format in force when it runs."""
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import signal
 import sys
 from typing import Any
 
+from assign.cli.stopping import advice, repeat_lost_interrupts
 from assign.cli.streams import check_streams, guard_streams
 from assign.errors import AssignError
 from assign.passwords import mask_text
@@ -40,6 +41,7 @@ def main() -> None:
 
         if interruptible:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            repeat_lost_interrupts()
         commands.app()
     except KeyboardInterrupt:
         status = _INTERRUPTED
@@ -70,8 +72,6 @@ def _stop_importing(_signal: int, _frame: Any) -> None:
 
 
 def _advice() -> str:
-    from assign.cli.stopping import advice
-
     return advice(sys.argv[1:])
 
 

@@ -1,6 +1,30 @@
-"""Say how to continue after Ctrl-C. It imports nothing of the package: it may run during imports."""
+"""Stop on Ctrl-C and say how to continue. It imports nothing of the package: it may run during imports."""
 
+import signal
+import sys
+import threading
 from collections.abc import Sequence
+
+_AGAIN = 0.05  # seconds after which a lost Ctrl-C is repeated
+
+
+def repeat_lost_interrupts() -> None:
+    """Repeat Ctrl-C for this process whenever Python drops the exception that it raised.
+
+    Python ignores exceptions in ``__del__`` and in the callbacks of weak references, of which Dynamo has many: there
+    ``KeyboardInterrupt`` is printed, and the program continues.
+    """
+    before = sys.unraisablehook
+
+    def hear(lost: "sys.UnraisableHookArgs") -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            timer = threading.Timer(_AGAIN, signal.raise_signal, (signal.SIGINT,))
+            timer.daemon = True
+            timer.start()
+        else:
+            before(lost)
+
+    sys.unraisablehook = hear
 
 
 def advice(arguments: Sequence[str]) -> str:

@@ -19,10 +19,17 @@ from assign.passwords import mask_argument, mask_text
 _WAIT = 60.0
 """Seconds that a process waits for another one that writes."""
 
+_LONGEST_PAUSE = 5.0
+"""Seconds between two attempts at most; the first pause is 0.1 s, and each is twice as long as the one before."""
+
 _PACKAGE = Path(__file__).parents[1].name
 
-_BUSY = re.compile(r"already exists|duplicate|unique|locked|concurrent", re.IGNORECASE)
-"""Parts of the errors that databases raise when two processes create the same tables at the same time."""
+_LOCKED = re.compile(r"locked|concurrent", re.IGNORECASE)
+"""Parts of the errors that databases raise when another process writes."""
+
+_CREATED = re.compile(r"already exists|duplicate|unique", re.IGNORECASE)
+"""Parts of the errors that databases raise when two processes create the same tables at the same time. It does not
+happen to a file, which :func:`exclusive` locks: there the database is damaged."""
 
 
 class Database(RDBStorage):
@@ -55,7 +62,7 @@ def open_database(storage: str, heartbeat: int) -> Database:
     Raises:
         StudyError: it cannot be reached or used, or its driver is not installed.
     """
-    until = time.monotonic() + _WAIT
+    until, pause = time.monotonic() + _WAIT, 0.1
     while True:
         try:
             with exclusive(storage):
@@ -66,8 +73,10 @@ def open_database(storage: str, heartbeat: int) -> Database:
                 "  For postgresql: pip install 'precision-assign[postgresql]'. Or give a file, which needs no driver."
             ) from error
         except Exception as error:  # whatever the driver raises
-            if _BUSY.search(str(error)) and time.monotonic() < until:
-                time.sleep(0.1)
+            busy = _LOCKED.search(str(error)) or (_is_url(storage) and _CREATED.search(str(error)))
+            if busy and time.monotonic() < until:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
                 continue
             raise StudyError(
                 f"tune: the storage {mask_argument(storage)} cannot be used: {_why(error)}\n"

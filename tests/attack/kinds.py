@@ -117,8 +117,10 @@ class Subjects:
         origin.get_group = functools.cache(lambda _: self._command)
         parsed: dict[str, Any] = {}
         compile_template = jinja2.Environment.compile
-        jinja2.Environment.compile = lambda environment, source, name, *rest: parsed.setdefault(
-            name, parsed.get(name) or compile_template(environment, source, name, *rest)
+        jinja2.Environment.compile = lambda environment, source, name=None, *rest, **more: (
+            compile_template(environment, source, name, *rest, **more)
+            if name is None
+            else parsed.setdefault(name, parsed.get(name) or compile_template(environment, source, name, *rest, **more))
         )
         library = page._library
         page._library = lambda name: _NoPlotly if name == "plotly.offline" else library(name)
@@ -285,7 +287,7 @@ class Subjects:
         plan._repr_html_()
 
     def _train(self, plan: Assignment) -> None:
-        _allowed(lambda: train(self.task, plan, epochs=1))
+        _allowed(lambda: train(self.task, plan, epochs=1, backend="eager"))
 
     def _front(self, path: Path) -> Front:
         front = self.folder / "read front"
