@@ -1,6 +1,7 @@
 """Fronts of plans, from the fewest bytes to the best: searched once, kept in a directory, there for any budget."""
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,27 @@ class Front(Drawn):
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Write every plan into ``directory``, which is made: ``plan-01.json`` has the lowest peak.
 
+        All plans are written before the first gets its name: a process that is killed leaves no part of a front.
+
         Raises:
             PlanError: something is in it already, or a file cannot be written.
         """
         check_empty(directory)
+        target = Path(os.path.realpath(directory))
         digits = max(2, len(str(len(self.plans))))
-        paths = [Path(directory) / f"plan-{number:0{digits}}.json" for number in range(1, len(self.plans) + 1)]
+        names = [f"plan-{number:0{digits}}.json" for number in range(1, len(self.plans) + 1)]
         try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
+            target.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".assign-", suffix=".tmp", dir=target) as temporary:
+                for name, plan in zip(names, self.plans, strict=True):
+                    plan.save(Path(temporary) / name)
+                for name in names:
+                    os.replace(Path(temporary) / name, target / name)
         except OSError as error:
             raise PlanError(
                 f"cannot make the directory {directory}: {error.strerror or error}. Give one that you may write to."
             ) from error
-        for path, plan in zip(paths, self.plans, strict=True):
-            plan.save(path)
-        return paths
+        return [Path(directory) / name for name in names]
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Front":

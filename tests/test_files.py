@@ -6,7 +6,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -172,11 +171,9 @@ def test_no_command_writes_what_it_reads(here, capsys, monkeypatch, arguments) -
 
 @pytest.mark.parametrize("arguments", UNWRITABLE, ids=lambda each: " ".join(each))
 def test_an_output_that_cannot_be_written_is_found_before_the_work(here, capsys, monkeypatch, arguments) -> None:
-    start = time.process_time()
     monkeypatch.setattr("assign.cli.shell.load_task", lambda *_: pytest.fail("the work began"))
     error = fails(capsys, monkeypatch, *arguments)
     assert "annot" in error
-    assert time.process_time() - start < 2
 
 
 def test_a_dash_is_standard_output(here) -> None:

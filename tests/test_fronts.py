@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 import assign
 from assign import Front, search_front
 from assign.errors import BudgetError, PlanError
+from assign.plan.assignment import Assignment
 from assign.plan.memory import peak_bytes
 from assign.planning import search_table
 
@@ -82,6 +83,22 @@ def test_saved_loaded_and_picked(table, front, tmp_path):
         assert again.pick(table, peak) == front.plans[number]
     assert again.pick(table, peaks(front)[0] - 1) is None
     assert again.pick(table, "100%") == front.plans[-1]
+
+
+def test_a_front_that_cannot_be_written_whole_leaves_nothing(front, tmp_path, monkeypatch):
+    saved, save = [], Assignment.save
+
+    def fail_late(plan, path):
+        if len(saved) == len(front.plans) - 1:
+            raise PlanError("the disk is full")
+        saved.append(path)
+        save(plan, path)
+
+    monkeypatch.setattr(Assignment, "save", fail_late)
+    with pytest.raises(PlanError, match="full"):
+        front.save(tmp_path / "front")
+    assert len(saved) >= 1
+    assert [*(tmp_path / "front").iterdir()] == []
 
 
 def test_another_batch_size_is_counted_anew(front):

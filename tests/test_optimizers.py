@@ -222,6 +222,17 @@ def test_widens_into_torchs_own_optimizer_and_back(name):
             assert torch.equal(again[number][key], value), (number, key)
 
 
+def test_a_state_of_another_shape_is_refused():
+    model, plain, _, _ = made(ADAMW)
+    train(model, plain, steps=1)
+    saved = plain.state_dict()
+    saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"][:1]
+    for library in ("torch", "torchao", "bitsandbytes"):
+        _, narrow, _, _ = made(ADAMW, states="fp32" if library == "torch" else "dynamic8", library=library)
+        with pytest.raises(PlanError, match=r"exp_avg' is loaded with the shape \("):
+            narrow.load_state_dict(saved, lossy=True)
+
+
 def test_what_would_be_rounded_is_refused_unless_asked_for():
     model, plain, _, _ = made(ADAMW)
     train(model, plain, steps=3)

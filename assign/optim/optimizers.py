@@ -400,6 +400,14 @@ class _Planned(Optimizer):
                 f"{stored.states[missing[0]].name}, but what is loaded has {', '.join(wide) or 'no states'} for it.\n"
                 "  Load what an optimizer with these states saved after a step, or go on with a new optimizer."
             )
+        for name in stored.states if own or saved else ():
+            shape = getattr(wide[name], "shape", None)
+            if shape != parameter.shape:
+                raise PlanError(
+                    f"load_state_dict: {state_key(stored.key, name)!r} is loaded with the shape "
+                    f"{None if shape is None else tuple(shape)}, and its parameter has {tuple(parameter.shape)}. "
+                    "Load what an optimizer of this model saved."
+                )
         states = restore(own, saved, parameter)
         kept = widened(states)
         for name in [] if lossy else [name for name, value in wide.items() if isinstance(value, Tensor)]:
