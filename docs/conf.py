@@ -1,6 +1,5 @@
 """Configuration of the documentation site. Build it with ``sphinx-build -W --keep-going docs site``."""
 
-import ast
 import enum
 import pkgutil
 import re
@@ -63,6 +62,7 @@ INCLUDED = {"index": "README.md", "contributing": "CONTRIBUTING.md", "changelog"
 
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.S | re.M)
 ROLE = re.compile(r":(func|class|meth|mod):`([\w.]+)`")
+SOURCE = re.compile(r"^Source: (.*(?:\n .*)*)", re.M)
 SECTION = re.compile(r"^(Args|Attributes|Examples|Raises|Returns|Source|Yields):", re.M)
 
 
@@ -95,7 +95,9 @@ def to_restructured_text(_app: Sphinx, _what: str, name: str, thing: Any, _optio
     text = FENCE.sub(lambda found: _code_block(*found.groups()), "\n".join(lines))
     text = ROLE.sub(lambda found: _absolute(found, thing, name), text)
     text = SECTION.sub(r"\n\1:", text)
-    text = re.sub(r"^Source: (.*(?:\n .*)*)", lambda found: "Source:\n    " + " ".join(found[1].split()), text, flags=re.M)
+    text = re.sub(
+        r"^Source: (.*(?:\n .*)*)", lambda found: "Source:\n    " + " ".join(found[1].split()), text, flags=re.M
+    )
     if isinstance(thing, type) and issubclass(thing, enum.StrEnum):
         text += "\n\nOne of " + ", ".join(f"``{each.value}``" for each in thing) + "."
     lines[:] = text.splitlines()
@@ -148,7 +150,11 @@ def resolve_reference(app: Sphinx, env: Any, node: Any, content: nodes.Element) 
 
 
 def _described(env: Any) -> list[str]:
-    return [name for name, each in env.get_domain("py").objects.items() if each.objtype in ("class", "function", "exception")]
+    return [
+        name
+        for name, each in env.get_domain("py").objects.items()
+        if each.objtype in ("class", "function", "exception")
+    ]
 
 
 def setup(app: Sphinx) -> None:
