@@ -141,7 +141,7 @@ def test_every_file_that_a_page_names_is_there():
     named = [
         (page, name)
         for page in PAGES
-        for name in re.findall(r"(?:`|python )((?:assign|benchmarks|tests|notebooks|docs|\.ci)/[^\s)`]*)", PAGES[page])
+        for name in re.findall(r"(?:`|python )((?:benchmarks|tests|notebooks|docs|\.ci)/[^\s)`]*|assign/[\w/]+(?:\.py|/(?=`)))", PAGES[page])
     ]
     assert len(named) > 20
     assert [each for each in named if not (ROOT / each[1]).exists()] == []
