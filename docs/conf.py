@@ -25,13 +25,12 @@ from assign.cli import app as command_line  # noqa: E402
 logger = logging.getLogger("assign")
 
 project = "assign"
-author = "the authors of assign"
+author = "the assign developers"
 release = version = __version__
 language = "en"
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
-myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # a test runs the notebooks; the site shows the outputs that are stored in them
 nb_mime_priority_overrides = [("html", "text/html", 5), ("html", "text/plain", 10)]
@@ -44,7 +43,6 @@ html_show_sourcelink = False
 html_copy_source = False
 copybutton_exclude = ".linenos, .gp, .go"
 
-add_module_names = True
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_class_signature = "mixed"
 autodoc_preserve_defaults = True
