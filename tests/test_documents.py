@@ -24,10 +24,10 @@ import dataclasses
 from assign.tasks import TaskOptions, load_task
 
 def task():
-    digits = load_task("digits", TaskOptions(width=0.5))
+    digits = load_task("digits", TaskOptions(width=0.5, batch_size=32))
     return dataclasses.replace(digits, train=list(digits.train)[:2], epochs=1)
 """
-"""The built-in digits with fewer channels and two batches, so that all commands together take few minutes."""
+"""The built-in digits with fewer channels and two small batches, so that all commands together take few minutes."""
 
 NOT_RUN = {"pip", "pytest", ".ci/run"}
 """Programs that install the package or run the tests, of which this is one."""
@@ -69,6 +69,7 @@ def test_every_command_runs(page, command, folders, monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     ticks = functools.partial(assign.measure_times, clock=itertools.count().__next__)  # every operator takes as long
     monkeypatch.setattr("assign.cli.searching.measure_times", ticks)
+    monkeypatch.setattr("assign.cli.searching.WARM_UP", 2)
     run(*arguments[1:])
 
 
@@ -141,7 +142,10 @@ def test_every_file_that_a_page_names_is_there():
     named = [
         (page, name)
         for page in PAGES
-        for name in re.findall(r"(?:`|python )((?:benchmarks|tests|notebooks|docs|\.ci)/[^\s)`]*|assign/[\w/]+(?:\.py|/(?=`)))", PAGES[page])
+        for name in re.findall(
+            r"(?:`|python )((?:benchmarks|tests|notebooks|docs|\.ci)/[^\s)`]*|assign/[\w/]+(?:\.py|/(?=`)))",
+            PAGES[page],
+        )
     ]
     assert len(named) > 20
     assert [each for each in named if not (ROOT / each[1]).exists()] == []
