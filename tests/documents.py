@@ -40,12 +40,12 @@ class Block:
 
 
 def blocks(page: str, *languages: str) -> list[Block]:
-    """Return the blocks of a page in these languages, in their order."""
+    """Return the blocks of a page in these languages, in their order; all of them if no language is given."""
     text = PAGES[page]
     return [
         Block(page=page, language=found[1], text=found[2], line=text.count("\n", 0, found.start()) + 2)
         for found in _FENCE.finditer(text)
-        if found[1] in languages
+        if not languages or found[1] in languages
     ]
 
 
