@@ -97,7 +97,7 @@ class Front(Drawn):
         """
         limit = parse_budget(budget, peak_bytes(table, {}))
         for plan in reversed(self.plans):
-            plan.check_covers([row.key for row in table.paper_tensors], where="the front", buffers=table.buffers)
+            plan.check_fits(table, where="the front")
             if peak_bytes(table, plan.entries, update_rounding) <= limit:
                 return plan
         return None

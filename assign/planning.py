@@ -14,11 +14,12 @@ from assign.errors import BudgetError, PlanError
 from assign.executor.timing import measure_times
 from assign.noise.measuring import measure_noise
 from assign.plan.assignment import Assignment, Entry, Provenance
+from assign.plan.keys import is_saved_key, master_key
 from assign.plan.memory import Estimate, estimate, peak_bytes
 from assign.plan.noise import NoiseTable
 from assign.plan.recipes import Recipe, candidates_of, get_recipe, save, store
 from assign.plan.stored import UpdateRounding, check_rounding
-from assign.plan.tensors import TensorTable, is_saved_key, master_key
+from assign.plan.tensors import TensorTable
 from assign.plan.timeline import RunningPeak, Timeline
 from assign.plan.times import TimeTable, parse_step_time
 from assign.strategies import BASELINES, MILP, Strategy, get_strategy

@@ -25,9 +25,10 @@ from assign.executor.apply import planned_step
 from assign.numerics.promotion import Promotion
 from assign.optim.optimizers import follow
 from assign.plan.assignment import Entry
+from assign.plan.keys import saved_key
 from assign.plan.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
 from assign.plan.recipes import get_recipe
-from assign.plan.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable, saved_key
+from assign.plan.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable
 from assign.planning import search, search_table
 from assign.strategies.goal import parse_budget
 

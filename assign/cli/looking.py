@@ -158,7 +158,7 @@ def show(
 
 def _show_lowered(plan: Assignment, origin: Origin, json_file: Path | None) -> None:
     table = origin.table()
-    plan.check_covers([info.key for info in table.paper_tensors], where=str(origin.plan), buffers=table.buffers)
+    plan.check_fits(table, where=str(origin.plan))
     operators = Lowered(table, plan.entries).operators(fp8=_torch.multiplies_fp8(check_device(origin.device)))
     console.print(tables.lowered_table(operators))
     write_json(json_file, [dataclasses.asdict(each) for each in operators])

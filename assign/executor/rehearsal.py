@@ -69,7 +69,7 @@ def rehearse(
         PlanError: the plan is of another model.
         TraceError: as for :func:`assign.trace`.
     """
-    plan.check_covers([info.key for info in table.paper_tensors], where="rehearse")
+    plan.check_fits(table, where="rehearse")
     if first_lasting(plan) is not None:
         model = copy.deepcopy(model)
         store(model, plan)

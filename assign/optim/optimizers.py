@@ -39,6 +39,7 @@ from assign.optim.gradients import widened as widened_gradient
 from assign.optim.masters import check_known, extra_bits_of, joined, load_extra_bits
 from assign.optim.states import count_changed, make_states, restore, unwrapped, widened
 from assign.plan.assignment import Assignment
+from assign.plan.keys import Key, Part, state_key
 from assign.plan.libraries import Library, Stored, check_updates, choose_library
 from assign.plan.stored import (
     EXTRA_BITS,
@@ -47,11 +48,9 @@ from assign.plan.stored import (
     check_unsplit,
     gradient_format,
     master_format,
-    owner_of,
     state_format,
     stored_dtype,
 )
-from assign.plan.tensors import Role, state_key
 from assign.tracing.loaded import complete
 from assign.tracing.optimizer_states import optimizer_name
 
@@ -156,11 +155,9 @@ def _stored(made: Optimizer, model: nn.Module, plan: Assignment) -> dict[Tensor,
     """What the plan stores of every parameter of the optimizer."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in several.unwrapped(model).named_parameters()}
     explicit: dict[str, dict[str, StateFormat]] = {}
-    for key in plan.entries:
-        owner = owner_of(key, plan.entries)
-        if owner is not None and owner[1] is Role.OPTIM_STATE:
-            state = key.removeprefix(state_key(owner[0], ""))
-            explicit.setdefault(owner[0], {})[state] = state_format(plan.entries, owner[0], state)
+    for each in (Key.parse(key, plan.entries) for key in plan.entries):
+        if each.part is Part.STATE:
+            explicit.setdefault(each.name, {})[each.state] = state_format(plan.entries, each.name, each.state)
     found: dict[Tensor, Stored] = {}
     for group in made.param_groups:
         has = _states_of(made, group)

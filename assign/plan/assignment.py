@@ -20,8 +20,9 @@ from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.plan.entry import STRICT as _STRICT
 from assign.plan.entry import Entry as Entry
 from assign.plan.formats import LOADED, BlockFormat, Format, parse_format, parse_saved
-from assign.plan.stored import buffer_of, check_stored, owner_of, parse_stored, with_loaded
-from assign.plan.tensors import Role, base_key, grad_key, is_saved_key, saved_key
+from assign.plan.keys import Key, Part, base_key, grad_key, is_saved_key, saved_key
+from assign.plan.stored import check_stored, parse_stored, with_loaded
+from assign.plan.tensors import TensorTable
 
 VERSION = 1
 """Version of the file that this package writes, under the key ``assign_plan``."""
@@ -160,13 +161,11 @@ class Assignment(Drawn):
                 )
 
     def _canonical(self, key: str, name: str) -> str:
-        owner = owner_of(key, self.entries)
+        parts = Key.parse(key, self.entries)
         try:
-            if buffer_of(key, self.entries):
-                return parse_stored(name, Role.BUFFER).name
-            if owner:
-                return parse_stored(name, owner[1]).name
-            return (parse_saved(name) if is_saved_key(key) else parse_format(name)).name
+            if parts.is_of_weight or parts.part is Part.BUFFER:
+                return parse_stored(name, parts.part).name
+            return (parse_saved(name) if parts.part is Part.SAVED else parse_format(name)).name
         except FormatError as error:
             raise PlanError(f"{key!r} is assigned the format {name!r}: {error}") from error
 
@@ -230,9 +229,7 @@ class Assignment(Drawn):
         """
         wanted = set(keys)
         missing = [key for key in keys if key not in self.entries]
-        extra = [
-            key for key in self.entries if not _belongs(key, wanted) and buffer_of(key, self.entries) not in buffers
-        ]
+        extra = [key for key in self.entries if not _belongs(key, wanted, buffers)]
         if not missing and not extra:
             return
         lines = [f"{where} does not fit this model."]
@@ -244,6 +241,16 @@ class Assignment(Drawn):
             lines += _named(extra, missing or wanted, "nearest in the model")
         lines.append("Use the plan with the model it was made for, or search a plan for this model.")
         raise PlanError("\n  ".join(lines))
+
+    def check_fits(self, table: TensorTable, *, where: str) -> None:
+        """Check that this is a plan for the model of a table.
+
+        Args:
+            where: name of this plan in the error, e.g. the path of its file.
+        Raises:
+            PlanError: a tensor has no entry, or an entry no tensor.
+        """
+        self.check_covers([info.key for info in table.paper_tensors], where=where, buffers=table.buffers)
 
     def to_pandas(self) -> Any:
         """A frame with a row for each entry: key, format, low. Needs pandas."""
@@ -325,8 +332,10 @@ class Assignment(Drawn):
 _SCHEMA = TypeAdapter(_PlanFile)
 
 
-def _belongs(key: str, wanted: Collection[str]) -> bool:
-    return key in wanted or key.removesuffix(".saved") in wanted or owner_of(key, wanted) is not None
+def _belongs(key: str, wanted: Collection[str], buffers: Collection[str]) -> bool:
+    parts = Key.parse(key, wanted)
+    named = {Part.SAVED: wanted, Part.BUFFER: buffers}.get(parts.part, ())
+    return key in wanted or parts.is_of_weight or parts.name in named
 
 
 def _named(keys: Sequence[str], others: Iterable[str], title: str) -> list[str]:

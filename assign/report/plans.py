@@ -59,7 +59,7 @@ def planned_step(table: TensorTable, plan: Assignment, update_rounding: str) -> 
     Raises:
         PlanError: no library can keep what the plan stores, or it is of another model.
     """
-    plan.check_covers([info.key for info in table.paper_tensors], where="show", buffers=table.buffers)
+    plan.check_fits(table, where="show")
     before, after = moments(table, {}), moments(table, plan.entries, update_rounding)
     rows = tensor_rows(table, plan, after, None, update_rounding)
     return PlannedStep(before=before, after=after, rows=tuple(sorted(rows, key=lambda row: -row.bytes)))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from assign.plan.assignment import Assignment
 from assign.plan.formats import ITEM_BYTES
+from assign.plan.keys import Key, base_key, master_key, stored_grad_key
 from assign.plan.moments import Moments
 from assign.plan.noise import EXACT, Cell, NoiseTable
 from assign.plan.stored import (
@@ -14,12 +15,11 @@ from assign.plan.stored import (
     buffer_format,
     is_stored,
     master_format,
-    owner_of,
     resident,
     state_format,
     waiting_bytes,
 )
-from assign.plan.tensors import PAPER_ROLES, Role, TensorInfo, TensorTable, base_key, master_key, stored_grad_key
+from assign.plan.tensors import PAPER_ROLES, Role, TensorInfo, TensorTable
 
 _ALIVE_AS = {Role.MASTER: "parameters", Role.OPTIM_STATE: "optimizer states", Role.BUFFER: "buffers"}
 _ROUNDED = PAPER_ROLES | {Role.SAVED}
@@ -84,7 +84,7 @@ def tensor_rows(
             Row(
                 key=key,
                 role=role,
-                path=_path(info),
+                path=info.parts.module if info.parts.is_activation else info.module,
                 group=info.group,
                 shape=info.shape,
                 elements=info.elements,
@@ -121,24 +121,19 @@ def _tensors(
         if (key := stored_grad_key(base_key(info.key))) in plan.entries and info.role is Role.WEIGHT_GRAD:
             yield info, key, info.role, plan.entries[key].format, stored.stored_gradients[info.key]
     for key, size in stored.optimizer_states.items():
-        weight = owner_of(key, table.by_key)
-        if weight and key not in table.by_key:  # what the plan itself adds
-            yield table.by_key[weight[0]], key, Role.OPTIM_STATE, master_format(plan.entries, weight[0]).name, size
+        weight = Key.parse(key, table.by_key)
+        if weight.is_of_weight and key not in table.by_key:  # what the plan itself adds
+            yield table.by_key[weight.name], key, Role.OPTIM_STATE, master_format(plan.entries, weight.name).name, size
 
 
 def _format(info: TensorInfo, plan: Assignment) -> StateFormat:
     if info.role is Role.SAVED:
-        return plan.saved_format(base_key(info.key))
+        return plan.saved_format(info.parts.name)
     if info.role is Role.OPTIM_STATE:
-        owner, _, state = info.key.rpartition(".optim.")
-        return state_format(plan.entries, owner, state)
+        return state_format(plan.entries, info.parts.name, info.parts.state)
     if info.role is Role.BUFFER:
-        return buffer_format(plan.entries, info.key.removesuffix(".buffer"))
+        return buffer_format(plan.entries, info.parts.name)
     return plan.format_of(info.key)
-
-
-def _path(info: TensorInfo) -> str:
-    return info.key.partition("/")[0] if "/" in info.key else info.module
 
 
 def _noise(noise: NoiseTable | None, plan: Assignment, key: str) -> float | None:

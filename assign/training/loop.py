@@ -29,6 +29,7 @@ from assign.optim.masters import widened_weights
 from assign.optim.optimizers import follow
 from assign.plan.assignment import Assignment
 from assign.plan.formats import parse_format
+from assign.plan.keys import is_grad_key
 from assign.plan.memory import peak_bytes
 from assign.plan.recipes import get_recipe
 from assign.plan.stored import (
@@ -160,7 +161,7 @@ def needs_loss_scaling(plan: Assignment) -> bool:
     """
     if any(is_narrow(master_format(plan.entries, key)) for key in plan.entries):
         return False
-    formats = {entry.format for key, entry in plan.entries.items() if key.endswith(".grad")}
+    formats = {entry.format for key, entry in plan.entries.items() if is_grad_key(key)}
     rows = [parse_format(name) for name in formats]
     short = any(not row.scaled and row.min_subnormal > _SMALLEST_GRADIENT for row in rows)
     return get_recipe(plan.recipe).loss_scaling or short

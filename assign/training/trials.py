@@ -153,7 +153,7 @@ class Trainer:
             study.enqueue_trial({_name(group): group in low for group in self.everything}, skip_if_exists=True)
 
     def _low_of(self, plan: Assignment) -> frozenset[int]:
-        plan.check_covers([info.key for info in self.table.paper_tensors], where="tune: a plan to start from")
+        plan.check_fits(self.table, where="tune: a plan to start from")
         low = frozenset(g.id for g in self.table.groups if all(plan.entries[key].low for key in g.keys))
         wanted = initial(self.table, get_recipe(self.settings.recipe), low)
         other = next((key for key, entry in wanted.items() if plan.entries[key].format != entry.format), None)
