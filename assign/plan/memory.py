@@ -129,13 +129,12 @@ class Estimate(Drawn):
         }
 
 
-def estimate(table: TensorTable, plan: Assignment, *, update_rounding: str = UpdateRounding.NEAREST) -> Estimate:
+def estimate(table: TensorTable, plan: Assignment) -> Estimate:
     """Bytes and low ratio of one step under ``plan``.
 
     Args:
         table: of the plan's model: what :func:`assign.trace` found, at any batch size.
         plan: for every tensor of the table.
-        update_rounding: of 16-bit masters, as in ``assign.optimizer``: ``kahan`` keeps 2 bytes more for each element.
     Raises:
         PlanError: the plan does not name a tensor of the table; or its updates cannot be rounded so.
         FormatError: there is no recipe of the plan's name.
@@ -146,8 +145,8 @@ def estimate(table: TensorTable, plan: Assignment, *, update_rounding: str = Upd
         ```
     """
     plan.check_fits(table, where="estimate")
-    check_rounding(update_rounding, with_loaded(plan.entries, table.loaded), where="estimate")
-    replay = Replay(table, plan.entries, update_rounding)
+    check_rounding(plan.update_rounding, with_loaded(plan.entries, table.loaded), where="estimate")
+    replay = Replay(table, plan.entries, plan.update_rounding)
     return Estimate(
         aggregate_bytes=aggregate_bytes(table, plan.entries),
         low_ratio=low_ratio(table, plan.entries),

@@ -210,11 +210,11 @@ def is_narrow(fmt: Format) -> bool:
     return fmt.name in ("bf16", "fp16")
 
 
-def check_rounding(update_rounding: str, entries: Mapping[str, Named], *, where: str) -> str:
-    """Make sure that there is such a way to round updates, and a 16-bit master whose updates are rounded so.
+def parse_rounding(update_rounding: str, *, where: str) -> UpdateRounding:
+    """Return the rounding of updates called ``update_rounding``.
 
     Raises:
-        PlanError: ``where`` it was asked for, and what to do.
+        PlanError: there is none; names ``where`` it was asked for.
     """
     if update_rounding not in list(UpdateRounding):
         close = nearest(update_rounding, UpdateRounding)
@@ -222,13 +222,23 @@ def check_rounding(update_rounding: str, entries: Mapping[str, Named], *, where:
             f"{where}: update_rounding {update_rounding!r} is not known{f', did you mean {close}?' if close else '.'} "
             f"Choose one of: {', '.join(UpdateRounding)}."
         )
-    check_unsplit(update_rounding, entries, where=where)
-    if update_rounding != UpdateRounding.NEAREST and not has_narrow_masters(entries):
+    return UpdateRounding(update_rounding)
+
+
+def check_rounding(update_rounding: str, entries: Mapping[str, Named], *, where: str) -> UpdateRounding:
+    """Return the rounding of updates, which needs a 16-bit master unless it is ``nearest``.
+
+    Raises:
+        PlanError: there is no such rounding, or no such master; names ``where`` it was asked for.
+    """
+    chosen = parse_rounding(update_rounding, where=where)
+    check_unsplit(chosen, entries, where=where)
+    if chosen != UpdateRounding.NEAREST and not has_narrow_masters(entries):
         raise PlanError(
-            f"{where}: update_rounding={update_rounding!r} is for masters in 16 bit, and this training has none.\n"
+            f"{where}: update_rounding={str(chosen)!r} is for masters in 16 bit, and this training has none.\n"
             "  Give a plan that stores them so (--master bf16, or --strategy standalone), or leave it out."
         )
-    return str(update_rounding)
+    return chosen
 
 
 def check_unsplit(update_rounding: str, entries: Mapping[str, Named], *, where: str) -> None:

@@ -11,7 +11,6 @@ from assign.plan.moments import Moments
 from assign.plan.noise import EXACT, Cell, NoiseTable
 from assign.plan.stored import (
     StateFormat,
-    UpdateRounding,
     buffer_format,
     is_stored,
     master_format,
@@ -65,20 +64,18 @@ def tensor_rows(
     plan: Assignment,
     after: Moments,
     noise: NoiseTable | None = None,
-    update_rounding: str = UpdateRounding.NEAREST,
 ) -> tuple[Row, ...]:
     """A row for each of the table's tensors, each master, and each state that the plan adds.
 
     Args:
         after: the plan's moments.
-        update_rounding: as in ``estimate``.
     """
     at_peak: dict[tuple[str, str], int] = defaultdict(int)
     for segment in after.alive:
         if segment.start <= after.peak <= segment.end:
             at_peak[segment.key, segment.role] += segment.bytes
     found = []
-    for info, key, role, fmt, size in _tensors(table, plan, update_rounding):
+    for info, key, role, fmt, size in _tensors(table, plan):
         alive = at_peak.get((base_key(key) if role is Role.SAVED else key, _ALIVE_AS.get(role, role)), 0)
         found.append(
             Row(
@@ -106,11 +103,9 @@ def formats_of(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(sorted(bits, key=lambda name: (-bits[name], name)))
 
 
-def _tensors(
-    table: TensorTable, plan: Assignment, update_rounding: str
-) -> Iterator[tuple[TensorInfo, str, Role, str, int]]:
+def _tensors(table: TensorTable, plan: Assignment) -> Iterator[tuple[TensorInfo, str, Role, str, int]]:
     """Row of the table, key, role, format and bytes of each tensor."""
-    stored = resident(table, plan.entries, update_rounding)
+    stored = resident(table, plan.entries, plan.update_rounding)
     plan = plan.with_loaded(table.loaded)
     for info in table.tensors:
         fmt = _format(info, plan)
