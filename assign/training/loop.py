@@ -468,7 +468,7 @@ class _Run:
             "task": self.task.name,
             "seed": self.seed,
             "plan": plan,
-            "update_rounding": self.update_rounding,
+            "update_rounding": str(self.update_rounding),
         }
 
     def save(self, path: Path) -> None:
