@@ -370,6 +370,9 @@ class Assignment(Drawn):
         return cls.from_json(_FILE.read(path), where=str(path))
 
 
+Plan = Assignment
+"""What users call an assignment."""
+
 _SCHEMA = TypeAdapter(_PlanFile)
 
 

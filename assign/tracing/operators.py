@@ -140,7 +140,7 @@ def walk(capture: Capture) -> Walk:
                 result.parametric.add(node)
             if crossing.key:
                 result.key_of[node] = crossing.key
-    is_cast = any(node.target is torch.amp.autocast_mode._enter_autocast for node in capture.graph.graph.nodes)
+    is_cast = any(node.target is _torch.ENTER_AUTOCAST for node in capture.graph.graph.nodes)
     if any(_torch.fake_value(node).dtype == torch.float64 for node in capture.parameters):
         result.dtypes |= {torch.float64}
     for node, name in capture.parameters.items():
