@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from assign.optim.masters import widened_weights
     from assign.optim.monitor import LostUpdates
     from assign.optim.optimizers import optimizer, widened_state_dict
-    from assign.plan.assignment import Assignment
+    from assign.plan.assignment import Assignment, Plan
     from assign.plan.formats import FORMATS, Format, parse_format
     from assign.plan.memory import Estimate, estimate
     from assign.plan.noise import NoiseTable
@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from assign.plan.tensors import TensorTable
     from assign.plan.times import TimeTable
     from assign.planning import search
+    from assign.report.page import write_report
     from assign.report.plotting import plot
     from assign.several import data_parallel
     from assign.strategies import STRATEGIES
@@ -91,6 +92,8 @@ if TYPE_CHECKING:
     from assign.tracing.tracer import trace
     from assign.training.audit import audit_constants, audit_range
     from assign.training.certificate import certify
+    from assign.training.comparing import compare
+    from assign.training.loop import train
     from assign.training.tuning import tune
 
 __version__ = "0.1.0"
@@ -107,6 +110,7 @@ __all__ = [
     "Front",
     "LostUpdates",
     "NoiseTable",
+    "Plan",
     "Promotion",
     "Rehearsal",
     "Task",
@@ -117,6 +121,7 @@ __all__ = [
     "audit_range",
     "autocast",
     "certify",
+    "compare",
     "data_parallel",
     "estimate",
     "measure_noise",
@@ -130,9 +135,11 @@ __all__ = [
     "search",
     "search_front",
     "trace",
+    "train",
     "tune",
     "widened_state_dict",
     "widened_weights",
+    "write_report",
 ]
 
 _PLACES = MappingProxyType(
@@ -155,6 +162,7 @@ _PLACES = MappingProxyType(
         "optimizer": "assign.optim.optimizers",
         "widened_state_dict": "assign.optim.optimizers",
         "Assignment": "assign.plan.assignment",
+        "Plan": "assign.plan.assignment",
         "FORMATS": "assign.plan.formats",
         "Format": "assign.plan.formats",
         "parse_format": "assign.plan.formats",
@@ -166,6 +174,7 @@ _PLACES = MappingProxyType(
         "TimeTable": "assign.plan.times",
         "search": "assign.planning",
         "plot": "assign.report.plotting",
+        "write_report": "assign.report.page",
         "data_parallel": "assign.several",
         "STRATEGIES": "assign.strategies",
         "Task": "assign.tasks",
@@ -173,6 +182,8 @@ _PLACES = MappingProxyType(
         "audit_constants": "assign.training.audit",
         "audit_range": "assign.training.audit",
         "certify": "assign.training.certificate",
+        "compare": "assign.training.comparing",
+        "train": "assign.training.loop",
         "tune": "assign.training.tuning",
     }
 )

@@ -10,7 +10,6 @@ from assign.errors import BudgetError, PlanError
 from assign.plan.assignment import Assignment
 from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.plan.memory import peak_bytes
-from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table
 from assign.strategies import BASELINES
@@ -82,23 +81,20 @@ class Front(Drawn):
         ]
         return table_html(f"front of {len(rows)} plans", ["plan", "peak", "noise or low ratio"], rows)
 
-    def pick(
-        self, table: TensorTable, budget: str | int, *, update_rounding: str = UpdateRounding.NEAREST
-    ) -> Assignment | None:
+    def pick(self, table: TensorTable, budget: str | int) -> Assignment | None:
         """The best plan whose step fits, of a table that may have another batch size; None where none does.
 
         Args:
             table: of the plans' model.
             budget: as in :func:`assign.search`.
-            update_rounding: of 16-bit masters, as in :func:`assign.optimizer`.
         Raises:
             PlanError: the plans are for another model.
             BudgetError: no budget.
         """
         limit = parse_budget(budget, peak_bytes(table, {}))
         for plan in reversed(self.plans):
-            plan.check_covers([row.key for row in table.paper_tensors], where="the front", buffers=table.buffers)
-            if peak_bytes(table, plan.entries, update_rounding) <= limit:
+            plan.check_fits(table, where="the front")
+            if peak_bytes(table, plan.entries, plan.update_rounding) <= limit:
                 return plan
         return None
 

@@ -14,11 +14,12 @@ from assign.errors import BudgetError, PlanError
 from assign.executor.timing import measure_times
 from assign.noise.measuring import measure_noise
 from assign.plan.assignment import Assignment, Entry, Provenance
+from assign.plan.keys import is_saved_key, master_key
 from assign.plan.memory import Estimate, estimate, peak_bytes
 from assign.plan.noise import NoiseTable
 from assign.plan.recipes import Recipe, candidates_of, get_recipe, save, store
-from assign.plan.stored import UpdateRounding, check_rounding
-from assign.plan.tensors import TensorTable, is_saved_key, master_key
+from assign.plan.stored import UpdateRounding, check_rounding, with_loaded
+from assign.plan.tensors import TensorTable
 from assign.plan.timeline import RunningPeak, Timeline
 from assign.plan.times import TimeTable, parse_step_time
 from assign.strategies import BASELINES, MILP, Strategy, get_strategy
@@ -231,8 +232,14 @@ def search_table(
         )
     chosen_entries = whole(entries)
     loaded = {key: name for key, name in table.loaded.items() if name != "fp32" and master_key(key) in chosen_entries}
-    plan = Assignment(entries=chosen_entries, recipe=rules.name, fingerprint=table.fingerprint, loaded=loaded)
-    check_rounding(update_rounding, plan.with_loaded(table.loaded).entries, where="search")
+    whole_entries = with_loaded(chosen_entries, table.loaded)
+    plan = Assignment(
+        entries=chosen_entries,
+        recipe=rules.name,
+        fingerprint=table.fingerprint,
+        loaded=loaded,
+        update_rounding=check_rounding(update_rounding, whole_entries, where="search"),
+    )
     if saved is not None and not chosen_copies and not any(map(is_saved_key, plan.entries)):
         raise PlanError(
             f"search: what waits for the backward pass is asked for in {saved!r}, but nothing that waits takes fewer "
@@ -240,7 +247,7 @@ def search_table(
             "  Allowed: a format narrower than those that tensors are computed in.\n"
             "  Choose int4:block64, or leave it out."
         )
-    costs = summary(estimate(table, plan, update_rounding=update_rounding), time.perf_counter() - start)
+    costs = summary(estimate(table, plan), time.perf_counter() - start)
     if noise is not None:
         costs["noise"] = noise.of(plan.entries)
     for solution in solutions:

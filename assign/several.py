@@ -19,15 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from assign import _torch
 from assign.errors import PlanError
 from assign.plan.assignment import Assignment
+from assign.plan.keys import Key, Part, master_key, stored_grad_key
 from assign.plan.stored import (
     first_split,
     gradient_format,
     has_scaled_gradients,
     master_format,
-    owner_of,
     stored_dtype,
 )
-from assign.plan.tensors import Role, master_key
 
 _WRAPPED = "DistributedDataParallel(assign.apply(model, plan))"
 
@@ -157,7 +156,7 @@ def check_sharded(model: nn.Module, plan: Assignment) -> None:
             f"apply: the plan stores the gradient of {narrow!r} as {gradient_format(plan.entries, narrow).name} and "
             f"its master as {master_format(plan.entries, narrow).name}, but fully_shard makes a gradient in its "
             "parameter's dtype.\n  Allowed: gradients stored as their masters are; or DistributedDataParallel.\n"
-            f"  Leave {narrow + '.grad.stored'!r} and the like out of the plan."
+            f"  Leave {stored_grad_key(narrow)!r} and the like out of the plan."
         )
     if shards:
         _check_dtypes(model, plan)
@@ -255,8 +254,8 @@ def _shards(model: nn.Module) -> dict[str, Any]:
 
 def _narrow_gradient(plan: Assignment) -> str | None:
     """The first parameter whose gradient the plan stores in another dtype than its master."""
-    owners = (owner_of(key, plan.entries) for key in plan.entries)
-    weights = (owner[0] for owner in owners if owner is not None and owner[1] is not Role.OPTIM_STATE)
+    keys = (Key.parse(key, plan.entries) for key in plan.entries)
+    weights = (key.name for key in keys if key.part in (Part.MASTER, Part.STORED_GRADIENT))
     formats = ((key, gradient_format(plan.entries, key), master_format(plan.entries, key)) for key in weights)
     return next((key for key, gradient, master in formats if stored_dtype(gradient) != stored_dtype(master)), None)
 

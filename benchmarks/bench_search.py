@@ -53,10 +53,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from assign.noise.measuring import measure_noise
 from assign.plan.assignment import Assignment, Entry
+from assign.plan.keys import base_key, is_saved_key
 from assign.plan.memory import peak_bytes
 from assign.plan.noise import NoiseTable
 from assign.plan.recipes import NATIVE, Recipe, initial, save
-from assign.plan.tensors import base_key, is_saved_key
 from assign.plan.timeline import Timeline
 from assign.strategies import BASELINES, STRATEGIES
 from assign.strategies.milp import Granularity, Milp

@@ -11,8 +11,9 @@ from assign.errors import BudgetError
 from assign.plan.assignment import Entry
 from assign.plan.formats import parse_format
 from assign.plan.groups import assign_groups
+from assign.plan.keys import grad_key
 from assign.plan.recipes import RECIPES, Recipe, initial
-from assign.plan.tensors import Role, TensorInfo, TensorTable, grad_key
+from assign.plan.tensors import Role, TensorInfo, TensorTable
 from assign.strategies import MILP, STRATEGIES, Strategy
 from assign.strategies.milp import Milp
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from assign.errors import PlanError
 from assign.json_file import LARGEST
 from assign.plan.assignment import Assignment, Entry, Provenance
+from assign.plan.stored import UpdateRounding
 
 E4M3, E5M2, BF16, FP32 = Entry("e4m3", True), Entry("e5m2", True), Entry("bf16", False), Entry("fp32", False)
 
@@ -60,6 +61,20 @@ def test_json_round_trip(assignment: Assignment) -> None:
     assert again.to_json() == assignment.to_json()
 
 
+def test_a_plan_keeps_how_updates_are_rounded() -> None:
+    kahan = plan().with_update_rounding("kahan")
+    again = Assignment.from_json(kahan.to_json())
+    assert again == kahan != plan()
+    assert again.update_rounding is UpdateRounding.KAHAN
+    assert "update_rounding" not in plan().to_json()  # files of older versions have none: nearest
+    assert plan().diff(kahan).update_rounding == ("nearest", "kahan")
+    assert plan().diff(plan()).update_rounding is None
+    assert kahan.with_update_rounding(None) is kahan
+    assert "update_rounding" in refusal(file_of(update_rounding="khan"))
+    with pytest.raises(PlanError, match="did you mean 'kahan'"):
+        plan().with_update_rounding("khan")
+
+
 def test_file_is_one_line_per_tensor(tmp_path: Path) -> None:
     provenance = Provenance(command="assign search", versions={"torch": "2"}, seed=1, estimate={"peak_bytes": 5})
     text = plan().with_provenance(provenance).to_json()
@@ -90,7 +105,8 @@ def test_schema_describes_the_file() -> None:
     schema = Assignment.schema()
     assert schema["type"] == "object"
     assert schema["title"] == "assign plan"
-    assert sorted(schema["properties"]) == ["assign_plan", "fingerprint", "loaded", "provenance", "recipe", "tensors"]
+    optional = ["loaded", "provenance", "update_rounding"]
+    assert sorted(schema["properties"]) == sorted([*schema["required"], *optional])
     assert sorted(schema["required"]) == ["assign_plan", "fingerprint", "recipe", "tensors"]
     assert schema["additionalProperties"] is False
     assert schema["properties"]["assign_plan"]["const"] == 1

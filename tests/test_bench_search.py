@@ -12,7 +12,7 @@ import torch
 
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import parse_saved
-from assign.plan.tensors import is_saved_key
+from assign.plan.keys import is_saved_key
 from benchmarks import bench_search
 from benchmarks.searches import plans, training
 from benchmarks.searches.subjects import WARM_UP, Paced, Subject

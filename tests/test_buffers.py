@@ -15,7 +15,7 @@ from assign.optim.optimizers import follow
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.memory import estimate
 from assign.plan.recipes import store
-from assign.plan.stored import buffer_of, buffers
+from assign.plan.stored import buffers
 from assign.planning import search_table
 from assign.tasks import Task
 from assign.training.audit import audit_constants
@@ -61,15 +61,6 @@ def test_rows_are_the_buffers_that_a_step_changes():
     assert traced(Running().eval(), BATCH).buffers == ()
     layers = [name.removesuffix(".running_var") for name in traced(ResNet(), images()).buffers if "var" in name]
     assert layers == ["bn", *(f"layers.{i}.bn{j}" for i in range(2) for j in (1, 2))]
-
-
-def test_a_weight_called_buffer_is_none():
-    assert buffer_of("bn.mean.buffer", {"bn.weight"}) == "bn.mean"
-    for keys in ({"replay.buffer", "replay.buffer.grad"}, {"replay"}):
-        assert buffer_of("replay.buffer.grad", keys) is None
-    assert buffer_of("replay.buffer", {"replay.buffer", "replay.buffer.grad"}) is None
-    for key in ("a/relu.buffer", ".buffer", "w.master"):
-        assert buffer_of(key, {"w"}) is None
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])

@@ -126,6 +126,7 @@ def test_quantiles():
 # ---- under a plan
 
 
+@pytest.mark.slow
 def test_digits_under_plans():
     pytest.importorskip("sklearn")
     task = load_task("digits", TaskOptions(width=0.5))

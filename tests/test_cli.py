@@ -344,6 +344,15 @@ def test_what_is_stored_can_be_chosen_and_is_shown(here, capsys, monkeypatch):
     run("search", "mine.py", "--strategy", "standalone", "--recipe", "fp16", "-o", "p.json", "--json", "search.json")
     assert "optimizer states" in run("estimate", "mine.py", "--plan", "p.json")
     run("train", "mine.py", "--plan", "p.json", "--update-rounding", "nearest")
+    run("search", "mine.py", "--low-ratio", "0", "--master", "bf16", "--update-rounding", "kahan", "-o", "k.json")
+    assert json.loads((here / "k.json").read_text())["update_rounding"] == "kahan"
+    assert "kahan" in run("show", "k.json")
+    assert "updates rounded kahan" in run("diff", "k.json", "p.json")
+    run("train", "mine.py", "--plan", "k.json", "--json", "trained.json")
+    run("estimate", "mine.py", "--plan", "k.json", "--json", "kept.json")
+    run("estimate", "mine.py", "--plan", "k.json", "--update-rounding", "nearest", "--json", "given.json")
+    kept, given = (json.loads((here / f"{name}.json").read_text()) for name in ("kept", "given"))
+    assert kept != given
     assert "0.weight.master" in run("show", "p.json", "--all")
     run("search", "mine.py", "--low-ratio", "0", "--master", "bf16", "-o", "p.json")
 

@@ -17,8 +17,8 @@ from assign.numerics.launch import use_compiled
 from assign.numerics.rounding import amax_scale, decode, encode, quantize
 from assign.plan.assignment import Entry
 from assign.plan.formats import FORMATS
+from assign.plan.keys import saved_key
 from assign.plan.memory import peak_bytes
-from assign.plan.tensors import saved_key
 
 AMAX = ["e4m3:amax", "e5m2:amax"]
 each_way = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "op-by-op"])

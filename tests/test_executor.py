@@ -21,8 +21,8 @@ from assign.executor.pack import pack
 from assign.numerics.rounding import quantize
 from assign.optim.optimizers import follow
 from assign.plan.assignment import Assignment, Entry
+from assign.plan.keys import saved_key
 from assign.plan.recipes import store
-from assign.plan.tensors import saved_key
 
 
 def nodes(graphs, target):

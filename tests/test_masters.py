@@ -344,7 +344,7 @@ def test_another_rounding_is_refused():
     _, _, table, plan = made(adamw)
     says = r"update_rounding='kahan' was asked for, but 'first\.weight\.master' is bf16\+8.*\n  Allowed: nearest"
     with pytest.raises(PlanError, match="^estimate: " + says):
-        estimate(table, plan, update_rounding="kahan")
+        estimate(table, plan.with_update_rounding("kahan", where="estimate"))
     model = made(adamw)[0]
     with pytest.raises(PlanError, match="^optimizer: " + says):
         assign.optimizer(torch.optim.AdamW, model, plan, update_rounding="kahan")

@@ -16,9 +16,9 @@ from assign import search
 from assign.errors import AssignError, BudgetError, PlanError
 from assign.noise.measuring import measure_noise
 from assign.plan.assignment import Entry
+from assign.plan.keys import is_saved_key
 from assign.plan.memory import peak_bytes
 from assign.plan.recipes import candidates_of, get_recipe, initial, save
-from assign.plan.tensors import is_saved_key
 from assign.plan.timeline import RunningPeak, Timeline
 from assign.planning import completion, search_table
 from assign.strategies.goal import parse_pins, split_names

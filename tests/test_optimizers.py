@@ -222,6 +222,15 @@ def test_widens_into_torchs_own_optimizer_and_back(name):
             assert torch.equal(again[number][key], value), (number, key)
 
 
+def test_the_plan_says_how_updates_are_rounded():
+    model, _, _, plan = made(ADAMW, master="bf16")
+    kahan = plan.with_update_rounding("kahan")
+    own = assign.optimizer(ADAMW[0], model, kahan, **ADAMW[1])
+    assert isinstance(own, assign.optim.AdamW)
+    assert own.param_groups[0]["rounding"] == "kahan"
+    assert not isinstance(assign.optimizer(ADAMW[0], model, kahan, update_rounding="nearest", **ADAMW[1]), type(own))
+
+
 def test_a_state_of_another_shape_is_refused():
     model, plain, _, _ = made(ADAMW)
     train(model, plain, steps=1)

@@ -103,11 +103,11 @@ def test_moments_are_those_of_the_memory_model(table, plan):
 
 
 def test_update_rounding_counts(table):
-    plan = search_table(table, **PLANS["16 bit"])
+    plan = search_table(table, **PLANS["16 bit"]).with_update_rounding("kahan")
     kahan = moments(table, plan.entries, UpdateRounding.KAHAN)
-    assert kahan.total.max() == estimate(table, plan, update_rounding="kahan").peak_bytes
+    assert kahan.total.max() == estimate(table, plan).peak_bytes
     assert kahan.total.max() > moments(table, plan.entries).total.max()
-    rows = tensor_rows(table, plan, kahan, update_rounding=UpdateRounding.KAHAN)
+    rows = tensor_rows(table, plan, kahan)
     assert sum(row.key.endswith(".optim.compensation") for row in rows) == sum(
         row.role is Role.WEIGHT for row in table.tensors
     )

@@ -112,6 +112,7 @@ def test_the_optimizer_may_be_the_peak():
     assert said.peak_bytes == assign.estimate(table, everything(table, "fp32")).peak_bytes
 
 
+@pytest.mark.slow
 def test_nothing_of_the_user_changes():
     torch.manual_seed(0)
     model, batch = ResNet(), images()

@@ -17,10 +17,11 @@ if sys.argv[1:]:
     repeat_lost_interrupts()
 try:
     Interrupted()
-    time.sleep(5 if sys.argv[1:] else 0.5)
+    begin = time.monotonic()
+    time.sleep(60 if sys.argv[1:] else 0.5)
     print("not stopped")
 except KeyboardInterrupt:
-    print("stopped")
+    print("stopped" if time.monotonic() - begin < 59 else "stopped late")
 """
 
 

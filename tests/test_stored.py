@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from assign.errors import FormatError, PlanError
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import FORMATS, STATE_FORMATS, parse_format
+from assign.plan.keys import Part
 from assign.plan.libraries import Library, Stored, choose_library, optimizer_scratch, stored_in
 from assign.plan.recipes import store
 from assign.plan.stored import (
@@ -16,7 +17,6 @@ from assign.plan.stored import (
     bytes_of,
     check_rounding,
     has_narrow_masters,
-    owner_of,
     parse_stored,
     resident,
 )
@@ -47,15 +47,6 @@ def table(elements=8192, optimizer="AdamW", states=("exp_avg", "exp_avg_sq")):
 def plan(entries):
     paper = {key: Entry("fp32", False) for key in ("w", "w.grad", "b", "b.grad")}
     return Assignment(entries=paper | entries, recipe="native", fingerprint="")
-
-
-def test_only_what_follows_a_weight_is_stored():
-    keys = {"w", "w.grad", "master", "a/relu"}
-    assert owner_of("w.master", keys) == ("w", Role.MASTER)
-    assert owner_of("w.grad.stored", keys) == ("w", Role.WEIGHT_GRAD)
-    assert owner_of("w.optim.exp_avg", keys) == ("w", Role.OPTIM_STATE)
-    for key in ("w", "w.grad", "w.saved", "master", "v.master", "a/relu.master", ".optim.x", "a.optim.w"):
-        assert owner_of(key, keys) is None, key
 
 
 def test_a_module_called_master_is_no_master():
@@ -146,7 +137,7 @@ def stored(master="fp32", gradient="fp32", elements=8192, **states):
         elements=elements,
         master=parse_format(master),
         gradient=parse_format(gradient),
-        states={name: parse_stored(fmt, Role.OPTIM_STATE) for name, fmt in states.items()},
+        states={name: parse_stored(fmt, Part.STATE) for name, fmt in states.items()},
     )
 
 

@@ -14,9 +14,9 @@ from test_milp import FORMATS, HFP8, all_plans
 import assign
 from assign.errors import BudgetError, PlanError
 from assign.plan.assignment import Entry
+from assign.plan.keys import grad_key
 from assign.plan.noise import Cell
 from assign.plan.recipes import get_recipe
-from assign.plan.tensors import grad_key
 from assign.plan.times import TimeTable, parse_step_time
 from assign.planning import search_table
 from assign.strategies.greedy import greedy

@@ -535,6 +535,7 @@ class TestWithPlan:
         assert "every step of the epoch had gradients that are not finite, at any loss scale" in result.message
 
 
+@pytest.mark.slow
 def test_digits_learns() -> None:
     task = load_task("digits")
     table, plan = make_plan(task)

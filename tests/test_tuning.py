@@ -132,6 +132,7 @@ def test_a_budget_is_kept_and_the_best_metric_wins(tmp_path, table):
     assert best.metric == max(trial.values[0] for trial in done)
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_and_repeats_itself(tmp_path):
     first = tune(make_task, storage=tmp_path / "a.db", trials=6)
     again = tune(make_task, storage=tmp_path / "a.db", trials=6)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from assign import _torch
-from assign.cli.options import BackendName, BatchSize, Data, Device, Json, PlanFile, Rounding, Seed, TaskName
-from assign.cli.origin import Origin, PlanDevice, PlanRounding, PlanTask, origin_of
+from assign.cli.options import BackendName, BatchSize, Data, Device, Json, PlanFile, PlanRounding, Seed, TaskName
+from assign.cli.origin import Origin, PlanDevice, PlanTask, origin_of
 from assign.cli.outputs import check_outputs, write_json
 from assign.cli.shell import app, console, open_task, traced
 from assign.errors import AssignError
@@ -20,7 +20,6 @@ from assign.plan.assignment import Assignment
 from assign.plan.formats import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
 from assign.plan.lowered import Lowered
 from assign.plan.memory import estimate as estimate_plan
-from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table, summary
 from assign.report import tables
@@ -95,7 +94,7 @@ def estimate(
     task: TaskName,
     plan: PlanFile = None,
     backend: BackendName = Backend.EAGER,
-    update_rounding: Rounding = UpdateRounding.NEAREST,
+    update_rounding: PlanRounding = None,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -107,8 +106,9 @@ def estimate(
     loaded = open_task(task, seed, batch_size, device, data, None)
     table = traced(loaded, device)
     chosen = Assignment.load(plan) if plan else search_table(table, strategy="as-loaded")
-    costs = estimate_plan(table, chosen, update_rounding=update_rounding)
-    compiled = _rehearsed(loaded, device, chosen, table, update_rounding) if backend is Backend.INDUCTOR else None
+    chosen = chosen.with_update_rounding(update_rounding, where="estimate")
+    costs = estimate_plan(table, chosen)
+    compiled = _rehearsed(loaded, device, chosen, table) if backend is Backend.INDUCTOR else None
     console.print(tables.estimate_table(costs, compiled))
     more = {"compiled": dataclasses.asdict(compiled)} if compiled else {}
     write_json(json_file, {**summary(costs, 0.0), **costs.to_json(), **more})
@@ -122,7 +122,6 @@ def show(
         bool, typer.Option("--lowered", help="Which operators of a step run in 16 bit, which in 32, and why.")
     ] = False,
     task: PlanTask = None,
-    update_rounding: PlanRounding = None,
     batch_size: BatchSize = None,
     device: PlanDevice = None,
     data: Data = None,
@@ -138,14 +137,13 @@ def show(
         batch_size=batch_size,
         device=device,
         data=data,
-        update_rounding=update_rounding,
     )
     if lowered:
         _show_lowered(chosen, origin, json_file)
         return
     step, why = None, ""
     try:
-        step = planned_step(origin.table(), chosen, origin.update_rounding)
+        step = planned_step(origin.table(), chosen)
     except AssignError as error:
         if task is not None:  # as asked for
             raise
@@ -158,7 +156,7 @@ def show(
 
 def _show_lowered(plan: Assignment, origin: Origin, json_file: Path | None) -> None:
     table = origin.table()
-    plan.check_covers([info.key for info in table.paper_tensors], where=str(origin.plan), buffers=table.buffers)
+    plan.check_fits(table, where=str(origin.plan))
     operators = Lowered(table, plan.entries).operators(fp8=_torch.multiplies_fp8(check_device(origin.device)))
     console.print(tables.lowered_table(operators))
     write_json(json_file, [dataclasses.asdict(each) for each in operators])
@@ -176,12 +174,18 @@ def diff(
     console.print(diff_table(found))
     changed = {key: [a.format, b.format] for key, (a, b) in found.changed.items()}
     write_json(
-        json_file, {"changed": changed, "only_first": list(found.only_here), "only_second": list(found.only_there)}
+        json_file,
+        {
+            "changed": changed,
+            "only_first": list(found.only_here),
+            "only_second": list(found.only_there),
+            "update_rounding": found.update_rounding,
+        },
     )
 
 
-def _rehearsed(task: Task, device: str, plan: Assignment, table: TensorTable, update_rounding: str) -> Rehearsal:
+def _rehearsed(task: Task, device: str, plan: Assignment, table: TensorTable) -> Rehearsal:
     where = check_device(device)
     model, batch = task.make_model().to(where), move(task.first_batch(), where)
     with console.status("asking Inductor for its program"):
-        return rehearse(model, batch, task.loss, plan, table, update_rounding=update_rounding)
+        return rehearse(model, batch, task.loss, plan, table)

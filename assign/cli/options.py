@@ -103,6 +103,10 @@ PromoteThreshold = Annotated[float, typer.Option(help="Share of overflowing elem
 Rounding = Annotated[
     UpdateRounding, typer.Option("--update-rounding", help="How updates of 16-bit masters are rounded.")
 ]
+PlanRounding = Annotated[
+    UpdateRounding | None,
+    typer.Option("--update-rounding", help="How updates of 16-bit masters are rounded; as in the plan if left out."),
+]
 Weights = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="fp32 weights: what 'train --checkpoint' wrote, or a saved state_dict."),

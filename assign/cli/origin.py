@@ -11,7 +11,6 @@ from typer.main import get_group
 from assign.cli.shell import app, open_task, traced
 from assign.errors import TaskError
 from assign.plan.assignment import Assignment
-from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.tasks.builtin import BUILTIN
 
@@ -20,10 +19,6 @@ PlanTask = Annotated[
     typer.Option("--task", metavar="TASK", help="The plan's task; the one it was searched for if left out."),
 ]
 PlanDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, …; as searched if left out.")]
-PlanRounding = Annotated[
-    UpdateRounding | None,
-    typer.Option("--update-rounding", help="How updates of 16-bit masters are rounded; as searched if left out."),
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +38,6 @@ class Origin:
     batch_size: int | None
     device: str
     data: Path | None
-    update_rounding: UpdateRounding
     command: str
 
     def table(self) -> TensorTable:
@@ -77,7 +71,6 @@ def origin_of(
     batch_size: int | None,
     device: str | None,
     data: Path | None,
-    update_rounding: UpdateRounding | None = None,
 ) -> Origin:
     """What is given, and for the rest what the command that made the plan was given."""
     asked = _asked(plan)
@@ -90,7 +83,6 @@ def origin_of(
         batch_size=batch_size or asked.get("batch_size"),
         device=device or asked.get("device") or "cpu",
         data=None if folder is None else Path(folder),
-        update_rounding=update_rounding or asked.get("update_rounding") or UpdateRounding.NEAREST,
         command=plan.provenance.command,
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from assign.cli.options import BatchSize, Data, Json
-from assign.cli.origin import PlanDevice, PlanRounding, PlanTask, origin_of
+from assign.cli.origin import PlanDevice, PlanTask, origin_of
 from assign.cli.outputs import check_outputs, write_json
 from assign.cli.shell import app, command_line, console
 from assign.fronts import Front
@@ -34,7 +34,6 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="What 'assign noise' found; PLAN.noise.json if it is there.")
     ] = None,
     task: PlanTask = None,
-    update_rounding: PlanRounding = None,
     batch_size: BatchSize = None,
     device: PlanDevice = None,
     data: Data = None,
@@ -54,7 +53,6 @@ def report(
         batch_size=batch_size,
         device=device,
         data=data,
-        update_rounding=update_rounding,
     )
     page = Report(
         name=str(plan),
@@ -63,13 +61,12 @@ def report(
         runs=runs,
         front=beside,
         noise=NoiseTable.load(found) if found else None,
-        update_rounding=origin.update_rounding,
         command=command_line(),
     )
     with console.status("writing the page"):
         write_report(output, page)
     console.print(f"wrote {output}: open it in a browser")
-    costs = estimate(page.table, chosen, update_rounding=page.update_rounding)
+    costs = estimate(page.table, chosen)
     write_json(json_file, {"report": str(output), **costs.to_json()})
 
 

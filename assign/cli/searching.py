@@ -162,7 +162,7 @@ def search(
         epochs=epochs,
         backend=trial_backend,
     )
-    picked = _picked(front, table, budget, update_rounding, output) if front else None
+    picked = _picked(front, table, budget, output) if front else None
     if picked is not None:
         write_json(json_file, picked.provenance.estimate)
         return
@@ -283,12 +283,12 @@ def searched(table: TensorTable, output: Path, asked: dict[str, Any]) -> Assignm
         plan = search_table(table, **asked)
     plan.save(output)
     console.print(f"wrote {output}: {len(plan.entries)} tensors")
-    _tell(table, plan, asked["update_rounding"])
+    _tell(table, plan)
     return plan
 
 
-def _tell(table: TensorTable, plan: Assignment, update_rounding: str) -> None:
-    console.print(tables.estimate_table(estimate_plan(table, plan, update_rounding=update_rounding)))
+def _tell(table: TensorTable, plan: Assignment) -> None:
+    console.print(tables.estimate_table(estimate_plan(table, plan)))
     if "noise" in plan.provenance.estimate:
         console.print(tables.noise_line(plan.provenance.estimate))
 
@@ -307,20 +307,18 @@ def _search_front(
     write_json(json_file, {"front": rows})
 
 
-def _picked(
-    directory: Path, table: TensorTable, budget: str | None, update_rounding: str, output: Path
-) -> Assignment | None:
+def _picked(directory: Path, table: TensorTable, budget: str | None, output: Path) -> Assignment | None:
     """The plan of a stored front that the budget allows, written to ``output``; None where all take more."""
     if budget is None:
         raise BudgetError("search: --front picks for a budget. Give one, e.g. --budget 6GiB.")
     front = Front.load(directory)
-    plan = front.pick(table, budget, update_rounding=update_rounding)
+    plan = front.pick(table, budget)
     if plan is None:
         console.print(f"none of the {len(front.plans)} plans in {directory} fits: searching")
         return None
     plan.save(output)
     console.print(f"wrote {output}: the best of {len(front.plans)} plans in {directory} that fits")
-    _tell(table, plan, update_rounding)
+    _tell(table, plan)
     return plan
 
 

@@ -64,7 +64,9 @@ def trained(
     **options: Any,
 ) -> TrainResult:
     """Train with a bar, and tell of each promotion; the plan as promoted so far stands in ``promoted``."""
-    rounding = options.get("update_rounding", UpdateRounding.NEAREST)
+    if plan is not None:
+        plan = plan.with_update_rounding(options.pop("update_rounding", None), where="train")
+    rounding = plan.update_rounding if plan else UpdateRounding.NEAREST
     meter = Meter(None if table is None else peak_bytes(table, plan.entries if plan else {}, rounding))
     with bar(f"training {name}") as advance:
 

@@ -18,7 +18,7 @@ def repeat_lost_interrupts() -> None:
 
     def hear(lost: "sys.UnraisableHookArgs") -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            timer = threading.Timer(_AGAIN, signal.raise_signal, (signal.SIGINT,))
+            timer = threading.Timer(_AGAIN, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
             timer.daemon = True
             timer.start()
         else:

@@ -24,6 +24,7 @@ from assign.cli.options import (
     Output,
     Pins,
     PlanFile,
+    PlanRounding,
     PromoteEvery,
     PromoteThreshold,
     Recipe,
@@ -60,7 +61,7 @@ def train(
     weights: From = None,
     promote_every: PromoteEvery = None,
     promote_threshold: PromoteThreshold = THRESHOLD,
-    update_rounding: Rounding = UpdateRounding.NEAREST,
+    update_rounding: PlanRounding = None,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     device: Device = "cpu",
@@ -159,7 +160,7 @@ def run(
         "promote_threshold": promote_threshold,
         "promoted": promoted_path(output),
     }
-    planned = trained("plan", loaded, plan, table, backend=backend, update_rounding=update_rounding, **options)
+    planned = trained("plan", loaded, plan, table, backend=backend, **options)
     console.print(tables.result_table({"fp32": baseline, "plan": planned}))
     write_json(
         json_file, {"baseline": baseline.to_json(), "plan": planned.to_json(), "search": dict(plan.provenance.estimate)}

@@ -26,7 +26,8 @@ from assign.executor.unused import results_behind_inputs, without_unused_gradien
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
 from assign.plan.assignment import Assignment
-from assign.plan.stored import buffer_of, is_lasting, narrow_buffers, owner_of
+from assign.plan.keys import Key, Part
+from assign.plan.stored import narrow_buffers
 from assign.tracing.capture import Capture, Loss, call_model, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.loaded import complete
@@ -162,7 +163,7 @@ def autocast(
 def first_lasting(plan: Assignment) -> str | None:
     """Key of the first master, gradient or buffer stored narrowly: there applying the plan changes the model."""
     narrow = (key for key, entry in plan.entries.items() if entry.format != "fp32")
-    return next((key for key in narrow if is_lasting(key, plan.entries)), None)
+    return next((key for key in narrow if Key.parse(key, plan.entries).is_in_model), None)
 
 
 def planned_step(
@@ -299,12 +300,9 @@ def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
     A plan without any is for a model whose parameters are read outside every captured piece.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
-    planned = {
-        key
-        for key in plan.entries
-        if "/" not in key and not key.endswith((".grad", ".saved")) and owner_of(key, plan.entries) is None
-    }
-    planned -= {key for key in planned if buffer_of(key, plan.entries) and key not in names}
+    keys = {text: Key.parse(text, plan.entries) for text in plan.entries}
+    planned = {text for text, key in keys.items() if key.part is Part.TENSOR and not key.is_activation}
+    planned |= {text for text, key in keys.items() if key.part is Part.BUFFER and text in names}
     unread = [name for name in names if name not in planned]
     gone = sorted(planned - set(names))
     if gone or (planned and len(unread) == len(names)):

@@ -10,8 +10,9 @@ from enum import StrEnum
 
 from assign import _torch
 from assign.plan.assignment import Assignment, Entry
+from assign.plan.keys import LOSS, Key, base_key, grad_key, is_grad_key
 from assign.plan.recipes import get_recipe
-from assign.plan.tensors import Role, base_key, grad_key, is_input_key
+from assign.plan.tensors import Role
 from assign.tracing.capture import Capture
 from assign.tracing.operators import Walk
 
@@ -45,21 +46,23 @@ def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> dict[
     of_batch = {site.key for site in walked.sites if site.node not in walked.parametric and site.op != "parameter"}
     keys = [key for key in keys if base_key(key) not in of_batch or key in plan.entries]
     missing = [key for key in keys if key not in plan.entries]
-    planned, run = set(map(_path, plan.entries)), set(map(_path, keys))
-    unfrozen = [key for key in missing if "/" not in key and key != base_key(key) and base_key(key) in plan.entries]
+    planned, run = ({Key.of_step(key).module for key in each} for each in (plan.entries, keys))
+    gradients = [(key, Key.of_step(key)) for key in missing if is_grad_key(key)]
+    unfrozen = [key for key, parts in gradients if not parts.is_activation and parts.name in plan.entries]
     recorded = capture.piece is not None
     unknown = [
         key
         for key in missing
         if scope is Scope.METHOD
-        or (_path(key) not in planned and key not in unfrozen)
-        or (capture.is_part and "/" in key)
-        or (recorded and base_key(key).partition("#")[0] in plan.entries)
+        or (Key.of_step(key).module not in planned and key not in unfrozen)
+        or (capture.is_part and Key.of_step(key).is_activation)
+        or (recorded and Key.of_step(key).first in plan.entries)
     ]
     if capture.is_part:
         waiting = list(plan.entries)
     else:
-        waiting = [key for key in plan.entries if _waits(key, frozen, run, scope) or (recorded and "#" in key)]
+        repeated = [key for key in plan.entries if recorded and Key.of_step(key).is_repeated]
+        waiting = [*(key for key in plan.entries if _waits(key, frozen, run, scope)), *repeated]
     expected = [key for key in keys if key not in unknown and key not in unfrozen]
     plan.check_covers([*expected, *waiting], where="the plan", buffers=capture.buffers.values())
     high = get_recipe(plan.recipe).by_role[Role.WEIGHT_GRAD][0]
@@ -72,16 +75,11 @@ def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> dict[
 
 def _waits(key: str, frozen: Iterable[str], run: Iterable[str], scope: Scope) -> bool:
     """Whether an entry may be without a tensor in this step."""
-    if "/" not in key:  # names of parameters have been compared before
-        return base_key(key) in frozen or scope is not Scope.STEP or _path(key) not in run
-    path = _path(key)
-    outside = scope is not Scope.STEP and (path in ("", "loss") or "#" in key)
-    return outside or path not in run or is_input_key(base_key(key))
-
-
-def _path(key: str) -> str:
-    """The module that a tensor belongs to; ``''`` for the root."""
-    return key.partition("/")[0] if "/" in key else base_key(key).rpartition(".")[0]
+    parts = Key.of_step(key)
+    if not parts.is_activation:  # names of parameters have been compared before
+        return parts.name in frozen or scope is not Scope.STEP or parts.module not in run
+    outside = scope is not Scope.STEP and (parts.module in ("", LOSS) or parts.is_repeated)
+    return outside or parts.module not in run or parts.is_input
 
 
 def _say(keys: list[str], what: str) -> None:

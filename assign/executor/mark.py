@@ -31,8 +31,9 @@ from assign.optim.gradients import keep_scale
 from assign.plan import lowering
 from assign.plan.assignment import Assignment, format_pair
 from assign.plan.formats import LOADED, Format, loaded_format, parse_format
+from assign.plan.keys import grad_key, saved_key
 from assign.plan.stored import gradient_format, stored_dtype
-from assign.plan.tensors import MARK, Role, grad_key, saved_key
+from assign.plan.tensors import MARK, Role
 from assign.tracing.capture import Capture
 from assign.tracing.constants import ARITHMETIC, hold_numbers
 from assign.tracing.functionalize import written

@@ -19,7 +19,8 @@ from assign.numerics.promotion import format_named
 from assign.numerics.rounding import stream_of
 from assign.plan.assignment import Assignment
 from assign.plan.formats import BlockFormat, Format
-from assign.plan.tensors import MARK, saved_key
+from assign.plan.keys import Key, saved_key
+from assign.plan.tensors import MARK
 from assign.tracing.joint import describe, is_view, origin, read_marked_outputs
 
 _QUANTIZE = torch.ops.assign.quantize.default
@@ -209,5 +210,6 @@ class _Packer:
 def _reads_input(mark: fx.Node) -> bool:
     """Whether a mark is that of a parameter or of the batch, and not of a result of an earlier piece."""
     label = _torch.label_of(mark)
-    made_before = label.startswith(MARK) and "/" in label and label.partition("#")[0] != f"{MARK}/input"
+    key = Key.of_step(label.removeprefix(MARK))
+    made_before = label.startswith(MARK) and key.is_activation and not key.is_input
     return isinstance(mark.args[0], fx.Node) and mark.args[0].op == "placeholder" and not made_before

@@ -11,8 +11,8 @@ from assign.numerics.rounding import torch_dtype
 from assign.optim.masters import extra_bits_of, forget_extra_bits, is_split, note_loaded, store_split
 from assign.optim.states import count_changed
 from assign.plan.assignment import Assignment
-from assign.plan.stored import buffer_format, buffer_of, gradient_format, master_format, stored_dtype
-from assign.plan.tensors import master_key
+from assign.plan.keys import Key, Part, master_key
+from assign.plan.stored import buffer_format, gradient_format, master_format, stored_dtype
 from assign.tracing.loaded import complete, note_loaded_dtypes
 
 
@@ -68,7 +68,8 @@ def _stored_buffers(model: nn.Module, plan: Assignment) -> list[tuple[torch.Tens
     """The buffers that the plan has entries for, with the dtypes that it gives them."""
     named = dict(model.named_buffers())
     found = []
-    for name in filter(None, (buffer_of(key, plan.entries) for key in plan.entries)):
+    keys = (Key.parse(key, plan.entries) for key in plan.entries)
+    for name in (key.name for key in keys if key.part is Part.BUFFER):
         dtype = torch_dtype(buffer_format(plan.entries, name).carrier)
         _check_buffer(name, named, dtype)
         found.append((named[name], dtype))

@@ -20,7 +20,6 @@ from assign.executor.apply import compile_planned, first_lasting, store
 from assign.executor.compile import Backend, make_backend
 from assign.plan.assignment import Assignment
 from assign.plan.memory import Replay
-from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.tracing.allocations import Allocations
 from assign.tracing.capture import Loss
@@ -52,8 +51,6 @@ def rehearse(
     loss: Loss,
     plan: Assignment,
     table: TensorTable,
-    *,
-    update_rounding: str = UpdateRounding.NEAREST,
 ) -> Rehearsal:
     """The bytes that one step under ``plan`` takes when Inductor has compiled it; nothing is computed.
 
@@ -64,12 +61,11 @@ def rehearse(
         model: as for :func:`assign.trace`; a copy is made where the plan stores some of it narrowly.
         batch: what ``loss`` takes.
         table: of the same model, batch and loss, traced with the optimizer, whose step is part of the peak.
-        update_rounding: of 16-bit masters, as in ``assign.optimizer``.
     Raises:
         PlanError: the plan is of another model.
         TraceError: as for :func:`assign.trace`.
     """
-    plan.check_covers([info.key for info in table.paper_tensors], where="rehearse")
+    plan.check_fits(table, where="rehearse")
     if first_lasting(plan) is not None:
         model = copy.deepcopy(model)
         store(model, plan)
@@ -78,7 +74,7 @@ def rehearse(
     with contextlib.suppress(_Received):
         step(model, batch)
     forward, saved, backward = programs.run()
-    replay = Replay(table, plan.entries, update_rounding)
+    replay = Replay(table, plan.entries, plan.update_rounding)
     peaks = {
         "forward": replay.resident_bytes + forward,
         "backward": replay.resident_bytes + backward,

@@ -25,9 +25,10 @@ from assign.executor.apply import compile_planned, store
 from assign.executor.compile import Backend, make_backend
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import Format, parse_format
+from assign.plan.keys import base_key, grad_key
 from assign.plan.noise import Cell
 from assign.plan.recipes import candidates_of, get_recipe, save
-from assign.plan.tensors import MARK, TensorTable, base_key, grad_key
+from assign.plan.tensors import MARK, TensorTable
 from assign.plan.times import TimeTable
 from assign.tracing.capture import Loss
 from assign.tracing.tracer import trace

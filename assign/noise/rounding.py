@@ -9,7 +9,7 @@ from torch import Tensor
 from assign.numerics.blocks import memory_order
 from assign.numerics.rounding import quantize, stream_of
 from assign.plan.formats import BlockFormat, Format
-from assign.plan.tensors import grad_key
+from assign.plan.keys import grad_key
 
 LARGEST_SCALE = 2.0**16
 """The loss scale that training begins with; it only falls from there."""

@@ -27,8 +27,8 @@ from assign.noise.gates import flip_factor, root_mean_square
 from assign.noise.rounding import largest_gradient, loss_scale, round_tensor
 from assign.noise.stepping import ProbedStep, Result
 from assign.plan.formats import parse_saved
+from assign.plan.keys import base_key, is_saved_key
 from assign.plan.noise import Cell, Method, Sample
-from assign.plan.tensors import base_key, is_saved_key
 
 DRAWS = 2
 """Vectors r per batch: other batches draw others, and the sum over elements is an average already."""

@@ -20,7 +20,7 @@ from assign import _torch
 from assign.errors import TraceError
 from assign.noise import gates
 from assign.noise.gates import Slopes
-from assign.plan.tensors import saved_key
+from assign.plan.keys import saved_key
 from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.joint import describe, origin, read_marked_outputs

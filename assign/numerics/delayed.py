@@ -20,8 +20,7 @@ from assign.errors import PlanError
 from assign.numerics.kernels import scaling
 from assign.plan.assignment import Assignment
 from assign.plan.formats import Format, parse_format
-from assign.plan.stored import owner_of
-from assign.plan.tensors import is_saved_key
+from assign.plan.keys import Key, Part
 
 LENGTH = 1024
 """Steps that a history remembers. Source: Transformer Engine's default."""
@@ -89,7 +88,8 @@ class DelayedScales:
         self.scales: dict[str, Tensor] = {}
         self._length = length
         self._number = next(_NUMBERS)
-        computed = [key for key in plan.entries if owner_of(key, plan.entries) is None and not is_saved_key(key)]
+        parts = {key: Key.parse(key, plan.entries).part for key in plan.entries}
+        computed = [key for key, part in parts.items() if part in (Part.TENSOR, Part.GRADIENT)]
         formats = {key: parse_format(plan.entries[key].format) for key in computed}
         self._formats = {key: fmt for key, fmt in formats.items() if fmt.delayed}
         self._histories: dict[str, History] = {}

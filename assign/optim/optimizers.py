@@ -39,6 +39,7 @@ from assign.optim.gradients import widened as widened_gradient
 from assign.optim.masters import check_known, extra_bits_of, joined, load_extra_bits
 from assign.optim.states import count_changed, make_states, restore, unwrapped, widened
 from assign.plan.assignment import Assignment
+from assign.plan.keys import Key, Part, state_key
 from assign.plan.libraries import Library, Stored, check_updates, choose_library
 from assign.plan.stored import (
     EXTRA_BITS,
@@ -47,11 +48,10 @@ from assign.plan.stored import (
     check_unsplit,
     gradient_format,
     master_format,
-    owner_of,
+    parse_rounding,
     state_format,
     stored_dtype,
 )
-from assign.plan.tensors import Role, state_key
 from assign.tracing.loaded import complete
 from assign.tracing.optimizer_states import optimizer_name
 
@@ -63,7 +63,7 @@ def optimizer(
     *,
     params: Iterable[Any] | None = None,
     library: str | None = None,
-    update_rounding: str = UpdateRounding.NEAREST,
+    update_rounding: str | None = None,
     **options: Any,
 ) -> Optimizer:
     """An optimizer of the model's parameters whose states are kept as ``plan`` says.
@@ -77,8 +77,9 @@ def optimizer(
         params: parameters or groups of them, as torch takes them; all that require a gradient if left out.
         library: ``torch``, ``torchao`` or ``bitsandbytes``; the first installed one that can keep the states if left
             out.
-        update_rounding: how updates of 16-bit masters are rounded: ``nearest``, ``stochastic`` or ``kahan``; the last
-            two are for SGD and AdamW with states in the dtype of their masters (:mod:`assign.optim.updates`).
+        update_rounding: how updates of 16-bit masters are rounded: ``nearest``, ``stochastic`` or ``kahan``; the
+            plan's own if left out. The last two are for SGD and AdamW with states in the dtype of their masters
+            (:mod:`assign.optim.updates`).
         options: of ``kind``, e.g. ``lr``.
     Raises:
         PlanError: no library can keep such states with this optimizer, or it is not installed; or the optimizer has no
@@ -103,7 +104,7 @@ def follow(
     plan: Assignment,
     *,
     library: str | None = None,
-    update_rounding: str = UpdateRounding.NEAREST,
+    update_rounding: str | None = None,
 ) -> Optimizer:
     """An optimizer like ``made``, one before its first step, that keeps its states as ``plan`` says.
 
@@ -111,7 +112,8 @@ def follow(
         PlanError: as :func:`optimizer`.
     """
     plan = complete(plan, several.unwrapped(model))
-    check_unsplit(update_rounding, plan.entries, where="optimizer")
+    rounding = plan.update_rounding if update_rounding is None else parse_rounding(update_rounding, where="optimizer")
+    check_unsplit(rounding, plan.entries, where="optimizer")
     stored = _stored(made, model, plan)
     try:
         chosen = _choose(optimizer_name(made), stored.values(), library)
@@ -119,10 +121,7 @@ def follow(
         if any(map(several.is_sharded, stored)):
             error.add_note("  The parameters are sharded: elements are those in this process.")
         raise
-    if update_rounding == UpdateRounding.NEAREST:
-        own = _MAKERS[chosen](made)
-    else:
-        own = _from_updates(made, chosen, update_rounding)
+    own = _MAKERS[chosen](made) if rounding == UpdateRounding.NEAREST else _from_updates(made, chosen, rounding)
     in_parts = any(each.gradient.scaled or each.master.extra_bits for each in stored.values())
     planned = _planned(own, one_by_one=in_parts)
     planned.assign_library, planned.assign_stored = chosen, stored
@@ -156,11 +155,9 @@ def _stored(made: Optimizer, model: nn.Module, plan: Assignment) -> dict[Tensor,
     """What the plan stores of every parameter of the optimizer."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in several.unwrapped(model).named_parameters()}
     explicit: dict[str, dict[str, StateFormat]] = {}
-    for key in plan.entries:
-        owner = owner_of(key, plan.entries)
-        if owner is not None and owner[1] is Role.OPTIM_STATE:
-            state = key.removeprefix(state_key(owner[0], ""))
-            explicit.setdefault(owner[0], {})[state] = state_format(plan.entries, owner[0], state)
+    for each in (Key.parse(key, plan.entries) for key in plan.entries):
+        if each.part is Part.STATE:
+            explicit.setdefault(each.name, {})[each.state] = state_format(plan.entries, each.name, each.state)
     found: dict[Tensor, Stored] = {}
     for group in made.param_groups:
         has = _states_of(made, group)

@@ -20,8 +20,16 @@ from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.plan.entry import STRICT as _STRICT
 from assign.plan.entry import Entry as Entry
 from assign.plan.formats import LOADED, BlockFormat, Format, parse_format, parse_saved
-from assign.plan.stored import buffer_of, check_stored, owner_of, parse_stored, with_loaded
-from assign.plan.tensors import Role, base_key, grad_key, is_saved_key, saved_key
+from assign.plan.keys import Key, Part, base_key, grad_key, is_saved_key, saved_key
+from assign.plan.stored import (
+    UpdateRounding,
+    check_stored,
+    check_unsplit,
+    parse_rounding,
+    parse_stored,
+    with_loaded,
+)
+from assign.plan.tensors import TensorTable
 
 VERSION = 1
 """Version of the file that this package writes, under the key ``assign_plan``."""
@@ -78,14 +86,21 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diff:
-    """How two assignments differ: keys that only one has, and key → (entry here, entry there)."""
+    """How two assignments differ.
+
+    Attributes:
+        only_here, only_there: keys that only one of them has.
+        changed: key → (entry here, entry there).
+        update_rounding: of both, here first; None if it is the same.
+    """
 
     only_here: tuple[str, ...]
     only_there: tuple[str, ...]
     changed: dict[str, tuple[Entry, Entry]]
+    update_rounding: tuple[UpdateRounding, UpdateRounding] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.only_here or self.only_there or self.changed)
+        return bool(self.only_here or self.only_there or self.changed or self.update_rounding)
 
 
 class _PlanFile(BaseModel):
@@ -98,6 +113,9 @@ class _PlanFile(BaseModel):
     fingerprint: str = Field(description="of the model that the plan was made for")
     provenance: Provenance = Field(default_factory=Provenance)
     loaded: dict[str, str] = Field(default_factory=dict, description="weight → the format in which it was loaded")
+    update_rounding: UpdateRounding = Field(
+        default=UpdateRounding.NEAREST, strict=False, description="how updates of 16-bit masters are rounded"
+    )
     tensors: dict[str, Entry] = Field(description="tensor's key → its format")
 
 
@@ -114,9 +132,11 @@ class Assignment(Drawn):
         provenance: where it comes from.
         loaded: of the weights whose masters have entries, those that were loaded in another format than fp32. A plan
             has changed their dtype already where it is applied again, as to a model that was saved under it.
+        update_rounding: how updates of 16-bit masters are rounded, as in ``assign.optimizer``.
 
     Raises:
-        PlanError: an entry names a format that does not exist, or that is not for what it names.
+        PlanError: an entry names a format that does not exist, or that is not for what it names; or there is no such
+            rounding.
     Examples:
         ```python
         plan.save("plan.json")
@@ -130,6 +150,7 @@ class Assignment(Drawn):
     fingerprint: str
     provenance: Provenance = field(default_factory=Provenance)
     loaded: Mapping[str, str] = field(default_factory=dict)
+    update_rounding: UpdateRounding = UpdateRounding.NEAREST
 
     def __post_init__(self) -> None:
         entries = {key: Entry(self._canonical(key, entry.format), entry.low) for key, entry in self.entries.items()}
@@ -137,6 +158,8 @@ class Assignment(Drawn):
         self._refuse_delayed_copies()
         check_stored(entries)
         self._check_loaded()
+        object.__setattr__(self, "update_rounding", parse_rounding(self.update_rounding, where="the plan"))
+        check_unsplit(self.update_rounding, entries, where="the plan")
 
     def _check_loaded(self) -> None:
         allowed = [fmt.name for fmt in LOADED.values()]
@@ -160,13 +183,11 @@ class Assignment(Drawn):
                 )
 
     def _canonical(self, key: str, name: str) -> str:
-        owner = owner_of(key, self.entries)
+        parts = Key.parse(key, self.entries)
         try:
-            if buffer_of(key, self.entries):
-                return parse_stored(name, Role.BUFFER).name
-            if owner:
-                return parse_stored(name, owner[1]).name
-            return (parse_saved(name) if is_saved_key(key) else parse_format(name)).name
+            if parts.is_of_weight or parts.part is Part.BUFFER:
+                return parse_stored(name, parts.part).name
+            return (parse_saved(name) if parts.part is Part.SAVED else parse_format(name)).name
         except FormatError as error:
             raise PlanError(f"{key!r} is assigned the format {name!r}: {error}") from error
 
@@ -204,6 +225,20 @@ class Assignment(Drawn):
         entries = with_loaded(self.entries, loaded)
         return self if entries is self.entries else dataclasses.replace(self, entries=entries)
 
+    def with_update_rounding(self, update_rounding: str | None, *, where: str = "the plan") -> "Assignment":
+        """Return the same assignment with updates rounded in another way; None: as it is.
+
+        Args:
+            where: what the error calls the place that asked for it.
+        Raises:
+            PlanError: there is no such rounding, or masters with extra bits take what it would lose.
+        """
+        if update_rounding is None:
+            return self
+        chosen = parse_rounding(update_rounding, where=where)
+        check_unsplit(chosen, self.entries, where=where)
+        return dataclasses.replace(self, update_rounding=chosen)
+
     def with_provenance(self, provenance: Provenance) -> "Assignment":
         """The same assignment, said to come from elsewhere."""
         return dataclasses.replace(self, provenance=provenance)
@@ -215,6 +250,9 @@ class Assignment(Drawn):
             only_here=tuple(key for key in here if key not in there),
             only_there=tuple(key for key in there if key not in here),
             changed={key: (here[key], there[key]) for key in here if key in there and here[key] != there[key]},
+            update_rounding=None
+            if self.update_rounding == other.update_rounding
+            else (self.update_rounding, other.update_rounding),
         )
 
     def check_covers(self, keys: Collection[str], *, where: str, buffers: Collection[str] = ()) -> None:
@@ -230,9 +268,7 @@ class Assignment(Drawn):
         """
         wanted = set(keys)
         missing = [key for key in keys if key not in self.entries]
-        extra = [
-            key for key in self.entries if not _belongs(key, wanted) and buffer_of(key, self.entries) not in buffers
-        ]
+        extra = [key for key in self.entries if not _belongs(key, wanted, buffers)]
         if not missing and not extra:
             return
         lines = [f"{where} does not fit this model."]
@@ -244,6 +280,16 @@ class Assignment(Drawn):
             lines += _named(extra, missing or wanted, "nearest in the model")
         lines.append("Use the plan with the model it was made for, or search a plan for this model.")
         raise PlanError("\n  ".join(lines))
+
+    def check_fits(self, table: TensorTable, *, where: str) -> None:
+        """Check that this is a plan for the model of a table.
+
+        Args:
+            where: name of this plan in the error, e.g. the path of its file.
+        Raises:
+            PlanError: a tensor has no entry, or an entry no tensor.
+        """
+        self.check_covers([info.key for info in table.paper_tensors], where=where, buffers=table.buffers)
 
     def to_pandas(self) -> Any:
         """A frame with a row for each entry: key, format, low. Needs pandas."""
@@ -269,6 +315,7 @@ class Assignment(Drawn):
             "fingerprint": self.fingerprint,
             "provenance": dataclasses.asdict(self.provenance),
             **({"loaded": dict(self.loaded)} if self.loaded else {}),
+            **({"update_rounding": self.update_rounding} if self.update_rounding != UpdateRounding.NEAREST else {}),
         }
         rows = [
             f"    {json.dumps(key)}: {json.dumps({'format': entry.format, 'low': entry.low})}"
@@ -295,6 +342,7 @@ class Assignment(Drawn):
                 fingerprint=file.fingerprint,
                 provenance=file.provenance,
                 loaded=file.loaded,
+                update_rounding=file.update_rounding,
             )
         except PlanError as error:
             raise PlanError(f"{where}: {error}") from error
@@ -322,11 +370,16 @@ class Assignment(Drawn):
         return cls.from_json(_FILE.read(path), where=str(path))
 
 
+Plan = Assignment
+"""What users call an assignment."""
+
 _SCHEMA = TypeAdapter(_PlanFile)
 
 
-def _belongs(key: str, wanted: Collection[str]) -> bool:
-    return key in wanted or key.removesuffix(".saved") in wanted or owner_of(key, wanted) is not None
+def _belongs(key: str, wanted: Collection[str], buffers: Collection[str]) -> bool:
+    parts = Key.parse(key, wanted)
+    named = {Part.SAVED: wanted, Part.BUFFER: buffers}.get(parts.part, ())
+    return key in wanted or parts.is_of_weight or parts.name in named
 
 
 def _named(keys: Sequence[str], others: Iterable[str], title: str) -> list[str]:

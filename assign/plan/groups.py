@@ -7,7 +7,7 @@ next matrix product. All of a group is high or all of it is low, so a product ne
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from assign.plan.tensors import Role, TensorInfo, base_key
+from assign.plan.tensors import Role, TensorInfo
 
 GEMM_OPS = frozenset(
     {
@@ -39,22 +39,7 @@ def assign_groups(tensors: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
     group_of = _groups_of_activations(activations.values())
     weights = {row.key: _group_of_weight(row, activations, group_of) for row in tensors if row.role is Role.WEIGHT}
     group_of.update(weights)
-    return tuple(dataclasses.replace(row, group=group_of.get(owner_key(row), 0)) for row in tensors)
-
-
-def owner_key(row: TensorInfo) -> str:
-    """Key of the weight or activation that ``row`` belongs to; its own key for those two.
-
-    The role says which ending to drop, so a module may well be called ``optim`` or ``grad``.
-    """
-    match row.role:
-        case Role.WEIGHT_GRAD | Role.ACTIVATION_GRAD | Role.SAVED:
-            return base_key(row.key)
-        case Role.MASTER:
-            return row.key.removesuffix(".master")
-        case Role.OPTIM_STATE:
-            return row.key.rpartition(".optim.")[0]
-    return row.key
+    return tuple(dataclasses.replace(row, group=group_of.get(row.parts.name, 0)) for row in tensors)
 
 
 def _groups_of_activations(activations: Iterable[TensorInfo]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from enum import StrEnum
 from assign.errors import PlanError
 from assign.plan.entry import Entry
 from assign.plan.formats import FORMATS, ITEM_BYTES, BlockFormat, Format, parse_format
+from assign.plan.keys import grad_key, state_key
 from assign.plan.stored import (
     NATIVE,
     StateFormat,
@@ -20,7 +21,7 @@ from assign.plan.stored import (
     stepped_format,
     with_loaded,
 )
-from assign.plan.tensors import Role, Schedule, TensorTable, grad_key, state_key
+from assign.plan.tensors import Role, Schedule, TensorTable
 
 
 class Library(StrEnum):
@@ -213,7 +214,7 @@ def stored_in(table: TensorTable, entries: Mapping[str, Entry]) -> list[Stored]:
     states: dict[str, dict[str, StateFormat]] = {}
     for row in table.tensors:
         if row.role is Role.OPTIM_STATE:
-            key, _, state = row.key.rpartition(".optim.")
+            key, state = row.parts.name, row.parts.state
             states.setdefault(key, {})[state] = state_format(entries, key, state)
     return [
         Stored(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from assign.plan import lowering
 from assign.plan.assignment import Entry, format_pair
 from assign.plan.formats import Format, loaded_format, parse_format
-from assign.plan.tensors import SLICE, Role, TensorInfo, TensorTable, saved_key
+from assign.plan.keys import saved_key
+from assign.plan.tensors import SLICE, Role, TensorInfo, TensorTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

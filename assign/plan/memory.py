@@ -21,6 +21,7 @@ from assign.plan import lowering
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.plan.formats import ITEM_BYTES, LOADED, parse_format, parse_saved
+from assign.plan.keys import base_key, is_grad_key, saved_key
 from assign.plan.libraries import optimizer_scratch, stored_in
 from assign.plan.lowered import Lowered
 from assign.plan.recipes import Recipe, get_recipe, initial
@@ -35,7 +36,7 @@ from assign.plan.stored import (
     waiting_bytes,
     with_loaded,
 )
-from assign.plan.tensors import MARK, SLICE, Buffer, Event, Role, TensorTable, base_key, saved_key
+from assign.plan.tensors import MARK, SLICE, Buffer, Event, Role, TensorTable
 
 SLOTS = 4
 """Slots of time of one event."""
@@ -128,13 +129,12 @@ class Estimate(Drawn):
         }
 
 
-def estimate(table: TensorTable, plan: Assignment, *, update_rounding: str = UpdateRounding.NEAREST) -> Estimate:
+def estimate(table: TensorTable, plan: Assignment) -> Estimate:
     """Bytes and low ratio of one step under ``plan``.
 
     Args:
         table: of the plan's model: what :func:`assign.trace` found, at any batch size.
         plan: for every tensor of the table.
-        update_rounding: of 16-bit masters, as in ``assign.optimizer``: ``kahan`` keeps 2 bytes more for each element.
     Raises:
         PlanError: the plan does not name a tensor of the table; or its updates cannot be rounded so.
         FormatError: there is no recipe of the plan's name.
@@ -144,9 +144,9 @@ def estimate(table: TensorTable, plan: Assignment, *, update_rounding: str = Upd
         print(costs.peak_bytes / costs.baseline_peak_bytes, costs.peak_at)
         ```
     """
-    plan.check_covers([info.key for info in table.paper_tensors], where="estimate", buffers=table.buffers)
-    check_rounding(update_rounding, with_loaded(plan.entries, table.loaded), where="estimate")
-    replay = Replay(table, plan.entries, update_rounding)
+    plan.check_fits(table, where="estimate")
+    check_rounding(plan.update_rounding, with_loaded(plan.entries, table.loaded), where="estimate")
+    replay = Replay(table, plan.entries, plan.update_rounding)
     return Estimate(
         aggregate_bytes=aggregate_bytes(table, plan.entries),
         low_ratio=low_ratio(table, plan.entries),
@@ -359,7 +359,7 @@ class Replay:
 
     def _is_converted(self, info: Buffer, event: Event) -> bool:
         """Whether the event reads a copy of the buffer in a wider dtype."""
-        if not info.holds or info.holds.endswith(".grad") or event.op not in self.table.by_key:
+        if not info.holds or is_grad_key(info.holds) or event.op not in self.table.by_key:
             return False
         if self._lowered.as_written(event.op) or self.table.by_key[event.op].op in lowering.CONVERSIONS:
             return False
@@ -456,7 +456,7 @@ class Replay:
     def _dtype(self, info: Buffer, event: Event, compute: str, is_mark: bool) -> str:
         if info.dtype not in LOADED or (event.op == "" and not info.holds):
             return info.dtype
-        if info.holds.endswith(".grad"):
+        if is_grad_key(info.holds):
             forward = base_key(info.holds)
             return self._kept(forward) if is_mark else self._lowered.carrier(forward)
         if not is_mark and not info.holds and self._lowered.as_written(event.op):
@@ -474,7 +474,7 @@ class Replay:
 
         Returns the slot in which the kept one appears: behind the operator if it is converted, else with it.
         """
-        if not info.holds.endswith(".grad") or not event.backward:
+        if not is_grad_key(info.holds) or not event.backward:
             return _running(number)
         carrier = self._lowered.carrier(base_key(info.holds))
         made = carrier if is_mark or event.op == "" else compute

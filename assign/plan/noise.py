@@ -21,8 +21,8 @@ from assign.json_file import Count, Kind, NotNegative, shown
 from assign.plan.assignment import Entry
 from assign.plan.display import SHOWN, Drawn, frame, table_html
 from assign.plan.formats import parse_saved
-from assign.plan.stored import owner_of
-from assign.plan.tensors import TensorTable, base_key, is_saved_key
+from assign.plan.keys import Key, Part
+from assign.plan.tensors import TensorTable
 
 EXACT = "fp32"
 """The format without noise: what a step computes in when nothing is rounded."""
@@ -261,6 +261,7 @@ def _standard_error(samples: tuple[Sample, ...]) -> float:
 
 def _is_rounded(key: str, entries: Mapping[str, Entry]) -> bool:
     """Whether an entry is a rounding of its own within the step."""
-    if is_saved_key(key):
-        return base_key(key) not in entries or entries[base_key(key)].format != entries[key].format
-    return owner_of(key, entries) is None
+    parts = Key.parse(key, entries)
+    if parts.part is Part.SAVED:
+        return parts.name not in entries or entries[parts.name].format != entries[key].format
+    return not parts.is_of_weight

@@ -8,6 +8,7 @@ in float32 too: it is small, and every gradient passes through it.
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
+from assign.plan.keys import Key
 from assign.plan.lowering import MATRIX_PRODUCTS
 from assign.plan.tensors import SLICE
 
@@ -106,6 +107,6 @@ def stays_float32(key: str, op: str, readers: Collection[str]) -> bool:
     """
     if op in MATRIX_PRODUCTS or not MATRIX_PRODUCTS.isdisjoint(readers):
         return False
-    if key.startswith("loss/"):
+    if Key(key).is_of_loss:
         return op not in MOVING and op not in IN_16_BIT
     return op in FLOAT32_RESULTS or op.startswith(("linalg_", "fft_", "special_"))

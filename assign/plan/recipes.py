@@ -12,19 +12,10 @@ from types import MappingProxyType
 from assign.errors import FormatError, PlanError, nearest
 from assign.plan.assignment import Entry
 from assign.plan.formats import BlockFormat, Format, loaded_format, parse_format, parse_saved
+from assign.plan.keys import Part, buffer_key, grad_key, master_key, saved_key, stored_grad_key
 from assign.plan.precision import EXPONENTIATED, LOSS_OPS
 from assign.plan.stored import is_stored, parse_stored, waiting_bytes
-from assign.plan.tensors import (
-    Need,
-    Role,
-    TensorInfo,
-    TensorTable,
-    buffer_key,
-    grad_key,
-    master_key,
-    saved_key,
-    stored_grad_key,
-)
+from assign.plan.tensors import Need, Role, TensorInfo, TensorTable
 
 Pair = tuple[str, str]
 """Names of the high and of the low format."""
@@ -242,18 +233,18 @@ def store(
     entries: dict[str, Entry] = {}
     stored = [row for row in table.tensors if is_stored(row)]
     if master is not None:
-        fmt = parse_stored(master, Role.MASTER)
+        fmt = parse_stored(master, Part.MASTER)
         is_split = isinstance(fmt, Format) and fmt.extra_bits
         weights = [row.key for row in stored if row.role is Role.WEIGHT]
         trained = [key for key in weights if grad_key(key) in table.by_key or not is_split]
         entries |= {master_key(key): Entry(fmt.name, False) for key in trained if not _is_loaded_in(table, key, fmt)}
     if gradients is not None:
-        name = parse_stored(gradients, Role.WEIGHT_GRAD).name
-        weights = [row.key.removesuffix(".grad") for row in stored if row.role is Role.WEIGHT_GRAD]
+        name = parse_stored(gradients, Part.STORED_GRADIENT).name
+        weights = [row.parts.name for row in stored if row.role is Role.WEIGHT_GRAD]
         stay = [key for key in weights if master is None and _is_loaded_in(table, key, parse_format(name))]
         entries |= {stored_grad_key(key): Entry(name, False) for key in weights if key not in stay}
     if states is not None:
-        fmt = parse_stored(states, Role.OPTIM_STATE)
+        fmt = parse_stored(states, Part.STATE)
         rows = [row for row in stored if row.role is Role.OPTIM_STATE]
         if not rows:
             raise PlanError(
@@ -269,7 +260,7 @@ def store(
             )
         entries |= {row.key: Entry(fmt.name, False) for row in fits}
     if buffers is not None:
-        name = parse_stored(buffers, Role.BUFFER).name
+        name = parse_stored(buffers, Part.BUFFER).name
         entries |= {buffer_key(each): Entry(name, False) for each in table.buffers}
     return entries
 

@@ -13,7 +13,7 @@ tenth of the distance is lost where that is less than half a step, which is with
 Who can keep it, :mod:`assign.plan.libraries` says. No torch in here.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -29,16 +29,8 @@ from assign.plan.formats import (
     Format,
     parse_format,
 )
-from assign.plan.tensors import (
-    Role,
-    TensorInfo,
-    TensorTable,
-    buffer_key,
-    grad_key,
-    master_key,
-    state_key,
-    stored_grad_key,
-)
+from assign.plan.keys import Key, Part, buffer_key, master_key, state_key, stored_grad_key
+from assign.plan.tensors import Role, TensorInfo, TensorTable
 
 StateFormat = Format | BlockFormat
 
@@ -74,65 +66,38 @@ class Named(Protocol):
         """Name of its format."""
 
 
-def owner_of(key: str, keys: Collection[str]) -> tuple[str, Role] | None:
-    """The weight that ``key`` is stored for, and what it is to it; None for a tensor of the step itself.
-
-    A module may well be called ``master`` or ``optim``: only what follows the key of a weight in ``keys`` counts.
-    """
-    found = [(key.removesuffix(".master"), Role.MASTER), (key.removesuffix(".grad.stored"), Role.WEIGHT_GRAD)]
-    found.append((key.rpartition(".optim.")[0], Role.OPTIM_STATE))
-    weights = ((owner, role) for owner, role in found if owner not in ("", key) and "/" not in owner)
-    return next(((owner, role) for owner, role in weights if owner in keys), None)
-
-
-def buffer_of(key: str, keys: Collection[str]) -> str | None:
-    """The buffer whose stored form ``key`` is; None for anything else.
-
-    A weight may well be called ``buffer``: then its gradient is in ``keys``.
-    """
-    name = key.removesuffix(".buffer")
-    is_buffer = name not in ("", key) and "/" not in key and grad_key(key) not in keys
-    return name if is_buffer and owner_of(key, keys) is None else None
-
-
-def is_lasting(key: str, keys: Collection[str]) -> bool:
-    """Whether ``key`` is of something stored in the model itself: a master, a stored gradient, a buffer."""
-    owner = owner_of(key, keys)
-    return buffer_of(key, keys) is not None if owner is None else owner[1] is not Role.OPTIM_STATE
-
-
-def parse_stored(name: str, role: Role) -> StateFormat:
+def parse_stored(name: str, part: Part) -> StateFormat:
     """The format called ``name``, for something stored.
 
     Raises:
-        FormatError: there is none, or it is not for this role.
+        FormatError: there is none, or it is not for this part.
     """
     wanted = "".join(name.split()).lower()
-    if role is Role.OPTIM_STATE and wanted in STATE_FORMATS:
+    if part is Part.STATE and wanted in STATE_FORMATS:
         return STATE_FORMATS[wanted]
-    if role is Role.MASTER and wanted in MASTER_FORMATS:
+    if part is Part.MASTER and wanted in MASTER_FORMATS:
         return MASTER_FORMATS[wanted]
-    if wanted in (*NATIVE, "fp64") or (role is Role.WEIGHT_GRAD and wanted in GRADIENTS):
+    if wanted in (*NATIVE, "fp64") or (part is Part.STORED_GRADIENT and wanted in GRADIENTS):
         return parse_format(wanted)
-    what, why, allowed = _WORDS[role]
+    what, why, allowed = _WORDS[part]
     if wanted not in STATE_FORMATS:
         parse_format(name)  # one that does not exist says so, with what is near
     raise FormatError(f"{name!r} is not for {what}: {why}.\n  Allowed: {', '.join(allowed)}.\n  Choose one of these.")
 
 
-_WORDS: Mapping[Role, tuple[str, str, tuple[str, ...]]] = {
-    Role.MASTER: (
+_WORDS: Mapping[Part, tuple[str, str, tuple[str, ...]]] = {
+    Part.MASTER: (
         "a master",
         "training adds its updates to it, and in 8 bits or less almost every update is below half a step and lost",
         (*NATIVE, *MASTER_FORMATS),
     ),
-    Role.WEIGHT_GRAD: (
+    Part.STORED_GRADIENT: (
         "a stored gradient",
         "it has a dtype of torch's, and in 8 bits a scale too, or small gradients would be zero",
         GRADIENTS,
     ),
-    Role.BUFFER: ("a buffer", "a step adds to it, in a dtype that torch has arithmetic for", NATIVE),
-    Role.OPTIM_STATE: ("an optimizer state", "no library keeps states in it", (*NATIVE, *STATE_FORMATS)),
+    Part.BUFFER: ("a buffer", "a step adds to it, in a dtype that torch has arithmetic for", NATIVE),
+    Part.STATE: ("an optimizer state", "no library keeps states in it", (*NATIVE, *STATE_FORMATS)),
 }
 
 
@@ -179,14 +144,14 @@ def stored_dtype(fmt: Format) -> str:
 
 def has_scaled_gradients(entries: Mapping[str, Named]) -> bool:
     """Whether any gradient waits for the optimizer in 8 bits, with a scale."""
-    owners = ((owner_of(key, entries), entry.format) for key, entry in entries.items() if entry.format not in NATIVE)
-    return any(owner is not None and owner[1] is Role.WEIGHT_GRAD for owner, _ in owners)
+    short = (key for key, entry in entries.items() if entry.format not in NATIVE)
+    return any(Key.parse(key, entries).part is Part.STORED_GRADIENT for key in short)
 
 
 def state_format(entries: Mapping[str, Named], key: str, state: str) -> StateFormat:
     """Of one optimizer state of weight ``key``."""
     entry = entries.get(state_key(key, state))
-    return parse_stored(entry.format, Role.OPTIM_STATE) if entry else stepped_format(master_format(entries, key))
+    return parse_stored(entry.format, Part.STATE) if entry else stepped_format(master_format(entries, key))
 
 
 def buffer_format(entries: Mapping[str, Named], name: str) -> Format:
@@ -197,8 +162,8 @@ def buffer_format(entries: Mapping[str, Named], name: str) -> Format:
 
 def narrow_buffers(entries: Mapping[str, Named]) -> tuple[str, ...]:
     """Buffers that are stored in 16 bits."""
-    names = (buffer_of(key, entries) for key, entry in entries.items() if entry.format != "fp32")
-    return tuple(name for name in names if name is not None)
+    keys = (Key.parse(key, entries) for key, entry in entries.items() if entry.format != "fp32")
+    return tuple(key.name for key in keys if key.part is Part.BUFFER)
 
 
 def check_stored(entries: Mapping[str, Named]) -> None:
@@ -207,21 +172,21 @@ def check_stored(entries: Mapping[str, Named]) -> None:
     Raises:
         PlanError: a gradient is stored in fp16 beside a wider master.
     """
-    for key, entry in entries.items():
-        owner = owner_of(key, entries)
-        if owner is None or owner[1] is not Role.WEIGHT_GRAD or entry.format != "fp16":
+    for text, entry in entries.items():
+        key = Key.parse(text, entries)
+        if key.part is not Part.STORED_GRADIENT or entry.format != "fp16":
             continue
-        if master_format(entries, owner[0]).name != "fp16":
+        if master_format(entries, key.name).name != "fp16":
             raise PlanError(
-                f"{key!r} is assigned fp16, its master {master_format(entries, owner[0]).name}: gradients this short "
+                f"{text!r} is assigned fp16, its master {master_format(entries, key.name).name}: gradients this short "
                 "need a loss scale, and dividing it out again in fp16 loses what it saved.\n"
-                f"  Choose bf16 for {key!r}, or fp16 for {master_key(owner[0])!r} too."
+                f"  Choose bf16 for {text!r}, or fp16 for {master_key(key.name)!r} too."
             )
 
 
 def is_narrowed(entries: Mapping[str, Named]) -> bool:
     """Whether anything of a parameter is stored in another format than float32."""
-    return any(entry.format != "fp32" for key, entry in entries.items() if owner_of(key, entries))
+    return any(entry.format != "fp32" for key, entry in entries.items() if Key.parse(key, entries).is_of_weight)
 
 
 def has_narrow_masters(entries: Mapping[str, Named]) -> bool:
@@ -236,8 +201,8 @@ def first_split(entries: Mapping[str, Named]) -> str | None:
 
 def _masters(entries: Mapping[str, Named]) -> dict[str, Format]:
     """Formats of masters that have entries, by weight."""
-    owners = (owner_of(key, entries) for key, entry in entries.items() if entry.format != "fp32")
-    return {owner[0]: master_format(entries, owner[0]) for owner in owners if owner and owner[1] is Role.MASTER}
+    keys = (Key.parse(key, entries) for key, entry in entries.items() if entry.format != "fp32")
+    return {key.name: master_format(entries, key.name) for key in keys if key.part is Part.MASTER}
 
 
 def is_narrow(fmt: Format) -> bool:
@@ -245,11 +210,11 @@ def is_narrow(fmt: Format) -> bool:
     return fmt.name in ("bf16", "fp16")
 
 
-def check_rounding(update_rounding: str, entries: Mapping[str, Named], *, where: str) -> str:
-    """Make sure that there is such a way to round updates, and a 16-bit master whose updates are rounded so.
+def parse_rounding(update_rounding: str, *, where: str) -> UpdateRounding:
+    """Return the rounding of updates called ``update_rounding``.
 
     Raises:
-        PlanError: ``where`` it was asked for, and what to do.
+        PlanError: there is none; names ``where`` it was asked for.
     """
     if update_rounding not in list(UpdateRounding):
         close = nearest(update_rounding, UpdateRounding)
@@ -257,13 +222,23 @@ def check_rounding(update_rounding: str, entries: Mapping[str, Named], *, where:
             f"{where}: update_rounding {update_rounding!r} is not known{f', did you mean {close}?' if close else '.'} "
             f"Choose one of: {', '.join(UpdateRounding)}."
         )
-    check_unsplit(update_rounding, entries, where=where)
-    if update_rounding != UpdateRounding.NEAREST and not has_narrow_masters(entries):
+    return UpdateRounding(update_rounding)
+
+
+def check_rounding(update_rounding: str, entries: Mapping[str, Named], *, where: str) -> UpdateRounding:
+    """Return the rounding of updates, which needs a 16-bit master unless it is ``nearest``.
+
+    Raises:
+        PlanError: there is no such rounding, or no such master; names ``where`` it was asked for.
+    """
+    chosen = parse_rounding(update_rounding, where=where)
+    check_unsplit(chosen, entries, where=where)
+    if chosen != UpdateRounding.NEAREST and not has_narrow_masters(entries):
         raise PlanError(
-            f"{where}: update_rounding={update_rounding!r} is for masters in 16 bit, and this training has none.\n"
+            f"{where}: update_rounding={str(chosen)!r} is for masters in 16 bit, and this training has none.\n"
             "  Give a plan that stores them so (--master bf16, or --strategy standalone), or leave it out."
         )
-    return str(update_rounding)
+    return chosen
 
 
 def check_unsplit(update_rounding: str, entries: Mapping[str, Named], *, where: str) -> None:
@@ -287,7 +262,7 @@ def is_stored(row: TensorInfo) -> bool:
 
     An activation that enters a checkpointed block has a weight's role there too; its key has a ``/``.
     """
-    return row.role in (Role.WEIGHT, Role.WEIGHT_GRAD, Role.OPTIM_STATE) and "/" not in row.key
+    return row.role in (Role.WEIGHT, Role.WEIGHT_GRAD, Role.OPTIM_STATE) and not row.parts.is_activation
 
 
 # ---- bytes
@@ -352,20 +327,18 @@ def resident(
         fmt: StateFormat
         size = None
         if row.role is Role.OPTIM_STATE:
-            key, _, state = row.key.rpartition(".optim.")
-            name, fmt = row.key, state_format(entries, key, state)
+            key = row.parts.name
+            name, fmt = row.key, state_format(entries, key, row.parts.state)
             if row.key not in entries and table.loaded.get(key) in (None, master_format(entries, key).name):
                 size = ITEM_BYTES[row.dtype] * row.elements  # as the optimizer itself makes it
         elif row.role is Role.WEIGHT:
             name, fmt = master_key(row.key), parameter_format(master_format(entries, row.key))
         else:
-            name, fmt = row.key, gradient_format(entries, row.key.removesuffix(".grad"))
+            name, fmt = row.key, gradient_format(entries, row.parts.name)
         sizes[row.role][name] = waiting_bytes(fmt, row.elements) if size is None else size
         known[row.role] += ITEM_BYTES[row.dtype] * row.elements
         if row.role is Role.WEIGHT_GRAD:
-            sizes[Role.OPTIM_STATE] |= _beside(
-                row, master_format(entries, row.key.removesuffix(".grad")), update_rounding
-            )
+            sizes[Role.OPTIM_STATE] |= _beside(row, master_format(entries, row.parts.name), update_rounding)
     s = table.schedule
     others = zip((s.parameter_bytes, s.gradient_bytes, s.optimizer_bytes), known.values(), strict=True)
     parameters, gradients, states = (max(total - named, 0) for total, named in others)
@@ -379,7 +352,7 @@ def resident(
 
 def _beside(row: TensorInfo, master: Format, update_rounding: str) -> dict[str, int]:
     """Bytes of what a trained weight keeps beside a master too short for its updates; ``row``: its gradient's."""
-    key = row.key.removesuffix(".grad")
+    key = row.parts.name
     if master.extra_bits:
         return {state_key(key, EXTRA_BITS): row.elements * master.extra_bits // 8}
     if is_narrow(master) and update_rounding == UpdateRounding.KAHAN:
@@ -391,7 +364,7 @@ def buffers(table: TensorTable, entries: Mapping[str, Named]) -> tuple[int, int]
     """Bytes of all buffers between two steps, and of the float32 copies of narrow ones that a step computes with."""
     wide = narrow = 0
     for row in table.tensors:
-        fmt = buffer_format(entries, row.key.removesuffix(".buffer"))
+        fmt = buffer_format(entries, row.parts.name)
         if row.role is Role.BUFFER and fmt.carrier != "float32":
             wide += bytes_of(FORMATS["fp32"], row.elements)
             narrow += bytes_of(fmt, row.elements)

@@ -21,6 +21,7 @@ from assign.errors import PlanError, nearest
 from assign.json_file import MOST_ELEMENTS, Count, Kind, shown, twice
 from assign.plan.display import SHOWN, Drawn, frame, table_html
 from assign.plan.formats import ITEM_BYTES, loaded_format
+from assign.plan.keys import Key, Part
 
 _FILE = Kind(
     name="tensor table", error=PlanError, advice="Make one with 'assign trace TASK --json FILE', or TensorTable.save."
@@ -53,6 +54,16 @@ class Need(StrEnum):
     FLOAT32 = "float32"
     EXACT = "exact"
 
+
+_PARTS: Mapping[Role, Part] = {
+    Role.WEIGHT_GRAD: Part.GRADIENT,
+    Role.ACTIVATION_GRAD: Part.GRADIENT,
+    Role.SAVED: Part.SAVED,
+    Role.MASTER: Part.MASTER,
+    Role.OPTIM_STATE: Part.STATE,
+    Role.BUFFER: Part.BUFFER,
+}
+"""Role of a row → part that its key names; of other roles, the tensor itself."""
 
 PAPER_ROLES = frozenset({Role.WEIGHT, Role.WEIGHT_GRAD, Role.ACTIVATION, Role.ACTIVATION_GRAD})
 
@@ -96,50 +107,13 @@ class TensorInfo:
     wide: bool = False
     need: Need = Need.NOTHING
 
+    @property
+    def parts(self) -> Key:
+        """The key in its parts.
 
-def grad_key(key: str) -> str:
-    """Key of the gradient of ``key``."""
-    return f"{key}.grad"
-
-
-def saved_key(key: str) -> str:
-    """Key of the copy of activation ``key`` that waits for the backward pass."""
-    return f"{key}.saved"
-
-
-def is_saved_key(key: str) -> bool:
-    """Whether ``key`` is that of a copy kept for the backward pass."""
-    return key != base_key(key) and key == saved_key(base_key(key))
-
-
-def base_key(key: str) -> str:
-    """The forward tensor's key behind a ``.grad`` or ``.saved`` key."""
-    return key.removesuffix(".grad").removesuffix(".saved")
-
-
-def is_input_key(key: str) -> bool:
-    """Whether ``key`` is that of a part of the batch, as it enters the model."""
-    return key.partition("#")[0] == "/input"
-
-
-def master_key(key: str) -> str:
-    """Key of the stored parameter behind weight ``key``."""
-    return f"{key}.master"
-
-
-def stored_grad_key(key: str) -> str:
-    """Key of the gradient of weight ``key`` as it waits for the optimizer."""
-    return f"{grad_key(key)}.stored"
-
-
-def state_key(key: str, state: str) -> str:
-    """Key of an optimizer state of weight ``key``, e.g. ``fc.weight.optim.exp_avg``."""
-    return f"{key}.optim.{state}"
-
-
-def buffer_key(name: str) -> str:
-    """Key of a buffer that the step updates, e.g. ``bn.running_mean.buffer``."""
-    return f"{name}.buffer"
+        The role decides which suffix counts, so a module may be called ``optim`` or ``grad``.
+        """
+        return Key.of(self.key, _PARTS.get(self.role, Part.TENSOR))
 
 
 SLICE = "slice"
@@ -276,7 +250,7 @@ class TensorTable(Drawn):
     @cached_property
     def loaded(self) -> Mapping[str, str]:
         """Weight → name of the format in which it is loaded."""
-        weights = (info for info in self.tensors if info.role is Role.WEIGHT and "/" not in info.key)
+        weights = (info for info in self.tensors if info.role is Role.WEIGHT and not info.parts.is_activation)
         return {info.key: loaded_format(info.dtype).name for info in weights}
 
     @cached_property
@@ -287,7 +261,7 @@ class TensorTable(Drawn):
     @cached_property
     def buffers(self) -> tuple[str, ...]:
         """Names of the buffers that the step updates."""
-        return tuple(info.key.removesuffix(".buffer") for info in self.tensors if info.role is Role.BUFFER)
+        return tuple(info.parts.name for info in self.tensors if info.role is Role.BUFFER)
 
     @property
     def elements(self) -> int:

@@ -11,9 +11,10 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from assign.plan.assignment import Entry
+from assign.plan.keys import base_key, saved_key
 from assign.plan.memory import Bytes, Replay, Segment, changes_of, converts, copies_in, jumps_of
 from assign.plan.stored import UpdateRounding
-from assign.plan.tensors import MARK, TensorTable, base_key, saved_key
+from assign.plan.tensors import MARK, TensorTable
 
 Complete = Callable[[Mapping[str, Entry]], dict[str, Entry]]
 """Entries of some tensors → those, and what follows from them: saved copies, what is stored."""

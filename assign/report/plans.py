@@ -12,6 +12,7 @@ from rich.table import Table
 from assign.plan.assignment import Assignment, Diff, Entry
 from assign.plan.display import human_bytes
 from assign.plan.moments import Moments, moments
+from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.report.page.colours import ROLES
 from assign.report.rows import Row, formats_of, tensor_rows
@@ -53,15 +54,15 @@ class PlannedStep:
         }
 
 
-def planned_step(table: TensorTable, plan: Assignment, update_rounding: str) -> PlannedStep:
+def planned_step(table: TensorTable, plan: Assignment) -> PlannedStep:
     """What a plan makes of a step.
 
     Raises:
         PlanError: no library can keep what the plan stores, or it is of another model.
     """
-    plan.check_covers([info.key for info in table.paper_tensors], where="show", buffers=table.buffers)
-    before, after = moments(table, {}), moments(table, plan.entries, update_rounding)
-    rows = tensor_rows(table, plan, after, None, update_rounding)
+    plan.check_fits(table, where="show")
+    before, after = moments(table, {}), moments(table, plan.entries, plan.update_rounding)
+    rows = tensor_rows(table, plan, after)
     return PlannedStep(before=before, after=after, rows=tuple(sorted(rows, key=lambda row: -row.bytes)))
 
 
@@ -91,6 +92,8 @@ def diff_table(diff: Diff) -> RenderableType:
     for title, keys in (("in the first only", diff.only_here), ("in the second only", diff.only_there)):
         if keys:
             counts.add_row(*((title, "") if keys is diff.only_here else ("", title)), str(len(keys)))
+    if diff.update_rounding:
+        counts.add_row(*(f"updates rounded {each}" for each in diff.update_rounding), "")
     table = new_table("Differences", ["tensor", "first", "second"], right=3)
     for key, (one, other) in diff.changed.items():
         table.add_row(key, _entry(one), _entry(other))
@@ -111,6 +114,8 @@ def _provenance(plan: Assignment) -> Table:
     source = plan.provenance
     head.add_row("recipe", plan.recipe)
     head.add_row("model's fingerprint", plan.fingerprint)
+    if plan.update_rounding != UpdateRounding.NEAREST:
+        head.add_row("rounding of 16-bit updates", plan.update_rounding)
     head.add_row("strategy", f"{source.strategy or 'unknown'}, seed {source.seed}")
     head.add_row("made by", source.command or "unknown")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())

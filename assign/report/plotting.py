@@ -43,7 +43,7 @@ def _(thing: TensorTable, table: TensorTable | None = None) -> Any:
 def _(thing: Assignment, table: TensorTable | None = None) -> Any:
     if table is None:
         raise ReportError("plot: a plan needs the table of its model. Give it: assign.plot(plan, table)")
-    thing.check_covers([info.key for info in table.paper_tensors], where="plot", buffers=table.buffers)
+    thing.check_fits(table, where="plot")
     figure = _figure(figures.memory_figure(moments(table, {}), moments(table, thing.entries)), height=620)
     return figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.08, "yanchor": "bottom"})
 

@@ -6,20 +6,19 @@ from dataclasses import dataclass
 
 from assign.plan.assignment import Assignment
 from assign.plan.formats import ITEM_BYTES
+from assign.plan.keys import Key, base_key, master_key, stored_grad_key
 from assign.plan.moments import Moments
 from assign.plan.noise import EXACT, Cell, NoiseTable
 from assign.plan.stored import (
     StateFormat,
-    UpdateRounding,
     buffer_format,
     is_stored,
     master_format,
-    owner_of,
     resident,
     state_format,
     waiting_bytes,
 )
-from assign.plan.tensors import PAPER_ROLES, Role, TensorInfo, TensorTable, base_key, master_key, stored_grad_key
+from assign.plan.tensors import PAPER_ROLES, Role, TensorInfo, TensorTable
 
 _ALIVE_AS = {Role.MASTER: "parameters", Role.OPTIM_STATE: "optimizer states", Role.BUFFER: "buffers"}
 _ROUNDED = PAPER_ROLES | {Role.SAVED}
@@ -65,26 +64,24 @@ def tensor_rows(
     plan: Assignment,
     after: Moments,
     noise: NoiseTable | None = None,
-    update_rounding: str = UpdateRounding.NEAREST,
 ) -> tuple[Row, ...]:
     """A row for each of the table's tensors, each master, and each state that the plan adds.
 
     Args:
         after: the plan's moments.
-        update_rounding: as in ``estimate``.
     """
     at_peak: dict[tuple[str, str], int] = defaultdict(int)
     for segment in after.alive:
         if segment.start <= after.peak <= segment.end:
             at_peak[segment.key, segment.role] += segment.bytes
     found = []
-    for info, key, role, fmt, size in _tensors(table, plan, update_rounding):
+    for info, key, role, fmt, size in _tensors(table, plan):
         alive = at_peak.get((base_key(key) if role is Role.SAVED else key, _ALIVE_AS.get(role, role)), 0)
         found.append(
             Row(
                 key=key,
                 role=role,
-                path=_path(info),
+                path=info.parts.module if info.parts.is_activation else info.module,
                 group=info.group,
                 shape=info.shape,
                 elements=info.elements,
@@ -106,11 +103,9 @@ def formats_of(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(sorted(bits, key=lambda name: (-bits[name], name)))
 
 
-def _tensors(
-    table: TensorTable, plan: Assignment, update_rounding: str
-) -> Iterator[tuple[TensorInfo, str, Role, str, int]]:
+def _tensors(table: TensorTable, plan: Assignment) -> Iterator[tuple[TensorInfo, str, Role, str, int]]:
     """Row of the table, key, role, format and bytes of each tensor."""
-    stored = resident(table, plan.entries, update_rounding)
+    stored = resident(table, plan.entries, plan.update_rounding)
     plan = plan.with_loaded(table.loaded)
     for info in table.tensors:
         fmt = _format(info, plan)
@@ -121,24 +116,19 @@ def _tensors(
         if (key := stored_grad_key(base_key(info.key))) in plan.entries and info.role is Role.WEIGHT_GRAD:
             yield info, key, info.role, plan.entries[key].format, stored.stored_gradients[info.key]
     for key, size in stored.optimizer_states.items():
-        weight = owner_of(key, table.by_key)
-        if weight and key not in table.by_key:  # what the plan itself adds
-            yield table.by_key[weight[0]], key, Role.OPTIM_STATE, master_format(plan.entries, weight[0]).name, size
+        weight = Key.parse(key, table.by_key)
+        if weight.is_of_weight and key not in table.by_key:  # what the plan itself adds
+            yield table.by_key[weight.name], key, Role.OPTIM_STATE, master_format(plan.entries, weight.name).name, size
 
 
 def _format(info: TensorInfo, plan: Assignment) -> StateFormat:
     if info.role is Role.SAVED:
-        return plan.saved_format(base_key(info.key))
+        return plan.saved_format(info.parts.name)
     if info.role is Role.OPTIM_STATE:
-        owner, _, state = info.key.rpartition(".optim.")
-        return state_format(plan.entries, owner, state)
+        return state_format(plan.entries, info.parts.name, info.parts.state)
     if info.role is Role.BUFFER:
-        return buffer_format(plan.entries, info.key.removesuffix(".buffer"))
+        return buffer_format(plan.entries, info.parts.name)
     return plan.format_of(info.key)
-
-
-def _path(info: TensorInfo) -> str:
-    return info.key.partition("/")[0] if "/" in info.key else info.module
 
 
 def _noise(noise: NoiseTable | None, plan: Assignment, key: str) -> float | None:

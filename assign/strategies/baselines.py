@@ -6,8 +6,9 @@ from assign.errors import FormatError
 from assign.plan.assignment import Entry
 from assign.plan.formats import loaded_format, parse_format
 from assign.plan.groups import GEMM_OPS, INPUT_OP
+from assign.plan.keys import grad_key
 from assign.plan.recipes import Recipe, initial, store
-from assign.plan.tensors import Role, TensorInfo, TensorTable, grad_key
+from assign.plan.tensors import Role, TensorInfo, TensorTable
 from assign.strategies.goal import Goal, PeakBytes, over_budget
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from assign.numerics.rounding import torch_dtype
 from assign.plan.assignment import Assignment
 from assign.plan.formats import LOADED, Format, parse_format
+from assign.plan.keys import master_key
 from assign.plan.stored import master_format, stored_dtype
-from assign.plan.tensors import master_key
 
 _ATTRIBUTE = "_assign_loaded"
 

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from assign import _torch
 from assign.errors import TraceError
+from assign.plan.keys import activation_key
 from assign.plan.lowering import CONVERSIONS, MATRIX_PRODUCTS
 from assign.plan.tensors import SLICE
 from assign.tracing.capture import Capture, strip_module_path
@@ -122,9 +123,9 @@ class Walk:
 
     def fresh_key(self, module: str, op: str) -> str:
         """``module/op``, or ``module/op#2`` for the second such operator there."""
-        stem = f"{module}/{op}"
-        self.counts[stem] += 1
-        return stem if self.counts[stem] == 1 else f"{stem}#{self.counts[stem]}"
+        first = activation_key(module, op)
+        self.counts[first] += 1
+        return activation_key(module, op, self.counts[first])
 
 
 def walk(capture: Capture) -> Walk:
@@ -139,7 +140,7 @@ def walk(capture: Capture) -> Walk:
                 result.parametric.add(node)
             if crossing.key:
                 result.key_of[node] = crossing.key
-    is_cast = any(node.target is torch.amp.autocast_mode._enter_autocast for node in capture.graph.graph.nodes)
+    is_cast = any(node.target is _torch.ENTER_AUTOCAST for node in capture.graph.graph.nodes)
     if any(_torch.fake_value(node).dtype == torch.float64 for node in capture.parameters):
         result.dtypes |= {torch.float64}
     for node, name in capture.parameters.items():

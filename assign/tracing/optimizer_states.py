@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from assign import _torch
 from assign.errors import TraceError
-from assign.plan.tensors import Role, TensorInfo, state_key
+from assign.plan.keys import Key, state_key
+from assign.plan.tensors import Role, TensorInfo
 from assign.tracing.allocations import Allocations
 from assign.tracing.loaded import loaded_dtypes
 
@@ -157,7 +158,7 @@ def _row(name: str, key: str, state: Tensor) -> TensorInfo:
         elements=state.numel(),
         dtype=str(state.dtype).removeprefix("torch."),
         op="optimizer",
-        module=name.rpartition(".")[0],
+        module=Key(name).module,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from assign import _torch
 from assign.errors import TraceError
+from assign.plan.keys import LOSS, Key
 from assign.tracing.deferred import Deferred
 from assign.tracing.pieces import Crossing, Piece
 from assign.tracing.sizes import Number, Sizes, arguments_of, axes_of, compare, generalized
@@ -97,9 +98,9 @@ class Script:
     def relevant(self, counts: Counter[str]) -> tuple[tuple[str, int], ...]:
         """The counts of operators in modules that this piece calls."""
         if self.modules is None:
-            stacks = (node.meta.get("nn_module_stack", ("loss",)) for node in self.nodes if node.op != "placeholder")
+            stacks = (node.meta.get("nn_module_stack", (LOSS,)) for node in self.nodes if node.op != "placeholder")
             self.modules = {next(iter(stack)) for stack in stacks}
-        return tuple(sorted((stem, n) for stem, n in counts.items() if stem.rpartition("/")[0] in self.modules))
+        return tuple(sorted((stem, n) for stem, n in counts.items() if Key(stem).module in self.modules))
 
     def beginning(self, calls: int) -> tuple["Script", dict[fx.Node, fx.Node]]:
         """Make a new script that holds the first ``calls`` calls of this one.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, library
 
 from assign import _torch
-from assign.plan.tensors import MARK, grad_key
+from assign.plan.keys import grad_key
+from assign.plan.tensors import MARK
 from assign.tracing.layout import Layout
 from assign.tracing.operators import Site, Walk
 

@@ -17,18 +17,8 @@ from torch import Tensor, fx, nn
 from assign import _torch
 from assign.errors import TraceError
 from assign.plan.groups import assign_groups
-from assign.plan.tensors import (
-    Buffer,
-    Event,
-    Need,
-    Role,
-    Schedule,
-    TensorInfo,
-    TensorTable,
-    buffer_key,
-    grad_key,
-    saved_key,
-)
+from assign.plan.keys import Key, buffer_key, grad_key, saved_key
+from assign.plan.tensors import Buffer, Event, Need, Role, Schedule, TensorInfo, TensorTable
 from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
@@ -276,7 +266,7 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
             elements=site.elements,
             dtype=own[site.key],
             op=site.op,
-            module=site.key.rpartition(".")[0] if weight else site.module,
+            module=Key(site.key).module if weight else site.module,
             source=site.source,
             inputs=site.inputs,
             opaque=site.opaque,
@@ -301,7 +291,7 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
             elements=buffer.numel(),
             dtype="float32",
             op="buffer",
-            module=name.rpartition(".")[0],
+            module=Key(name).module,
         )
 
 

@@ -226,7 +226,7 @@ def _check_fits(variant: Variant, table: TensorTable, task: str) -> None:
         return
     try:
         get_recipe(variant.plan.recipe)
-        variant.plan.check_covers([info.key for info in table.paper_tensors], where=f"the plan {variant.name!r}")
+        variant.plan.check_fits(table, where=f"the plan {variant.name!r}")
     except AssignError as error:
         error.add_note(f"compare: nothing was trained; the model is that of the task {task!r}.")
         raise

@@ -29,6 +29,7 @@ from assign.optim.masters import widened_weights
 from assign.optim.optimizers import follow
 from assign.plan.assignment import Assignment
 from assign.plan.formats import parse_format
+from assign.plan.keys import is_grad_key
 from assign.plan.memory import peak_bytes
 from assign.plan.recipes import get_recipe
 from assign.plan.stored import (
@@ -97,7 +98,7 @@ def train(
     raise_on_divergence: bool = False,
     promote_every: int | None = None,
     promote_threshold: float = THRESHOLD,
-    update_rounding: str = UpdateRounding.NEAREST,
+    update_rounding: str | None = None,
     weights: Path | None = None,
 ) -> TrainResult:
     """Train ``task`` from the start, under ``plan`` or, without one, in plain PyTorch.
@@ -111,7 +112,7 @@ def train(
         max_steps: stop after so many steps.
         on_step: told after every step; on_epoch: after every finished epoch, with its number, from 1 on.
         promote_every, promote_threshold: as in ``assign.Promotion``.
-        update_rounding: of 16-bit masters, as in ``assign.optimizer``.
+        update_rounding: of 16-bit masters, as in ``assign.optimizer``; the plan's own if left out.
         weights: of an fp32 training, to go on from: what its ``checkpoint`` is, or a saved ``state_dict``. Weights and
             optimizer states are rounded to the formats of the plan; options of the optimizer are the task's.
     Raises:
@@ -160,7 +161,7 @@ def needs_loss_scaling(plan: Assignment) -> bool:
     """
     if any(is_narrow(master_format(plan.entries, key)) for key in plan.entries):
         return False
-    formats = {entry.format for key, entry in plan.entries.items() if key.endswith(".grad")}
+    formats = {entry.format for key, entry in plan.entries.items() if is_grad_key(key)}
     rows = [parse_format(name) for name in formats]
     short = any(not row.scaled and row.min_subnormal > _SMALLEST_GRADIENT for row in rows)
     return get_recipe(plan.recipe).loss_scaling or short
@@ -179,7 +180,7 @@ class _Run:
         seed: int,
         device: str,
         epochs: int,
-        update_rounding: str,
+        update_rounding: str | None,
         weights: Path | None,
     ) -> None:
         self.task, self.plan, self.promotion, self.seed, self.epochs = task, plan, promotion, seed, epochs
@@ -191,7 +192,8 @@ class _Run:
         self.model = task.make_model().to(self.device)
         self.model.train()
         stored = complete(plan, self.model) if plan else None
-        self.update_rounding = check_rounding(update_rounding, stored.entries if stored else {}, where="train")
+        rounding = update_rounding or (plan.update_rounding if plan else UpdateRounding.NEAREST)
+        self.update_rounding = check_rounding(rounding, stored.entries if stored else {}, where="train")
         states = continue_from(task, self.model, plan, weights) if weights else None
         self.length = len(task.train) if isinstance(task.train, Sized) else None
         self.scaler: torch.amp.GradScaler | None = None
@@ -466,7 +468,7 @@ class _Run:
             "task": self.task.name,
             "seed": self.seed,
             "plan": plan,
-            "update_rounding": self.update_rounding,
+            "update_rounding": str(self.update_rounding),
         }
 
     def save(self, path: Path) -> None:

@@ -141,7 +141,7 @@ class Trainer:
 
     def costs(self, low: Iterable[int]) -> dict[str, Any]:
         """The estimate of the plan with these groups low, as its provenance has it."""
-        found = estimate(self.table, self.plan(low), update_rounding=self.settings.update_rounding)
+        found = estimate(self.table, self.plan(low))
         return summary(found, 0.0)
 
     def enqueue(self, study: optuna.Study, starts: Sequence[Assignment]) -> None:
@@ -153,7 +153,7 @@ class Trainer:
             study.enqueue_trial({_name(group): group in low for group in self.everything}, skip_if_exists=True)
 
     def _low_of(self, plan: Assignment) -> frozenset[int]:
-        plan.check_covers([info.key for info in self.table.paper_tensors], where="tune: a plan to start from")
+        plan.check_fits(self.table, where="tune: a plan to start from")
         low = frozenset(g.id for g in self.table.groups if all(plan.entries[key].low for key in g.keys))
         wanted = initial(self.table, get_recipe(self.settings.recipe), low)
         other = next((key for key, entry in wanted.items() if plan.entries[key].format != entry.format), None)
@@ -220,7 +220,6 @@ class Trainer:
             epochs=s.epochs,
             device=s.device,
             on_epoch=watch,
-            update_rounding=s.update_rounding,
         )
         if result.diverged:
             trial.set_user_attr("diverged", result.message)
@@ -236,7 +235,12 @@ class Trainer:
 
     def plan(self, low: Iterable[int]) -> Assignment:
         """The plan with these groups low."""
-        return Assignment(entries=self.entries(low), recipe=self.settings.recipe, fingerprint=self.table.fingerprint)
+        return Assignment(
+            entries=self.entries(low),
+            recipe=self.settings.recipe,
+            fingerprint=self.table.fingerprint,
+            update_rounding=UpdateRounding(self.settings.update_rounding),
+        )
 
 
 def _name(group: int) -> str:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from assign.plan.keys import base_key
 from assign.plan.recipes import EXPONENTIATED, LOSS_OPS
-from assign.plan.tensors import Role, TensorTable, base_key
+from assign.plan.tensors import Role, TensorTable
 from assign.tasks.builtin import photographs, shakespeare
 from assign.tasks.data import Images, read_fashion_mnist
 from assign.tasks.models import ResNet

@@ -32,8 +32,9 @@ import assign
 from assign.errors import AssignError
 from assign.plan.assignment import Assignment
 from assign.plan.groups import GEMM_OPS
+from assign.plan.keys import grad_key
 from assign.plan.recipes import get_recipe, initial
-from assign.plan.tensors import Role, TensorTable, grad_key
+from assign.plan.tensors import Role, TensorTable
 from assign.strategies.baselines import as_loaded
 from assign.tasks.batch import tensors_in
 from assign.tracing.measuring import measure_peak

@@ -10,6 +10,8 @@ from assign.planning import search_table
 from assign.tracing.tracer import trace
 from benchmarks.paper.models import MODELS
 
+pytestmark = pytest.mark.slow
+
 BATCH = torch.zeros(128, 3, 32, 32), torch.zeros(128, dtype=torch.long)
 
 

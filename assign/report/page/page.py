@@ -17,7 +17,6 @@ from assign.plan.display import human_bytes
 from assign.plan.memory import Estimate, estimate
 from assign.plan.moments import Moments, moments
 from assign.plan.noise import NoiseTable
-from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.report.page import colours, curves, figures
 from assign.report.page.beside import LOW_RATIO, measure_of, point_of, points_of
@@ -39,7 +38,6 @@ class Report:
         runs: trainings to draw, of :func:`assign.report.page.runs.load_runs`.
         front: plans to put this one beside.
         noise: of the tensors.
-        update_rounding: as in ``assign.estimate``.
         command: what made the page, ``''`` where there was none.
     """
 
@@ -49,7 +47,6 @@ class Report:
     runs: tuple[TrainedRun, ...] = ()
     front: Front | None = None
     noise: NoiseTable | None = None
-    update_rounding: str = UpdateRounding.NEAREST
     command: str = ""
 
     def check(self) -> None:
@@ -118,9 +115,9 @@ def render(report: Report) -> str:
 def context(report: Report) -> dict[str, Any]:
     """What the template is given: figures, rows and words."""
     plan, table = report.plan, report.table
-    costs = estimate(table, plan, update_rounding=report.update_rounding)
-    before, after = moments(table, {}), moments(table, plan.entries, report.update_rounding)
-    rows = tensor_rows(table, plan, after, report.noise, report.update_rounding)
+    costs = estimate(table, plan)
+    before, after = moments(table, {}), moments(table, plan.entries, plan.update_rounding)
+    rows = tensor_rows(table, plan, after, report.noise)
     looks = colours.of_formats(formats_of(rows))
     points, this = points_of(report.front.plans) if report.front else [], point_of(plan, report.name)
     measure = measure_of(points)
