@@ -1,60 +1,50 @@
-"""The cheapest number format for every tensor of a training step, chosen, written down, and trained with.
+"""Choose a number format for every tensor of a training step, write the choice to a plan, and train with it.
 
-The house is an hourglass. Above its first waist torch is read, below its second torch is written; what stands between
-them is pure Python and never imports torch.
+The package has three layers. The first reads a model with PyTorch and writes a TensorTable. The second is pure Python:
+it predicts memory and searches a plan. The third runs a model under a plan, again with PyTorch.
 
 ====================  ==========================================================================================
-``tracing``           model + batch → **TensorTable**. ``capture``: model and loss as one graph (Dynamo), or as several
-                      ``pieces`` (``recording``), which hands out ``deferred`` tensors, treats some ``torch_functions``
-                      in ways of their own, knows the line of the ``user_code`` and keeps the ``pending`` piece,
-                      compiled for all ``sizes``; the model left as it was (``kept_state``); ``layout`` of a graph;
-                      ``functionalize``: no in-place operators, so every value has one node; ``operators``: the walk
-                      that names every tensor, for tracer and executor alike; ``probes`` at them; ``joint``,
-                      ``workspace``, ``finiteness``: the backward pass, what kernels need, which tensors must not
-                      be narrowed; ``needs``, ``constants``: what a tensor's values need; ``optimizer_states``, read
-                      off a step; ``allocations``: bytes counted without data; ``measuring``: bytes that code
-                      really holds; ``loaded``: the dtypes in which a model was loaded; ``tracer``: all of it
-``plan``              pure Python. ``tensors``: TensorTable, the first waist: rows by key, groups, the schedule of the
-                      step; ``formats`` as rows of data; ``recipes``: candidates per role; ``precision``:
-                      operators in float32; ``groups``: shared decisions; ``lowering``, ``lowered``: in which dtype an
-                      operator computes; ``memory``:
-                      (table, assignment) → peak and timeline; ``stored``: what stays between steps; ``libraries``:
-                      who can keep it; ``timeline``: bytes moment by moment, and by decision; ``moments``: by role, and
-                      what they are; ``noise``, ``times``: tables of what was measured; ``display``: what a notebook
-                      shows of any of these; ``entry``, ``assignment``: **Assignment**, the second waist,
-                      ``plan.json``
-``strategies``        searches: (table, recipe, goal) → entries; ``milp``: that of least noise;
-                      ``planning``: trace, strategy, provenance in one call; ``fronts``: a plan for every budget
-``noise``             ``stepping``: a step in which every tensor can be touched; ``sampling``: what rounding one
-                      perturbs, measured or from derivatives; ``gates``: of relu, which has none;
-                      ``measuring``: over batches, into a file
-``numerics``          ``rounding``: quantize, encode, decode as registered torch operators; ``kernels``: their
-                      arithmetic; ``launch``: how it is run, compiled or not; ``words``: narrow elements, several to
-                      an integer; ``blocks``: a few bits and a scale per block; ``products`` of narrow matrices;
-                      ``promotion``: low tensors that overflow go back to high; ``delayed``: scales that the steps
-                      before gave; ``registry``: a function made an operator
-``executor``          mark → pack → compile → apply: a plan made to run; ``fit``: whether it is the step's; ``methods``
-                      of a planned model; ``unused``: parameters that a step does not train; ``rehearsal``: a compiled
-                      step's bytes, before;
-                      ``timing``: seconds, choice by choice
-``optim``             ``optimizers`` whose states follow a plan, from three libraries; ``states``: each one's form of
-                      them; ``updates``: SGD and AdamW for weights of 16 bits; ``gradients`` that wait in 8;
-                      ``masters`` of 24 bits, 8 of them beside a bf16 weight; ``monitor``: updates that rounding lost
-``several``           several processes: DDP and FSDP2 around a planned model
-``tasks``             what is trained: built-in, from a user's file
-``training``          ``loop``: seeds, loss scaling, promotion; ``history``: what its steps and epochs came to;
-                      ``checkpoints``: their file; ``weights``: those of another training;
-                      ``audit``: what 16 bits would lose, said before; ``certificate``: predictions that a plan
-                      cannot change; ``comparing``: several plans on one task, run by run; ``comparison``: what they
-                      came to, and its file; ``tuning``: search by training, an Optuna study; ``trials``: what it
-                      proposes, trained; ``database``: where a study is kept
-``integrations``      plans in the trainers of other libraries: ``transformers``, ``lightning``
-``report``            tables and pictures for people, and in ``report/page`` a page for a browser; ``plotting``: its
-                      charts in a notebook
-``cli``               the shell: a file for each kind of command, all of them in ``commands``; ``options`` and
-                      ``shell``: what they share; ``streams``: standard output as it is; ``stopping``: after Ctrl-C
-``errors``            AssignError, what a user can mend; ``files``: written whole; ``json_file``: read strictly;
-                      ``passwords``: masked; ``_torch``: all private torch names
+``tracing``           Capture a training step as a **TensorTable**. ``tracer``: the entry point. ``capture``: the step as
+                      one graph by Dynamo, or as several ``pieces`` by ``recording``, with ``deferred`` tensors, own
+                      ``torch_functions``, lines of ``user_code``, the ``pending`` piece, and ``sizes`` that vary.
+                      ``kept_state``: leave the model unchanged. ``functionalize``: remove in-place operators.
+                      ``operators``: name every tensor, for tracer and executor. ``probes``, ``joint``: the backward
+                      pass. ``workspace``: scratch memory of kernels. ``finiteness``, ``needs``, ``constants``: which
+                      tensors must keep their precision. ``optimizer_states``: states of an optimizer.
+                      ``allocations``, ``measuring``: count and measure bytes. ``loaded``: dtypes of the loaded
+                      model. ``layout``: memory formats. ``heap``: return freed memory to the system.
+``plan``              Data and predictions, without torch. ``keys``: names of tensors. ``tensors``: TensorTable.
+                      ``entry``, ``assignment``: the **plan** and its file. ``formats``, ``recipes``: number formats,
+                      and which of them a search chooses from. ``precision``, ``lowering``, ``lowered``: the dtype in
+                      which an operator computes. ``groups``: tensors that share a decision. ``memory``,
+                      ``timeline``, ``moments``: bytes over the step. ``stored``, ``libraries``: what is kept between
+                      steps, and by which optimizer library. ``noise``, ``times``: tables of measurements.
+                      ``display``: output in notebooks.
+``strategies``        Searches: (table, recipe, goal) → entries of a plan. ``planning``: trace, search and provenance in
+                      one call. ``fronts``: a plan for every budget.
+``noise``             Measure how rounding a tensor changes the gradient. ``stepping``: a step whose tensors can be
+                      changed. ``sampling``: one tensor, one batch. ``gates``: relu. ``measuring``: all, to a file.
+``numerics``          Arithmetic of formats as torch operators (``registry``). ``rounding``: quantize, encode, decode.
+                      ``kernels``, ``launch``, ``words``: how they run. ``blocks``: formats with a scale per block.
+                      ``products``: matrix products. ``promotion``: tensors that overflow get the high format.
+                      ``delayed``: scales from earlier steps.
+``executor``          Run a model under a plan: mark → pack → compile → apply. ``fit``: does the plan fit? ``methods``:
+                      of a planned model. ``unused``: parameters without a gradient. ``rehearsal``: peak of a compiled
+                      step. ``timing``: seconds of each choice.
+``optim``             ``optimizers``: states as the plan says, in the form (``states``) of three libraries.
+                      ``updates``: SGD and AdamW for 16-bit weights. ``gradients``: stored in 8 bits. ``masters``: with
+                      extra bits. ``monitor``: updates lost by rounding.
+``several``           Training in several processes: DDP and FSDP2.
+``tasks``             Built-in tasks, and tasks from a user's file.
+``training``          ``loop``: train a task. ``history``: its steps and epochs. ``checkpoints``, ``weights``: files.
+                      ``audit``: values that 16 bits would lose. ``certificate``: predictions that a plan cannot change.
+                      ``comparing``, ``comparison``: several plans on one task. ``tuning``, ``trials``, ``database``:
+                      search by training, with Optuna.
+``integrations``      Plans in the trainers of transformers and Lightning.
+``report``            Tables, pictures, and a page for a browser.
+``cli``               The commands of the shell.
+``errors``            AssignError. ``files``: written atomically. ``json_file``: read strictly. ``passwords``: masked.
+                      ``_torch``: the only module with private names of torch.
 ====================  ==========================================================================================
 """
 
