@@ -4,9 +4,9 @@ The package has three layers. The first reads a model with PyTorch and writes a 
 it predicts memory and searches a plan. The third runs a model under a plan, again with PyTorch.
 
 ====================  ==========================================================================================
-``tracing``           Capture a training step as a **TensorTable**. ``tracer``: the entry point. ``capture``: the step as
-                      one graph by Dynamo, or as several ``pieces`` by ``recording``, with ``deferred`` tensors, own
-                      ``torch_functions``, lines of ``user_code``, the ``pending`` piece, and ``sizes`` that vary.
+``tracing``           Capture a training step as a **TensorTable**. ``tracer``: the entry point. ``capture``: the
+                      step as one graph by Dynamo, or as several ``pieces`` by ``recording``, with ``deferred``
+                      tensors, own ``torch_functions``, lines of ``user_code``, the ``pending`` piece, and ``sizes``.
                       ``kept_state``: leave the model unchanged. ``functionalize``: remove in-place operators.
                       ``operators``: name every tensor, for tracer and executor. ``probes``, ``joint``: the backward
                       pass. ``workspace``: scratch memory of kernels. ``finiteness``, ``needs``, ``constants``: which
