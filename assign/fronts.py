@@ -18,7 +18,7 @@ from assign.strategies.goal import parse_budget
 
 @dataclass(frozen=True, slots=True)
 class Front(Drawn):
-    """Plans for one model, the lowest peak first; each further one takes more bytes and is better for them."""
+    """Pareto front of plans for one model, the lowest peak first."""
 
     plans: tuple[Assignment, ...]
 
@@ -100,17 +100,19 @@ class Front(Drawn):
 
 
 def search_front(table: TensorTable, plans: int, **asked: Any) -> Front:
-    """Plans between the lowest peak that a strategy reaches and the one where nothing is narrowed.
+    """Search plans between the lowest peak that a strategy reaches and the peak without narrowing.
 
-    The budgets lie at equal distances. Of two plans, one that takes no fewer bytes and is no better is left out: the
-    one of more predicted noise, or, where that was not measured, of a larger low ratio.
+    The budgets have equal distances. A plan that takes no fewer bytes than another and is no better is dropped: better
+    means less predicted noise or, where noise was not measured, a smaller low ratio.
 
     Args:
-        table: of the model: what :func:`assign.trace` found.
-        plans: how many to search, 2 or more; fewer may be left.
-        asked: as :func:`assign.planning.search_table` takes it, without a budget or a low ratio.
+        table: result of :func:`assign.trace`.
+        plans: number of searches, 2 or more; the front may have fewer plans.
+        asked: options of :func:`assign.planning.search_table`, without ``budget`` and ``low_ratio``.
+    Returns:
+        The plans, the lowest peak first.
     Raises:
-        BudgetError: fewer than two plans, a goal, or a strategy that has none.
+        BudgetError: fewer than two plans, a goal, or a strategy without a goal.
         AssignError: as :func:`assign.planning.search_table`.
     Examples:
         ```python

@@ -54,44 +54,46 @@ def search(
     max_step_time: str | float | None = None,
     seed: int = 0,
 ) -> Assignment:
-    """A plan for one training step of ``loss(model, batch)``.
+    """Search a plan for one training step of ``loss(model, batch)``.
 
-    What is stored between steps takes the formats asked for first; the search then narrows as little as the budget
-    still needs.
+    Tensors that are stored between steps get the requested formats first. The search then narrows only as much as the
+    budget still requires.
 
     Args:
-        model: in any floating-point dtypes; nothing of it is changed, and nothing is computed but one forward pass if
-            ``saved`` is given. No recipe widens what was loaded in 16 bits.
-        batch: what ``loss`` takes.
+        model: in any floating-point dtypes. It is not changed, and nothing is computed except one forward pass if
+            ``saved`` is given. No recipe widens weights that were loaded in 16 bits.
+        batch: argument of ``loss``.
         loss: ``loss(model, batch)`` → scalar tensor.
-        budget: peak bytes of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the peak without a plan.
-        low_ratio: share of elements to hold low, 0 to 1. One of the two must be given.
-        strategy: which search: ``greedy`` or another of ``assign.STRATEGIES``, or ``milp``, the least noise; or, with
-            no goal, ``as-loaded``, ``operator``, ``operator-prime`` or ``standalone``.
-        recipe: which formats a tensor may have, by its role: one of ``assign.RECIPES``.
-        optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states count; None counts none.
-        master: format of the parameters themselves, ``bf16``, ``fp16``, or ``bf16+8``: 24 bits, 8 of them beside the
-            parameter; None leaves them as they were loaded, or as the strategy says.
-        gradients: format in which gradients wait for the optimizer, e.g. ``e5m2:pow2``; None: that of their masters.
-        optimizer_states: e.g. ``bf16`` or ``dynamic8``; None: that of their masters.
-        saved: format of the copies that wait for the backward pass, e.g. ``int4:block64``, where it takes fewer bytes
-            than the activation's own, and where the activation is all finite on this batch; None: all have their own.
-            With ``milp`` and a budget, one or more (with commas) that it chooses from, copy by copy or group by group.
-        update_rounding: of 16-bit masters, as in :func:`assign.optimizer`: ``kahan`` keeps something more.
-        noise: for the strategy ``milp``: what :func:`assign.measure_noise` found; None measures it, on this batch.
-        formats: for the same: candidates of every tensor in place of the recipe's two, the widest first;
-            ``e4m3:pow2/e5m2:pow2`` means the first for values, the second for gradients.
-        granularity: for the same: what shares a decision, a ``group`` of tensors or none, each ``tensor``.
-        pins: for the same: pattern of keys → format that these have, e.g. ``{"head.*": "bf16"}``; of several that
-            match, the last.
-        max_step_time: for the same: of a forward and backward pass, as :func:`assign.measure_times` predicts it:
-            seconds, ``"200ms"``, or ``"1.3x"`` of what it takes with all tensors in their high formats.
-        seed: for strategies that draw.
+        budget: peak memory of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the peak without a plan.
+        low_ratio: share of elements in low formats, 0 to 1. Give either ``budget`` or ``low_ratio``.
+        strategy: ``greedy`` or another name in ``assign.STRATEGIES``; ``milp``, which minimizes noise; or, without a
+            goal, ``as-loaded``, ``operator``, ``operator-prime`` or ``standalone``.
+        recipe: name in ``assign.RECIPES``: the formats that a tensor may have, by its role.
+        optimizer: ``optimizer(parameters)`` → torch optimizer, whose states are counted. Default: none are counted.
+        master: format of the parameters, ``bf16``, ``fp16``, or ``bf16+8``, which keeps 24 bits, 8 of them in the
+            optimizer. Default: as they were loaded, or as the strategy requires.
+        gradients: format of stored gradients, e.g. ``e5m2:pow2``. Default: the format of their masters.
+        optimizer_states: e.g. ``bf16`` or ``dynamic8``. Default: the format of their masters.
+        saved: format of saved activations, e.g. ``int4:block64``, where it takes fewer bytes than the activation's own
+            and the activation is finite on this batch. Default: the activation's own format. With ``milp`` and a
+            budget, one or more formats, separated by commas, from which it chooses.
+        update_rounding: how updates of 16-bit masters are rounded, as in :func:`assign.optimizer`; the plan stores it.
+        noise: with ``milp``: the result of :func:`assign.measure_noise`. Default: it is measured on this batch.
+        formats: with ``milp``: candidates of every tensor in place of the recipe's two, the widest first.
+            ``e4m3:pow2/e5m2:pow2`` means the first for values and the second for gradients.
+        granularity: with ``milp``: whether a ``group`` of tensors shares one decision, or each ``tensor`` has its own.
+        pins: with ``milp``: pattern of keys → their format, e.g. ``{"head.*": "bf16"}``. The last match counts.
+        max_step_time: with ``milp``: limit on a forward and backward pass, as :func:`assign.measure_times` predicts it:
+            seconds, ``"200ms"``, or ``"1.3x"`` of the time with all tensors in their high formats.
+        seed: of strategies that draw random numbers.
+    Returns:
+        A plan for this model; it may be used at any batch size.
     Raises:
-        BudgetError: no goal, one that makes no sense, or a budget below the floor (says the floor).
-        FormatError: formats that do not exist, or that cannot be stored.
-        PlanError: formats that no library's optimizer can keep.
-        TraceError: the step cannot be captured, or the loss is no scalar.
+        BudgetError: there is no goal, the goal makes no sense, or the budget cannot be met (names the smallest one
+            that can).
+        FormatError: a format does not exist or cannot be stored.
+        PlanError: no library's optimizer can keep these formats.
+        TraceError: the step cannot be captured, or the loss is not a scalar.
     Examples:
         ```python
         plan = assign.search(model, batch, loss, budget="90%", optimizer=adamw)
@@ -165,7 +167,7 @@ def search_table(
     chosen_copies = split_names(saved or "") if strategy == MILP and budget is not None else []
     if len(split_names(saved or "")) > 1 and not chosen_copies:
         raise BudgetError(
-            f"search: {saved!r} are several formats for what waits for the backward pass, and nothing chooses among "
+            f"search: {saved!r} are several formats for saved activations, and nothing chooses among "
             "them.\n  Give one, or the strategy 'milp' and a budget."
         )
     whole = completion(
@@ -242,8 +244,8 @@ def search_table(
     )
     if saved is not None and not chosen_copies and not any(map(is_saved_key, plan.entries)):
         raise PlanError(
-            f"search: what waits for the backward pass is asked for in {saved!r}, but nothing that waits takes fewer "
-            "bytes in it than in its activation's own format.\n"
+            f"search: saved activations are asked for in {saved!r}, but none takes fewer bytes in it than in its own "
+            "format.\n"
             "  Allowed: a format narrower than those that tensors are computed in.\n"
             "  Choose int4:block64, or leave it out."
         )
@@ -288,7 +290,7 @@ def completion(
     saved: str | None = None,
     non_finite: Collection[str] = frozenset(),
 ) -> Callable[[Mapping[str, Entry]], dict[str, Entry]]:
-    """What makes a whole plan's entries of those of the step's tensors: what is stored, and what waits.
+    """Return a function that completes the entries of the step's tensors: stored and saved tensors.
 
     Raises:
         FormatError, PlanError: formats that cannot be stored, or states that the optimizer has not.

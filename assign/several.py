@@ -42,7 +42,7 @@ def world_size() -> int:
 
 
 def data_parallel(planned: nn.Module, **options: Any) -> DistributedDataParallel:
-    """``DistributedDataParallel`` for a plan that stores gradients in another dtype than their masters.
+    """Wrap a model in ``DistributedDataParallel`` whose plan stores gradients in another dtype than their masters.
 
     DDP's buckets have the parameters' dtypes and refuse such gradients; so here DDP reduces each gradient by itself, in
     the gradient's own dtype, without buckets. ``no_sync`` and buffers are as usual. For other plans

@@ -153,7 +153,7 @@ def test_saved_copies_have_formats_of_their_own() -> None:
 @pytest.mark.parametrize("key", ["a", "a.grad", "w.master", "w.grad.stored", "w.optim.exp_avg"])
 @pytest.mark.parametrize("name", ["mxfp4", "int4:block64:sr"])
 def test_blocks_of_saved_copies_are_for_nothing_else(key: str, name: str) -> None:
-    match = rf"'{key}' is assigned the format '{name}': .*is a format of copies that wait for the backward pass alone"
+    match = rf"'{key}' is assigned the format '{name}': .*is a format of saved activations alone"
     with pytest.raises(PlanError, match=match):
         plan(**{"a": BF16, "w": BF16, key: Entry(name, False)})
 

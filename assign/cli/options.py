@@ -46,8 +46,8 @@ Master = Annotated[
 Saved = Annotated[
     str | None,
     typer.Option(
-        help="Keep what waits for the backward pass as int4:block64, mxfp8, … (see 'assign formats') where that takes "
-        "fewer bytes; as it is computed with if left out. With --strategy milp, several with commas to choose from."
+        help="Format of saved activations, e.g. int4:block64 or mxfp8 (see 'assign formats'), where it takes fewer "
+        "bytes. Default: the activation's own format. With --strategy milp, several with commas to choose from."
     ),
 ]
 Format = Annotated[str | None, typer.Option("--format", help="With --strategy uniform: every tensor in this format.")]

@@ -200,7 +200,7 @@ def measure(
     ),
     recipe: Recipe = "native",
     formats: Formats = "",
-    saved: Annotated[str, typer.Option(help="Formats of what waits for the backward pass, with commas.")] = "",
+    saved: Annotated[str, typer.Option(help="Formats of saved activations, with commas.")] = "",
     method: Annotated[
         Method, typer.Option(help="first-order: all at once, from derivatives. measured: a step for each choice.")
     ] = Method.FIRST_ORDER,

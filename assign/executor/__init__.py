@@ -1,1 +1,1 @@
-"""A plan made to run: mark the captured graph, pack what waits for the backward pass, hand it to a backend."""
+"""A plan made to run: mark the captured graph, pack saved activations, and hand it to a backend."""

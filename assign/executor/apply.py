@@ -42,28 +42,32 @@ def apply(
     promotion: Promotion | None = None,
     scales: DelayedScales | None = None,
 ) -> nn.Module:
-    """The model, computing under ``plan``; train it exactly as before.
+    """Return the model, computing under ``plan``. Train it exactly as before.
 
-    Parameters, their names and the ``state_dict`` are the model's own. Where the plan stores masters, gradients or
-    buffers in another dtype, the model's own become so, rounded to nearest, and its ``state_dict`` with them; else they
-    stay as they were loaded. Of masters in ``bf16+8`` the ``state_dict`` has the bf16 part, the optimizer's has the
-    rest: :func:`assign.widened_weights` joins them. What is called outside the module (a loss on its output) runs as
-    usual: entries under ``loss/`` need :func:`planned_step`. The optimizer's states follow the plan by
+    The result shares the parameters, their names and the ``state_dict`` of ``model``. If the plan stores masters,
+    gradients or buffers in another dtype, those of ``model`` are converted, rounded to nearest. For masters in
+    ``bf16+8`` the ``state_dict`` holds the bf16 part and that of the optimizer the rest:
+    :func:`assign.widened_weights` joins them. Code that is called outside the module, such as a loss on its output,
+    runs as usual; entries under ``loss/`` require :func:`planned_step`. Optimizer states follow the plan with
     :func:`assign.optimizer`. Sparse gradients of embeddings stay sparse (:mod:`assign.executor.sparse`).
 
-    The planned module goes into ``DistributedDataParallel`` or, for gradients stored in another dtype than their
-    masters, :func:`assign.data_parallel`; or ``fully_shard`` shards it, or has sharded the model before, if masters are
-    in float32. See :mod:`assign.several`.
+    Wrap the planned module in ``DistributedDataParallel``; in :func:`assign.data_parallel` if gradients are stored in
+    another dtype than their masters; or use ``fully_shard``, before or after, if masters are in float32. See
+    :mod:`assign.several`.
 
     Args:
         model: in any floating-point dtypes. It can still be called without the plan, unless the plan has changed the
             dtype of its parameters or buffers.
+        plan: for this model.
         backend: ``inductor`` (compiled, fast) or ``eager`` (no compiler needed, exact memory, slower rounding).
         promotion: made for ``plan``: tensors that overflow too often get their high format back.
-        scales: the histories behind delayed scales; None: fresh ones.
+        scales: histories of delayed scales. Default: new ones.
+    Returns:
+        A module of the same class as ``model``.
     Raises:
-        PlanError: the plan belongs to another model; names the nearest keys. Or the promotion to another plan.
-        TraceError: a parameter to train in a dtype such as float8; or, at the first call, a graph break.
+        PlanError: the plan is for another model (names the nearest keys), or the promotion for another plan.
+        TraceError: a parameter to train has a dtype without arithmetic, such as float8; or the first call cannot be
+            captured.
     Examples:
         ```python
         planned = assign.apply(model, plan, backend="eager")
@@ -126,12 +130,16 @@ class _PlannedClasses(dict[tuple[int, int, str], tuple[Assignment, Promotion | N
 def autocast(
     model: nn.Module, plan: Assignment, *, backend: str = "inductor", promotion: Promotion | None = None
 ) -> Iterator[None]:
-    """Within the context, calling ``model`` itself computes under ``plan``.
+    """Compute under ``plan`` whenever ``model`` is called within the context.
 
-    Entering again with the same model, plan and promotion reuses what was compiled.
+    A second context with the same model, plan and promotion reuses the compiled code.
 
+    Args:
+        model, plan, backend, promotion: as for :func:`apply`.
+    Returns:
+        A context manager.
     Raises:
-        PlanError: as for :func:`apply`; or the plan stores masters, gradients or buffers in 16 bit, which would
+        PlanError: as for :func:`apply`; or the plan stores masters, gradients or buffers in 16 bits, which would
             outlast the context.
         TraceError: as for :func:`apply`.
     Examples:
@@ -175,10 +183,16 @@ def planned_step(
     promotion: Promotion | None = None,
     scales: DelayedScales | None = None,
 ) -> Callable[[Any], Tensor]:
-    """``step(batch)`` → loss, with the loss in the same graph as the model, so that the plan covers it too.
+    """Return a function ``step(batch)`` → loss that computes model and loss under ``plan``.
 
-    ``DistributedDataParallel`` reduces gradients only of what is called through it: there, use :func:`apply`.
+    The loss is in the same graph as the model, so entries under ``loss/`` take effect. ``DistributedDataParallel``
+    reduces only gradients of modules that are called through it: use :func:`apply` there.
 
+    Args:
+        model, plan, backend, promotion, scales: as for :func:`apply`.
+        loss: ``loss(model, batch)`` → scalar tensor.
+    Returns:
+        The function; call ``backward`` on its result.
     Raises:
         PlanError: as for :func:`apply`.
         TraceError: as for :func:`apply`.

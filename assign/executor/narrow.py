@@ -131,7 +131,7 @@ def _multiply_codes(graph: fx.Graph, node: fx.Node, operands: list[_Operand]) ->
 
 
 def _codes(graph: fx.Graph, source: fx.Node) -> fx.Node:
-    """The codes of a rounded value: those that wait for the backward pass anyway, or new ones right behind it."""
+    """Return the codes of a rounded value: those saved for the backward pass, or new ones."""
     if source.target is _DECODE:
         return _torch.source_of(source)
     key = (source, *source.args[1:3])

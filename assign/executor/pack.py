@@ -1,4 +1,4 @@
-"""A pass over the joint graph: what waits for the backward pass is kept in its own format, not in its carrier.
+"""A pass over the joint graph: activations are saved in their own format, not in their carrier.
 
 Each forward value that the backward pass reads is followed back, through views and exact conversions, to the mark that
 made it. A mark of a parameter or of the batch is computed again in the backward pass: its source is there, unless a

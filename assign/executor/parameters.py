@@ -24,7 +24,7 @@ def master_dtype(plan: Assignment, key: str) -> torch.dtype:
 def store_parameters(model: nn.Module, plan: Assignment) -> None:
     """Give the model's parameters the dtypes of their masters, rounded to nearest; its gradients and buffers theirs.
 
-    What a master has in extra bits waits for the optimizer (:mod:`assign.optim.masters`).
+    The extra bits of a master are kept for the optimizer (:mod:`assign.optim.masters`).
 
     From then on the model refuses a ``state_dict`` whose values it cannot hold. Doing it twice changes nothing.
 

@@ -28,14 +28,14 @@ from assign.tracing.workspace import scratch_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """Bytes of one compiled step.
+    """Predicted memory of one compiled step.
 
     Attributes:
         peak_bytes: alive at the worst moment of the step, masters, states, buffers and the batch included.
         peak_in: where that moment is: ``forward``, ``backward`` or ``optimizer``.
         forward_bytes: what the forward pass makes, at its worst moment.
-        saved_bytes: what waits for the backward pass, the loss included.
-        backward_bytes: the worst moment of the backward pass: what still waits, what it makes, gradients.
+        saved_bytes: saved activations, the loss included.
+        backward_bytes: the worst moment of the backward pass: saved activations, temporary tensors, gradients.
     """
 
     peak_bytes: int
@@ -52,17 +52,21 @@ def rehearse(
     plan: Assignment,
     table: TensorTable,
 ) -> Rehearsal:
-    """The bytes that one step under ``plan`` takes when Inductor has compiled it; nothing is computed.
+    """Predict the memory of one step under ``plan`` that Inductor compiles. Nothing is computed.
 
-    It takes some seconds: Inductor's own time without its compilers. What kernels of libraries allocate for themselves
-    is counted as :mod:`assign.tracing.workspace` knows it.
+    It takes some seconds: Inductor runs without its compilers. Memory that kernels of libraries allocate is counted
+    as in :mod:`assign.tracing.workspace`.
 
     Args:
-        model: as for :func:`assign.trace`; a copy is made where the plan stores some of it narrowly.
-        batch: what ``loss`` takes.
+        model: as for :func:`assign.trace`. If the plan stores some of it narrowly, a copy is used.
+        batch: argument of ``loss``.
+        loss: ``loss(model, batch)`` → scalar tensor.
+        plan: for this model.
         table: of the same model, batch and loss, traced with the optimizer, whose step is part of the peak.
+    Returns:
+        Bytes of the compiled step and where its peak is reached.
     Raises:
-        PlanError: the plan is of another model.
+        PlanError: the plan is for another model.
         TraceError: as for :func:`assign.trace`.
     """
     plan.check_fits(table, where="rehearse")

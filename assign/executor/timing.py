@@ -54,24 +54,25 @@ def measure_times(
     table: TensorTable | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TimeTable:
-    """Seconds of a forward and backward pass, by tensor and format.
+    """Measure the seconds of a forward and backward pass, by tensor and format.
 
     Args:
-        model: nothing of it is changed: a copy runs.
-        batch: what ``loss`` takes.
+        model: it is not changed: a copy runs.
+        batch: argument of ``loss``.
         loss: ``loss(model, batch)`` → scalar tensor.
-        recipe: whose formats each tensor may have.
+        recipe: its formats are timed for each tensor.
         formats: as in :func:`assign.search`, in place of the recipe's.
         pins: as in :func:`assign.search`.
-        saved: formats of the copies that wait for the backward pass, each timed with all tensors in the first of their
-            formats.
-        non_finite: keys of the activations whose copies have none of these.
-        repeats: timed steps for each format, after one that is not.
+        saved: formats of saved activations, each timed with all tensors in the first of their formats.
+        non_finite: keys of activations that are saved in none of these.
+        repeats: timed steps for each format, after one that is not timed.
         table: of the model, if it was traced before.
-        clock: seconds.
+        clock: function that returns seconds.
+    Returns:
+        Seconds of each choice, and of the rest of the step.
     Raises:
-        PlanError: no repeats.
-        FormatError: unknown formats.
+        PlanError: ``repeats`` is less than 1.
+        FormatError: a format does not exist.
         TraceError: as :func:`assign.trace`.
     """
     if repeats < 1:

@@ -51,33 +51,39 @@ def measure_noise(
     table: TensorTable | None = None,
     on_batch: Callable[[NoiseTable], None] | None = None,
 ) -> NoiseTable:
-    """How much each tensor of a step, in each of its formats, perturbs the parameters' gradient.
+    """Measure how much rounding each tensor of a step, in each of its formats, changes the gradient of the parameters.
 
-    Batch after batch, until the median over all choices of a noise's relative standard error is ``until`` (of two
-    batches or more), or ``most`` batches are through, or there are no more.
+    Batches are measured one after the other. The measurement ends when the median, over all choices, of the relative
+    standard error of the noise is at most ``until`` (after two batches or more), after ``most`` batches, or when there
+    are no more.
 
     Args:
-        model: with the weights it has; nothing of it is changed: a copy is trained first, if asked for.
-        batches: what ``loss`` takes, one after the other.
+        model: with its current weights. It is not changed: if ``warm_up`` is given, a copy is trained.
+        batches: arguments of ``loss``, one after the other.
         loss: ``loss(model, batch)`` → scalar tensor.
-        recipe: whose candidates are measured; it also says whether gradients are rounded under a loss scale.
-        formats: measured for every tensor besides, e.g. ``e4m3:pow2``; or ``e4m3/e5m2``, for values and for gradients.
-        saved: formats of the copies that wait for the backward pass, e.g. ``int4:block64``.
+        recipe: its candidates are measured; it also decides whether gradients are rounded under a loss scale.
+        formats: measured for every tensor in addition, e.g. ``e4m3:pow2``; or ``e4m3/e5m2``, for values and gradients.
+        saved: formats of saved activations, e.g. ``int4:block64``.
         pins: pattern of keys → a format measured for these.
-        method: ``first-order``: all at once, from derivatives, and only tensors of which torch has no derivative one by
-            one; ``measured``: one step for each.
-        seed: of what a step draws; batch number n has ``seed + n``.
-        optimizer: of parameters; trains for ``warm_up`` steps, on the first batches, before anything is measured.
-            Noise at random weights ranks plans less well than noise after some 40 steps.
-        file: where the table goes, whole, after every batch; what it holds already is not measured again.
+        method: ``first-order``: all tensors at once, from derivatives; only tensors of which torch has no derivative
+            are measured one by one. ``measured``: one step for each.
+        until: relative standard error at which the measurement ends.
+        most: largest number of batches.
+        seed: of random numbers in a step; batch number n has ``seed + n``.
+        warm_up: steps of training, on the first batches, before the measurement. Noise at random weights ranks plans
+            less well than noise after about 40 steps.
+        optimizer: ``optimizer(parameters)`` → torch optimizer for ``warm_up``.
+        file: the table is written to it after every batch; batches that it holds already are not measured again.
         table: of the model, if it was traced before.
-        on_batch: told of the table after every batch.
+        on_batch: called with the table after every batch.
+    Returns:
+        The noise of each tensor and format, batch by batch.
     Raises:
         PlanError: the file is of another model, or was measured in another way; there is no batch, or
             no such method; or ``warm_up`` without an optimizer.
-        FormatError: unknown formats.
+        FormatError: a format does not exist.
         TraceError: as :func:`assign.trace`.
-        DivergedError: the unrounded step's gradient is zero or not finite.
+        DivergedError: the gradient of the step without rounding is zero or not finite.
     Examples:
         ```python
         noise = assign.measure_noise(model, [batch], loss)

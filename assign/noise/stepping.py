@@ -1,6 +1,6 @@
 """One training step as one graph, forward and backward, in which every tensor can be touched.
 
-It is the joint graph that tracer and executor have, with a probe at every tensor and at every copy that waits for the
+It is the joint graph that tracer and executor have, with a probe at every tensor and at every activation saved for the
 backward pass. Run node by node, by torch's own operators, it is an ordinary differentiable function: of the batch and
 the parameters to the loss and the parameters' gradients. So what a probe hands on can be rounded (the measured way), or
 the gradients can be differentiated by it (the first-order way). Formats are arguments of the run, not of the graph.
@@ -36,7 +36,7 @@ _LOSS = "loss!"  # no key of the table: they have a module's path and a slash
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What one step came to.
+    """Result of one step.
 
     Attributes:
         gradients: of the parameters that have one, in order of the graph's inputs.
@@ -223,7 +223,7 @@ class _Runner(fx.Interpreter):
 
 
 def _probe_saved(graph: fx.Graph) -> None:
-    """A probe at every activation's copy that waits for the backward pass, where the executor packs it."""
+    """Add a probe at every saved activation, where the executor packs it."""
     waiting: dict[fx.Node, list[fx.Node]] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or _torch.is_backward(node) or not any(map(_torch.is_backward, node.users)):

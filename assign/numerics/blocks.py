@@ -1,4 +1,4 @@
-"""Block formats: how a copy waits for the backward pass in a few bits per element, and the operators that do it.
+"""Block formats: activations saved in a few bits per element, and the operators that pack them.
 
 The elements of a tensor, in an order of its axes that the caller gives (that of its memory, for speed), are cut into
 blocks. What stands for a tensor is one flat uint8 tensor: the codes of all blocks, then what each block shares. The

@@ -70,7 +70,7 @@ def find_history(name: str) -> History | None:
 
 
 class DelayedScales:
-    """The histories of a plan's tensors with delayed scales, in one training.
+    """Largest magnitudes of earlier steps, from which delayed scales are computed, in one training.
 
     ``assign.apply`` and ``assign.planned_step`` make their own where none is given. Give one to keep it: to go on from
     a checkpoint with the scales that were, or to run a model in two ways with one history.

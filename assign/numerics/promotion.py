@@ -94,7 +94,7 @@ def format_named(name: str) -> Format:
 
 
 class Promotion:
-    """Watches the low forward tensors of a plan while it trains; call :meth:`step` after each optimizer step.
+    """Return low tensors that overflow to their high format. Call :meth:`step` after each optimizer step.
 
     Give it to everything that runs one plan in one training: ``apply(model, plan, promotion=promotion)``. Where
     ``torch.distributed`` is initialised, :meth:`step` is for all processes of the group to call.

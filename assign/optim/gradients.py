@@ -1,4 +1,4 @@
-"""Gradients that wait for the optimizer in 8 bits: codes in ``.grad``, and beside them a power of two as scale.
+"""Gradients stored in 8 bits until the optimizer reads them: codes in ``.grad``, and a power of two as scale.
 
 One is widened when its parameter is stepped, and for no longer, so that at any time there is one wide gradient at most.
 What adds to ``.grad`` or reads it knows no scale: gradients of several backward passes cannot be summed, clipped or

@@ -64,7 +64,7 @@ def join(narrow: Tensor, extra: Tensor) -> Tensor:
 
 
 def store_split(parameter: nn.Parameter) -> None:
-    """Make a float32 parameter without a gradient bf16; its extra bits wait for an optimizer."""
+    """Make a float32 parameter without a gradient bf16; its extra bits are kept for the optimizer."""
     narrow = torch.empty_like(parameter.data, dtype=torch.bfloat16)
     extra = torch.empty_like(parameter.data, dtype=torch.uint8)
     split(parameter.data.clone(), narrow, extra)
@@ -157,7 +157,7 @@ def joined(parameter: Tensor, states: MutableMapping[str, Any]) -> Iterator[None
 
 
 def widened_weights(model: nn.Module, planned: Optimizer) -> dict[str, Tensor]:
-    """The model's ``state_dict`` in float32, extra bits of masters included, for the same model without a plan.
+    """Return the model's ``state_dict`` in float32, extra bits of masters included, for use without a plan.
 
     Nothing is lost: float32 holds every value of the narrower formats. Load it with
     ``plain.load_state_dict(assign.widened_weights(model, optimizer))``.

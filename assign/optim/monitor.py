@@ -24,7 +24,7 @@ _RESTS = (COMPENSATION, EXTRA_BITS)
 
 
 class LostUpdates:
-    """The share of weights that an update left where they were, though it was not zero; parameter by parameter.
+    """Count the weights that a nonzero update left unchanged, for each parameter.
 
     It watches every step that the optimizer makes, of whatever class, in one's own loop.
 

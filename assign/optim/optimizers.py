@@ -66,7 +66,7 @@ def optimizer(
     update_rounding: str | None = None,
     **options: Any,
 ) -> Optimizer:
-    """An optimizer of the model's parameters whose states are kept as ``plan`` says.
+    """Make an optimizer of the model's parameters whose states have the formats of ``plan``.
 
     Its ``load_state_dict`` takes what any of these libraries saved, in whatever formats, as long as nothing is lost by
     it; ``load_state_dict(state, lossy=True)`` rounds. :func:`widened_state_dict` goes the other way.
@@ -130,7 +130,7 @@ def follow(
 
 
 def widened_state_dict(planned: Optimizer) -> dict[str, Any]:
-    """The optimizer's ``state_dict`` in float32 and by torch's names, for a plain optimizer of ``torch.optim``.
+    """Return the optimizer's ``state_dict`` in float32 with torch's names, for an optimizer of ``torch.optim``.
 
     Nothing is lost: float32 holds every value of the narrower formats. Extra bits of masters are no state of a plain
     optimizer: :func:`assign.widened_weights` has them.

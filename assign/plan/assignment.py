@@ -121,7 +121,7 @@ class _PlanFile(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment(Drawn):
-    """The format of every tensor of one model's training step.
+    """Format of every tensor of one model's training step: a plan.
 
     Attributes:
         entries: key → entry, for every tensor in the paper's four roles. Keys of saved copies, masters, stored
@@ -205,7 +205,7 @@ class Assignment(Drawn):
         return parse_format(entry.format)
 
     def saved_format(self, key: str) -> Format | BlockFormat:
-        """Format of the copy of activation ``key`` that waits for the backward pass.
+        """Return the format in which activation ``key`` is saved for the backward pass.
 
         It is the activation's own, unless the assignment has an entry ``<key>.saved``.
         """

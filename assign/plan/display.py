@@ -24,7 +24,7 @@ _BAR = "background:rgba(86,180,233,.6);height:.7em;border-radius:2px;width:"
 
 @functools.singledispatch
 def plot(thing: object, table: Any = None) -> Any:
-    """A plotly figure of a table, a plan, an estimate, a front, a search by training, or noise.
+    """Draw a table, a plan, an estimate, a front, a study or noise as a plotly figure.
 
     Args:
         thing: what is to be drawn.

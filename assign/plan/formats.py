@@ -71,7 +71,7 @@ class Format:
         rounding: what happens between two values. It changes neither the values nor their codes.
         delayed: the scale is that of earlier steps' magnitudes, so that this step's need not be known to begin.
         native: the torch dtype that has exactly these values and codes, e.g. ``float8_e4m3fn``; None if there is none.
-        extra_bits: of the mantissa, those that wait apart from the parameter, which is rounded to the others.
+        extra_bits: of the mantissa, those kept apart from the parameter, which is rounded to the others.
     """
 
     name: str
@@ -415,7 +415,7 @@ _STOCHASTIC = ":sr"
 
 @lru_cache(maxsize=1024)
 def parse_format(name: str) -> Format:
-    """The format called ``name``: a row of ``FORMATS``, or the paper's ``fp(e,m,b)``; ``:sr`` rounds stochastically.
+    """Return the format called ``name``: a row of ``FORMATS``, or ``fp(e,m,b)``; ``:sr`` rounds stochastically.
 
     ``fp(e,m,b)`` has e exponent and m mantissa bits and is scaled by ``2^-b``; no codes are kept for inf or NaN, and
     ties go away from zero. At ``e = 8`` the largest exponent is 127, as in the authors' code, so that float32 holds it.
@@ -446,7 +446,7 @@ def parse_format(name: str) -> Format:
 
 @lru_cache(maxsize=1024)
 def parse_saved(name: str) -> Format | BlockFormat:
-    """The format called ``name``, for a copy that waits for the backward pass: of ``SAVED_FORMATS``, or any other.
+    """Return the format called ``name``, for a saved activation: of ``SAVED_FORMATS``, or any other.
 
     Raises:
         FormatError: as :func:`parse_format`.
@@ -475,7 +475,7 @@ def _find_plain(name: str, wanted: str) -> Format:
     match = _PAPER_NAME.fullmatch(wanted)
     only: tuple[tuple[Collection[str], str], ...] = (
         (STATE_FORMATS, "optimizer states"),
-        (SAVED_FORMATS, "copies that wait for the backward pass"),
+        (SAVED_FORMATS, "saved activations"),
         (MASTER_FORMATS, "masters"),
     )
     for table, what in only:

@@ -71,7 +71,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(Drawn):
-    """What a plan costs, before anything runs.
+    """Predicted memory of one step under a plan.
 
     Attributes:
         aggregate_bytes: Σ elements × bits / 8 over the paper's four roles.
@@ -80,7 +80,7 @@ class Estimate(Drawn):
         groups_low: groups in which everything is low.
         peak_bytes: every byte alive at the worst moment of one whole step.
         baseline_peak_bytes: the same of the model as it was loaded, without a plan.
-        saved_bytes: what waits for the backward pass when the forward pass ends.
+        saved_bytes: activations saved for the backward pass, when the forward pass ends.
         peak_at: operator at the peak, ``optimizer`` if the peak is in its step.
         by_role: bytes alive at the peak, by what they are for.
         timeline: (operator, pass, bytes alive) in order of execution.
@@ -130,14 +130,16 @@ class Estimate(Drawn):
 
 
 def estimate(table: TensorTable, plan: Assignment) -> Estimate:
-    """Bytes and low ratio of one step under ``plan``.
+    """Predict the memory and the low ratio of one step under ``plan``. Nothing is computed.
 
     Args:
-        table: of the plan's model: what :func:`assign.trace` found, at any batch size.
-        plan: for every tensor of the table.
+        table: result of :func:`assign.trace` for the plan's model, at any batch size.
+        plan: with an entry for every tensor of the table.
+    Returns:
+        The peak in bytes and where it is reached, bytes by role and over the step, and the low ratio.
     Raises:
-        PlanError: the plan does not name a tensor of the table; or its updates cannot be rounded so.
-        FormatError: there is no recipe of the plan's name.
+        PlanError: the plan does not fit the table, or its updates cannot be rounded as it says.
+        FormatError: the plan's recipe does not exist.
     Examples:
         ```python
         costs = assign.estimate(table, plan)
@@ -436,7 +438,7 @@ class Replay:
         return info is not None and info.op in ("parameter", "input")
 
     def _packed(self, key: str, info: Buffer) -> int | None:
-        """Bytes of the saved copy, its scale included; None where the value waits as it is."""
+        """Bytes of the saved copy, its scale included; None where the value is saved as it is."""
         if self._is_identity(key, backward=False):
             return None
         explicit = self.entries.get(saved_key(key))

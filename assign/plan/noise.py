@@ -237,7 +237,7 @@ class NoiseTable(Drawn):
             raise PlanError(
                 f"the noise of {key!r} in {format_name} was not measured; {known}.\n"
                 f"  Measure it into the same file: assign noise TASK --formats {format_name} -o FILE "
-                "(--saved for copies that wait)."
+                "(--saved for saved activations)."
             )
         return samples
 

@@ -1,6 +1,6 @@
 """Recipes: which two formats each tensor may choose between, by its role and its operator. Rows of data.
 
-What is stored between steps, and what waits for the backward pass in a format of its own, is not chosen between two:
+What is stored between steps, and activations saved in a format of their own, is not chosen between two:
 :func:`store` and :func:`save` give it one format for all.
 """
 
@@ -272,7 +272,7 @@ def _is_loaded_in(table: TensorTable, key: str, fmt: Format | BlockFormat) -> bo
 def save(
     table: TensorTable, entries: Mapping[str, Entry], saved: str, *, keep: Collection[str] = frozenset()
 ) -> dict[str, Entry]:
-    """Entries for the copies that wait for the backward pass, wherever ``saved`` takes fewer bytes than ``entries`` do.
+    """Return entries for saved activations, wherever ``saved`` takes fewer bytes than ``entries`` do.
 
     Not for those of ``EXPONENTIATED`` operators, nor where the backward pass needs the exact values.
 

@@ -131,7 +131,7 @@ def stepped_format(master: Format) -> Format:
 
 
 def gradient_format(entries: Mapping[str, Named], key: str) -> Format:
-    """Of the gradient of weight ``key`` as it waits for the optimizer."""
+    """Return the format of the stored gradient of weight ``key``."""
     entry = entries.get(stored_grad_key(key))
     return parse_format(entry.format) if entry else parameter_format(master_format(entries, key))
 
@@ -143,7 +143,7 @@ def stored_dtype(fmt: Format) -> str:
 
 
 def has_scaled_gradients(entries: Mapping[str, Named]) -> bool:
-    """Whether any gradient waits for the optimizer in 8 bits, with a scale."""
+    """Return whether any gradient is stored in 8 bits, with a scale."""
     short = (key for key, entry in entries.items() if entry.format not in NATIVE)
     return any(Key.parse(key, entries).part is Part.STORED_GRADIENT for key in short)
 
@@ -274,7 +274,7 @@ def bytes_of(fmt: StateFormat, elements: int) -> int:
 
 
 def waiting_bytes(fmt: StateFormat, elements: int) -> int:
-    """Bytes of a copy that waits for the backward pass, scales included."""
+    """Return the bytes of a saved activation, scales included."""
     if isinstance(fmt, BlockFormat):
         return fmt.bytes_of(elements)
     return elements * fmt.code_bytes + (ITEM_BYTES["float32"] if fmt.scaled else 0)

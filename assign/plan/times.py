@@ -14,7 +14,7 @@ _UNITS = {"s": 1.0, "ms": 1e-3}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeTable:
-    """What a forward and backward pass takes, node by node; the optimizer's step is not part of it.
+    """Measured seconds of a forward and backward pass, by tensor and format, without the optimizer's step.
 
     Attributes:
         seconds: choice → seconds of the operator that makes the tensor, of its rounding, and of its copy's packing.

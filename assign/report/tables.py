@@ -84,9 +84,7 @@ def format_table(formats: Sequence[Format] | None = None) -> Table:
 def block_table(formats: Sequence[BlockFormat]) -> Table:
     """Formats in blocks."""
     columns = ["format", "bits per element", "block", "code", "shared by a block", "rounding"]
-    table = new_table(
-        "Only for what waits for the backward pass (--saved); each with :sr for stochastic rounding", columns
-    )
+    table = new_table("Only for saved activations (--saved); each with :sr for stochastic rounding", columns)
     for fmt in formats:
         table.add_row(
             fmt.name,
@@ -171,7 +169,7 @@ def _stretches(timeline: Sequence[tuple[str, str, int]], length: int) -> list[tu
 
 
 def trial_line(number: int, state: str, facts: Mapping[str, Any]) -> str:
-    """What one trial of a search by training came to."""
+    """Return the line for one trial of a study."""
     peak = f", {human_bytes(facts['peak_bytes'])}" if "peak_bytes" in facts else ""
     metric = f": {facts['metric']:.4g}" if "metric" in facts else ""
     why = f" ({facts['diverged']})" if "diverged" in facts else ""

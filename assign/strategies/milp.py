@@ -29,7 +29,7 @@ from assign.strategies.greedy import greedy
 RELATIVE_GAP, LARGE_GAP = 1e-6, 1e-2
 """Share of its noise by which a plan may miss the best of the linear model; the second where the program is large."""
 
-_SECONDS = 60.0  # for one solution; the gap says what it came to
+_SECONDS = 60.0  # for one solution; the gap tells how good it is
 _ROUNDS = 10  # solutions, with what was wrong about the bytes put right
 _LARGE = 100_000  # numbers in the program: beyond, the last percent takes HiGHS minutes
 _UNITS, _PARTS, _MOST = 6, 1e3, 1e8  # tries for a unit; units of noise in the best plan; in what no good plan has
@@ -50,7 +50,7 @@ class Granularity(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """What the program came to.
+    """Solution of the program.
 
     Attributes:
         noise: predicted, of the plan returned.
@@ -77,7 +77,7 @@ class Milp:
         timeline: bytes of a step at every moment; see :class:`assign.strategies.goal.Timeline`.
         formats: candidates of every tensor in place of the recipe's two, the high one first.
         granularity: what shares a decision.
-        waiting: entries of some tensors → what their copies that wait for the backward pass may have in place of the
+        waiting: entries of some tensors → what their saved copies may have in place of the
             tensors' own formats; one mapping for each format, of all copies that take fewer bytes in it.
         pins: pattern of keys → format that these have, whatever the noise; of several that match, the last.
         seconds: of a step, predicted of some entries; of several, the sum. Asked only with ``most_seconds``.

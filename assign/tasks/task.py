@@ -19,7 +19,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Everything that training needs; checked when made.
+    """Model, loss, data and optimizer of a training; checked when it is created.
 
     Attributes:
         model: a module, copied for every run, or a function of no arguments that makes one, called after seeding.

@@ -84,9 +84,9 @@ def _tag_backward(graph: fx.Graph) -> None:
 def read_marked_outputs(graph: fx.Graph, mark_op: Any) -> None:
     """Let backward operators that read their own output (relu, softmax, attention) read the marked one.
 
-    Otherwise the unrounded output would wait for the backward pass beside the rounded one. But not those that compare
-    it with an operand, as that of a maximum does: rounded it would equal none. A joint graph is read after this only:
-    what runs in the backward pass says so then.
+    Otherwise the unrounded output would be saved for the backward pass beside the rounded one. Operators that compare
+    it with an operand, such as that of a maximum, go on reading the unrounded one: a rounded value would equal none.
+    Call this before a joint graph is read, because it also tags the nodes of the backward pass.
     """
     _tag_backward(graph)
     for mark in list(graph.find_nodes(op="call_function", target=mark_op)):

@@ -2,7 +2,7 @@
 
 Only the kernels that allocate memory of their own on a CPU run once, each for itself (:mod:`assign.tracing.workspace`).
 The model is captured with its loss as one graph, a probe stands at every tensor, and torch's own autograd and
-partitioner say what the backward pass does and which values wait for it. The graph traced here is the graph that runs.
+partitioner decide what the backward pass does and which values are saved for it. The traced graph is the one that runs.
 """
 
 import dataclasses
@@ -32,21 +32,24 @@ from assign.tracing.workspace import kernel_scratch
 
 
 def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory | None = None) -> TensorTable:
-    """Table of every tensor of one training step.
+    """List every tensor of one training step.
 
-    The model, its buffers and gradients, and the random generators are left as they were. Where Dynamo cannot capture
-    the step as one graph, the code really runs (see :mod:`assign.tracing.recording`): the table's ``breaks`` say where.
+    The model, its buffers and gradients, and the random generators are left as they were. If Dynamo cannot capture the
+    step as one graph, the code is executed (see :mod:`assign.tracing.recording`), and ``breaks`` of the table names the
+    lines where a graph ends.
 
     Args:
-        model: in any floating-point dtypes, on any device; its training flag is honoured.
-        batch: what ``loss`` takes: a tensor, tuple, dict, or any nesting of them.
+        model: in any floating-point dtypes, on any device, in training or evaluation mode.
+        batch: argument of ``loss``: a tensor, tuple, dict, or any nesting of them.
         loss: ``loss(model, batch)`` → scalar tensor.
-        optimizer: ``optimizer(parameters)`` → torch optimizer, so that its states are counted; None counts none. Where
-            no step shows them, as of LBFGS, none are counted, with a warning. A parameter that this loss does not use
-            has neither states nor a gradient.
+        optimizer: ``optimizer(parameters)`` → torch optimizer, whose states are counted. Default: no states are
+            counted. Of an optimizer whose states no step shows, such as LBFGS, none are counted, with a warning. A
+            parameter that this loss does not use has neither states nor a gradient.
+    Returns:
+        The table of all tensors, in order of execution, with what :func:`assign.estimate` needs to predict memory.
     Raises:
-        TraceError: the step cannot be captured, a loss that is no scalar, an optimizer that cannot be made, or, on a
-            CPU, a profiler of the user's is running.
+        TraceError: the step cannot be captured, the loss is not a scalar, the optimizer cannot be made, or, on a CPU,
+            another profiler is running.
     Examples:
         ```python
         table = assign.trace(model, batch, loss, adamw)
@@ -210,7 +213,7 @@ class _Lister:
 
 
 def _note_saved(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, str]:
-    """Which activations wait for the backward pass: key → dtype in which they do."""
+    """Return the activations saved for the backward pass: key → dtype of the saved copy."""
     sources = _saved_by(backward, forward).values()
     return {str(each.args[1]): dtype_of(_torch.joint_value(each)) for each in sources}
 

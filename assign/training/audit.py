@@ -82,7 +82,7 @@ def audit_constants(
     format: Format | str | None = None,
     action: Action | str = Action.WARN,
 ) -> tuple[Finding, ...]:
-    """Look, before the first step, for constants that do not survive the format they are computed in.
+    """Find constants that overflow, underflow or round to another value in their format, before training.
 
     An ``eps`` has to be a normal number there: rounded to zero, it protects no division; below ``min_normal`` it has
     lost bits. And ``1 - beta``, or a batch normalisation's ``momentum``, has to be more than half of a moment's last
@@ -253,7 +253,7 @@ class RangeReport:
 
 @torch.no_grad()
 def audit_range(model: nn.Module, optimizer: Optimizer, *, format: Format | str = "fp16") -> RangeReport:
-    """What would overflow, vanish or stand still, if this model trained on in ``format``.
+    """Find values that would overflow, underflow or no longer change if training continued in ``format``.
 
     Call it with gradients in place: after ``loss.backward()``, before ``optimizer.step()``. The update that is judged
     is the one that the optimizer would make now, found out on a copy of it.

@@ -83,7 +83,7 @@ def compare(
     on_step: OnStep | None = None,
     on_run: Callable[[Run], None] | None = None,
 ) -> Comparison:
-    """Train every variant with every seed; all variants of a seed before the next seed.
+    """Train every variant with every seed, all variants of a seed before the next seed.
 
     Args:
         make_task: seed → the task; called anew for every run.

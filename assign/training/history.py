@@ -183,7 +183,7 @@ _HISTORY: TypeAdapter[Any] = TypeAdapter(History)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What a run of training came to.
+    """Result of a training.
 
     Attributes:
         metrics: what the task's ``evaluate`` says at the end; after a divergence, at the end of the last good epoch.

@@ -101,25 +101,33 @@ def train(
     update_rounding: str | None = None,
     weights: Path | None = None,
 ) -> TrainResult:
-    """Train ``task`` from the start, under ``plan`` or, without one, in plain PyTorch.
+    """Train ``task`` under ``plan``, or in plain PyTorch without one.
 
     Args:
-        table: of the model, to say what peak the memory model predicts.
-        backend: as in ``assign.apply``.
+        task: model, loss, data and optimizer.
+        plan: for the task's model.
+        table: of the model. If it is given, the result has the predicted peak.
+        backend: as in :func:`assign.apply`.
+        seed: of the weights, the order of the data, and random numbers in the steps.
         epochs: in place of the task's own number.
+        device: ``cpu``, ``cuda``, …
         checkpoint: file written after every epoch, and after every ``checkpoint_every`` steps.
-        resume: go on from ``checkpoint``.
-        max_steps: stop after so many steps.
-        on_step: told after every step; on_epoch: after every finished epoch, with its number, from 1 on.
-        promote_every, promote_threshold: as in ``assign.Promotion``.
-        update_rounding: of 16-bit masters, as in ``assign.optimizer``; the plan's own if left out.
-        weights: of an fp32 training, to go on from: what its ``checkpoint`` is, or a saved ``state_dict``. Weights and
-            optimizer states are rounded to the formats of the plan; options of the optimizer are the task's.
+        resume: continue from ``checkpoint``.
+        max_steps: stop after this number of steps.
+        on_step: called after every step.
+        on_epoch: called after every finished epoch with its number, starting at 1, and its result.
+        raise_on_divergence: raise an error instead of returning a result that says so.
+        promote_every, promote_threshold: as in :class:`assign.Promotion`.
+        update_rounding: of 16-bit masters, as in :func:`assign.optimizer`. Default: that of the plan.
+        weights: checkpoint or ``state_dict`` of a float32 training to start from. Weights and optimizer states are
+            rounded to the formats of the plan; options of the optimizer are those of the task.
+    Returns:
+        Loss, metrics, seconds, measured and predicted peak, promotions, and the course of the training.
     Raises:
-        TaskError: the task does not keep to its interface, several processes train, or checkpoint or weights cannot be
-            used: weights also where the plan's masters cannot hold them (see ``assign.audit_range``).
-        DivergedError: the loss is not finite, and ``raise_on_divergence``.
-        PlanError, TraceError: as ``assign.apply``.
+        TaskError: the task does not keep to its interface, several processes train, or ``checkpoint`` or ``weights``
+            cannot be used, for example because the plan's masters cannot represent them (see ``assign.audit_range``).
+        DivergedError: the loss is not finite, and ``raise_on_divergence`` is set.
+        PlanError, TraceError: as :func:`assign.apply`.
     """
     if several.world_size() > 1:
         raise TaskError(
@@ -431,7 +439,7 @@ class _Run:
         return f"{where} The plan is too narrow for this model: try a lower low ratio, a higher budget{other}."
 
     def result(self, table: TensorTable | None, message: str) -> TrainResult:
-        """What the run came to; ``message``: where it diverged."""
+        """Return the result of the run; ``message``: where it diverged, or ``''``."""
         h, promotion = self.history, self.promotion
         plan = promotion.plan if promotion else self.plan
         peak = peak_bytes(table, plan.entries if plan else {}, self.update_rounding) if table else None

@@ -73,7 +73,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a completed trial came to, as the study keeps it.
+    """Result of a completed trial, as the study stores it.
 
     Attributes:
         low: ids of the groups that were low.

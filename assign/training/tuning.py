@@ -45,10 +45,10 @@ _MINIMISED = ("loss", "error", "perplexity")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A plan that was trained.
+    """Plan that a study has trained.
 
     Attributes:
-        metric: what it came to.
+        metric: of the trained model.
         costs: its estimate, as a plan's provenance has it; ``peak_bytes`` is one of them.
         trial: number of its trial in the study.
     """
@@ -62,7 +62,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned(Drawn):
-    """What a study came to.
+    """Result of a study.
 
     Attributes:
         metric: name of what was judged by.
@@ -105,24 +105,28 @@ def tune(
     heartbeat: int = 30,
     on_trial: Callable[[FrozenTrial], None] | None = None,
 ) -> Tuned:
-    """Go on with a study, or begin it, until ``trials`` of its trials are done, and say what it came to.
+    """Begin or resume a study until ``trials`` of its trials are done.
 
-    Greedy plans of several low ratios are tried first, and the ``starts``.
+    Greedy plans of several low ratios and the ``starts`` are tried first.
 
     Args:
-        make_task: seed → the task. With several workers it is pickled.
+        make_task: seed → task. It is pickled if there are several workers.
         storage: a file (SQLite), or the URL of a database, e.g. ``postgresql://user@host/name``.
-        name: of the study in it.
-        settings: None: those of the study, or the defaults.
-        starts: plans to try, of the recipe's two formats, whole groups alike.
-        sampler: ``tpe`` or ``nsga2``; None: TPE under a budget, NSGA-II for a front.
-        workers: processes here, this one included.
-        heartbeat: seconds between two signs of life of a running trial; after two without, another process repeats it.
-        on_trial: told of every trial that this process has done.
+        name: of the study in the database.
+        trials: number of trials in the study, those of earlier calls and other processes included.
+        settings: of all trials. Default: those of the study, or ``Settings()``.
+        starts: plans to try, in the recipe's two formats, with the same format for a whole group.
+        sampler: ``tpe`` or ``nsga2``. Default: TPE with a budget, NSGA-II for a front.
+        workers: number of processes on this machine, this one included.
+        heartbeat: seconds between two signs of life of a running trial. After two intervals without one, another
+            process repeats the trial.
+        on_trial: called with every trial that this process has done.
+    Returns:
+        The best plan under a budget, or the Pareto front of metric and peak.
     Raises:
-        StudyError: the storage cannot be used, the task has no such metric, or the study has other settings or is of
+        StudyError: the storage cannot be used, the task has no such metric, or the study has other settings or is for
             another model.
-        BudgetError: all low is still over the budget.
+        BudgetError: the plan with everything low exceeds the budget.
         TaskError: the task cannot be used.
         TraceError: as :func:`assign.trace`.
         PlanError: as :func:`assign.apply`.
@@ -309,7 +313,7 @@ def _study(trainer: Trainer, storage: RDBStorage, name: str, sampler: str | None
 
 
 def _result(trainer: Trainer, study: optuna.Study) -> Tuned:
-    """What the study came to so far."""
+    """Return the result of the study so far."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     best = {}
     for trial in reversed(study.best_trials) if done else ():

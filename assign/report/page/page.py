@@ -81,7 +81,7 @@ def check_libraries() -> None:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the page to ``path``, whole.
+    """Write the page to ``path``, atomically.
 
     Raises:
         ReportError: the file cannot be written, or a library is missing (the extra ``report`` has them).
