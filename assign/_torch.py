@@ -1,4 +1,4 @@
-"""Every private torch name that `assign` touches, in one place: a new torch release is checked here.
+"""Use private names of torch: the only module that does, and the one to check for a new torch release.
 
 Written against torch 2.11 to 2.13.
 """

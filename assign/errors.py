@@ -1,4 +1,4 @@
-"""What a user can get wrong, one class per thing to mend.
+"""Errors that a user can cause and correct, one class for each kind.
 
 Every message says where, what was asked, what is allowed and what to do.
 """

@@ -1,4 +1,4 @@
-"""Fronts of plans, from the fewest bytes to the best: searched once, kept in a directory, there for any budget."""
+"""Pareto fronts of plans: searched once, saved in a directory, and usable for any budget."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""One search, from a model to a plan: trace, ask a strategy, write down where the plan came from."""
+"""Search a plan for a model: trace, run a strategy, and record where the plan came from."""
 
 import datetime
 import platform

@@ -1,4 +1,4 @@
-"""Several processes that train one model: DDP and FSDP2, torch's own, around a planned model.
+"""Train one planned model in several processes, with DDP or FSDP2.
 
 A planned model is one graph, and what waits for the whole of a graph waits here: gradients are there, and reduced, when
 the whole backward pass is over; what ``fully_shard`` sharded, in whatever parts, is gathered before the forward pass

@@ -1,4 +1,4 @@
-"""The shell: arguments in, tables and JSON out; no logic of its own.
+"""The command line: parse arguments, print tables, write JSON. It has no logic of its own.
 
 This module imports nothing slow, so that Ctrl-C works before torch, which takes seconds, is imported.
 """

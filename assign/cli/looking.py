@@ -1,4 +1,4 @@
-"""Commands that look: at formats, at a step before it runs, at plans."""
+"""Commands that inspect formats, training steps and plans."""
 
 import dataclasses
 import json

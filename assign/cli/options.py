@@ -1,4 +1,4 @@
-"""What more than one command takes: each option's name, kind and help, once."""
+"""Options that several commands share: name, type and help of each."""
 
 from pathlib import Path
 from typing import Annotated

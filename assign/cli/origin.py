@@ -1,4 +1,4 @@
-"""What a plan was made for: its task, as the command that its file remembers named it."""
+"""Find the task that a plan was searched for, from the command in its file or from the user."""
 
 import shlex
 from dataclasses import dataclass

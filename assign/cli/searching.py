@@ -1,4 +1,4 @@
-"""Commands that search a plan, and what a search asks for first."""
+"""Commands that search a plan, and the preparation that they share."""
 
 import functools
 import itertools

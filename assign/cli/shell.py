@@ -1,4 +1,4 @@
-"""What every command needs: the application, its console, a task opened and traced, JSON written, a bar of progress."""
+"""Shared parts of all commands: the application, the console, tasks, tables, progress bars."""
 
 import contextlib
 import shlex

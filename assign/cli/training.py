@@ -1,4 +1,4 @@
-"""Commands that train: under a plan, beside fp32, under several plans."""
+"""Commands that train a task: in float32, under a plan, or under several plans."""
 
 from pathlib import Path
 from typing import Annotated, Any

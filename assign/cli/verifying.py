@@ -1,4 +1,4 @@
-"""Commands that say what fewer bits would lose or change."""
+"""Commands that check what lower precision would change."""
 
 import dataclasses
 from pathlib import Path

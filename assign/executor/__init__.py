@@ -1,1 +1,1 @@
-"""A plan made to run: mark the captured graph, pack saved activations, and hand it to a backend."""
+"""Run a training step under a plan: mark the captured graph, pack saved activations, and compile it."""

@@ -1,4 +1,4 @@
-"""A plan made to run on a user's model: the same module, parameters and ``state_dict``, another way to compute.
+"""Apply a plan to a model: same module, parameters and ``state_dict``, another arithmetic.
 
 The planned module shares its ``__dict__`` with the user's: same class by ``isinstance``, same parameters, same training
 flag. Only calling it differs: the call is captured, marked, packed and compiled, once per shape and mode, as

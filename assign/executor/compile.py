@@ -1,4 +1,4 @@
-"""Backends: the packed graphs run node by node, or compiled by Inductor."""
+"""Backends: run the packed graphs node by node, or compile them with Inductor."""
 
 from collections.abc import Callable
 from enum import StrEnum

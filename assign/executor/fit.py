@@ -1,4 +1,4 @@
-"""Whether a plan fits a captured step, and what holds where the step differs from the one that was planned.
+"""Check whether a plan fits a captured step, and handle the differences from the planned step.
 
 A training loop may run other parts of a model than the plan's step did: another head, a second call, a method, a
 parameter that was frozen. Such differences are told from a plan of another model by the paths of modules.

@@ -1,4 +1,4 @@
-"""Passes that give our roundings fewer passes over memory: scale and rounding in one, and rounding in place."""
+"""Graph passes that reduce memory traffic of rounding: scale and round in one kernel, and in place."""
 
 import operator
 

@@ -1,4 +1,4 @@
-"""Marks: after every operator that makes a tensor, one node that rounds it forward and its gradient backward.
+"""Insert marks: after every operator that makes a tensor, one node rounds it and its gradient.
 
 A mark is an autograd function, so the joint graph holds a rounding node exactly at v, at dv (after the sum over v's
 readers), at θ and at dθ. Between operators a tensor lives in its carrier dtype (see :mod:`assign.plan.lowering`);

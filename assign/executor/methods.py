@@ -1,4 +1,4 @@
-"""Methods of a planned model other than its call: they run under the plan too."""
+"""Run methods of a planned model other than its call under the plan, too."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""A pass over the packed joint graph: products of matrices that narrow dtypes hold exactly are computed there.
+"""Graph pass on the packed joint graph: multiply matrices in a narrow dtype that represents them exactly.
 
 Each operand is followed back through views to the rounding or the decoding that made it, whose format says what holds
 it. Both passes are treated alike: the forward product, and the two of the backward pass.

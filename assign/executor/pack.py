@@ -1,4 +1,4 @@
-"""A pass over the joint graph: activations are saved in their own format, not in their carrier.
+"""Graph pass on the joint graph: save activations in their own format, not in that of their carrier.
 
 Each forward value that the backward pass reads is followed back, through views and exact conversions, to the mark that
 made it. A mark of a parameter or of the batch is computed again in the backward pass: its source is there, unless a

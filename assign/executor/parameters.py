@@ -1,4 +1,4 @@
-"""Parameters, their gradients and buffers as a plan stores them: the masters' dtype, ``grad_dtype``, the buffers'."""
+"""Store parameters, gradients and buffers as a plan requires."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a compiled step needs, known before it runs: Inductor writes its programs, and they run without data.
+"""Predict the memory of a compiled step: Inductor writes its programs, and they run without data.
 
 Which values Inductor fuses away, which buffers it uses again and in which order it computes, only Inductor knows. So it
 is asked: it writes the program of each pass as it would for training, and stops before kernels are compiled. The

@@ -1,4 +1,4 @@
-"""A pass over the joint graph: what lies on a format's grid already is not rounded to that format again.
+"""Graph pass on the joint graph: do not round values that are already representable in the format.
 
 A relu, a maximum pool or a slice picks values of its operand and puts zeros beside them; in the backward pass the
 gradient of a relu or of one side of an addition is the gradient that came in, at most with zeros. Rounded before in the

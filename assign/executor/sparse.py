@@ -1,4 +1,4 @@
-"""Embeddings with sparse gradients: they stay sparse for whoever reads ``.grad``, as in plain PyTorch.
+"""Keep sparse gradients of embeddings sparse, as in plain PyTorch.
 
 A joint graph knows dense gradients only, so that for a moment in the backward pass the gradient is dense; of it the
 rows are kept that are not all zero. Plain PyTorch also keeps a row that was looked up and whose gradient is zero, and

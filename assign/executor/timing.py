@@ -1,4 +1,4 @@
-"""Seconds of every node of a step, in each format that its tensors may have: one real run for each, clock in hand.
+"""Measure the seconds of every node of a step in each format that its tensors may have.
 
 All tensors take the first of their formats, then all the second, and so on; the packed graphs run node by node, as in
 the eager backend. A node's seconds go to the tensor it is labelled with: forward to the tensor, backward to its

@@ -1,4 +1,4 @@
-"""Parameters that a backward pass does not reach keep ``.grad`` as it is, as in plain PyTorch.
+"""Leave ``.grad`` of parameters that a backward pass does not reach unchanged, as in plain PyTorch.
 
 A captured graph has one backward pass for all its results: where the loss reads only some of them, it would give zeros
 to inputs that only the others have a gradient of, and weight decay or momentum would then move parameters, also those

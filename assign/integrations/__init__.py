@@ -1,1 +1,1 @@
-"""Plans in other people's training loops: one module for each library, imported only where it is installed."""
+"""Plans in the training loops of other libraries, one module for each library."""

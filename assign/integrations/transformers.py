@@ -1,4 +1,4 @@
-"""A plan under ``transformers.Trainer``: searched for what the trainer computes, applied while it trains.
+"""Search and apply plans for ``transformers.Trainer``.
 
 Its loss depends on what the trainer hands the model (labels, how many items a batch has), so a plan is searched through
 the trainer itself.

@@ -1,1 +1,1 @@
-"""How much rounding a tensor perturbs what a training step computes."""
+"""Measure how much rounding a tensor changes the gradient of a training step."""

@@ -1,4 +1,4 @@
-"""Gates: the backward pass of relu is 0 or 1 by the sign of what relu read, and rounding flips a few of them.
+"""Flips of relu: its derivative is 0 or 1 by the sign of its input, and rounding changes some signs.
 
 A derivative does not see that: the gradient jumps. But how much the flips come to on average is known. Where a value of
 root mean square m is perturbed by σ·m, a share of about 0.8 · σ · p of the gates flips, p being the density of values

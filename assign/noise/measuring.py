@@ -1,4 +1,4 @@
-"""Noise of every choice of a model's step, averaged over batches, in a file that a killed run goes on from."""
+"""Measure the noise of every tensor and format over several batches, in a file that a killed run resumes from."""
 
 import copy
 import fnmatch

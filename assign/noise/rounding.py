@@ -1,4 +1,4 @@
-"""Tensors of a step as they come out of a format, whatever format that is."""
+"""Round a tensor of a step to any format."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Noise of many choices on one batch, the two ways.
+"""Measure the noise of many tensors on one batch, exactly or from derivatives.
 
 *Measured*: one step per choice, with only that tensor rounded, beside the unrounded step of the same batch and draws.
 

@@ -1,4 +1,4 @@
-"""One training step as one graph, forward and backward, in which every tensor can be touched.
+"""Run a training step as one graph in which every tensor can be changed.
 
 It is the joint graph that tracer and executor have, with a probe at every tensor and at every activation saved for the
 backward pass. Run node by node, by torch's own operators, it is an ordinary differentiable function: of the batch and

@@ -1,4 +1,4 @@
-"""Rounding and what computes with rounded values. Importing this registers the operators ``torch.ops.assign``."""
+"""Rounding, and arithmetic on rounded values, as operators ``torch.ops.assign``, registered by this import."""
 
 from assign.numerics import blocks, products, rounding
 

@@ -1,4 +1,4 @@
-"""Block formats: activations saved in a few bits per element, and the operators that pack them.
+"""Block formats: operators that pack saved activations into a few bits per element.
 
 The elements of a tensor, in an order of its axes that the caller gives (that of its memory, for speed), are cut into
 blocks. What stands for a tensor is one flat uint8 tensor: the codes of all blocks, then what each block shares. The

@@ -1,4 +1,4 @@
-"""Delayed scales: those of the magnitudes that a tensor had in the steps before.
+"""Delayed scaling: scales from the largest magnitudes of earlier steps.
 
 A current scale takes a pass over the tensor before the pass that rounds it. A delayed one is known when the step
 begins, and the same pass that rounds finds out what the next steps need. A graph holds, in place of the format's name,

@@ -1,4 +1,4 @@
-"""The arithmetic of rounding and coding: each kernel once, in plain torch, over a few numbers taken from a format.
+"""Arithmetic of rounding and encoding in plain torch, one function for each kernel.
 
 Float32 arithmetic and float32 bits only. The numbers are Python's, which become constants of a graph, or 0-dim tensors,
 so that one compilation serves every ``fp(e,m,b)``.

@@ -1,4 +1,4 @@
-"""Running a kernel: compiled, with a format's numbers as run-time tensors, or op by op on small pieces.
+"""Run a kernel: compiled, with numbers of the format as run-time tensors, or operator by operator.
 
 One compilation per kernel and pair of dtypes serves every format. On a CPU narrow elements go several to a word (see
 :mod:`assign.numerics.words`). Where no compiler works a run is slower, and its results are the same bit for bit.

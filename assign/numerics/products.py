@@ -1,4 +1,4 @@
-"""Products of narrow matrices: what they mean, and the registered operators that compute them.
+"""Products of narrow matrices: their definition, and the registered operators that compute them.
 
 Operands that a narrow dtype holds exactly are multiplied in that dtype, with sums in float32, and the result comes out
 in the dtype that was asked for: rounded once, as by float32 arithmetic, but for the order of the sum.

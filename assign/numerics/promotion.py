@@ -1,4 +1,4 @@
-"""Promotion: a low forward tensor that overflows too often gets its high format back, for the rest of training.
+"""Promotion: a low tensor that overflows too often gets its high format for the rest of the training.
 
 A graph holds, in place of the format of a tensor that may be promoted, the name of its *slot*; the rounding operators
 look the format up when they run, and count overflow where they round. So a promotion takes effect at the next step and

@@ -1,4 +1,4 @@
-"""Our own operators: what makes a function one that graphs hold and compilers leave alone."""
+"""Register functions as torch operators that graphs keep as one node."""
 
 import inspect
 from collections.abc import Callable

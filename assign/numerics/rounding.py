@@ -1,4 +1,4 @@
-"""Rounding to a format, the scale, packing to codes: what they mean, and the registered operators that do it.
+"""Round to a format, compute scales, encode and decode: definitions and registered operators.
 
 Meaning, the same on every device and torch release, whatever their own casts do:
 

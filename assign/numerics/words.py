@@ -1,4 +1,4 @@
-"""Narrow elements, several to an integer word.
+"""Store several narrow elements in one integer word.
 
 A compiler for CPUs turns arithmetic on 32-bit elements into vectors. From elements of 16 bits it makes loops over
 buffers in memory, and none at all from 16-bit integers. So a kernel may take its elements several to a word, one lane

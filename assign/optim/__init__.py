@@ -1,4 +1,4 @@
-"""Optimizers whose states follow a plan, and those for weights stored in 16 bits."""
+"""Optimizers whose states follow a plan, and optimizers for weights stored in 16 bits."""
 
 from assign.optim.updates import SGD, AdamW
 

@@ -1,4 +1,4 @@
-"""Masters of 24 bits: the parameter is bf16, and 8 more bits of each weight's mantissa wait in the optimizer's state.
+"""Master weights of 24 bits: a bf16 parameter, and 8 more bits of each mantissa in the optimizer's state.
 
 Together they are the float32 master, rounded to sign, 8 bits of exponent and 15 of mantissa. The parameter is that
 value rounded to nearest, and the model computes with it as it is: nothing is copied. An extra byte is what that

@@ -1,4 +1,4 @@
-"""Updates lost to rounding, while training: the share of weights that an update did not change.
+"""Count updates that rounding loses during training.
 
 Source: arXiv 2010.06192.
 """

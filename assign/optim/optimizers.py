@@ -1,4 +1,4 @@
-"""Optimizers whose states a plan stores: torch's own, torchao's or bitsandbytes', behind one function.
+"""Make optimizers whose states have the formats of a plan, from torch, torchao or bitsandbytes.
 
 ``assign.optimizer(torch.optim.AdamW, model, plan, lr=1e-3)`` is torch's AdamW where the plan stores everything alike,
 and another library's AdamW where it does not. Which library can keep what, :mod:`assign.plan.libraries` says; the

@@ -1,4 +1,4 @@
-"""The states that an optimizer keeps of one parameter, in each library's own form: made, widened, filled, restored.
+"""States of an optimizer for one parameter, in the form of each library: create, widen, fill, restore.
 
 *Canonical* states are torch's: by torch's names, in float32, ``step`` as a tensor. Every library's form can be widened
 to them without loss, and filled from them, rounding as the library rounds.

@@ -1,4 +1,4 @@
-"""SGD and AdamW over parameters that are stored in 16 bits, with no float32 master beside them.
+"""SGD and AdamW for parameters stored in 16 bits without a float32 master.
 
 Such a weight takes no update below half of its last bit: with bf16, any below 2^-9 of the weight is lost. So the weight
 update, and it alone, is rounded in one of three ways:

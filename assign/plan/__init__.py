@@ -1,1 +1,1 @@
-"""What is decided, and on what: tables, formats, bytes, plans. Pure Python: nothing here imports torch."""
+"""Tables, formats, predictions and plans in pure Python. Nothing here imports torch."""

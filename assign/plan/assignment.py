@@ -1,4 +1,4 @@
-"""Assignment: the format of every tensor of a training step. Users call it a plan; the file is ``plan.json``.
+"""A plan: the format of every tensor of a training step, and its file ``plan.json``.
 
 This is the second waist of the hourglass: the search writes it, the executor obeys it. Frozen, one entry per tensor,
 human-readable JSON in and out.

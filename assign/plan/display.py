@@ -1,4 +1,4 @@
-"""What a notebook shows of plain data: a small table in HTML, readable on light and dark, a pandas frame, a chart.
+"""Show data in notebooks: HTML tables, pandas frames, charts.
 
 Charts are drawn where plotly is known: :mod:`assign.report.plotting` says how, for each kind of thing.
 """

@@ -1,4 +1,4 @@
-"""Number formats: frozen rows of data, their table, and the reading of their names.
+"""Number formats: one row of data each, and the parser of their names.
 
 A *format* is the set of values that a tensor may hold; a *dtype* is what torch stores. No torch in here: dtypes
 are names. A new format is one more row of ``FORMATS``; one that only optimizer states may have, of ``STATE_FORMATS``;

@@ -1,4 +1,4 @@
-"""Rows of a tensor table → groups of tensors that share one decision: the paper's grouping, on any graph.
+"""Group the tensors that share one decision, with the rule of the paper on any graph.
 
 A group is one matrix product's output and all that follows it, up to and including the inputs and the parameters of the
 next matrix product. All of a group is high or all of it is low, so a product never meets one operand of each kind.

@@ -1,4 +1,4 @@
-"""Whose optimizer can keep what a plan stores, and what its step allocates for a moment. No torch in here."""
+"""Optimizer libraries: which one can keep the states of a plan, and the scratch memory of its step."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass

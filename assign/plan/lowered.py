@@ -1,4 +1,4 @@
-"""The rules of ``lowering`` on a whole table: where each tensor lives, in which dtype each operator runs, and why."""
+"""Apply the rules of ``lowering`` to a whole table: the dtype of each tensor and operator, and why."""
 
 import functools
 from collections.abc import Mapping

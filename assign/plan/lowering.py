@@ -1,4 +1,4 @@
-"""In which dtype an operator computes, given the formats of what it reads and makes. Pure rules, no torch.
+"""Rules for the dtype in which an operator computes, given the formats of its inputs and outputs.
 
 The executor and the memory model both ask here, so that the bytes predicted are the bytes of the graph that runs.
 

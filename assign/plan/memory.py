@@ -1,4 +1,4 @@
-"""Bytes of a training step under an assignment, from the table alone: nothing is run.
+"""Predict the memory of a training step under a plan from its table. Nothing is run.
 
 *aggregate* is the paper's measure: elements × bits over its four roles. *peak* replays the schedule of the step: every
 buffer is a segment of time and a number of bytes; the peak is the largest sum of what is alive. The rules of

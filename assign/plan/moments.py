@@ -1,4 +1,4 @@
-"""A step as a picture shows it: one moment for each operator, the bytes alive in it by role, and what they are.
+"""Memory over the step for charts: bytes by role and tensor at each operator.
 
 Of an operator's slots of time the one with the most bytes is its moment, so the largest moment is the peak.
 """

@@ -1,4 +1,4 @@
-"""The noise table: how much rounding one tensor to one format perturbs a training step. Pure data, a JSON file.
+"""The noise table: measured effect of rounding each tensor to each format, as a JSON file.
 
 The noise of a choice is the relative squared error of the gradient of all parameters together, ‖g_q − g‖² / ‖g‖²,
 where only this tensor is rounded. Rounding errors of different tensors hardly know of each other, so their squares add:

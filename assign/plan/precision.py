@@ -1,4 +1,4 @@
-"""Which operators need more precision than a recipe's low or 16-bit format: facts about operators, no torch.
+"""Facts about operators that need more precision than a low or 16-bit format.
 
 A result stays in float32 where autocast keeps it there, unless torch already computes the operator on 16-bit tensors
 with float32 inside and nothing that follows needs the bits. Whatever a loss function computes outside the model stays

@@ -1,4 +1,4 @@
-"""Recipes: which two formats each tensor may choose between, by its role and its operator. Rows of data.
+"""Recipes: the high and the low format of each tensor, by role and operator. Rows of data.
 
 What is stored between steps, and activations saved in a format of their own, is not chosen between two:
 :func:`store` and :func:`save` give it one format for all.

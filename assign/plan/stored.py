@@ -1,4 +1,4 @@
-"""What stays between two steps: masters, stored gradients, optimizer states, buffers. Keys, formats, bytes.
+"""What is kept between steps: masters, stored gradients, optimizer states, buffers. Formats and bytes.
 
 Entries for them are optional. A master without one has the dtype in which the parameter was loaded, fp32 unless
 :func:`with_loaded` has said otherwise; a stored gradient and an optimizer state without one have the dtype of their

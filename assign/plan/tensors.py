@@ -1,4 +1,4 @@
-"""The tensor table: every tensor of one training step, by name, and the order in which they come and go.
+"""The tensor table: every tensor of one training step, and the schedule of its memory.
 
 This is the first waist of the hourglass: torch on one side (``tracer``), pure Python on the other
 (``groups``, ``memory``, ``strategies``). Frozen, human-readable, JSON in and out.

@@ -1,4 +1,4 @@
-"""Bytes of a step moment by moment, and how they change with one decision: what an integer program needs.
+"""Memory over the step as a function of the decisions, for the integer program.
 
 A decision is local. The bytes of an event depend on the formats of the few tensors around it (what its operator reads
 and makes, and who reads that next), so only the events around the tensors that change are replayed.

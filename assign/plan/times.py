@@ -1,4 +1,4 @@
-"""Seconds of a training step, choice by choice: what a search needs that has to be fast enough."""
+"""The time table: measured seconds of each tensor and format, for searches with a time limit."""
 
 import re
 from collections.abc import Mapping

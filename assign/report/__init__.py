@@ -1,1 +1,1 @@
-"""What people look at: tables in the shell."""
+"""Tables for the terminal, pictures, and a page for a browser."""

@@ -1,4 +1,4 @@
-"""Tables of what the audits and the certificate found."""
+"""Tables of the results of audits and certificates."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Plans in the shell: where one came from, where its memory goes, its formats and largest tensors; what differs."""
+"""Tables about plans for the terminal: provenance, memory, formats, largest tensors, differences."""
 
 from collections import Counter
 from collections.abc import Sequence

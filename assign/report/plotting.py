@@ -1,4 +1,4 @@
-"""The page's charts in a notebook: what ``assign.plot`` draws of each thing."""
+"""Draw the charts of the page in a notebook."""
 
 import importlib
 from typing import Any

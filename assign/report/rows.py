@@ -1,4 +1,4 @@
-"""Every tensor of a step under a plan: its format, its bytes, what of them is alive at the peak, its noise."""
+"""List every tensor of a step under a plan: format, bytes, bytes at the peak, noise."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Baselines: assignments that take no search."""
+"""Baseline plans that need no search."""
 
 from collections.abc import Collection
 

@@ -1,4 +1,4 @@
-"""What a search is asked for, and the words for what cannot be had. Shared by every strategy."""
+"""Goals of a search, and the errors for goals that cannot be met."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The plan of least noise within a budget, by an exact integer program.
+"""Find the plan with the least noise within a budget by an integer program.
 
 One binary variable per decision and format. Noise adds up over tensors, and so do bytes, moment by moment, as long as
 decisions do not meet in one operator: so both are linear, and HiGHS finds the best plan of the linear model and says

@@ -1,4 +1,4 @@
-"""Tasks: what to train, on what, and how to judge it. Built in, or the user's own."""
+"""Tasks: model, loss, data, training and evaluation; built-in or the user's own."""
 
 from assign.tasks.batch import Batch
 from assign.tasks.builtin import BUILTIN

@@ -1,4 +1,4 @@
-"""From what a user writes in a shell to a :class:`Task`."""
+"""Load a :class:`Task` from its name on the command line."""
 
 import contextlib
 import dataclasses

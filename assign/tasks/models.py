@@ -1,4 +1,4 @@
-"""The models of the built-in tasks: plain PyTorch, no line of it knows about plans."""
+"""Models of the built-in tasks, in plain PyTorch."""
 
 from collections.abc import Sequence
 

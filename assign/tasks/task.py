@@ -1,4 +1,4 @@
-"""What a task is: a model, its loss, its data, how to train it and how to judge it."""
+"""A task: a model, its loss, its data, and how to train and evaluate it."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator

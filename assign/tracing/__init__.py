@@ -1,1 +1,1 @@
-"""A model, its loss and a batch become a table of tensors."""
+"""Capture the training step of a model as a table of tensors."""

@@ -1,4 +1,4 @@
-"""Bytes that operators allocate, counted on tensors without data: nothing is computed."""
+"""Count the bytes that operators allocate on tensors without data."""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence

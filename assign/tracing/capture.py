@@ -1,4 +1,4 @@
-"""Model and loss as one graph: how Dynamo is asked, and what a user is told when it cannot.
+"""Capture model and loss as one graph with Dynamo, and explain errors to the user.
 
 The graph that Dynamo hands over has torch-level operators (``conv2d``, ``relu``, …), with the path of the module and
 the line of the user's code on every node. Parameters and buffers are its inputs, told apart by identity.

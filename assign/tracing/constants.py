@@ -1,4 +1,4 @@
-"""Numbers that a captured operator is given: which it writes into its result, and which 16 bits do not hold."""
+"""Find the constants of captured operators, and those that 16 bits cannot represent."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Deferred tensors: what the code of a step that is recorded holds in place of results that are not computed yet."""
+"""Deferred tensors: placeholders for results of a recorded step that are not computed yet."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol

@@ -1,4 +1,4 @@
-"""Which tensors of a step hold values that are not finite: attention masks with −inf, and what is computed from them.
+"""Find the tensors of a step with values that are not finite, such as attention masks with −inf.
 
 No copy of these is ever narrowed: in blocks a single infinity takes its whole block with it, and a cast that saturates
 makes it a number.

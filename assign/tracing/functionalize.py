@@ -1,4 +1,4 @@
-"""A captured graph without in-place operators, so that every value has one node and one mark.
+"""Remove in-place operators from a captured graph, so that every value has one node.
 
 ``relu(inplace=True)``, ``x += y``, ``x[mask] = v``, ``add_`` on a slice: each becomes the operator that makes a new
 tensor; later readers of the old tensor, or of a view of it, read the new one. What changes an input of the graph

@@ -1,4 +1,4 @@
-"""What tracer and executor both know about joint graphs: views, exact conversions, who reads an operator's output."""
+"""Shared knowledge about joint graphs: views, exact conversions, readers of an operator's output."""
 
 import operator
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What running the code of a step changes beside its result, put back."""
+"""Restore everything that running the code of a step changes beside its result."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Where the nodes of a captured graph stand: their order, regions without gradients, and writes into inputs.
+"""Positions of nodes in a captured graph: order, regions without gradients, writes to inputs.
 
 Computed once, before marks or probes are inserted. Nodes inserted later are not known here, but they leave the order
 of the others as it is.

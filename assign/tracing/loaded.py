@@ -1,4 +1,4 @@
-"""The dtypes in which a model was loaded: what its own code computes with, whatever a plan stores.
+"""Remember the dtypes in which a model was loaded, whatever a plan stores.
 
 A plan that stores a parameter in another dtype changes the parameter itself. What it was before is kept in an attribute
 of the model, so that copies, pickles and sharded models know it too.

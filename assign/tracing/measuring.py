@@ -1,4 +1,4 @@
-"""Bytes that a piece of code really holds at its worst moment: the profiler on CPU, the allocator on CUDA."""
+"""Measure the peak memory of a piece of code: with the profiler on a CPU, the allocator on CUDA."""
 
 import contextlib
 import gc

@@ -1,4 +1,4 @@
-"""What the values of a step's tensors need, read off its graphs without computing anything.
+"""Find the precision that the values of each tensor need, from the graphs alone.
 
 * *float32*: what stays there by default (:mod:`assign.plan.precision`); what the user's own code computes in float32;
   what leads to the pole of a logarithm, a root or a quotient: rounding ``1 - p + eps`` would lose all of it; and what

@@ -1,4 +1,4 @@
-"""The walk that names every tensor of a captured graph. Tracer and executor both take it, so they cannot disagree.
+"""Name every tensor of a captured graph. Tracer and executor share this walk, so they agree.
 
 A *site* is a place where a new floating-point tensor appears that depends on a parameter or on the batch: one per
 parameter, per floating-point input of the model, per operator output. Views make no tensor; neither do copies that only

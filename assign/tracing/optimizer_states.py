@@ -1,4 +1,4 @@
-"""The states that an optimizer keeps, read off a step of its own.
+"""Find the states that an optimizer keeps, from one step of it.
 
 On tensors without data where it can be: nothing is computed, and what the step allocates is counted. An optimizer that
 looks at a value takes a step on zeros in memory instead, up to a size. What neither shows, as the states of an

@@ -1,4 +1,4 @@
-"""The piece of a step that is being recorded, and those that have been compiled."""
+"""The piece of a step that is being recorded, and the pieces that have been compiled."""
 
 import operator
 import warnings

@@ -1,4 +1,4 @@
-"""What is known of one piece of a step that is captured in several graphs."""
+"""Facts about one piece of a step that is captured as several graphs."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping

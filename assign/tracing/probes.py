@@ -1,4 +1,4 @@
-"""Probes: after every operator that makes a tensor, a node that names it, and another that names its gradient.
+"""Insert probes: after every operator that makes a tensor, nodes that name it and its gradient.
 
 They stand where the executor marks, and compute nothing: in the joint graph, tensors are found by them.
 """

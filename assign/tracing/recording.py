@@ -1,4 +1,4 @@
-"""The second front end: a step that Dynamo cannot capture as one graph is recorded in several pieces.
+"""Record a step as several pieces where Dynamo cannot capture it as one graph.
 
 The Python code of model and loss really runs. A ``TorchFunctionMode`` sees every torch function. What depends neither
 on a parameter nor on a floating-point input (indices, masks, random numbers) is computed at once. The rest is recorded

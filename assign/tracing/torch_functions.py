@@ -1,4 +1,4 @@
-"""Names of torch functions that a recording does not simply record."""
+"""Names of torch functions that a recording treats specially."""
 
 import operator
 

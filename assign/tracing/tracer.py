@@ -1,4 +1,4 @@
-"""Model and batch in, :class:`TensorTable` out; the step is not computed, and its memory is not allocated.
+"""Trace a model and a batch to a :class:`TensorTable`; the step is not computed.
 
 Only the kernels that allocate memory of their own on a CPU run once, each for itself (:mod:`assign.tracing.workspace`).
 The model is captured with its loss as one graph, a probe stands at every tensor, and torch's own autograd and

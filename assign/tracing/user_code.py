@@ -1,4 +1,4 @@
-"""Where the user's code is while it runs: the module, and the line."""
+"""Find the module and the line of the user's code that is running."""
 
 import contextlib
 import sys

@@ -1,4 +1,4 @@
-"""What torch's CPU kernels allocate for themselves while they run, beside their results.
+"""Measure the scratch memory that torch's CPU kernels allocate.
 
 A convolution copies, reorders and pads its operands and attention packs them, each in a way that depends on machine,
 sizes and layouts. So each that differs from the others is run once, on zeros, and asked; a large one on a part of its

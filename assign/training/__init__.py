@@ -1,1 +1,1 @@
-"""A task trained under a plan, measured, kept in files, compared."""
+"""Train tasks under plans, measure and compare the trainings, and keep them in files."""

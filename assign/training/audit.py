@@ -1,4 +1,4 @@
-"""What 16 bits would lose, said before it is lost: in constants, and in what a checkpoint holds.
+"""Detect values that overflow or underflow in 16 bits, in constants and checkpoints, before training.
 
 * :func:`audit_constants`: an ``eps`` that the format cannot hold, a ``beta`` that it rounds to 1;
 * :func:`audit_range`: weights, gradients and updates of an fp32 model, before training goes on in the format.

@@ -1,4 +1,4 @@
-"""The tolerance certificate: which predictions of a model cannot change when another precision computes it.
+"""Certify predictions that cannot change when a model computes in another precision.
 
 For a sample, Γ is the distance between the two largest class probabilities of the model, δ the largest distance, over
 the classes, between its probabilities and those of the other precision. No probability moves by more than δ, so that

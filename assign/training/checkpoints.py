@@ -1,4 +1,4 @@
-"""A run's checkpoint as a file: never half written, refused where it belongs to another run."""
+"""Read and write checkpoints: written atomically, verified, and refused for another run."""
 
 import pickle
 import zipfile

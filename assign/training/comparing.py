@@ -1,4 +1,4 @@
-"""Plans trained on one task, seed by seed, and what comes of it; a comparison that was stopped goes on from its file.
+"""Train several plans on one task with several seeds, and resume a stopped comparison from its file.
 
 Every run starts from a task made anew: none depends on which ran before it, so a comparison stopped and started again
 ends with the numbers of one that was not. A run that diverges is a result like any other.

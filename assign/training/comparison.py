@@ -1,4 +1,4 @@
-"""Comparison: trainings of several variants over several seeds, as one file; what they come to, variant by variant."""
+"""Results of a comparison: runs of several variants and seeds, as one file."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a training has seen: its course step by step, its epochs; it goes into the checkpoint and into the result."""
+"""History of a training: its course by step and its epochs, for checkpoints and results."""
 
 import dataclasses
 import json

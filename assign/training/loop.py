@@ -1,4 +1,4 @@
-"""The training loop: with a plan, or plain PyTorch without one; seeds, loss scaling, checkpoints, measured memory.
+"""The training loop: with or without a plan; seeds, loss scaling, checkpoints, measured memory.
 
 Epoch ``n`` is seeded (torch, numpy, random) by the seed and ``n`` alone: two runs see the same data in the same order,
 whatever else they draw, and a resumed run goes on bit for bit.

@@ -1,4 +1,4 @@
-"""Trials of a search by training: what a study proposes, made a plan, and trained.
+"""Trials of a study: turn proposed decisions into plans and train them.
 
 A plan is one decision for each group of the table: low or high, in the recipe's two formats.
 """

@@ -1,4 +1,4 @@
-"""Search by training: every trial of an Optuna study is a short training under a plan of its own.
+"""Search by training: every trial of an Optuna study trains shortly under a plan of its own.
 
 A study lives in a database. All processes that name the same one share its trials, on this machine or on others; one
 that is killed loses its running trial, which the others notice, and train again.

@@ -1,4 +1,4 @@
-"""Weights from a file, and a training in other formats that goes on from them.
+"""Load weights from a file, and continue a training in other formats.
 
 Source of the second: arXiv 2311.18587, continuous 16-bit training.
 """

@@ -1,4 +1,4 @@
-"""Plans beside this one: what each needs, what each is judged by, and which of them no other beats in both."""
+"""Compare a plan with others: memory, quality, and which are on the Pareto front."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Charts of trainings as plain data: loss, overflow and loss scale by step, loss and metrics by epoch.
+"""Data of training charts: loss, overflow and loss scale by step, metrics by epoch.
 
 Files of versions that kept no course have what they have by epoch.
 """

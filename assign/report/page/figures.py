@@ -1,4 +1,4 @@
-"""Charts of a plan as plain data, in plotly's own form: memory over the step, the model, the front.
+"""Data of plan charts for plotly: memory over the step, the model, the front.
 
 Colours that begin with ``$`` are the page's; ``script.js`` puts in those of light or dark.
 """

@@ -1,4 +1,4 @@
-"""The page put together: what the template is given, and the file."""
+"""Assemble the page from its template and write it."""
 
 import base64
 import gzip

@@ -1,4 +1,4 @@
-"""What ``assign train``, ``run`` and ``compare`` wrote with ``--json``, read again."""
+"""Read the JSON that ``assign train``, ``run`` and ``compare`` wrote."""
 
 import json
 from collections.abc import Iterator, Sequence
