@@ -6,13 +6,13 @@ it predicts memory and searches a plan. The third runs a model under a plan, aga
 ====================  ==========================================================================================
 ``tracing``           Capture a training step as a **TensorTable**. ``tracer``: the entry point. ``capture``: the
                       step as one graph by Dynamo, or as several ``pieces`` by ``recording``, with ``deferred``
-                      tensors, own ``torch_functions``, lines of ``user_code``, the ``pending`` piece, and ``sizes``.
+                      tensors, other ``torch_functions``, lines of ``user_code``, the ``pending`` piece, and ``sizes``.
                       ``kept_state``: leave the model unchanged. ``functionalize``: remove in-place operators.
                       ``operators``: name every tensor, for tracer and executor. ``probes``, ``joint``: the backward
                       pass. ``workspace``: scratch memory of kernels. ``finiteness``, ``needs``, ``constants``: which
                       tensors must keep their precision. ``optimizer_states``: states of an optimizer.
                       ``allocations``, ``measuring``: count and measure bytes. ``loaded``: dtypes of the loaded
-                      model. ``layout``: memory formats. ``heap``: return freed memory to the system.
+                      model. ``layout``: order of nodes. ``heap``: return freed memory to the system.
 ``plan``              Data and predictions, without torch. ``keys``: names of tensors. ``tensors``: TensorTable.
                       ``entry``, ``assignment``: the **plan** and its file. ``formats``, ``recipes``: number formats,
                       and which of them a search chooses from. ``precision``, ``lowering``, ``lowered``: the dtype in

@@ -14,6 +14,7 @@ import pytest
 from attack.kills import session
 from test_tuning import make_task, tune
 
+import assign
 from assign.errors import StudyError
 from assign.training.database import exclusive, explained, open_database
 
@@ -215,3 +216,13 @@ def test_a_damaged_row_is_a_study_error(tmp_path):
         database.execute("UPDATE trials SET state = 'NONSENSE'")
     with pytest.raises(StudyError, match="cannot be read or written"):
         tune(make_task, storage=tmp_path / "s.db", trials=1)
+
+
+@pytest.mark.parametrize(("caller", "is_of_storage"), [(optuna, True), (assign, False)])
+def test_only_the_folders_of_optuna_and_of_this_package_tell_whose_error_it_is(caller, is_of_storage):
+    """A library may lie in a folder that is called like this package, such as the environment of a checkout."""
+    names = {}
+    exec(compile("def read(): raise KeyError('state')", f"{os.sep}srv{os.sep}assign{os.sep}library.py", "exec"), names)
+    exec(compile("def call(): read()", str(Path(caller.__file__).parent / "storage.py"), "exec"), names)
+    with pytest.raises(StudyError if is_of_storage else KeyError), explained("s.db"):
+        names["call"]()

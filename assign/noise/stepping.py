@@ -1,9 +1,9 @@
 """Run a training step as one graph in which every tensor can be changed.
 
-It is the joint graph that tracer and executor have, with a probe at every tensor and at every activation saved for the
-backward pass. Run node by node, by torch's own operators, it is an ordinary differentiable function: of the batch and
-the parameters to the loss and the parameters' gradients. So what a probe hands on can be rounded (the measured way), or
-the gradients can be differentiated by it (the first-order way). Formats are arguments of the run, not of the graph.
+The graph is the same joint graph as in tracer and executor, with a probe at every tensor and every saved activation.
+Run node by node, by torch's own operators, it is an ordinary differentiable function: of the batch and the parameters
+to the loss and the parameters' gradients. So the output of a probe can be rounded (the measured way), or the gradients
+can be differentiated by it (the first-order way). Formats are arguments of the run, not of the graph.
 """
 
 import contextlib

@@ -371,7 +371,7 @@ class Assignment(Drawn):
 
 
 Plan = Assignment
-"""What users call an assignment."""
+"""The name that users know an assignment by."""
 
 _SCHEMA = TypeAdapter(_PlanFile)
 

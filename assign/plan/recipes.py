@@ -1,7 +1,7 @@
-"""Recipes: the high and the low format of each tensor, by role and operator. Rows of data.
+"""Define recipes: the high and the low format that a search chooses from for each tensor, by role and operator.
 
-What is stored between steps, and activations saved in a format of their own, is not chosen between two:
-:func:`store` and :func:`save` give it one format for all.
+Tensors that are stored between steps, and activations that are saved in a format of their own, have no such choice:
+:func:`store` and :func:`save` give all of them the same format.
 """
 
 import math

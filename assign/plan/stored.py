@@ -274,7 +274,7 @@ def bytes_of(fmt: StateFormat, elements: int) -> int:
 
 
 def waiting_bytes(fmt: StateFormat, elements: int) -> int:
-    """Return the bytes of a saved activation, scales included."""
+    """Return the size of a saved activation in bytes, including its scales."""
     if isinstance(fmt, BlockFormat):
         return fmt.bytes_of(elements)
     return elements * fmt.code_bytes + (ITEM_BYTES["float32"] if fmt.scaled else 0)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from assign.errors import FormatError, TaskError
 from assign.numerics.rounding import quantize
 from assign.plan.formats import Format, parse_format
+from assign.plan.keys import state_key
 from assign.tasks.batch import move
 from assign.tasks.task import Task, check_device
 from assign.training.weights import load_weights
@@ -279,7 +280,7 @@ def audit_range(model: nn.Module, optimizer: Optimizer, *, format: Format | str 
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if _like(value, parameter):
-                rows.append(_Counts.of(value, fmt).row(f"{names.get(parameter, '?')}.optim.{name}"))
+                rows.append(_Counts.of(value, fmt).row(state_key(names.get(parameter, "?"), name)))
     return RangeReport(format=fmt.name, rows=tuple(rows), weights=_Counts.sum(counts.values()).row("all weights"))
 
 

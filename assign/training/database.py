@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
@@ -22,7 +23,7 @@ _WAIT = 60.0
 _LONGEST_PAUSE = 5.0
 """Seconds between two attempts at most; the first pause is 0.1 s, and each is twice as long as the one before."""
 
-_PACKAGE = Path(__file__).parents[1].name
+_OPTUNA, _PACKAGE = Path(optuna.__file__).parent, Path(__file__).parents[1]
 
 _LOCKED = re.compile(r"locked|concurrent", re.IGNORECASE)
 """Parts of the errors that databases raise when another process writes."""
@@ -173,9 +174,9 @@ def _is_of_storage(error: BaseException) -> bool:
 
     if isinstance(error, StorageInternalError | SQLAlchemyError | sqlite3.Error):
         return True
-    frames = (Path(frame.filename).parts for frame in reversed(traceback.extract_tb(error.__traceback__)))
-    inner = next((parts for parts in frames if "optuna" in parts or _PACKAGE in parts), ())
-    return "optuna" in inner and not isinstance(error, AssignError)
+    folders = (Path(frame.filename).parents for frame in reversed(traceback.extract_tb(error.__traceback__)))
+    innermost = next((each for each in folders if _OPTUNA in each or _PACKAGE in each), ())
+    return _OPTUNA in innermost and not isinstance(error, AssignError)
 
 
 def _why(error: BaseException) -> str:

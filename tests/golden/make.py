@@ -90,7 +90,7 @@ def numbers(directory: Path) -> dict[str, Any]:
 
 
 def _copy(directory: Path) -> Path:
-    """Return a copy of the checkpoint: training goes on in it."""
+    """Return a copy of the checkpoint, because a resumed training overwrites its file."""
     path = directory / "resumed.pt"
     path.write_bytes((directory / "run.pt").read_bytes())
     return path
