@@ -165,6 +165,8 @@ def widened_weights(model: nn.Module, planned: Optimizer) -> dict[str, Tensor]:
     Args:
         model: after :func:`assign.apply`.
         planned: its optimizer, from :func:`assign.optimizer`.
+    Returns:
+        Names and tensors, as ``load_state_dict`` of the plain model takes them.
     Raises:
         PlanError: weights were loaded without their extra bits.
     """

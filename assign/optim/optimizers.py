@@ -81,6 +81,8 @@ def optimizer(
             plan's own if left out. The last two are for SGD and AdamW with states in the dtype of their masters
             (:mod:`assign.optim.updates`).
         options: of ``kind``, e.g. ``lr``.
+    Returns:
+        An optimizer of the library that keeps such states, before its first step.
     Raises:
         PlanError: no library can keep such states with this optimizer, or it is not installed; or the optimizer has no
             such state, or no such rounding.

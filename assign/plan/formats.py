@@ -421,6 +421,8 @@ def parse_format(name: str) -> Format:
     ties go away from zero. At ``e = 8`` the largest exponent is 127, as in the authors' code, so that float32 holds it.
     A name with ``:sr`` behind it is the same format under another rounding. Case and blanks do not matter.
 
+    Returns:
+        The format.
     Raises:
         FormatError: no such format, or one whose values float32 does not hold.
     Examples:

@@ -262,6 +262,8 @@ def audit_range(model: nn.Module, optimizer: Optimizer, *, format: Format | str 
     Args:
         model: in float32, e.g. with a checkpoint's weights.
         optimizer: its own, with the states that would be cast too.
+    Returns:
+        Counts for each tensor, and for all weights together.
     Raises:
         TaskError: no parameter has a gradient, or the optimizer wants a closure.
         FormatError: no such format.

@@ -79,6 +79,8 @@ def certify(
         class_axis: of what they return: logits, or something with ``logits`` in it. Every position along the other axes
             is a sample.
         probabilities: they return probabilities, not logits.
+    Returns:
+        The certificate: for each sample, whether its prediction can change.
     Raises:
         TaskError: there is no batch, or what is returned is no prediction of classes.
     Examples:

@@ -92,6 +92,8 @@ def compare(
         backend: as in ``assign.apply``.
         epochs: in place of the task's own number.
         on_step: told ``(variant, seed, progress)`` after every step; ``on_run``: every run that was trained.
+    Returns:
+        The comparison, with one run for each variant and seed.
     Raises:
         ComparisonError: nothing to compare, or ``file`` is of another comparison; before anything is trained.
         PlanError: a plan does not fit the task's model; before anything is trained.
