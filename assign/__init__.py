@@ -15,11 +15,11 @@ it predicts memory and searches a plan. The third runs a model under a plan, aga
                       model. ``layout``: order of nodes. ``heap``: return freed memory to the system.
 ``plan``              Data and predictions, without torch. ``keys``: names of tensors. ``tensors``: TensorTable.
                       ``entry``, ``assignment``: the **plan** and its file. ``formats``, ``recipes``: number formats,
-                      and which of them a search chooses from. ``precision``, ``lowering``, ``lowered``: the dtype in
-                      which an operator computes. ``groups``: tensors that share a decision. ``memory``,
-                      ``timeline``, ``moments``: bytes over the step. ``stored``, ``libraries``: what is kept between
-                      steps, and by which optimizer library. ``noise``, ``times``: tables of measurements.
-                      ``display``: output in notebooks.
+                      and which of them a search chooses from. ``ops``, ``dtypes``: facts about operators and dtypes.
+                      ``precision``, ``compute_dtype``: the dtype in which results stay, and operators compute.
+                      ``groups``: tensors that share a decision. ``memory``, ``timeline``, ``moments``: bytes over
+                      the step. ``stored``, ``libraries``: what is kept between steps, and by which optimizer
+                      library. ``noise``, ``times``: tables of measurements. ``display``: output in notebooks.
 ``strategies``        Searches: (table, recipe, goal) → entries of a plan. ``planning``: trace, search and provenance in
                       one call. ``fronts``: a plan for every budget.
 ``noise``             Measure how rounding a tensor changes the gradient. ``stepping``: a step whose tensors can be

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from assign import _torch
 from assign.executor.apply import planned_step
 from assign.numerics.blocks import decode_blocks, encode_blocks
+from assign.numerics.dtypes import ROUNDED, torch_dtype
 from assign.numerics.launch import use_compiled
 from assign.numerics.promotion import Promotion
 from assign.numerics.rounding import (
@@ -20,7 +21,6 @@ from assign.numerics.rounding import (
     encode,
     inline_cast,
     quantize,
-    torch_dtype,
 )
 from assign.plan.formats import FORMATS, SAVED_FORMATS, Format, parse_format
 from assign.planning import search, search_table
@@ -32,7 +32,6 @@ ODD = ("fp(2,1,0)", "fp(8,7,0)", "fp(7,3,-63)", "fp(8,22,0)")
 """Few bits, float32's own lowest exponent, its highest, and nearly all of its mantissa."""
 
 NAMES = (*(name for name, row in FORMATS.items() if not row.delayed), *PAPER, *ODD)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STEPS = 3
 _SCALE = 0.125
 _SEED = 1234567890123456789
@@ -64,7 +63,7 @@ def check_rounding(device: torch.device, compiled: bool) -> str:
     """Every format, from every dtype, saturating and not: rounded, coded and decoded as on the CPU."""
     done = 0
     for fmt in map(parse_format, NAMES):
-        for dtype in _FLOATS:
+        for dtype in ROUNDED:
             x = inputs(fmt).to(dtype)
             x = x if fmt.has_nan else x[~x.isnan()]  # the code of a NaN has its sign, which a cast need not keep
             x_there = x.to(device)  # copied, not converted: the bits are the CPU's
@@ -105,7 +104,7 @@ def check_chance(device: torch.device, compiled: bool) -> str:
     """Stochastic rounding draws on the device what it draws on the CPU from the same seed."""
     done, seed = 0, torch.tensor(_SEED)
     for fmt in map(parse_format, _BY_CHANCE):
-        for dtype in _FLOATS:
+        for dtype in ROUNDED:
             x = inputs(fmt).to(dtype)
             x_there, seed_there = x.to(device), seed.to(device)
             scale = torch.tensor(_SCALE) if fmt.scaled else None
@@ -126,7 +125,7 @@ def check_blocks(device: torch.device, compiled: bool) -> str:
     ragged = torch.cat([spread.reshape(-1), torch.tensor([math.inf, 1.0, math.nan, -0.0] * 9)])
     image = torch.randn(2, 24, 20, 20, generator=generator).to(memory_format=torch.channels_last)
     for name in (f"{name}{chance}" for name in SAVED_FORMATS for chance in ("", ":sr")):
-        for dtype in _FLOATS:
+        for dtype in ROUNDED:
             for x in (ragged.to(dtype), image.to(dtype)):
                 x_there = x.to(device)
                 with use_compiled(False):

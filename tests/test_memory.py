@@ -24,7 +24,7 @@ from assign.errors import BudgetError, PlanError
 from assign.executor.apply import planned_step
 from assign.numerics.promotion import Promotion
 from assign.optim.optimizers import follow
-from assign.plan.assignment import Entry
+from assign.plan.assignment import Assignment, Entry
 from assign.plan.keys import saved_key
 from assign.plan.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
 from assign.plan.recipes import get_recipe
@@ -391,3 +391,17 @@ def test_a_parameter_that_the_loss_does_not_use_has_neither_a_gradient_nor_state
     assert table.schedule.optimizer_bytes == 2 * used
     step, optimizer = planned_step(model, class_loss, plan, backend="eager"), adamw(model.parameters())
     assert peak_bytes(table, plan.entries) == pytest.approx(measured_peak(model, batch, step, optimizer), rel=0.02)
+
+
+def test_predicted_peak_of_a_training_that_promotes():
+    """Where a tensor may be promoted, it lives in a dtype that holds its high format too: here float32, not bf16."""
+    torch.manual_seed(0)
+    model, batch = MLP(512), vectors(512)
+    table = traced(model, batch, optimizer=sgd)
+    entries = {row.key: Entry("e4m3", True) for row in table.paper_tensors}
+    plan = Assignment(entries=entries, recipe="hfp8", fingerprint=table.fingerprint)
+    promotion = Promotion(plan, every=1)
+    step = planned_step(model, class_loss, plan, backend="eager", promotion=promotion)
+    peak = measured_peak(model, batch, step, sgd(model.parameters()))
+    assert estimate(table, plan, promotion=True).peak_bytes == pytest.approx(peak, rel=0.03)
+    assert estimate(table, plan).peak_bytes < 0.9 * peak

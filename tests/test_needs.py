@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from assign.executor.apply import apply, planned_step
 from assign.plan.assignment import Assignment, Entry
-from assign.plan.lowered import Lowered
-from assign.plan.lowering import MATRIX_PRODUCTS
-from assign.plan.precision import FLOAT32_RESULTS, IN_16_BIT
+from assign.plan.compute_dtype import operators
+from assign.plan.ops import FLOAT32_RESULTS, IN_16_BIT, MATRIX_PRODUCTS
 from assign.plan.recipes import candidates_of, get_recipe, initial, save
 from assign.plan.tensors import Need, TensorTable
 from assign.planning import search
@@ -190,8 +189,7 @@ def test_a_conversion_to_float32_is_honoured_up_to_the_way_back():
     table = traced(Norm(), vectors(), square)
     own = {key for key in needs(Norm(), vectors()) if not key.startswith("loss/")}
     assert own == {"/pow", "/mean", "/add", "/rsqrt"}  # what is multiplied goes back at once
-    lowered = Lowered(table, initial(table, get_recipe("bf16")))
-    computes = {row.key: row.dtype for row in lowered.operators()}
+    computes = {row.key: row.dtype for row in operators(table, initial(table, get_recipe("bf16")))}
     assert computes["/pow"] == computes["/mul"] == "float32"
     assert computes["/mul#2"] == "bfloat16"
 

@@ -12,9 +12,8 @@ from assign.executor.apply import planned_step
 from assign.executor.narrow import narrow_products
 from assign.numerics.promotion import Promotion
 from assign.numerics.rounding import amax_scale, decode, encode, quantize
-from assign.plan import lowering
+from assign.plan.compute_dtype import multiply_dtype, operators
 from assign.plan.formats import parse_format
-from assign.plan.lowered import Lowered
 
 ops = torch.ops.assign
 
@@ -201,15 +200,15 @@ def test_a_widened_operand_is_still_narrow(counted):
     plan = plan.replace({key: type(entry)("fp(4,3,4)", True) for key in plan.entries if key.endswith("tanh")})
     planned_step(model, class_loss, plan, backend="eager")(batch).backward()
     assert ("assign.product", False) in counted
-    rows = {row.key: row for row in Lowered(table, plan.entries).operators()}
+    rows = {row.key: row for row in operators(table, plan.entries)}
     assert (rows["second/linear"].dtype, rows["second/linear"].multiplies) == ("float32", "bfloat16")
 
 
 def test_the_rule_in_words():
     low, high, scaled = map(parse_format, ("fp(4,3,4)", "fp(6,9,0)", "e4m3:pow2"))
-    assert lowering.multiply_dtype("linear", "float32", [low, low]) == "bfloat16"
-    assert lowering.multiply_dtype("linear", "float32", [low, high]) == "float32"
-    assert lowering.multiply_dtype("conv2d", "float32", [low, low]) == "float32"
-    assert lowering.multiply_dtype("linear", "bfloat16", [scaled, scaled]) == "bfloat16"
-    assert lowering.multiply_dtype("linear", "bfloat16", [scaled, scaled], fp8=True) == "float8"
-    assert lowering.multiply_dtype("bmm", "bfloat16", [scaled, scaled], fp8=True) == "bfloat16"
+    assert multiply_dtype("linear", "float32", [low, low]) == "bfloat16"
+    assert multiply_dtype("linear", "float32", [low, high]) == "float32"
+    assert multiply_dtype("conv2d", "float32", [low, low]) == "float32"
+    assert multiply_dtype("linear", "bfloat16", [scaled, scaled]) == "bfloat16"
+    assert multiply_dtype("linear", "bfloat16", [scaled, scaled], fp8=True) == "float8"
+    assert multiply_dtype("bmm", "bfloat16", [scaled, scaled], fp8=True) == "bfloat16"

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from assign import _torch
 from assign.errors import FormatError
 from assign.numerics import launch, rounding
+from assign.numerics.dtypes import ROUNDED, torch_dtype
 from assign.numerics.launch import use_compiled
 from assign.numerics.rounding import amax_scale, decode, encode, inline_cast, quantize
 from assign.plan.formats import FORMATS, parse_format
@@ -218,7 +219,7 @@ def test_dtypes_of_argument_and_result(name: str, dtype: torch.dtype) -> None:
     x = (torch.randn(2**15, generator=torch.Generator().manual_seed(0)) * 8).to(dtype)
     reference = quantize(x.float(), fmt, dtype=torch.float32)
     chosen = quantize(x, fmt)
-    assert chosen.dtype == (dtype if rounding._FLOATS[dtype].contains(fmt) else rounding.torch_dtype(fmt.carrier))
+    assert chosen.dtype == (dtype if ROUNDED[dtype].contains(fmt) else torch_dtype(fmt.carrier))
     for result in (chosen, quantize(x, fmt, dtype=torch.float32)):
         assert_same(result.float(), reference)
 
@@ -293,13 +294,13 @@ def test_scaled_values_are_the_grid_times_the_scale(name: str) -> None:
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "op-by-op"])
 def test_every_code(name: str, compiled: bool) -> None:
     fmt, grid = parse_format(name), oracle.magnitudes(name)
-    dtype = rounding.torch_dtype(fmt.code_dtype)
+    dtype = torch_dtype(fmt.code_dtype)
     sign = 1 << (fmt.bits - 1)
     codes = torch.arange(len(grid), dtype=torch.int32)
     codes = torch.cat([codes, codes | sign]).to(dtype)
     values = torch.from_numpy(np.concatenate([grid, -grid])).float()
     with use_compiled(compiled):
-        for float_dtype in {torch.float32, rounding.torch_dtype(fmt.carrier)}:
+        for float_dtype in {torch.float32, torch_dtype(fmt.carrier)}:
             assert_same(decode(codes, fmt, dtype=float_dtype), values.to(float_dtype))
             assert_same(encode(values.to(float_dtype), fmt), codes)
     if fmt.exponent_bits < 8 and fmt.native is None:
@@ -339,7 +340,7 @@ def test_scaled_codes_come_back(name: str, exponent: int) -> None:
 def test_codes_of_unpacked_formats_are_their_values(name: str) -> None:
     x = quantize(random_float32(2**15), name)
     codes = encode(x, name)
-    assert codes.dtype == rounding.torch_dtype(parse_format(name).code_dtype)
+    assert codes.dtype == torch_dtype(parse_format(name).code_dtype)
     assert_same(decode(codes, name, dtype=torch.float32), x)
 
 

@@ -17,8 +17,8 @@ from assign.executor.compile import Backend
 from assign.executor.rehearsal import Rehearsal, rehearse
 from assign.files import is_stdout
 from assign.plan.assignment import Assignment
+from assign.plan.compute_dtype import operators
 from assign.plan.formats import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
-from assign.plan.lowered import Lowered
 from assign.plan.memory import estimate as estimate_plan
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table, summary
@@ -157,9 +157,9 @@ def show(
 def _show_lowered(plan: Assignment, origin: Origin, json_file: Path | None) -> None:
     table = origin.table()
     plan.check_fits(table, where=str(origin.plan))
-    operators = Lowered(table, plan.entries).operators(fp8=_torch.multiplies_fp8(check_device(origin.device)))
-    console.print(tables.lowered_table(operators))
-    write_json(json_file, [dataclasses.asdict(each) for each in operators])
+    rows = operators(table, plan.entries, fp8=_torch.multiplies_fp8(check_device(origin.device)))
+    console.print(tables.lowered_table(rows))
+    write_json(json_file, [dataclasses.asdict(each) for each in rows])
 
 
 @app.command()

@@ -14,6 +14,7 @@ from assign.executor.narrow import narrow_products
 from assign.executor.pack import pack
 from assign.executor.reuse import reuse_grids
 from assign.numerics import rounding
+from assign.numerics.dtypes import torch_dtype
 from assign.numerics.promotion import find_slot
 from assign.plan.assignment import Assignment
 from assign.plan.formats import Storage, parse_format
@@ -96,7 +97,7 @@ def _quantize(name: str, saturate: bool, dtype: torch.dtype) -> Callable[..., Te
 
 
 def _encode(name: str) -> Callable[..., Tensor]:
-    dtype = rounding.torch_dtype(parse_format(name).code_dtype)
+    dtype = torch_dtype(parse_format(name).code_dtype)
     return lambda x: x.to(dtype)
 
 

@@ -1,7 +1,7 @@
 """Insert marks: after every operator that makes a tensor, one node rounds it and its gradient.
 
 A mark is an autograd function, so the joint graph holds a rounding node exactly at v, at dv (after the sum over v's
-readers), at θ and at dθ. Between operators a tensor lives in its carrier dtype (see :mod:`assign.plan.lowering`);
+readers), at θ and at dθ. Between operators a tensor lives in its carrier dtype (see :mod:`assign.plan.compute_dtype`);
 operands are widened where an operator must run in float32. An operator of which nothing has another dtype than in the
 model as it was loaded stays as the user wrote it.
 
@@ -25,17 +25,20 @@ from torch.fx.node import map_aggregate
 
 from assign import _torch
 from assign.numerics.delayed import DelayedScales, find_history
+from assign.numerics.dtypes import dtype_name, torch_dtype
 from assign.numerics.promotion import Promotion, Slot, find_slot, format_named
-from assign.numerics.rounding import draw_seed, stream_of, torch_dtype
+from assign.numerics.rounding import draw_seed, stream_of
 from assign.optim.gradients import keep_scale
-from assign.plan import lowering
 from assign.plan.assignment import Assignment, format_pair
-from assign.plan.formats import LOADED, Format, loaded_format, parse_format
+from assign.plan.compute_dtype import ComputeDtypes, changes_nothing
+from assign.plan.dtypes import FLOAT32, NARROW
+from assign.plan.formats import LOADED, Format, parse_format
 from assign.plan.keys import grad_key, saved_key
+from assign.plan.ops import ARITHMETIC, CONVERSIONS, FLOAT32_PARAMETERS
 from assign.plan.stored import gradient_format, stored_dtype
 from assign.plan.tensors import MARK, Role
 from assign.tracing.capture import Capture
-from assign.tracing.constants import ARITHMETIC, hold_numbers
+from assign.tracing.constants import hold_numbers
 from assign.tracing.functionalize import written
 from assign.tracing.layout import Layout
 from assign.tracing.operators import (
@@ -47,13 +50,10 @@ from assign.tracing.operators import (
     floating_arguments,
     is_complex,
     is_opaque,
-    is_wide,
     operator_name,
 )
 
-_DTYPES = {name: torch_dtype(name) for name in LOADED}
-_CONVERSIONS = lowering.CONVERSIONS | {"to"}
-_SIXTEEN_BIT = ("bfloat16", "float16")
+_CONVERSIONS = CONVERSIONS | {"to"}
 
 
 class _Mark(torch.autograd.Function):
@@ -138,7 +138,7 @@ def _round(
 ) -> Tensor:
     history = find_history(name)
     fmt = history.format if history else format_named(name)
-    exact = x.dtype == dtype and lowering.changes_nothing(fmt, _name_of(dtype))
+    exact = x.dtype == dtype and changes_nothing(fmt, dtype_name(dtype))
     if exact and not visible:
         return x.view_as(x)
     if torch.float64 in (x.dtype, dtype) and not exact and not history and fmt.native != "float64":
@@ -184,7 +184,7 @@ def mark_tensor(
     which goes to ``scale_tap``.
     """
     taps = tap, stored, scale_tap
-    return _torch.apply_function(_Mark, x, forward, backward, _DTYPES[dtype], visible, seed, streams, *taps)
+    return _torch.apply_function(_Mark, x, forward, backward, torch_dtype(dtype), visible, seed, streams, *taps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,8 +231,12 @@ class _Marker:
         self.sites: dict[fx.Node, list[Site]] = {}
         for site in walked.sites:
             self.sites.setdefault(site.after, []).append(site)
-        self.own = {site.key: dtype_of(site.value) for site in reversed(walked.sites)}  # as loaded
-        self.dtypes = {node: _name_of(dtype) for node, dtype in capture.dtypes.items()}  # where not as loaded
+        self.computes = ComputeDtypes(
+            {site.key: site for site in reversed(walked.sites)},
+            plan.entries,
+            {key: slot.high for key, slot in self.slots.items()},
+        )
+        self.dtypes = {node: dtype_name(dtype) for node, dtype in capture.dtypes.items()}  # where not as loaded
         self.taps: list[Tap] = []
         self.seeds: dict[fx.Graph, fx.Node] = {}
         self.layouts: dict[fx.Graph, Layout] = {}
@@ -251,7 +255,7 @@ class _Marker:
     def _loaded(self, node: fx.Node) -> str:
         """Dtype of a node's value in the model as it was loaded."""
         value = self.walked.values.get(node)
-        return dtype_of(value) if isinstance(value, Tensor) else lowering.FLOAT32
+        return dtype_of(value) if isinstance(value, Tensor) else FLOAT32
 
     def _now(self, node: fx.Node) -> str:
         """Dtype of a node's value under the plan."""
@@ -269,7 +273,7 @@ class _Marker:
             if maker in self.dtypes and node not in self.dtypes:
                 self.dtypes[node] = self.dtypes[maker]
         elif key is not None:
-            dtype = self._compute_dtype(node, key)
+            dtype = self.computes.changed(key)
             if dtype is not None:  # else it stays as it is written
                 self.dtypes[node] = dtype
                 self._compute_in(graph, node, dtype)
@@ -283,11 +287,11 @@ class _Marker:
         """Let an operator run in ``dtype``."""
         if is_opaque(node, self.walked):
             self._lower(graph, node, None)
-        elif operator_name(node.target) in lowering.CONVERSIONS:
-            _convert_to(node, _DTYPES[dtype])
+        elif operator_name(node.target) in CONVERSIONS:
+            _convert_to(node, torch_dtype(dtype))
         else:
             self._lower(graph, node, dtype)
-            _ask_for(node, _DTYPES[self._loaded(node)], _DTYPES[dtype])
+            _ask_for(node, torch_dtype(self._loaded(node)), torch_dtype(dtype))
 
     def _follow(self, node: fx.Node) -> None:
         """A view or a move keeps its source's dtype; a conversion that changed nothing is dropped.
@@ -298,75 +302,45 @@ class _Marker:
         """
         source = next(floating_arguments(node, self.walked), None)
         if converts(node, self.walked):
-            self.dtypes[node] = self._under_plan(self.walked.key_of.get(node, ""), self._loaded(node))
+            self.dtypes[node] = self.computes.read_as(self.walked.key_of.get(node, ""), self._loaded(node))
             if self._now(node) != self._loaded(node) or len(node.all_input_nodes) > 1:  # to another tensor's dtype
-                _convert_to(node, _DTYPES[self._now(node)])
+                _convert_to(node, torch_dtype(self._now(node)))
         elif source is not None and source in self.dtypes:
             self.dtypes[node] = self.dtypes[source]
             is_moved = _device_of(self.walked.values.get(node)) != _device_of(self.walked.values[source])
             if node.op == "call_method" and node.target in _CONVERSIONS and not is_moved:
                 node.replace_all_uses_with(source)
 
-    def _under_plan(self, key: str, loaded: str) -> str:
-        """Dtype under the plan of a value of ``key`` that had the dtype ``loaded``: it may be the user's conversion."""
-        formats = self._formats(key)
-        return self._carrier(key, formats) if formats and self.own.get(key) == loaded else loaded
-
     def _formats(self, key: str) -> tuple[Format, Format] | None:
         return format_pair(self.plan.entries, key)
-
-    def _compute_dtype(self, node: fx.Node, key: str) -> str | None:
-        loaded = self._loaded_result(node, key)
-        formats = self._formats(key) or (loaded_format(loaded),) * 2
-        arguments = (n for n in floating_arguments(node, self.walked) if n in self.walked.key_of)
-        operands = [lowering.Value(self._loaded(n), self._now(n)) for n in arguments]
-        if "assign_op" in node.meta:  # a copy, and behind it a write into it: of what is written too
-            (site,) = (each for each in self.sites[node.meta["assign_after"]] if each.node is node)
-            read = zip(site.inputs, site.reads, strict=True)
-            operands = [lowering.Value(dtype, self._under_plan(own, dtype)) for own, dtype in read]
-        slot = self.slots.get(key)
-        forward = (slot.low, slot.high) if slot else formats[:1]
-        result = lowering.Value(loaded, lowering.made_in(self._carrier(key, formats), *forward))
-        op = operator_name(node.meta.get("assign_op", node.target))
-        opaque, wide = is_opaque(node, self.walked), is_wide(node, self.walked)
-        return lowering.compute_dtype(op, operands, result, opaque=opaque, wide=wide)
-
-    def _loaded_result(self, node: fx.Node, key: str) -> str:
-        """Dtype of what an operator makes, in the model as it was loaded; of several results, of that with the key."""
-        made = (node, *node.users) if _is_tuple(self.walked.values.get(node)) else (node,)
-        return next((self._loaded(n) for n in made if self.walked.key_of.get(n) == key), self._loaded(node))
-
-    def _carrier(self, key: str, formats: tuple[Format, Format]) -> str:
-        slot = self.slots.get(key)
-        return lowering.carrier(*formats, *((slot.low, slot.high) if slot else ()))
 
     def _lower(self, graph: fx.GraphModule, node: fx.Node, dtype: str | None) -> None:
         """Give every floating-point operand of ``node`` the dtype in which it computes; None: that which it had."""
         arguments = list(floating_arguments(node, self.walked))
         op = operator_name(node.target)
-        mixed = op in lowering.FLOAT32_PARAMETERS
+        mixed = op in FLOAT32_PARAMETERS
         for position, argument in enumerate(arguments):
-            wanted = lowering.FLOAT32 if mixed and position else dtype or self._loaded(argument)
+            wanted = FLOAT32 if mixed and position else dtype or self._loaded(argument)
             have = self._now(argument)
             number = argument not in self.walked.key_of and not self.walked.values[argument].dim()
-            if have == wanted or (number and (wanted not in _SIXTEEN_BIT or op in ARITHMETIC)):
+            if have == wanted or (number and (wanted not in NARROW or op in ARITHMETIC)):
                 continue
             with graph.graph.inserting_before(node):
                 if mixed and argument in self.capture.buffers:
-                    converted = graph.graph.call_method("to", (argument, _DTYPES[wanted]))
+                    converted = graph.graph.call_method("to", (argument, torch_dtype(wanted)))
                     with graph.graph.inserting_after(node):  # running statistics, which the operator updates
                         graph.graph.call_method("copy_", (argument, converted))
                 elif number:
-                    converted = graph.graph.call_function(_held_in, (argument, _DTYPES[wanted]))
+                    converted = graph.graph.call_function(_held_in, (argument, torch_dtype(wanted)))
                 elif argument not in self.walked.key_of:  # a mask: its −inf must not become NaN behind the cast
                     converted = graph.graph.call_function(mark_tensor, (argument, LOADED[wanted].name, "fp64", wanted))
                 else:
-                    converted = graph.graph.call_method("to", (argument, _DTYPES[wanted]))
+                    converted = graph.graph.call_method("to", (argument, torch_dtype(wanted)))
             _torch.label(converted, _torch.label_of(node))
             _torch.stand_in_block_of(converted, node)
             node.replace_input_with(argument, converted)
-        if dtype in _SIXTEEN_BIT:
-            hold_numbers(node, op, torch.finfo(_DTYPES[dtype]).max)
+        if dtype in NARROW:
+            hold_numbers(node, op, torch.finfo(torch_dtype(dtype)).max)
 
     def _mark_sites(self, graph: fx.GraphModule, node: fx.Node) -> None:
         """Mark a tensor behind its operator; an input before its first reader, and once more after each write."""
@@ -378,7 +352,7 @@ class _Marker:
         formats = self._formats(site.key)
         if formats is None:
             return
-        dtype = self._carrier(site.key, formats)
+        dtype = self.computes.carrier(site.key)
         have = self._now(site.node)
         names = {fmt.native for fmt in formats}
         explicit = saved_key(site.key) in self.plan.entries
@@ -476,7 +450,7 @@ class _Marker:
         for argument in output.all_input_nodes:
             if self._now(argument) != self._loaded(argument):
                 with graph.graph.inserting_before(output):
-                    restored = graph.graph.call_method("to", (argument, _DTYPES[self._loaded(argument)]))
+                    restored = graph.graph.call_method("to", (argument, torch_dtype(self._loaded(argument))))
                 output.replace_input_with(argument, restored)
 
 
@@ -508,10 +482,6 @@ def _convert_to(node: fx.Node, dtype: torch.dtype) -> None:
     """Let a conversion make ``dtype``."""
     node.op, node.target = "call_method", "to"
     node.args, node.kwargs = (node.args[0], dtype), {}
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _device_of(value: Any) -> torch.device | None:

@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from assign import _torch
 from assign.numerics.products import MULTIPLE
 from assign.numerics.promotion import find_slot, format_named
+from assign.plan.compute_dtype import is_float8
 from assign.plan.formats import FORMATS
-from assign.plan.lowering import is_float8
 from assign.tracing.joint import COPIES, describe, is_view
 
 _aten = torch.ops.aten

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from assign.errors import PlanError, nearest
-from assign.numerics.rounding import torch_dtype
+from assign.numerics.dtypes import torch_dtype
 from assign.optim.masters import extra_bits_of, forget_extra_bits, is_split, note_loaded, store_split
 from assign.optim.states import count_changed
 from assign.plan.assignment import Assignment

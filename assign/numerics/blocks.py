@@ -32,6 +32,7 @@ from torch import Tensor
 
 from assign import _torch
 from assign.errors import FormatError
+from assign.numerics.dtypes import ROUNDED
 from assign.numerics.kernels import BIAS, INF, MAGNITUDE, WIDTH, bits_of, coding, random_bits_at, scaling
 from assign.numerics.launch import run_rows
 from assign.numerics.registry import register
@@ -39,7 +40,6 @@ from assign.numerics.rounding import draw_seed, key_of
 from assign.numerics.words import join, split, word_dtype
 from assign.plan.formats import SAVED_FORMATS, BlockFormat, Format, Shared, parse_saved
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_SCALE = 2.0**-126  # its inverse is a float32
 _PIECE, _DEVICE_PIECE = 2**20, 2**22  # elements at a time: few calls, and small temporaries where no compiler works
 
@@ -383,8 +383,8 @@ def decode_blocks(codes: Tensor, format: str, like: Tensor) -> Tensor:
 
 
 def _check_dtype(dtype: torch.dtype, fmt: BlockFormat) -> None:
-    if dtype not in _DTYPES:
-        allowed = ", ".join(map(str, _DTYPES))
+    if dtype not in ROUNDED:
+        allowed = ", ".join(map(str, ROUNDED))
         raise FormatError(
             f"{fmt.name!r} does not stand for {dtype}.\n  Allowed: {allowed}.\n  Convert the tensor first."
         )

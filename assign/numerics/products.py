@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from assign import _torch
+from assign.numerics.dtypes import torch_dtype
 from assign.numerics.promotion import format_named
 from assign.numerics.registry import register
-from assign.numerics.rounding import decode, torch_dtype
+from assign.numerics.rounding import decode
 from assign.plan.formats import FORMATS
 
 MULTIPLE = 16

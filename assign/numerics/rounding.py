@@ -27,20 +27,12 @@ from torch import Tensor
 
 from assign.errors import FormatError
 from assign.numerics.delayed import History, find_history
+from assign.numerics.dtypes import ROUNDED, dtype_name, torch_dtype
 from assign.numerics.kernels import WIDTH, coding, quantizing, scaling
 from assign.numerics.launch import count_at_least, find_largest, find_scale, run, run_measured, run_scaled
 from assign.numerics.promotion import find_slot, format_named
 from assign.numerics.registry import register
 from assign.plan.formats import FORMATS, Format, parse_format
-
-_FLOATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"], torch.float16: FORMATS["fp16"]}
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that ``formats`` calls ``name``."""
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def key_of(seed: Tensor, stream: int) -> Tensor:
@@ -235,7 +227,7 @@ def quantize(
     if fmt.stochastic and seed is None:
         seed = draw_seed(x.device)
     if dtype is None:
-        dtype = x.dtype if _FLOATS[x.dtype].contains(fmt) else torch_dtype(fmt.carrier)
+        dtype = x.dtype if ROUNDED[x.dtype].contains(fmt) else torch_dtype(fmt.carrier)
     _check_holds(dtype, fmt)
     result: Tensor = torch.ops.assign.quantize(x, scale, fmt.name, saturate, dtype, seed)
     return result
@@ -308,7 +300,7 @@ def decode(
     fmt = parse_format(fmt) if isinstance(fmt, str) else fmt
     if codes.dtype != torch_dtype(fmt.code_dtype):
         raise FormatError(
-            f"Codes of {fmt.name!r} are {fmt.code_dtype}, these are {_name(codes.dtype)}.\n"
+            f"Codes of {fmt.name!r} are {fmt.code_dtype}, these are {dtype_name(codes.dtype)}.\n"
             "  Pass what encode() returned for the same format."
         )
     _check_scale(fmt, scale, codes.device)
@@ -321,10 +313,10 @@ def decode(
 
 def _checked(x: Tensor, fmt: Format | str, scale: Tensor | None) -> Format:
     fmt = parse_format(fmt) if isinstance(fmt, str) else fmt
-    if x.dtype not in _FLOATS:
+    if x.dtype not in ROUNDED:
         raise FormatError(
-            f"A {_name(x.dtype)} tensor cannot be rounded to {fmt.name!r}.\n"
-            f"  Allowed: {', '.join(map(_name, _FLOATS))}.\n  Convert it first."
+            f"A {dtype_name(x.dtype)} tensor cannot be rounded to {fmt.name!r}.\n"
+            f"  Allowed: {', '.join(map(dtype_name, ROUNDED))}.\n  Convert it first."
         )
     _check_scale(fmt, scale, x.device)
     return fmt
@@ -333,7 +325,7 @@ def _checked(x: Tensor, fmt: Format | str, scale: Tensor | None) -> Format:
 def _check_scale(fmt: Format, scale: Tensor | None, device: torch.device) -> None:
     if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != device):
         raise FormatError(
-            f"The scale for {fmt.name!r} is {_name(scale.dtype)} of shape {list(scale.shape)} on {scale.device}.\n"
+            f"The scale for {fmt.name!r} is {dtype_name(scale.dtype)} of shape {list(scale.shape)} on {scale.device}.\n"
             f"  Allowed: float32, one element, on {device}, where the tensor is.\n  Take it from amax_scale()."
         )
 
@@ -341,7 +333,7 @@ def _check_scale(fmt: Format, scale: Tensor | None, device: torch.device) -> Non
 def _check_seed(fmt: Format, seed: Tensor | None, device: torch.device) -> None:
     if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device):
         raise FormatError(
-            f"The seed for {fmt.name!r} is {_name(seed.dtype)} of shape {list(seed.shape)} on {seed.device}.\n"
+            f"The seed for {fmt.name!r} is {dtype_name(seed.dtype)} of shape {list(seed.shape)} on {seed.device}.\n"
             f"  Allowed: int64, one element, on {device}, where the tensor is.\n  Take it from draw_seed()."
         )
 
@@ -352,13 +344,9 @@ def _check_scaled(fmt: Format, scale: Tensor | None) -> None:
 
 
 def _check_holds(dtype: torch.dtype, fmt: Format) -> None:
-    holding = [_name(each) for each, row in _FLOATS.items() if row.contains(fmt)]
-    if _name(dtype) not in holding:
+    holding = [dtype_name(each) for each, row in ROUNDED.items() if row.contains(fmt)]
+    if dtype_name(dtype) not in holding:
         raise FormatError(
-            f"{_name(dtype)} does not hold every value of {fmt.name!r}.\n"
+            f"{dtype_name(dtype)} does not hold every value of {fmt.name!r}.\n"
             f"  Allowed: {', '.join(holding)}.\n  Pass one of these as dtype, or None."
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

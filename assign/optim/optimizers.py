@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 from assign import several
 from assign.errors import PlanError, nearest
-from assign.numerics.rounding import torch_dtype
+from assign.numerics.dtypes import torch_dtype
 from assign.optim import updates
 from assign.optim.gradients import forget_scale
 from assign.optim.gradients import widened as widened_gradient

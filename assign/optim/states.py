@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assign.numerics.rounding import torch_dtype
+from assign.numerics.dtypes import torch_dtype
 from assign.plan.formats import BlockFormat, Format
 from assign.plan.libraries import Library, Stored
 from assign.several import like_sharded, local_part

@@ -26,13 +26,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from assign.errors import FormatError, nearest
+from assign.numerics.dtypes import SIXTEEN_BITS, dtype_name
 from assign.numerics.rounding import quantize
 from assign.plan.formats import parse_format
 from assign.plan.stored import COMPENSATION, UpdateRounding
 from assign.several import alike_by_chance, local_part
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_BY_CHANCE = {dtype: parse_format(f"{name}:sr") for dtype, name in _NAMES.items()}
+_BY_CHANCE = {dtype: parse_format(f"{name}:sr") for dtype, name in SIXTEEN_BITS.items()}
 _TYPES = "bfloat16, float16; float32, which is updated by the plain rule"
 
 
@@ -65,7 +65,7 @@ class _Optimizer16(Optimizer):
             param_group["rounding"] = _known(param_group["rounding"])
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            if parameter.dtype not in (*_NAMES, torch.float32):
+            if parameter.dtype not in (*SIXTEEN_BITS, torch.float32):
                 raise FormatError(
                     f"{type(self).__name__}: a parameter of shape {list(parameter.shape)} is {_dtype(parameter)}.\n"
                     f"  Allowed: {_TYPES}.\n  Keep narrower or wider weights out of it, or convert them."
@@ -98,7 +98,7 @@ class _Optimizer16(Optimizer):
     def _check_some_rounded(self) -> None:
         rounding = self.defaults["rounding"]
         dtypes = {parameter.dtype for group in self.param_groups for parameter in group["params"]}
-        if rounding != UpdateRounding.NEAREST and not dtypes & _NAMES.keys():
+        if rounding != UpdateRounding.NEAREST and not dtypes & SIXTEEN_BITS.keys():
             raise FormatError(
                 f"{type(self).__name__}: rounding={rounding!r}, but no parameter is stored in 16 bits.\n"
                 f"  Allowed: {_TYPES}.\n  Convert the model first, model.to(torch.bfloat16), or use torch.optim."
@@ -141,7 +141,7 @@ class _Optimizer16(Optimizer):
         stored = local_part(parameter)
         w = stored.float()
         changes = self._changes(w, parameter, group)
-        rounding = group["rounding"] if parameter.dtype in _NAMES else UpdateRounding.NEAREST
+        rounding = group["rounding"] if parameter.dtype in SIXTEEN_BITS else UpdateRounding.NEAREST
         if rounding == UpdateRounding.NEAREST:
             for change in changes:
                 w = _rounded(w + change, parameter.dtype)
@@ -320,4 +320,4 @@ def _check_numbers(**numbers: float | Tensor) -> None:
 
 
 def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return dtype_name(tensor.dtype)

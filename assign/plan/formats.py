@@ -14,6 +14,7 @@ from functools import lru_cache
 from types import MappingProxyType
 
 from assign.errors import FormatError, nearest
+from assign.plan.dtypes import FORMAT_NAMES, ITEM_BYTES
 
 
 class Rounding(StrEnum):
@@ -49,15 +50,6 @@ class Storage(StrEnum):
     NATIVE = "native"
     PACKED = "packed"
     EMULATED = "emulated"
-
-
-ITEM_BYTES: Mapping[str, int] = MappingProxyType(
-    {
-        "complex128": 16, "complex64": 8, "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2,
-        "float8_e5m2": 1, "float8_e4m3fn": 1, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
-    }
-)  # fmt: skip
-"""Bytes of one element, by torch dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +241,7 @@ FP64 = _float("fp64", 11, 52, math.ldexp(2 - 2**-52, 1023), native="float64")
 """What a float64 tensor has as it is loaded. No search chooses it for another; a plan may."""
 
 LOADED: Mapping[str, Format] = MappingProxyType(
-    {"float64": FP64, "float32": FORMATS["fp32"], "bfloat16": FORMATS["bf16"], "float16": FORMATS["fp16"]}
+    {dtype: {**FORMATS, "fp64": FP64}[name] for dtype, name in FORMAT_NAMES.items()}
 )
 """The format that a tensor has as it is loaded, by its torch dtype."""
 

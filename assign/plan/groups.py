@@ -7,21 +7,8 @@ next matrix product. All of a group is high or all of it is low, so a product ne
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+from assign.plan.ops import GROUP_STARTS, INPUT
 from assign.plan.tensors import Role, TensorInfo
-
-GEMM_OPS = frozenset(
-    {
-        "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-        "linear", "bilinear", "matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm",
-        "einsum", "tensordot", "inner", "multi_dot", "chain_matmul", "grouped_mm",
-        "scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward",
-        "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
-    }
-)  # fmt: skip
-"""Operators that start a group: those that multiply matrices, alone or inside."""
-
-INPUT_OP = "input"
-"""Operator name of a row that holds a part of the batch; it starts a group too."""
 
 
 def assign_groups(tensors: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
@@ -46,7 +33,7 @@ def _groups_of_activations(activations: Iterable[TensorInfo]) -> dict[str, int]:
     group_of: dict[str, int] = {}
     running = -1
     for row in activations:
-        if running < 0 or row.op == INPUT_OP or row.op in GEMM_OPS:
+        if running < 0 or row.op == INPUT or row.op in GROUP_STARTS:
             running += 1
         group_of[row.key] = running
     return group_of

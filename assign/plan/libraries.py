@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from assign.errors import PlanError
+from assign.plan.dtypes import ITEM_BYTES
 from assign.plan.entry import Entry
-from assign.plan.formats import FORMATS, ITEM_BYTES, BlockFormat, Format, parse_format
+from assign.plan.formats import FORMATS, BlockFormat, Format, parse_format
 from assign.plan.keys import grad_key, state_key
 from assign.plan.stored import (
     NATIVE,

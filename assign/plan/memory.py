@@ -2,7 +2,7 @@
 
 *aggregate* is the paper's measure: elements × bits over its four roles. *peak* replays the schedule of the step: every
 buffer is a segment of time and a number of bytes; the peak is the largest sum of what is alive. The rules of
-:mod:`assign.plan.lowering` say which dtype each operator computes in, so the segments are those of the graph that runs.
+:mod:`assign.plan.compute_dtype` say in which dtype each operator computes, so the segments are those of the real graph.
 
 Time has four slots per operator: decoding what it reads, widening what it reads, the run itself, and behind it the
 narrowing of what it made and the encoding of what it was the last to read.
@@ -13,18 +13,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from assign.plan import lowering
 from assign.plan.assignment import Assignment, Entry
+from assign.plan.compute_dtype import ComputeDtypes, changes_nothing, is_narrowed
 from assign.plan.display import Drawn, frame, human_bytes, table_html
-from assign.plan.formats import ITEM_BYTES, LOADED, parse_format, parse_saved
+from assign.plan.dtypes import FLOAT32, ITEM_BYTES
+from assign.plan.formats import LOADED, Format, parse_format, parse_saved
 from assign.plan.keys import base_key, is_grad_key, saved_key
 from assign.plan.libraries import optimizer_scratch, stored_in
-from assign.plan.lowered import Lowered
-from assign.plan.recipes import Recipe, get_recipe, initial
+from assign.plan.ops import CONVERSIONS, FLOAT32_INSIDE, SLICE
+from assign.plan.recipes import Recipe, get_recipe, initial, promotable
 from assign.plan.stored import (
     UpdateRounding,
     buffers,
@@ -36,7 +38,7 @@ from assign.plan.stored import (
     waiting_bytes,
     with_loaded,
 )
-from assign.plan.tensors import MARK, SLICE, Buffer, Event, Role, TensorTable
+from assign.plan.tensors import MARK, Buffer, Event, Role, TensorTable
 
 SLOTS = 4
 """Slots of time of one event."""
@@ -129,12 +131,14 @@ class Estimate(Drawn):
         }
 
 
-def estimate(table: TensorTable, plan: Assignment) -> Estimate:
+def estimate(table: TensorTable, plan: Assignment, *, promotion: bool = False) -> Estimate:
     """Predict the memory and the low ratio of one step under ``plan``. Nothing is computed.
 
     Args:
         table: result of :func:`assign.trace` for the plan's model, at any batch size.
         plan: with an entry for every tensor of the table.
+        promotion: for a training with :class:`assign.Promotion`: a tensor that may be promoted lives in a dtype that
+            holds its high format, too.
     Returns:
         The peak in bytes and where it is reached, bytes by role and over the step, and the low ratio.
     Raises:
@@ -148,7 +152,8 @@ def estimate(table: TensorTable, plan: Assignment) -> Estimate:
     """
     plan.check_fits(table, where="estimate")
     check_rounding(plan.update_rounding, with_loaded(plan.entries, table.loaded), where="estimate")
-    replay = Replay(table, plan.entries, plan.update_rounding)
+    later = promotable(table, plan) if promotion else {}
+    replay = Replay(table, plan.entries, plan.update_rounding, later)
     return Estimate(
         aggregate_bytes=aggregate_bytes(table, plan.entries),
         low_ratio=low_ratio(table, plan.entries),
@@ -164,9 +169,14 @@ def estimate(table: TensorTable, plan: Assignment) -> Estimate:
     )
 
 
-def peak_bytes(table: TensorTable, entries: Mapping[str, Entry], update_rounding: str = UpdateRounding.NEAREST) -> int:
-    """Peak of one step; tensors without an entry stay as they were loaded."""
-    return Replay(table, entries, update_rounding).peak_bytes
+def peak_bytes(
+    table: TensorTable,
+    entries: Mapping[str, Entry],
+    update_rounding: str = UpdateRounding.NEAREST,
+    promotable: Mapping[str, Format] = MappingProxyType({}),
+) -> int:
+    """Return the peak of one step; tensors without an entry stay as they were loaded."""
+    return Replay(table, entries, update_rounding, promotable).peak_bytes
 
 
 def aggregate_bytes(table: TensorTable, entries: Mapping[str, Entry]) -> int:
@@ -223,7 +233,7 @@ def converts(event: Event, table: TensorTable) -> bool:
     row = table.by_key.get(event.op)
     if before.dtype == after.dtype or before.elements != after.elements:
         return False
-    return {before.dtype, after.dtype} <= LOADED.keys() and (row is None or row.op in lowering.CONVERSIONS)
+    return {before.dtype, after.dtype} <= LOADED.keys() and (row is None or row.op in CONVERSIONS)
 
 
 def copies_in(event: Event, table: TensorTable) -> list[tuple[int, int]]:
@@ -247,7 +257,11 @@ class Replay:
     """The schedule of a table under some entries; tensors without one are as they were loaded."""
 
     def __init__(
-        self, table: TensorTable, entries: Mapping[str, Entry], update_rounding: str = UpdateRounding.NEAREST
+        self,
+        table: TensorTable,
+        entries: Mapping[str, Entry],
+        update_rounding: str = UpdateRounding.NEAREST,
+        promotable: Mapping[str, Format] = MappingProxyType({}),
     ) -> None:
         self.table = table
         self.schedule = table.schedule
@@ -255,8 +269,9 @@ class Replay:
         self.segments: list[Segment] = []
         self.saved_bytes = 0
         self._kept_buffers = frozenset(self.schedule.kept)
-        self._lowered = Lowered(table, entries)
-        self._narrowed = self._lowered.narrowed
+        self._promotable = promotable
+        self._dtypes = ComputeDtypes.of_table(table, entries, promotable)
+        self._narrowed = is_narrowed(table, entries)
         self._update_rounding = update_rounding
         self._resident = resident(table, entries, update_rounding)
         self._buffer_bytes, widened = buffers(table, entries)
@@ -272,7 +287,7 @@ class Replay:
     def _find_apart(self) -> frozenset[str]:
         """Operators that compute in several steps, in float32 between them whatever they are asked for."""
         rows = self.table.by_key
-        inside = [e.op for e in self.schedule.events if e.op in rows and rows[e.op].op in lowering.FLOAT32_INSIDE]
+        inside = [e.op for e in self.schedule.events if e.op in rows and rows[e.op].op in FLOAT32_INSIDE]
         forward = Counter(e.op for e in self.schedule.events if not e.backward)
         return frozenset(op for op in inside if forward[op] > 1)
 
@@ -310,7 +325,7 @@ class Replay:
         if not converts(event, self.table):
             return False
         before, after = (self.schedule.buffers[buffer] for buffer in (*event.reads, *event.writes))
-        compute = self._lowered.compute(event.op)
+        compute = self._dtypes.compute(event.op)
         return self._dtype(before, Event(op="", backward=event.backward), compute, False) == self._dtype(
             after, event, compute, False
         )
@@ -318,10 +333,10 @@ class Replay:
     def _is_identity(self, key: str, *, backward: bool) -> bool:
         """Whether a mark changes nothing: a parameter's reads its master, and makes the gradient that is stored."""
         if not self._is_weight(key):
-            return self._lowered.is_identity(key, backward=backward)
-        carrier, fmt = self._lowered.carrier(key), self._lowered.formats(key)[backward]
+            return self._dtypes.is_identity(key, backward=backward)
+        carrier, fmt = self._dtypes.carrier(key), self._dtypes.formats(key)[backward]
         outside = self._kept(key) if backward else stored_dtype(master_format(self.entries, key))
-        return carrier == outside and lowering.changes_nothing(fmt, carrier)
+        return carrier == outside and changes_nothing(fmt, carrier)
 
     def _is_weight(self, key: str) -> bool:
         info = self.table.by_key.get(key)
@@ -331,7 +346,7 @@ class Replay:
         """Dtype in which the gradient of ``key`` leaves its mark."""
         if self._is_weight(key):
             return stored_dtype(gradient_format(self.entries, key))
-        return self._lowered.compute(key)
+        return self._dtypes.compute(key)
 
     def _readers(self, buffer: int) -> list[int]:
         family = [buffer, *self._twins.get(buffer, ())]
@@ -346,7 +361,7 @@ class Replay:
         first = len(self.segments)
         op = event.op.removeprefix(MARK)
         is_mark = event.op.startswith(MARK)
-        compute = self._lowered.compute(op)
+        compute = self._dtypes.compute(op)
         for buffer in event.writes:
             if buffer not in self._alias:
                 self._live(buffer, number, event, compute, is_mark)
@@ -363,14 +378,13 @@ class Replay:
         """Whether the event reads a copy of the buffer in a wider dtype."""
         if not info.holds or is_grad_key(info.holds) or event.op not in self.table.by_key:
             return False
-        if self._lowered.as_written(event.op) or self.table.by_key[event.op].op in lowering.CONVERSIONS:
+        if self._dtypes.as_written(event.op) or self.table.by_key[event.op].op in CONVERSIONS:
             return False
-        return self._lives_in(info) != self._lowered.compute(event.op)
+        return self._lives_in(info) != self._dtypes.compute(event.op)
 
     def _lives_in(self, info: Buffer) -> str:
         """Dtype of a buffer that holds a forward tensor, or a copy of it that the user converted to another dtype."""
-        is_own = info.dtype == self._lowered.loaded(info.holds)
-        return self._lowered.carrier(info.holds) if is_own else info.dtype
+        return self._dtypes.read_as(info.holds, info.dtype)
 
     def _last_slot(self, info: Buffer, number: int) -> int:
         """Slot in which a buffer last read by event ``number`` goes; before it runs, if it reads a converted copy."""
@@ -414,7 +428,7 @@ class Replay:
 
     def _is_rounded_copy(self, info: Buffer) -> bool:
         """Whether a buffer is what the user converted a tensor to, in fewer bits: it is kept for its own sake."""
-        own = ITEM_BYTES.get(self._lowered.loaded(info.holds), 0)
+        own = ITEM_BYTES.get(self._dtypes.loaded(info.holds), 0)
         return info.holds in self.table.by_key and ITEM_BYTES.get(info.dtype, own) < own
 
     def _held_by(self, buffer: int) -> str:
@@ -442,7 +456,7 @@ class Replay:
         if self._is_identity(key, backward=False):
             return None
         explicit = self.entries.get(saved_key(key))
-        fmt = parse_saved(explicit.format) if explicit else self._lowered.formats(key)[0]
+        fmt = parse_saved(explicit.format) if explicit else self._dtypes.formats(key)[0]
         return waiting_bytes(fmt, info.elements)
 
     def _owner(self, info: Buffer, event: Event) -> tuple[str, str]:
@@ -460,16 +474,16 @@ class Replay:
             return info.dtype
         if is_grad_key(info.holds):
             forward = base_key(info.holds)
-            return self._kept(forward) if is_mark else self._lowered.carrier(forward)
-        if not is_mark and not info.holds and self._lowered.as_written(event.op):
+            return self._kept(forward) if is_mark else self._dtypes.carrier(forward)
+        if not is_mark and not info.holds and self._dtypes.as_written(event.op):
             return info.dtype
         if not event.backward and event.op in self.table.by_key and converts(event, self.table):
             return compute
         if event.op in self._apart:
-            return info.dtype if self._lowered.as_written(event.op) else lowering.FLOAT32
+            return info.dtype if self._dtypes.as_written(event.op) else FLOAT32
         if info.holds:
             return self._lives_in(info)
-        return lowering.FLOAT32 if info.part else compute
+        return FLOAT32 if info.part else compute
 
     def _convert(self, info: Buffer, number: int, event: Event, compute: str, is_mark: bool) -> int:
         """A gradient that is made in one dtype and kept in another is there twice for a moment.
@@ -478,11 +492,11 @@ class Replay:
         """
         if not is_grad_key(info.holds) or not event.backward:
             return _running(number)
-        carrier = self._lowered.carrier(base_key(info.holds))
+        carrier = self._dtypes.carrier(base_key(info.holds))
         made = carrier if is_mark or event.op == "" else compute
         kept = self._kept(base_key(info.holds)) if is_mark else carrier
-        gradient = self._lowered.formats(base_key(info.holds))[1]
-        rounded = not is_mark or not lowering.changes_nothing(gradient, carrier)
+        gradient = self._dtypes.formats(base_key(info.holds))[1]
+        rounded = not is_mark or not changes_nothing(gradient, carrier)
         if made == kept or not rounded:
             return _running(number)
         done = _behind(self._last_of_operator(number))  # autograd converts once the whole operator is done
@@ -519,7 +533,7 @@ class Replay:
         """As :meth:`replay_events`, event by event."""
         twin = copy.copy(self)
         twin.entries, twin.segments = with_loaded(entries, self.table.loaded), []
-        twin._lowered = Lowered(self.table, entries)
+        twin._dtypes = ComputeDtypes.of_table(self.table, entries, self._promotable)
         twin._alias = twin._find_aliases(self.schedule.events[number] for number in marks)
         twin._twins = _by_source(twin._alias)
         spans = [twin._replay_event(number, self.schedule.events[number]) for number in numbers]
@@ -533,7 +547,7 @@ class Replay:
         """
         if self._narrowed and any(entry.format != "fp32" for entry in change.values()):
             return True
-        return Lowered(self.table, entries).narrowed == self._narrowed
+        return is_narrowed(self.table, entries) == self._narrowed
 
     # ---- the answer -------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from assign.errors import FormatError, PlanError, nearest
-from assign.plan.assignment import Entry
+from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import BlockFormat, Format, loaded_format, parse_format, parse_saved
 from assign.plan.keys import Part, buffer_key, grad_key, master_key, saved_key, stored_grad_key
-from assign.plan.precision import EXPONENTIATED, LOSS_OPS
+from assign.plan.ops import EXPONENTIATED, LOSS_OPS
 from assign.plan.stored import is_stored, parse_stored, waiting_bytes
 from assign.plan.tensors import Need, Role, TensorInfo, TensorTable
 
@@ -191,6 +191,14 @@ def initial(table: TensorTable, recipe: Recipe, low: Collection[int] = frozenset
         is_low = row.group in low
         entries[row.key] = Entry((candidates.lo if is_low else candidates.hi).name, is_low)
     return entries
+
+
+def promotable(table: TensorTable, plan: Assignment) -> dict[str, Format]:
+    """Return the forward tensors that a training may promote, each with the format that it then gets."""
+    recipe = get_recipe(plan.recipe)
+    forward = [row for row in table.tensors if row.role in (Role.WEIGHT, Role.ACTIVATION) and row.key in plan.entries]
+    found = {row.key: recipe.promotion(row.role, row.op, plan.entries[row.key]) for row in forward}
+    return {key: fmt for key, fmt in found.items() if fmt is not None}
 
 
 def candidates_of(table: TensorTable, recipe: Recipe, formats: Sequence[str] = ()) -> dict[str, tuple[Format, ...]]:

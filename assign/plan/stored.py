@@ -19,10 +19,10 @@ from enum import StrEnum
 from typing import Protocol
 
 from assign.errors import FormatError, PlanError, nearest
+from assign.plan.dtypes import ITEM_BYTES
 from assign.plan.entry import Entry
 from assign.plan.formats import (
     FORMATS,
-    ITEM_BYTES,
     MASTER_FORMATS,
     STATE_FORMATS,
     BlockFormat,

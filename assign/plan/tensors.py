@@ -20,7 +20,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
 from assign.errors import PlanError, nearest
 from assign.json_file import MOST_ELEMENTS, Count, Kind, shown, twice
 from assign.plan.display import SHOWN, Drawn, frame, table_html
-from assign.plan.formats import ITEM_BYTES, loaded_format
+from assign.plan.dtypes import ITEM_BYTES
+from assign.plan.formats import loaded_format
 from assign.plan.keys import Key, Part
 
 _FILE = Kind(
@@ -115,9 +116,6 @@ class TensorInfo:
         """
         return Key.of(self.key, _PARTS.get(self.role, Part.TENSOR))
 
-
-SLICE = "slice"
-"""Operator of a row that holds a part of the one that it is made from; nothing runs for it."""
 
 MARK = "mark:"
 """Prefix of an event's operator, and of a joint graph node's label, where a tensor is complete and gets its format."""

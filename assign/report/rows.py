@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from assign.plan.assignment import Assignment
-from assign.plan.formats import ITEM_BYTES
+from assign.plan.dtypes import ITEM_BYTES
 from assign.plan.keys import Key, base_key, master_key, stored_grad_key
 from assign.plan.moments import Moments
 from assign.plan.noise import EXACT, Cell, NoiseTable

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from assign.executor.rehearsal import Rehearsal
 from assign.numerics.promotion import Promoted
+from assign.plan.compute_dtype import Operator
 from assign.plan.display import human_bytes
 from assign.plan.formats import FORMATS, BlockFormat, Format
-from assign.plan.lowered import Operator
 from assign.plan.memory import Estimate
 from assign.plan.noise import NoiseTable
 from assign.plan.tensors import Role, TensorTable

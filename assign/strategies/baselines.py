@@ -5,8 +5,8 @@ from collections.abc import Collection
 from assign.errors import FormatError
 from assign.plan.assignment import Entry
 from assign.plan.formats import loaded_format, parse_format
-from assign.plan.groups import GEMM_OPS, INPUT_OP
 from assign.plan.keys import grad_key
+from assign.plan.ops import GROUP_STARTS, INPUT
 from assign.plan.recipes import Recipe, initial, store
 from assign.plan.tensors import Role, TensorInfo, TensorTable
 from assign.strategies.goal import Goal, PeakBytes, over_budget
@@ -69,7 +69,7 @@ def operator_based(table: TensorTable, recipe: Recipe, *, gradients_follow: bool
     Source: arXiv 2301.13464, and the authors' code.
     """
     activations = [row for row in table.paper_tensors if row.role is Role.ACTIVATION]
-    products = [row for row in activations if row.op in GEMM_OPS]
+    products = [row for row in activations if row.op in GROUP_STARTS]
     low = {key for row in products for key in row.inputs} - _kept_high(activations)
     gradients = low if gradients_follow else {row.key for row in products} - _kept_high(activations)
     weights = {row.key for row in table.paper_tensors if row.role is Role.WEIGHT}
@@ -101,7 +101,7 @@ def standalone(table: TensorTable, recipe: Recipe) -> dict[str, Entry]:
 
 def _kept_high(activations: Collection[TensorInfo]) -> set[str]:
     """Forward tensors that π_op keeps high, with their gradients, whatever reads them."""
-    inputs = {row.key for row in activations if row.op == INPUT_OP}
+    inputs = {row.key for row in activations if row.op == INPUT}
     last = max((row.group for row in activations), default=0)
     kept = set(inputs)
     for row in activations:

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from assign import _torch
 from assign.errors import AssignError, TraceError
+from assign.numerics.dtypes import COMPUTED
 from assign.tracing.heap import Heap
 from assign.tracing.loaded import stored_otherwise
 from assign.tracing.pieces import Piece
@@ -33,7 +34,6 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 _PREFIX = "L['self'].model"
 _GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # how Dynamo says a.b where parameters are replaced
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS = itertools.count()  # of steps: Dynamo remembers by a function's name which sizes have varied
 _OPERATOR = "\nWhile executing "  # how torch.fx says which node failed
 _PACKAGES = tuple(f'File "{Path(each).parent}{os.sep}' for each in (torch.__file__, Path(__file__).parent))
@@ -222,10 +222,10 @@ def check_parameters(model: nn.Module) -> None:
             f"trace: the model is a {type(model).__name__}, a torch.nn.Module is needed. Pass the module itself."
         )
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype not in _FLOATS:
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype not in COMPUTED:
             raise TraceError(
                 f"trace: parameter {name!r} is {parameter.dtype} and requires a gradient, for which torch has no "
-                f"arithmetic.\n  Allowed: {', '.join(map(str, _FLOATS))}; frozen parameters in any dtype.\n"
+                f"arithmetic.\n  Allowed: {', '.join(map(str, COMPUTED))}; frozen parameters in any dtype.\n"
                 "  Convert it, or call requires_grad_(False) on it."
             )
 

@@ -7,7 +7,7 @@ of the model, so that copies, pickles and sharded models know it too.
 import torch
 from torch import nn
 
-from assign.numerics.rounding import torch_dtype
+from assign.numerics.dtypes import dtype_name, torch_dtype
 from assign.plan.assignment import Assignment
 from assign.plan.formats import LOADED, Format, parse_format
 from assign.plan.keys import master_key
@@ -47,5 +47,5 @@ def stored_otherwise(model: nn.Module) -> dict[str, torch.dtype]:
 
 def complete(plan: Assignment, model: nn.Module) -> Assignment:
     """The plan, with an entry for each master that it leaves as it is in the model, in another dtype than float32."""
-    names = {name: str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters()}
+    names = {name: dtype_name(p.dtype) for name, p in model.named_parameters()}
     return plan.with_loaded({name: LOADED[dtype].name for name, dtype in names.items() if dtype in LOADED})

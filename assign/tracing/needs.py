@@ -15,31 +15,28 @@ from typing import Any
 from torch import Tensor, fx
 
 from assign import _torch
-from assign.plan.lowering import MATRIX_PRODUCTS
-from assign.plan.precision import MOVING, PERIODIC, SHIFTS, SINGULAR, stays_float32
-from assign.plan.tensors import SLICE, Need
+from assign.plan.ops import (
+    CARRY_MASKS,
+    MASK_FROM_CONSTANT,
+    MATRIX_PRODUCTS,
+    PERIODIC,
+    SELECTING,
+    SHIFTS,
+    SINGULAR,
+    SLICE,
+    WRITTEN,
+    WRITTEN_BY_NAME,
+)
+from assign.plan.precision import stays_float32
+from assign.plan.tensors import Need
 from assign.tracing.capture import Capture
-from assign.tracing.constants import WRITTEN, WRITTEN_BY_NAME, numbers_in
+from assign.tracing.constants import numbers_in
 from assign.tracing.functionalize import written
 from assign.tracing.joint import COMPARISONS, aten
-from assign.tracing.operators import MOVES, Walk, operator_name
+from assign.tracing.operators import Walk, operator_name
 
 _MASK = 1e4
 """Magnitude from which a constant is a mask. Source: the first BERT masks with −10000, later models with more."""
-
-_ON_CONSTANTS = frozenset({"add", "sub", "rsub", "mul", "div"})
-"""Operators whose number makes a mask of a constant, as in ``(1 - mask) * -1e9``."""
-
-_CARRY_MASKS = MOVES | frozenset(
-    {
-        SLICE, "add", "sub", "rsub", "mul", "div", "neg", "abs", "where", "masked_fill", "masked_scatter",
-        "maximum", "minimum", "max", "min", "cat", "stack", "getitem", "setitem", "index_put", "index_select",
-        "gather", "scatter", "pad", "tril", "triu", "copy", "clamp", "repeat_interleave", "view", "expand",
-        "expand_as", "unsqueeze", "squeeze", "transpose", "view_as", "reshape_as", "type", "type_as", "float",
-        "broadcast_to", "unfold", "select", "narrow", "split", "chunk", "unbind", "movedim", "swapaxes", "T", "mT",
-    }
-)  # fmt: skip
-"""Operators whose result holds a mask where one of their arguments does."""
 
 
 def find_needs(capture: Capture, walked: Walk) -> dict[str, Need]:
@@ -109,14 +106,14 @@ def _find_masked(capture: Capture, walked: Walk) -> set[fx.Node]:
 
 def _writes_mask(node: fx.Node, walked: Walk) -> bool:
     op = operator_name(node.target)
-    positions = (0, 1) if op in _ON_CONSTANTS and node not in walked.parametric else WRITTEN.get(op, ())
+    positions = (0, 1) if op in MASK_FROM_CONSTANT and node not in walked.parametric else WRITTEN.get(op, ())
     given = [node.args[place] for place in positions if place < len(node.args)]
     given += [node.kwargs.get(name) for name in WRITTEN_BY_NAME] if positions else []
     return any(abs(number) >= _MASK for number in numbers_in(given))
 
 
 def _carries_mask(node: fx.Node, masked: set[fx.Node]) -> bool:
-    return operator_name(node.target) in _CARRY_MASKS and not masked.isdisjoint(node.all_input_nodes)
+    return operator_name(node.target) in CARRY_MASKS and not masked.isdisjoint(node.all_input_nodes)
 
 
 def _family(node: fx.Node, walked: Walk) -> set[fx.Node]:
@@ -160,7 +157,7 @@ def _find_angles(walked: Walk) -> set[str]:
         key = waiting.pop()
         if key not in found:
             found.add(key)
-            waiting += by_key[key].inputs if by_key[key].op in SHIFTS | MOVING else ()
+            waiting += by_key[key].inputs if by_key[key].op in SHIFTS | SELECTING else ()
     return found
 
 

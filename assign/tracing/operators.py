@@ -21,17 +21,14 @@ from torch import Tensor, fx
 
 from assign import _torch
 from assign.errors import TraceError
+from assign.numerics.dtypes import dtype_name
 from assign.plan.keys import activation_key
-from assign.plan.lowering import CONVERSIONS, MATRIX_PRODUCTS
-from assign.plan.tensors import SLICE
+from assign.plan.ops import ARITHMETIC, CONVERSIONS, MATRIX_PRODUCTS, SAME_VALUES, SLICE
 from assign.tracing.capture import Capture, strip_module_path
-from assign.tracing.constants import ARITHMETIC, LARGEST_FP16, numbers_in
+from assign.tracing.constants import LARGEST_FP16, numbers_in
 from assign.tracing.functionalize import Aliases, written
 from assign.tracing.layout import Layout
 from assign.tracing.pieces import Crossing
-
-MOVES = frozenset({"contiguous", "clone", "reshape", "flatten", "to", "detach", "flip", "roll", "repeat", "permute"})
-"""Operators whose result holds the very values of their first argument: no new site, the same key."""
 
 CROSSING = "crossing"
 """Operator of a site that is a result of an earlier piece: a tensor of the table already, marked there."""
@@ -83,6 +80,11 @@ class Site:
         done = layout.order[self.after]
         later = [node for node in readers if layout.order.get(node, -1) > done]
         return [later] if later else []
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the tensor in the model as it was loaded."""
+        return dtype_of(self.value)
 
     @property
     def elements(self) -> int:
@@ -340,7 +342,7 @@ def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result:
         _name_view(graph, node, maker, aliases, result)
         return
     first = next((n for n in maker.all_input_nodes if n in result.key_of), None)
-    moves = op in MOVES or (op in CONVERSIONS and node not in result.parametric)
+    moves = op in SAME_VALUES or (op in CONVERSIONS and node not in result.parametric)
     if moves and "assign_op" not in maker.meta:
         if first is not None:
             result.key_of[node] = result.key_of[first]
@@ -424,7 +426,7 @@ def source_line(node: fx.Node) -> str:
 
 def dtype_of(value: Tensor) -> str:
     """Its name, as in the table."""
-    return str(value.dtype).removeprefix("torch.")
+    return dtype_name(value.dtype)
 
 
 def converts(node: fx.Node, walked: Walk) -> bool:

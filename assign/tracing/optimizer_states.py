@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from assign import _torch
 from assign.errors import TraceError
+from assign.numerics.dtypes import dtype_name
 from assign.plan.keys import Key, state_key
 from assign.plan.tensors import Role, TensorInfo
 from assign.tracing.allocations import Allocations
@@ -156,7 +157,7 @@ def _row(name: str, key: str, state: Tensor) -> TensorInfo:
         role=Role.OPTIM_STATE,
         shape=tuple(state.shape),
         elements=state.numel(),
-        dtype=str(state.dtype).removeprefix("torch."),
+        dtype=dtype_name(state.dtype),
         op="optimizer",
         module=Key(name).module,
     )

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from assign import _torch
 from assign.errors import TraceError
+from assign.numerics.dtypes import torch_dtype
 from assign.plan.tensors import SCRATCH_DTYPES
 from assign.tracing.measuring import count_bytes, measure_peak
 
@@ -81,7 +82,7 @@ def kernel_scratch(node: fx.Node) -> tuple[int, ...]:
     args, kwargs = _torch.pytree.tree_map_only(fx.Node, _torch.joint_value, (node.args, node.kwargs))
     tensors = [value for value in args if isinstance(value, Tensor)]
     in_float64 = bool(tensors) and tensors[0].dtype == torch.float64
-    dtypes = [getattr(torch, name) for name in SCRATCH_DTYPES if in_float64 or name != "float64"]
+    dtypes = [torch_dtype(name) for name in SCRATCH_DTYPES if in_float64 or name != "float64"]
     found = tuple(scratch_of(node.target, args, kwargs, _torch.joint_value(node), dtype) for dtype in dtypes)
     return found if any(found) else ()
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assign.errors import FormatError, TaskError
+from assign.numerics.dtypes import SIXTEEN_BITS
 from assign.numerics.rounding import quantize
 from assign.plan.formats import Format, parse_format
 from assign.plan.keys import state_key
@@ -27,7 +28,6 @@ from assign.tasks.batch import move
 from assign.tasks.task import Task, check_device
 from assign.training.weights import load_weights
 
-_NARROW = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _EPSILONS = ("eps", "epsilon", "variance_epsilon")
 _DECAYS = ("betas", "alpha", "rho")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -197,7 +197,7 @@ def _own_dtype(module: nn.Module, recurse: bool = False) -> torch.dtype | None:
 
 
 def _narrow(dtype: torch.dtype | None) -> Format | None:
-    return parse_format(_NARROW[dtype]) if dtype in _NARROW else None
+    return parse_format(SIXTEEN_BITS[dtype]) if dtype is not None and dtype in SIXTEEN_BITS else None
 
 
 # ---- range

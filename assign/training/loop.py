@@ -31,7 +31,7 @@ from assign.plan.assignment import Assignment
 from assign.plan.formats import parse_format
 from assign.plan.keys import is_grad_key
 from assign.plan.memory import peak_bytes
-from assign.plan.recipes import get_recipe
+from assign.plan.recipes import get_recipe, promotable
 from assign.plan.stored import (
     UpdateRounding,
     check_rounding,
@@ -442,7 +442,8 @@ class _Run:
         """Return the result of the run; ``message``: where it diverged, or ``''``."""
         h, promotion = self.history, self.promotion
         plan = promotion.plan if promotion else self.plan
-        peak = peak_bytes(table, plan.entries if plan else {}, self.update_rounding) if table else None
+        later = promotable(table, self.plan) if table and self.plan and promotion and promotion.every else {}
+        peak = peak_bytes(table, plan.entries if plan else {}, self.update_rounding, later) if table else None
         return TrainResult(
             metrics=dict(h.metrics),
             fp32_metrics=dict(h.fp32_metrics),

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import assign
 from assign.errors import AssignError
 from assign.plan.assignment import Assignment, Entry
+from assign.plan.compute_dtype import operators
 from assign.plan.formats import loaded_format
-from assign.plan.lowered import Lowered
 from assign.plan.recipes import get_recipe, initial
 from benchmarks.opdb.samples import DATABASES, Sample, loss, names, samples, seed, size
 from benchmarks.zoo.try_model import said
@@ -108,7 +108,7 @@ def in_bf16(sample: Sample, table: Any, expected: Result, scale: float) -> dict[
     plan = Assignment(entries=initial(table, get_recipe("bf16")), recipe="bf16", fingerprint=table.fingerprint)
     torch._dynamo.reset()
     found, ran = planned(sample, plan)
-    made = {each.op: each.dtype for each in Lowered(table, plan.entries).operators() if each.key[:5] != "loss/"}
+    made = {each.op: each.dtype for each in operators(table, plan.entries) if each.key[:5] != "loss/"}
     row: dict[str, Any] = {"operators": made, "ran": sorted(ran)}
     error = row["error"] = distance(found, expected, scale)
     limit = FLOOR

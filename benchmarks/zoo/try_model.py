@@ -31,8 +31,8 @@ from torch.utils import _pytree as pytree
 import assign
 from assign.errors import AssignError
 from assign.plan.assignment import Assignment
-from assign.plan.groups import GEMM_OPS
 from assign.plan.keys import grad_key
+from assign.plan.ops import GROUP_STARTS
 from assign.plan.recipes import get_recipe, initial
 from assign.plan.tensors import Role, TensorTable
 from assign.strategies.baselines import as_loaded
@@ -153,7 +153,7 @@ def verdict(row: dict[str, Any], bound: float) -> dict[str, str]:
 
 def as_autocast(table: TensorTable, bf16: Assignment) -> Assignment:
     """A plan that narrows what autocast narrows, operands and results of products, and keeps the rest as loaded."""
-    products = [each for each in table.paper_tensors if each.role is Role.ACTIVATION and each.op in GEMM_OPS]
+    products = [each for each in table.paper_tensors if each.role is Role.ACTIVATION and each.op in GROUP_STARTS]
     narrow = {key for each in products for key in (each.key, *each.inputs)}
     narrow |= {grad_key(key) for key in narrow}
     kept = as_loaded(table, get_recipe("bf16"))
