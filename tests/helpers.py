@@ -1,8 +1,11 @@
 """What several test modules do: plans from tables, a few training steps, bytes measured by the profiler."""
 
+import dataclasses
+
 import torch
 from models import class_loss
 
+from assign.executor.passes.pack import pack
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.recipes import get_recipe, initial
 from assign.tracing.measuring import measure_peak
@@ -63,3 +66,8 @@ def measured_peak(model, batch, step, optimizer):
     optimizer.zero_grad()
     states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     return measure_peak(one, [*model.parameters(), *model.buffers(), *batch, *states])
+
+
+def packed_channels_last(joint, context):
+    """The packing as it is where Inductor lays images out channels-last."""
+    return pack(joint, dataclasses.replace(context, channels_last=True))

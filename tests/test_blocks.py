@@ -11,13 +11,13 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import all_low, everything, sgd, steps, traced
+from helpers import all_low, everything, packed_channels_last, sgd, steps, traced
 from models import GPT, MLP, InPlace, ResNet, class_loss, images, tokens, vectors
 from torch import library, nn
 
 from assign import _torch
 from assign.errors import FormatError
-from assign.executor import compile as compiling
+from assign.executor import pipeline
 from assign.executor.apply import apply, planned_step
 from assign.numerics import blocks
 from assign.numerics.blocks import block_format, decode_blocks, encode_blocks, memory_order
@@ -520,8 +520,7 @@ def copied_to_encode(profiler):
 @pytest.mark.slow
 def test_both_backends_give_the_same_gradients(monkeypatch):
     """Once the eager one's blocks run as the images lie that Inductor makes, which it copies for that."""
-    pack = compiling.pack
-    monkeypatch.setattr(compiling, "pack", lambda joint, plan, **_: pack(joint, plan, channels_last=True))
+    monkeypatch.setattr(pipeline, "JOINT", (packed_channels_last, *pipeline.JOINT[1:]))
     batch = images(4)
     model = ResNet(blocks=1)
     table = traced(model, batch)

@@ -330,6 +330,26 @@ def test_show_lowered_says_where_operators_run_and_why(here):
     assert rows["loss/mse_loss"]["why"] == "not known to sum in float32 when its operands are 16-bit"
 
 
+def test_show_writes_what_each_graph_pass_changes(here):
+    run("search", "mine.py:task", "--low-ratio", "1", "-o", "p.json")
+    run("show", "p.json", "--log-passes", "passes.json", "--task", "mine.py:task")
+    found = json.loads((here / "passes.json").read_text())
+    assert [each["name"] for each in found["eager"]] == [
+        "mark",
+        "pack",
+        "narrow_products",
+        "fuse_scales",
+        "fuse_scales",
+    ]
+    assert {each["name"] for each in found["inductor"]} > {
+        "reuse_grids",
+        "keep_in_backward",
+        "inline_casts",
+        "overwrite",
+    }
+    assert found["eager"][0]["added"]["mark_tensor"] > 3
+
+
 def test_what_is_stored_can_be_chosen_and_is_shown(here, capsys, monkeypatch):
     store = ["--optimizer-states", "bf16", "--gradients", "bf16"]
     run("run", "mine.py", "--low-ratio", "0", *store, "-o", "p.json", "--json", "run.json")

@@ -7,7 +7,8 @@ from models import MODELS, Checkpointed, Complex, Gated, Recurrent, Upsampling, 
 from torch import fx
 
 from assign import _torch
-from assign.executor.mark import mark
+from assign.executor.context import Context, Step
+from assign.executor.passes.mark import mark
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
 from assign.plan.assignment import Assignment, Entry
@@ -106,7 +107,8 @@ def executed(model, batch, plan, promotion):
     def receive(capture):
         functionalize(capture.graph)
         walked = walk(capture)
-        mark(capture, walked, complete(plan, model), promotion, DelayedScales(plan))
+        step = Step(capture=capture, walked=walked, promotion=promotion, scales=DelayedScales(plan))
+        mark(capture.graph, Context(plan=complete(plan, model), step=step))
         examples = [_torch.fake_value(n) for n in capture.graph.graph.find_nodes(op="placeholder")]
         stored = [capture.dtypes.get(n) for n in capture.graph.graph.find_nodes(op="placeholder")]
         examples = [x if dtype is None else x.to(dtype) for x, dtype in zip(examples, stored, strict=True)]

@@ -3,21 +3,27 @@
 import copy
 import operator
 import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import all_high, all_low, everything, sgd, steps, traced
+from helpers import all_high, all_low, everything, packed_channels_last, sgd, steps, traced
 from models import GPT, MLP, MODELS, Complex, Gated, InPlace, Recurrent, ResNet, class_loss, images, tokens, vectors
 from torch import nn
+from torch._inductor.custom_graph_pass import get_hash_for_files
 
 import assign
 from assign import _torch
 from assign.errors import PlanError
-from assign.executor import compile as compiling
+from assign.executor import pipeline
 from assign.executor.apply import apply, autocast, planned_step
-from assign.executor.compile import Backend, make_backend
-from assign.executor.pack import pack
+from assign.executor.backends import Backend, make_backend
+from assign.executor.pipeline import source_files
+from assign.executor.rehearsal import log_passes
 from assign.numerics.rounding import quantize
 from assign.optim.optimizers import follow
 from assign.plan.assignment import Assignment, Entry
@@ -168,7 +174,7 @@ def test_weights_that_inductor_would_copy_wait_in_their_own_format(graphs, monke
     plan = all_low(traced(model, batch))
     expected = steps(model, planned_step(model, class_loss, plan, backend="eager"), batch, count=2)
     graphs.clear()
-    monkeypatch.setattr(compiling, "pack", lambda joint, plan, **_: pack(joint, plan, channels_last=True))
+    monkeypatch.setattr(pipeline, "JOINT", (packed_channels_last, *pipeline.JOINT[1:]))
     losses, grads = steps(twin, planned_step(twin, class_loss, plan, backend="eager"), batch, count=2)
     assert losses == expected[0]
     for ours, theirs in zip(grads, expected[1], strict=True):
@@ -535,7 +541,55 @@ def test_the_compiler_caches_by_the_passes_that_are_there(monkeypatch):
     make_backend(plan, Backend.INDUCTOR)
     assert all(path.is_file() for path in taken["passes"])
     named = {f"{path.parent.name}/{path.stem}" for path in taken["passes"]}
-    assert {"executor/pack", "executor/reuse", "numerics/kernels", "numerics/rounding", "tracing/joint"} <= named
+    assert {"passes/pack", "numerics/kernels", "plan/compute_dtype", "tracing/joint", "assign/_torch"} <= named
+
+
+def test_the_key_of_the_compilers_cache_holds_every_file_that_can_change_a_graph(tmp_path):
+    """Each module that the backends import is in it, so an edit of any of them in a copy gives another key."""
+    code = "import sys, assign.executor.apply; print(*(m for m in sys.modules if m.split('.')[0] == 'assign'))"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    package = Path(assign.__file__).parent
+    copied = tmp_path / "assign"
+    shutil.copytree(package, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    names = {str(path.relative_to(tmp_path).with_suffix("")).replace("/", ".") for path in source_files(copied)}
+    assert {name.removesuffix(".__init__") for name in names} >= set(imported)
+
+    def key():
+        get_hash_for_files.cache_clear()  # it remembers files by name
+        return get_hash_for_files(tuple(map(str, source_files(copied))), extra="entries")
+
+    before = key()
+    for edited in ("plan/compute_dtype.py", "plan/ops.py", "executor/passes/pack.py", "tracing/operators.py"):
+        (copied / edited).write_text((copied / edited).read_text() + "\n# edited\n")
+        assert key() != before
+        before = key()
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_the_log_says_what_each_pass_changed(backend):
+    """Forward rounding is marked, what waits is encoded, and scale and rounding become one operator."""
+    torch.manual_seed(0)
+    model, batch = MLP(), vectors()
+    plan = all_low(traced(model, batch))
+    changes = log_passes(model, batch, class_loss, plan, backend=Backend(backend))
+    of = {(each.graph, each.name): each for each in changes}
+    assert of["captured", "mark"].added["mark_tensor"] >= 4
+    assert of["joint", "pack"].added["assign.encode.default"] >= 1
+    fused = of["forward", "fuse_scales"]
+    assert fused.added["assign.scale_quantize.default"] == fused.removed["assign.scale.default"] >= 1
+    assert (("joint", "reuse_grids") in of) == (("lowered", "overwrite") in of) == (backend == "inductor")
+    assert "fuse_scales" in str(fused)
+    assert "+" in str(fused)
+    untouched = log_passes(model, batch, class_loss, everything(traced(model, batch), "fp32"))
+    assert not any(each.added or each.removed for each in untouched)
+
+
+def test_a_planned_step_logs_its_passes():
+    model, batch, found = MLP(), vectors(), []
+    plan = all_low(traced(model, batch))
+    planned_step(model, class_loss, plan, backend="eager", log_passes=found.append)(batch)
+    apply(model, plan, backend="eager", log_passes=found.append)(batch[0])
+    assert [each.name for each in found].count("mark") == 2
 
 
 def test_kernels_that_lay_results_out_otherwise_than_without_data():

@@ -5,10 +5,14 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from assign.executor.fuse import fuse_scales, overwrite
+from assign.executor.context import Context
+from assign.executor.passes.fuse_scales import fuse_scales
+from assign.executor.passes.overwrite import overwrite
+from assign.plan.assignment import Assignment
 
 ops = torch.ops.assign
 NAME = "e4m3:pow2"
+CONTEXT = Context(plan=Assignment(entries={}, recipe="native", fingerprint=""))
 
 
 def traced(function, *args):
@@ -42,7 +46,7 @@ X = torch.linspace(-40, 40, 24).reshape(4, 6)
 def test_rounding_in_place_where_nobody_else_reads(function, in_place):
     graph = traced(function, X)
     expected = graph(X)
-    overwrite(graph.graph)
+    overwrite(graph, CONTEXT)
     graph.recompile()
     assert (torch.ops.higher_order.auto_functionalized in targets(graph)) == in_place
     assert (ops.quantize.default in targets(graph)) != in_place
@@ -57,9 +61,9 @@ def test_scale_and_rounding_in_place():
 
     graph = traced(function, X)
     expected = graph(X)
-    fuse_scales(graph.graph)
+    fuse_scales(graph, CONTEXT)
     assert targets(graph).count(ops.scale_quantize.default) == 1
-    overwrite(graph.graph)
+    overwrite(graph, CONTEXT)
     graph.recompile()
     assert torch.ops.higher_order.auto_functionalized in targets(graph)
     for one, other in zip(graph(X), expected, strict=True):
@@ -80,5 +84,5 @@ def test_scale_and_rounding_in_place():
 def test_what_is_not_fused(function):
     graph = traced(function, X)
     before = targets(graph)
-    fuse_scales(graph.graph)
+    fuse_scales(graph, CONTEXT)
     assert targets(graph) == before

@@ -7,9 +7,9 @@ from models import GPT, MLP, class_loss, tokens, vectors
 from torch import nn
 
 from assign import _torch
-from assign.executor import compile as compiling
+from assign.executor import pipeline
 from assign.executor.apply import planned_step
-from assign.executor.narrow import narrow_products
+from assign.executor.passes.narrow_products import narrow_products
 from assign.numerics.promotion import Promotion
 from assign.numerics.rounding import amax_scale, decode, encode, quantize
 from assign.plan.compute_dtype import multiply_dtype, operators
@@ -29,13 +29,15 @@ def counted(monkeypatch):
     """Of each joint graph: operator and whether it is backward, of every product."""
     found = []
 
-    def count(graph):
-        narrow_products(graph)
-        graph.lint()
-        products = [n for n in graph.nodes if "mm" in str(n.target) or "product.default" in str(n.target)]
+    def count(joint, context):
+        narrow_products(joint, context)
+        joint.graph.lint()
+        products = [n for n in joint.graph.nodes if "mm" in str(n.target) or "product.default" in str(n.target)]
         found.extend((str(n.target).removesuffix(".default"), _torch.is_backward(n)) for n in products)
 
-    monkeypatch.setattr(compiling, "narrow_products", count)
+        return joint
+
+    monkeypatch.setattr(pipeline, "JOINT", (pipeline.pack, count))
     return found
 
 
@@ -43,7 +45,8 @@ def trained(plan_of, narrowed, monkeypatch, backend="eager", promotion=False):
     """Losses and gradients of two steps of a GPT, with or without the pass."""
     with monkeypatch.context() as patch:
         if not narrowed:
-            patch.setattr(compiling, "narrow_products", lambda graph: 0)
+            patch.setattr(pipeline, "JOINT", (pipeline.pack,))
+            patch.setattr(pipeline, "JOINT_COMPILED", (pipeline.pack, *pipeline.JOINT_COMPILED[2:]))
         torch.manual_seed(0)
         model, batch = GPT(width=64, length=16), tokens(batch=4, length=16)
         plan = plan_of(traced(model, batch))
@@ -93,7 +96,12 @@ def test_two_e5m2_matrices_are_not_multiplied_in_8_bits(counted, on_fp8_hardware
 
 def test_codes_that_wait_for_the_backward_pass_are_multiplied_as_they_are(on_fp8_hardware, monkeypatch):
     graphs = []
-    monkeypatch.setattr(compiling, "narrow_products", lambda graph: narrow_products(graph) and graphs.append(graph))
+
+    def keep(joint, context):
+        graphs.append(joint.graph)
+        return joint
+
+    monkeypatch.setattr(pipeline, "JOINT", (*pipeline.JOINT, keep))
     trained(all_low, True, monkeypatch)
     coded = [n for n in graphs[0].nodes if n.target is ops.encode.default]
     assert len(coded) > 10

@@ -8,10 +8,10 @@ from helpers import all_low, everything, steps, traced
 from models import MODELS, class_loss
 from torch import nn
 
-from assign.executor import compile as compiling
+from assign.executor import pipeline
 from assign.executor.apply import planned_step
-from assign.executor.pack import pack
-from assign.executor.reuse import reuse_grids
+from assign.executor.passes.pack import pack
+from assign.executor.passes.reuse_grids import reuse_grids
 from assign.numerics.promotion import Promotion
 from assign.plan.assignment import Assignment, Entry
 
@@ -21,12 +21,15 @@ def dropped(monkeypatch):
     """The eager backend with the pass in it; how many roundings went, graph by graph."""
     counts = []
 
-    def pack_and_reuse(joint, plan, **_options):
-        pack(joint, plan)
-        counts.append(reuse_grids(joint.graph))
+    def reuse(joint, context):
+        roundings = {"op": "call_function", "target": torch.ops.assign.quantize.default}
+        before = len(joint.graph.find_nodes(**roundings))
+        reuse_grids(joint, context)
+        counts.append(before - len(joint.graph.find_nodes(**roundings)))
         joint.graph.lint()
+        return joint
 
-    monkeypatch.setattr(compiling, "pack", pack_and_reuse)
+    monkeypatch.setattr(pipeline, "JOINT", (pack, reuse, *pipeline.JOINT[1:]))
     return counts
 
 

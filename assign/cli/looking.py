@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,8 +13,8 @@ from assign.cli.origin import Origin, PlanDevice, PlanTask, origin_of
 from assign.cli.outputs import check_outputs, write_json
 from assign.cli.shell import app, console, open_task, traced
 from assign.errors import AssignError
-from assign.executor.compile import Backend
-from assign.executor.rehearsal import Rehearsal, rehearse
+from assign.executor.backends import Backend
+from assign.executor.rehearsal import Rehearsal, log_passes, rehearse
 from assign.files import is_stdout
 from assign.plan.assignment import Assignment
 from assign.plan.compute_dtype import operators
@@ -121,6 +121,14 @@ def show(
     lowered: Annotated[
         bool, typer.Option("--lowered", help="Which operators of a step run in 16 bit, which in 32, and why.")
     ] = False,
+    log_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--log-passes",
+            metavar="FILE",
+            help="Write as JSON what each graph pass adds and removes, for both backends; - is standard output.",
+        ),
+    ] = None,
     task: PlanTask = None,
     batch_size: BatchSize = None,
     device: PlanDevice = None,
@@ -128,7 +136,7 @@ def show(
     json_file: Json = None,
 ) -> None:
     """Print a plan: where it came from, where its memory goes, its formats, its largest tensors."""
-    check_outputs(json_file, inputs=[plan, task])
+    check_outputs(json_file, log_file, inputs=[plan, task])
     chosen = Assignment.load(plan)
     origin = origin_of(
         plan,
@@ -138,6 +146,8 @@ def show(
         device=device,
         data=data,
     )
+    if log_file is not None:
+        write_json(log_file, _passes(chosen, origin))
     if lowered:
         _show_lowered(chosen, origin, json_file)
         return
@@ -152,6 +162,15 @@ def show(
     console.print(why, highlight=False, end="\n" if why else "")
     facts = {"plan": json.loads(chosen.to_json()), "step": step and step.to_json()}
     write_json(json_file, facts)
+
+
+def _passes(plan: Assignment, origin: Origin) -> dict[str, list[dict[str, Any]]]:
+    """Return what each graph pass changes in the plan's step, by backend."""
+    task, where = origin.open(), check_device(origin.device)
+    model, batch = task.make_model().to(where), move(task.first_batch(), where)
+    with console.status("running the graph passes"):
+        found = {each: log_passes(model, batch, task.loss, plan, backend=each) for each in Backend}
+    return {str(backend): [dataclasses.asdict(each) for each in changes] for backend, changes in found.items()}
 
 
 def _show_lowered(plan: Assignment, origin: Origin, json_file: Path | None) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from assign.executor.compile import Backend
+from assign.executor.backends import Backend
 from assign.plan.stored import UpdateRounding
 from assign.strategies.milp import Granularity
 

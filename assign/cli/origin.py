@@ -12,6 +12,7 @@ from assign.cli.shell import app, open_task, traced
 from assign.errors import TaskError
 from assign.plan.assignment import Assignment
 from assign.plan.tensors import TensorTable
+from assign.tasks import Task
 from assign.tasks.builtin import BUILTIN
 
 PlanTask = Annotated[
@@ -41,11 +42,20 @@ class Origin:
     command: str
 
     def table(self) -> TensorTable:
-        """Every tensor of one step of the task.
+        """Return every tensor of one step of the task.
 
         Raises:
             TaskError: no task is known.
             AssignError: it cannot be loaded or traced.
+        """
+        return traced(self.open(), self.device)
+
+    def open(self) -> Task:
+        """Load the task.
+
+        Raises:
+            TaskError: no task is known.
+            AssignError: it cannot be loaded.
         """
         if self.task is None and self.own_task:
             raise TaskError(
@@ -59,8 +69,7 @@ class Origin:
                 f"{self.plan} does not say which task it was searched for{made}.\n"
                 "  One step of that task must be traced. Give it: --task digits, or --task train.py:task"
             )
-        opened = open_task(self.task, 0, self.batch_size, self.device, self.data, None)
-        return traced(opened, self.device)
+        return open_task(self.task, 0, self.batch_size, self.device, self.data, None)
 
 
 def origin_of(

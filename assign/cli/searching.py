@@ -46,7 +46,7 @@ from assign.cli.options import (
 from assign.cli.outputs import check_directory, check_outputs, write_json
 from assign.cli.shell import app, command_line, console, named, open_task, traced
 from assign.errors import BudgetError
-from assign.executor.compile import Backend
+from assign.executor.backends import Backend
 from assign.executor.timing import measure_times
 from assign.fronts import Front, check_empty, search_front
 from assign.noise.measuring import BATCHES, UNTIL, WARM_UP, measure_noise

@@ -39,7 +39,7 @@ from assign.cli.options import (
 from assign.cli.outputs import check_outputs, write_json
 from assign.cli.searching import prepare_search, searched
 from assign.cli.shell import app, bar, console, open_task, promoted_path, traced, trained
-from assign.executor.compile import Backend
+from assign.executor.backends import Backend
 from assign.numerics.promotion import THRESHOLD
 from assign.plan.assignment import Assignment
 from assign.plan.stored import UpdateRounding

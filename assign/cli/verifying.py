@@ -9,7 +9,7 @@ import typer
 from assign.cli.options import BackendName, BatchSize, Data, Device, Epochs, Json, Seed, TaskName, Weights
 from assign.cli.outputs import check_outputs, write_json
 from assign.cli.shell import app, console, open_task, trained
-from assign.executor.compile import Backend
+from assign.executor.backends import Backend
 from assign.plan.assignment import Assignment
 from assign.report import audits
 from assign.tasks import check_device

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from assign import _torch, several
 from assign.errors import PlanError, nearest
-from assign.executor.compile import Backend, make_backend
+from assign.executor.backends import Backend, make_backend
+from assign.executor.context import Context, PassLog, Step
 from assign.executor.fit import Scope, fit
-from assign.executor.mark import mark, taps_of
 from assign.executor.methods import methods_of, planned_method
 from assign.executor.parameters import store_parameters
+from assign.executor.passes.mark import taps_of
+from assign.executor.pipeline import CAPTURED, run_passes
 from assign.executor.sparse import sparse_inputs, with_sparse_gradients
 from assign.executor.unused import results_behind_inputs, without_unused_gradients
 from assign.numerics.delayed import DelayedScales
@@ -41,6 +43,7 @@ def apply(
     backend: str = "inductor",
     promotion: Promotion | None = None,
     scales: DelayedScales | None = None,
+    log_passes: PassLog | None = None,
 ) -> nn.Module:
     """Return the model, computing under ``plan``. Train it exactly as before.
 
@@ -62,6 +65,8 @@ def apply(
         backend: ``inductor`` (compiled, fast) or ``eager`` (no compiler needed, exact memory, slower rounding).
         promotion: made for ``plan``: tensors that overflow too often get their high format back.
         scales: histories of delayed scales. Default: new ones.
+        log_passes: called with a :class:`assign.executor.context.PassChange` for each graph pass, whenever a graph is
+            captured: what it added and removed.
     Returns:
         A module of the same class as ``model``.
     Raises:
@@ -75,10 +80,10 @@ def apply(
         ```
     """
     store(model, plan)
-    graph_backend, original = _graph_backend(plan, backend), type(model)
+    graph_backend, original = _graph_backend(plan, backend, log_passes), type(model)
 
     def planned_call(function: Callable[..., Any], scope: Scope) -> Callable[..., Any]:
-        return compile_planned(model, function, plan, graph_backend, promotion, scales, scope=scope)
+        return compile_planned(model, function, plan, graph_backend, promotion, scales, scope=scope, log=log_passes)
 
     compiled = planned_call(call_model, Scope.CALL)
 
@@ -182,6 +187,7 @@ def planned_step(
     backend: str = "inductor",
     promotion: Promotion | None = None,
     scales: DelayedScales | None = None,
+    log_passes: PassLog | None = None,
 ) -> Callable[[Any], Tensor]:
     """Return a function ``step(batch)`` → loss that computes model and loss under ``plan``.
 
@@ -189,7 +195,7 @@ def planned_step(
     reduces only gradients of modules that are called through it: use :func:`apply` there.
 
     Args:
-        model, plan, backend, promotion, scales: as for :func:`apply`.
+        model, plan, backend, promotion, scales, log_passes: as for :func:`apply`.
         loss: ``loss(model, batch)`` → scalar tensor.
     Returns:
         The function; call ``backward`` on its result.
@@ -203,7 +209,8 @@ def planned_step(
         ```
     """
     store(model, plan)
-    compiled = compile_planned(model, loss, plan, _graph_backend(plan, backend), promotion, scales)
+    graph_backend = _graph_backend(plan, backend, log_passes)
+    compiled = compile_planned(model, loss, plan, graph_backend, promotion, scales, log=log_passes)
     return functools.partial(compiled, model)
 
 
@@ -226,11 +233,12 @@ def compile_planned(
     *,
     scope: Scope = Scope.STEP,
     whole: bool = False,
+    log: PassLog | None = None,
 ) -> Callable[..., Any]:
     """``call(module, …)`` → ``loss(model, …)`` under the plan; ``module`` is what the user calls.
 
     What the plan stores must be so in the model already; ``graph_backend`` is :func:`make_backend`'s. With ``whole``,
-    the step is one graph in any case, as ``compile_step`` says.
+    the step is one graph in any case, as ``compile_step`` says. ``log`` is called with the change of each graph pass.
     """
     if promotion is not None and not promotion.watches(plan):
         raise PlanError(
@@ -245,7 +253,9 @@ def compile_planned(
         needed, sparse = results_behind_inputs(capture.graph), sparse_inputs(capture)
         walked = walk(capture)
         new = fit(given, walked, capture, scope) if capture.training else {}
-        taps = mark(capture, walked, plan.replace(new), promotion, delayed)
+        step = Step(capture=capture, walked=walked, promotion=promotion, scales=delayed)
+        run_passes(capture.graph, CAPTURED, Context(plan=plan.replace(new), step=step, log=log), "captured")
+        taps = step.taps
 
         def all_taps(inputs: Sequence[Any]) -> list[Tensor]:
             return [each for tap in taps for each in taps_of(inputs[tap.position], tap)]
@@ -298,14 +308,14 @@ def _device_type(model: nn.Module) -> str:
     return parameter.device.type if parameter is not None else "cpu"
 
 
-def _graph_backend(plan: Assignment, backend: str) -> _torch.GraphBackend:
+def _graph_backend(plan: Assignment, backend: str, log: PassLog | None) -> _torch.GraphBackend:
     if backend not in list(Backend):
         near = nearest(backend, Backend)
         raise PlanError(
             f"apply: backend {backend!r} is not known{f', did you mean {near}' if near else ''}. "
             f"Choose one of: {', '.join(Backend)}."
         )
-    return make_backend(plan, Backend(backend))
+    return make_backend(plan, Backend(backend), log=log)
 
 
 def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:

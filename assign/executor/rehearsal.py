@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from assign import _torch
 from assign.errors import TraceError
 from assign.executor.apply import compile_planned, first_lasting, store
-from assign.executor.compile import Backend, make_backend
+from assign.executor.backends import Backend, make_backend
+from assign.executor.context import PassChange
 from assign.plan.assignment import Assignment
 from assign.plan.memory import Replay
 from assign.plan.tensors import TensorTable
@@ -94,8 +95,41 @@ def rehearse(
     )
 
 
+def log_passes(
+    model: nn.Module, batch: Any, loss: Loss, plan: Assignment, *, backend: Backend = Backend.EAGER
+) -> tuple[PassChange, ...]:
+    """Return what each graph pass changes in one step under ``plan``, in order. Nothing is computed.
+
+    Args:
+        model: as for :func:`assign.trace`. If the plan stores some of it narrowly, a copy is used.
+        batch: argument of ``loss``.
+        loss: ``loss(model, batch)`` → scalar tensor.
+        plan: for this model.
+        backend: what the graphs are made for.
+    Returns:
+        One entry for each pass and graph.
+    Raises:
+        PlanError: the plan is for another model.
+        TraceError: as for :func:`assign.trace`.
+    """
+    if first_lasting(plan) is not None:
+        model = copy.deepcopy(model)
+        store(model, plan)
+    changes: list[PassChange] = []
+    compiler = _Programs().receive if backend is Backend.INDUCTOR else lambda *_: _torch.boxed(_stop)
+    graph_backend = make_backend(plan, backend, compiler, changes.append)
+    step = compile_planned(model, loss, plan, graph_backend, whole=True, log=changes.append)
+    with contextlib.suppress(_Received):
+        step(model, batch)
+    return tuple(changes)
+
+
 class _Received(Exception):
     """Both graphs are compiled; the step itself must not run."""
+
+
+def _stop(*_args: Any) -> Any:
+    raise _Received
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +163,7 @@ class _Programs:
             with _torch.without_data(inputs):
                 _torch.report_strides(run(list(map(_like, inputs))))
 
-        def stop(*_args: Any) -> Any:
-            raise _Received
-
-        return _torch.boxed(stop)
+        return _torch.boxed(_stop)
 
     def run(self) -> tuple[int, int, int]:
         """Bytes of the forward pass at its worst, of what it leaves behind, of the backward pass at its worst."""

@@ -22,7 +22,7 @@ from torch import fx, nn
 from assign import _torch
 from assign.errors import PlanError
 from assign.executor.apply import compile_planned, store
-from assign.executor.compile import Backend, make_backend
+from assign.executor.backends import Backend, make_backend
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import Format, parse_format
 from assign.plan.keys import base_key, grad_key

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from assign.errors import AssignError, ComparisonError, nearest
-from assign.executor.compile import Backend
+from assign.executor.backends import Backend
 from assign.numerics.promotion import THRESHOLD
 from assign.plan.assignment import Assignment
 from assign.plan.memory import estimate

@@ -72,14 +72,19 @@ class Watch:
         return os.path.realpath(path).startswith(self._folder)
 
 
-_INSTALLED = ("template.html", f"{os.sep}optuna{os.sep}storages{os.sep}", f"{os.sep}sqlalchemy{os.sep}")
+_INSTALLED = (
+    "template.html",
+    os.path.join("", "optuna", "storages", ""),
+    os.path.join("", "sqlalchemy", ""),
+    os.path.join("", "torch", "fx", "graph_module.py"),
+)
 
 
 def _of_libraries(event: str, arguments: tuple[Any, ...]) -> bool:
     """Return whether code that runs is a library's own.
 
-    Jinja compiles the page's template, SQLAlchemy the ``__init__`` of its tables, and Optuna runs the steps between the
-    versions of its database.
+    Jinja compiles the page's template, SQLAlchemy the ``__init__`` of its tables, Optuna runs the steps between the
+    versions of its database, and torch compiles the graph of the model that continues from a checkpoint.
     """
     if event not in ("compile", "exec"):
         return False

@@ -1,4 +1,4 @@
-"""Graph passes that reduce memory traffic of rounding: scale and round in one kernel, and in place."""
+"""Graph pass on a graph that Inductor lowers: round in place where nobody else reads the value."""
 
 import operator
 
@@ -6,35 +6,11 @@ import torch
 from torch import fx
 
 from assign import _torch
-from assign.numerics.delayed import find_history
+from assign.executor.context import Context
 from assign.tracing.joint import describe, is_view
 
 _QUANTIZE = torch.ops.assign.quantize.default
-_SCALE = torch.ops.assign.scale.default
 _SCALE_QUANTIZE = torch.ops.assign.scale_quantize.default
-
-
-def fuse_scales(graph: fx.Graph) -> None:
-    """Scale and quantize as one operator wherever the scale is that of the very tensor and format, or its history's."""
-    for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
-        x, scale, name, saturate, dtype = node.args[:5]
-        own = isinstance(scale, fx.Node) and scale.target is _SCALE and scale.args[0] is x
-        if not own or len(node.args) > 5:  # a seed: by chance, in a kernel of its own
-            continue
-        history = find_history(scale.args[1])
-        if name != (history.format.name if history else scale.args[1]):
-            continue
-        with graph.inserting_before(scale):
-            both = graph.call_function(_SCALE_QUANTIZE, (x, scale.args[1], saturate, dtype))
-            parts = [graph.call_function(operator.getitem, (both, index)) for index in (0, 1)]
-        values = (_torch.joint_value(node), _torch.joint_value(scale))
-        for new, value in zip((both, *parts), (values, *values), strict=True):
-            describe(new, value, node, backward=_torch.is_backward(node))
-        node.replace_all_uses_with(parts[0])
-        scale.replace_all_uses_with(parts[1])
-        graph.erase_node(node)
-        graph.erase_node(scale)
-
 
 _IN_PLACE = {
     _QUANTIZE: (torch.ops.assign.quantize_.default, ("x", "scale", "format", "saturate", "dtype", "seed", "stream")),
@@ -42,12 +18,13 @@ _IN_PLACE = {
 }
 
 
-def overwrite(graph: fx.Graph) -> None:
+def overwrite(module: fx.GraphModule, context: Context) -> fx.GraphModule:
     """Let a value be rounded in its own memory where nobody else reads it.
 
     Otherwise a rounded copy is made beside it: more bytes at the peak, and fresh memory is slow to touch. Inductor has
     the last word: it copies where it finds another reader.
     """
+    graph = module.graph
     for node in [node for node in graph.nodes if node.target in _IN_PLACE]:
         target, names = _IN_PLACE[node.target]
         arguments = dict(zip(names, node.args, strict=False))
@@ -71,6 +48,8 @@ def overwrite(graph: fx.Graph) -> None:
             graph.erase_node(scale)
             node.replace_all_uses_with(rounded)
         graph.erase_node(node)
+    graph.lint()
+    return module
 
 
 def _is_last_reader(node: fx.Node) -> bool:

@@ -16,7 +16,6 @@ Autograd gives a parameter's gradient the parameter's dtype. Where the plan stor
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from assign import _torch
-from assign.numerics.delayed import DelayedScales, find_history
+from assign.executor.context import Context, Step, Tap
+from assign.numerics.delayed import find_history
 from assign.numerics.dtypes import dtype_name, torch_dtype
 from assign.numerics.promotion import Promotion, Slot, find_slot, format_named
 from assign.numerics.rounding import draw_seed, stream_of
@@ -37,7 +37,6 @@ from assign.plan.keys import grad_key, saved_key
 from assign.plan.ops import ARITHMETIC, CONVERSIONS, FLOAT32_PARAMETERS
 from assign.plan.stored import gradient_format, stored_dtype
 from assign.plan.tensors import MARK, Role
-from assign.tracing.capture import Capture
 from assign.tracing.constants import hold_numbers
 from assign.tracing.functionalize import written
 from assign.tracing.layout import Layout
@@ -187,47 +186,33 @@ def mark_tensor(
     return _torch.apply_function(_Mark, x, forward, backward, torch_dtype(dtype), visible, seed, streams, *taps)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tap:
-    """One more input of a marked graph, behind its others: for the parameter at ``position``, in ``dtype``.
-
-    Two where the gradient has a scale: for it too.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    position: int
-    dtype: torch.dtype
-
-
-def mark(
-    capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion | None, scales: DelayedScales
-) -> list[Tap]:
-    """Edit the captured graph so that it computes under ``plan``; graphs of an all-fp32 plan stay as they are.
+def mark(graph: fx.GraphModule, context: Context) -> fx.GraphModule:
+    """Let the captured step compute under the plan; graphs of an all-fp32 plan stay as they are.
 
     Tensors that the plan does not name (in evaluation: training checks the plan first) stay as they were loaded.
-    What may be promoted lives in a carrier that holds its high format too.
-
-    Returns:
-        The taps that the graph takes now, in the order of its inputs.
+    What may be promoted lives in a carrier that holds its high format too. The step gets the taps that the graph takes
+    now, in the order of its inputs.
     """
-    marker = _Marker(capture, walked, plan, promotion, scales)
-    marker.mark_graph(capture.graph)
-    if not capture.is_part:
-        marker.restore_outputs(capture.graph)
-    capture.graph.graph.lint()
-    capture.graph.recompile()
-    return marker.taps
+    step = context.step
+    assert step is not None
+    marker = _Marker(step, context.plan)
+    marker.mark_graph(graph)
+    if not step.capture.is_part:
+        marker.restore_outputs(graph)
+    graph.graph.lint()
+    graph.recompile()
+    step.taps.extend(marker.taps)
+    return graph
 
 
 class _Marker:
-    def __init__(
-        self, capture: Capture, walked: Walk, plan: Assignment, promotion: Promotion | None, scales: DelayedScales
-    ) -> None:
+    def __init__(self, step: Step, plan: Assignment) -> None:
+        capture, walked = step.capture, step.walked
         self.capture = capture
         self.walked = walked
         self.plan = plan
-        self.scales = scales
-        self.slots = _slots(walked, plan, promotion)
+        self.scales = step.scales
+        self.slots = _slots(walked, plan, step.promotion)
         self.sites: dict[fx.Node, list[Site]] = {}
         for site in walked.sites:
             self.sites.setdefault(site.after, []).append(site)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from assign import _torch
+from assign.executor.context import Context
 from assign.numerics.products import MULTIPLE
 from assign.numerics.promotion import find_slot, format_named
 from assign.plan.compute_dtype import is_float8
@@ -48,9 +49,9 @@ class _Operand(NamedTuple):
         return self.source.target in (_QUANTIZE, _DECODE) and all(map(is_view, self.views))
 
 
-def narrow_products(graph: fx.Graph) -> int:
-    """Edit a joint graph in place; how many products were narrowed."""
-    done = 0
+def narrow_products(joint: fx.GraphModule, context: Context) -> fx.GraphModule:
+    """Multiply matrices in the narrowest dtype that holds their elements."""
+    graph, done = joint.graph, 0
     for node in [n for n in graph.nodes if n.target in (_aten.mm.default, _aten.addmm.default, _aten.bmm.default)]:
         matrices = [argument for argument in node.args if isinstance(argument, fx.Node)][-2:]
         operands = [_operand(matrix) for matrix in matrices]
@@ -60,7 +61,7 @@ def narrow_products(graph: fx.Graph) -> int:
         done += _multiply_codes(graph, node, found) or _multiply_in_bf16(graph, node, matrices, found)
     if done:
         graph.eliminate_dead_code()
-    return done
+    return joint
 
 
 def _operand(matrix: fx.Node) -> _Operand | None:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from assign import _torch
+from assign.executor.context import Context
 from assign.plan.formats import Scaling, parse_format
 from assign.tracing.joint import COPIES, is_view
 
@@ -37,9 +38,9 @@ _VALUE_AT = {_aten.full.default: 1, _aten.full_like.default: 1, _aten.scalar_ten
 """Constants: which argument is their value."""
 
 
-def reuse_grids(graph: fx.Graph) -> int:
-    """Take out every rounding that changes nothing; how many there were."""
-    dropped = 0
+def reuse_grids(joint: fx.GraphModule, context: Context) -> fx.GraphModule:
+    """Take out every rounding that changes nothing."""
+    graph = joint.graph
     for mark in list(graph.find_nodes(op="call_function", target=_QUANTIZE)):
         source = _rounded_before(mark)
         if source is None:
@@ -50,8 +51,7 @@ def reuse_grids(graph: fx.Graph) -> int:
         if isinstance(scale, fx.Node) and isinstance(other, fx.Node):
             scale.replace_all_uses_with(other)
             graph.erase_node(scale)
-        dropped += 1
-    return dropped
+    return joint
 
 
 def _rounded_before(mark: fx.Node) -> fx.Node | None:

@@ -1,76 +1,29 @@
-"""Backends: run the packed graphs node by node, or compile them with Inductor."""
+"""Graph pass on a graph that Inductor lowers: casts between dtypes become torch's own operators."""
 
 from collections.abc import Callable
-from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from assign import _torch
-from assign.executor.fuse import fuse_scales, overwrite
-from assign.executor.narrow import narrow_products
-from assign.executor.pack import pack
-from assign.executor.reuse import reuse_grids
+from assign.executor.context import Context
 from assign.numerics import rounding
 from assign.numerics.dtypes import torch_dtype
 from assign.numerics.promotion import find_slot
-from assign.plan.assignment import Assignment
 from assign.plan.formats import Storage, parse_format
 
 _QUANTIZE = torch.ops.assign.quantize.default
-_SCALE = torch.ops.assign.scale.default
-_DECODE_BLOCKS = torch.ops.assign.decode_blocks.default
 
 
-class Backend(StrEnum):
-    """How a plan runs."""
-
-    EAGER = "eager"
-    INDUCTOR = "inductor"
-
-
-def make_backend(
-    plan: Assignment, backend: Backend, compiler: Callable[..., Callable[..., Any]] | None = None
-) -> _torch.GraphBackend:
-    """A Dynamo backend for graphs that are marked with ``plan``; a ``compiler`` stands in for the backend's own."""
-    compiled = backend is Backend.INDUCTOR
-
-    def partition(joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
-        pack(joint, plan, channels_last=compiled and _torch.lays_channels_last(joint))
-        narrow_products(joint.graph)
-        if compiled:
-            reuse_grids(joint.graph)
-            _keep_in_backward(joint.graph)
-        graphs = split(joint)
-        for module in graphs:
-            fuse_scales(module.graph)
-            module.recompile()
-        return graphs
-
-    if not compiled:
-        return _torch.eager_backend(partition, compiler) if compiler else _torch.eager_backend(partition)
-    entries = "\n".join(f"{key} {entry.format}" for key, entry in sorted(plan.entries.items()))
-    house = Path(__file__).parents[1]
-    passes = [*sorted(house.glob("executor/*.py")), *sorted(house.glob("numerics/*.py")), house / "tracing/joint.py"]
-    return _torch.inductor_backend(partition, inline, identity=entries, passes=passes, compiler=compiler)
-
-
-def _keep_in_backward(graph: fx.Graph) -> None:
-    """What the packing restores in the backward pass stays there, however cheap it would be to keep it instead."""
-    for node in graph.nodes:
-        if node.target in (*_CASTS, _SCALE, _DECODE_BLOCKS) and _torch.is_backward(node):
-            _torch.pin_backward(node)
-
-
-def inline(graph: fx.Graph) -> None:
-    """Replace casts between dtypes that torch computes in by torch's own operators: Inductor fuses them.
+def inline_casts(module: fx.GraphModule, context: Context) -> fx.GraphModule:
+    """Replace casts between dtypes that torch computes in by torch's own operators, which Inductor fuses.
 
     Rounding to 8 bits, to emulated formats and by chance is long arithmetic: inlined, a graph with all tensors in 8
     bits compiled for minutes. As operators these share compiled kernels, which also leaves a slot free to round and
     to code in another format at the next step.
     """
+    graph = module.graph
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._to_copy.default:  # added by the packing, behind Inductor's decompositions
             node.target = torch.ops.prims.convert_element_type.default
@@ -80,8 +33,8 @@ def inline(graph: fx.Graph) -> None:
             rest = [argument for argument in node.args[1:] if argument is not None]
             body = _torch.trace_inline(_CASTS[node.target](*rest), [_torch.joint_value(x)])
             _splice(graph, node, body, [x])
-    overwrite(graph)
     graph.lint()
+    return module
 
 
 def _is_cast(node: fx.Node) -> bool:

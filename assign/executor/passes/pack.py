@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from assign import _torch
+from assign.executor.context import Context
 from assign.numerics.blocks import memory_order
 from assign.numerics.promotion import format_named
 from assign.numerics.rounding import stream_of
@@ -28,19 +29,18 @@ _SEED = torch.ops.assign.seed.default
 _CHANNELS_LAST = (0, 2, 3, 1)
 
 
-def pack(joint: fx.GraphModule, plan: Assignment, *, channels_last: bool = False) -> None:
-    """Edit the joint graph in place; the graph of an all-fp32 plan stays as it is.
+def pack(joint: fx.GraphModule, context: Context) -> fx.GraphModule:
+    """Let saved activations wait in their own format; the graph of an all-fp32 plan stays as it is.
 
-    Args:
-        channels_last: images will be laid out so when the graph runs: blocks run along their channels first, and an
-            input that is laid out otherwise would wait as a copy of itself.
+    Where images are laid out channels-last, blocks run along their channels first, and an input that is laid out
+    otherwise would wait as a copy of itself.
     """
-    if not any(node.target is _QUANTIZE or _is_narrow(node) for node in joint.graph.nodes):
-        return
-    read_marked_outputs(joint.graph, _QUANTIZE)
-    _Packer(joint.graph, plan, channels_last).run()
-    joint.graph.lint()
-    joint.recompile()
+    if any(node.target is _QUANTIZE or _is_narrow(node) for node in joint.graph.nodes):
+        read_marked_outputs(joint.graph, _QUANTIZE)
+        _Packer(joint.graph, context.plan, context.channels_last).run()
+        joint.graph.lint()
+        joint.recompile()
+    return joint
 
 
 def _is_narrow(node: fx.Node) -> bool:
