@@ -28,10 +28,10 @@ it predicts memory and searches a plan. The third runs a model under a plan, aga
                       ``kernels``, ``launch``, ``words``: how they run. ``blocks``: formats with a scale per block.
                       ``products``: matrix products. ``promotion``: tensors that overflow get the high format.
                       ``delayed``: scales from earlier steps.
-``executor``          Run a model under a plan. ``apply``: the entry points. ``pipeline``: runs the graph ``passes``, each
+``executor``          Run a model under a plan. ``apply``: the entry points. ``pipeline``: runs the graph ``passes``,
                       with a ``context``. ``backends``: eager and compiled. ``fit``: does the plan fit? ``parameters``:
-                      store them as the plan says. ``methods``: of a planned model. ``unused``, ``sparse``: special
-                      gradients. ``rehearsal``: peak of a compiled step. ``timing``: seconds of each choice.
+                      store them as the plan says. ``methods``: of a planned model. ``unused``, ``sparse``: gradients.
+                      ``rehearsal``: peak of a compiled step. ``timing``: seconds of each choice.
 ``optim``             ``optimizers``: states as the plan says, in the form (``states``) of three libraries.
                       ``updates``: SGD and AdamW for 16-bit weights. ``gradients``: stored in 8 bits. ``masters``: with
                       extra bits. ``monitor``: updates lost by rounding.
