@@ -313,6 +313,22 @@ def test_predicted_peak_counts_how_updates_are_rounded(factory, rounding):
     assert estimate(table, plan.with_update_rounding(rounding)).peak_bytes == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("factory", "states"), [(sgd, "dynamic8"), (adamw, "dynamic8"), (adamw, "dynamic4"), (adamw, "e4m3:block256")]
+)
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_predicted_peak_counts_rounded_updates_beside_states_in_other_formats(factory, states, rounding):
+    """The largest master and its gradient are in float32 while the optimizer steps on them."""
+    torch.manual_seed(0)
+    model, batch = MLP(width=2**15), vectors(batch=8)
+    table = traced(model, batch, optimizer=factory)
+    low = {"master": "bf16", "optimizer_states": states, "update_rounding": rounding}
+    plan = search_table(table, strategy="uniform", format_name="bf16", **low)
+    step = planned_step(model, class_loss, plan, backend="eager")
+    measured = measured_peak(model, batch, step, follow(factory(model.parameters()), model, plan))
+    assert estimate(table, plan).peak_bytes == pytest.approx(measured, rel=0.05)
+
+
 def test_a_budget_counts_what_kahans_sum_keeps():
     table = traced(MLP(width=2048), vectors(), optimizer=adamw)
     options = {"master": "bf16", "low_ratio": 0}

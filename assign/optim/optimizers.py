@@ -13,7 +13,8 @@ bitsandbytes    Adam, AdamW and SGD with momentum; states of a parameter all fp3
 ==============  ====================================================================================================
 
 Masters in ``bf16+8`` are joined with their extra bits for the step of their parameter, and split again
-(:mod:`assign.optim.masters`): to the library they are float32.
+(:mod:`assign.optim.masters`): to the library they are float32. So are 16-bit masters whose updates are rounded
+stochastically or with Kahan's sum, beside states in other formats (:mod:`assign.optim.widening`).
 
 A second moment in bf16 does not decay where ``beta2`` is above 0.998: a step takes off less than half a unit in its
 last place. Blocks decay with their scale.
@@ -38,10 +39,12 @@ from assign.optim.gradients import forget_scale
 from assign.optim.gradients import widened as widened_gradient
 from assign.optim.masters import check_known, extra_bits_of, joined, load_extra_bits
 from assign.optim.states import count_changed, make_states, restore, unwrapped, widened
+from assign.optim.widening import Chance, widened_master
 from assign.plan.assignment import Assignment
 from assign.plan.keys import Key, Part, state_key
-from assign.plan.libraries import Library, Stored, check_updates, choose_library
+from assign.plan.libraries import Library, Stored, choose_library, rounds_updates_itself, widen_masters
 from assign.plan.stored import (
+    COMPENSATION,
     EXTRA_BITS,
     StateFormat,
     UpdateRounding,
@@ -78,8 +81,7 @@ def optimizer(
         library: ``torch``, ``torchao`` or ``bitsandbytes``; the first installed one that can keep the states if left
             out.
         update_rounding: how updates of 16-bit masters are rounded: ``nearest``, ``stochastic`` or ``kahan``; the
-            plan's own if left out. The last two are for SGD and AdamW with states in the dtype of their masters
-            (:mod:`assign.optim.updates`).
+            plan's own if left out. The last two are for SGD, Adam and AdamW.
         options: of ``kind``, e.g. ``lr``.
     Returns:
         An optimizer of the library that keeps such states, before its first step.
@@ -117,16 +119,21 @@ def follow(
     rounding = plan.update_rounding if update_rounding is None else parse_rounding(update_rounding, where="optimizer")
     check_unsplit(rounding, plan.entries, where="optimizer")
     stored = _stored(made, model, plan)
+    name, own = optimizer_name(made), False
+    if rounding != UpdateRounding.NEAREST:
+        own = library in (None, Library.TORCH) and rounds_updates_itself(name, stored.values())
+        stored = stored if own else dict(zip(stored, widen_masters(name, stored.values()), strict=True))
     try:
-        chosen = _choose(optimizer_name(made), stored.values(), library)
+        chosen = _choose(name, stored.values(), library)
     except PlanError as error:
         if any(map(several.is_sharded, stored)):
             error.add_note("  The parameters are sharded: elements are those in this process.")
         raise
-    own = _MAKERS[chosen](made) if rounding == UpdateRounding.NEAREST else _from_updates(made, chosen, rounding)
-    in_parts = any(each.gradient.scaled or each.master.extra_bits for each in stored.values())
-    planned = _planned(own, one_by_one=in_parts)
-    planned.assign_library, planned.assign_stored = chosen, stored
+    planned = _planned(
+        _from_updates(made, rounding) if own else _MAKERS[chosen](made),
+        one_by_one=any(each.is_alone for each in stored.values()),
+    )
+    planned.assign_library, planned.assign_stored, planned.assign_rounding = chosen, stored, rounding
     planned.assign_reset()
     return planned
 
@@ -139,15 +146,17 @@ def widened_state_dict(planned: Optimizer) -> dict[str, Any]:
     """
     packed = planned.state_dict()
     states = {number: widened(unwrapped(state)) for number, state in packed["state"].items()}
-    states = {number: _without_extra_bits(state) for number, state in states.items()}
+    states = {number: _of_library(state) for number, state in states.items()}
     groups = [{**group, "lr": float(group["lr"])} for group in packed["param_groups"]]
     if any("momentum_buffer" in state for state in states.values()):
         groups = [_translated(group, {**group, "momentum": 0.0, "dampening": 0.0}) for group in groups]
     return {"state": states, "param_groups": groups}
 
 
-def _without_extra_bits(states: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in states.items() if name != EXTRA_BITS}
+def _of_library(states: Mapping[str, Any], *, widened: bool = False) -> dict[str, Any]:
+    """Return the states that a library's optimizer knows, without what is kept beside them."""
+    beside = (EXTRA_BITS, COMPENSATION) if widened else (EXTRA_BITS,)
+    return {name: value for name, value in states.items() if name not in beside}
 
 
 # ---- what the plan says
@@ -242,10 +251,9 @@ def _from_torch(made: Optimizer) -> Optimizer:
     return made
 
 
-def _from_updates(made: Optimizer, library: Library, rounding: str) -> Optimizer:
+def _from_updates(made: Optimizer, rounding: str) -> Optimizer:
     name = optimizer_name(made)
     names: tuple[str, ...]
-    check_updates(name, library, rounding)
     if name == "SGD":
         _refuse(made, "assign.optim.updates", {"maximize": False, "differentiable": False})
         names = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov")
@@ -320,22 +328,40 @@ class _Planned(Optimizer):
 
     assign_library: Library
     assign_stored: dict[Tensor, Stored]
+    assign_rounding: UpdateRounding
 
     def assign_reset(self) -> None:
         """States as before the first step."""
         self.state.clear()
         for parameter, stored in self.assign_stored.items():
-            states: dict[str, Any] = {EXTRA_BITS: extra_bits_of(parameter)} if stored.master.extra_bits else {}
+            states = self.assign_beside(parameter)
             with self.assign_joined(parameter, states):
                 made = make_states(self.assign_library, parameter, stored)
             states |= made
             if states:
                 self.state[parameter] = states
 
-    def assign_joined(self, parameter: Tensor, states: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-        """Within the context, the parameter is as its library sees it: a master with extra bits is float32."""
-        is_split = self.assign_stored[parameter].master.extra_bits
-        return joined(parameter, states) if is_split else contextlib.nullcontext()
+    def assign_beside(self, parameter: Tensor) -> dict[str, Any]:
+        """Return what is kept of a master beside its library's states: its extra bits, or Kahan's compensation."""
+        stored = self.assign_stored[parameter]
+        if stored.master.extra_bits:
+            return {EXTRA_BITS: extra_bits_of(parameter)}
+        if stored.widened and self.assign_rounding == UpdateRounding.KAHAN:
+            return {COMPENSATION: torch.zeros_like(parameter, requires_grad=False)}
+        return {}
+
+    def assign_joined(
+        self,
+        parameter: Tensor,
+        states: dict[str, Any],
+        rounding: UpdateRounding = UpdateRounding.NEAREST,
+        chance: Chance | None = None,
+    ) -> contextlib.AbstractContextManager[None]:
+        """Within the context, the parameter is as its library sees it: a master that it reads in float32 is so."""
+        stored = self.assign_stored[parameter]
+        if stored.widened:
+            return widened_master(parameter, states, rounding, chance, stored.key)
+        return joined(parameter, states) if stored.master.extra_bits else contextlib.nullcontext()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, lossy: bool = False) -> None:
         """Load states and options; states are converted to the plan's formats.
@@ -383,10 +409,21 @@ class _Planned(Optimizer):
                 "  Load assign.widened_state_dict(optimizer), and assign.widened_weights(model, optimizer) into the "
                 "float32 model; or leave the bits out: load_state_dict(state, lossy=True)."
             )
-        own_extra = {EXTRA_BITS: extra_bits_of(parameter)} if stored.master.extra_bits else {}
-        with self.assign_joined(parameter, own_extra):
-            states = self._converted(parameter, _without_extra_bits(saved), lossy=lossy)
-        return states | (extra if stored.master.extra_bits else {})
+        beside = self.assign_beside(parameter)
+        if COMPENSATION in beside and COMPENSATION in saved:
+            beside[COMPENSATION].copy_(saved[COMPENSATION])
+        elif COMPENSATION in saved and self.assign_rounding != UpdateRounding.KAHAN:
+            if not lossy:
+                raise PlanError(
+                    f"load_state_dict: what is loaded has Kahan's compensation of {stored.key!r}, and this optimizer "
+                    f"rounds updates {self.assign_rounding}.\n  Allowed: update_rounding='kahan'.\n"
+                    "  Make the optimizer with it, or leave the compensation out: load_state_dict(state, lossy=True)."
+                )
+            saved = {name: value for name, value in saved.items() if name != COMPENSATION}
+        own = _of_library(saved, widened=stored.widened)
+        with self.assign_joined(parameter, beside):
+            states = self._converted(parameter, own, lossy=lossy)
+        return states | (extra if stored.master.extra_bits else beside)
 
     def _converted(self, parameter: Tensor, saved: Mapping[str, Any], *, lossy: bool) -> dict[str, Any]:
         stored = self.assign_stored[parameter]
@@ -461,6 +498,9 @@ def _stepping_one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups
+        chance = None
+        if self.assign_rounding == UpdateRounding.STOCHASTIC:
+            chance = Chance.draw(next(parameter.device for group in groups for parameter in group["params"]))
         try:
             for group in groups:
                 for parameter in [each for each in group["params"] if each.grad is not None]:
@@ -468,7 +508,7 @@ def _stepping_one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
                     self.param_groups = [{**group, "params": [parameter]}]
                     check_known(parameter, "optimizer")
                     with (
-                        self.assign_joined(parameter, self.state[parameter]),
+                        self.assign_joined(parameter, self.state[parameter], self.assign_rounding, chance),
                         widened_gradient(parameter, fmt) if fmt.scaled else contextlib.nullcontext(),
                     ):
                         step(self)

@@ -1,7 +1,7 @@
 """Optimizer libraries: which one can keep the states of a plan, and the scratch memory of its step."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from assign.errors import PlanError
@@ -35,7 +35,12 @@ class Library(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One parameter as it is between two steps; ``loaded``: the format in which it was loaded."""
+    """One parameter as it is between two steps.
+
+    Attributes:
+        loaded: the format in which it was loaded.
+        widened: its 16-bit master is in float32 while the optimizer steps on it, and is rounded afterwards.
+    """
 
     key: str
     elements: int
@@ -43,16 +48,22 @@ class Stored:
     gradient: Format
     states: Mapping[str, StateFormat]
     loaded: Format = FORMATS["fp32"]
+    widened: bool = False
 
     @property
     def read_master(self) -> Format:
         """Format in which the optimizer reads the master: one with extra bits is joined in float32 for it."""
-        return stepped_format(self.master)
+        return FORMATS["fp32"] if self.widened else stepped_format(self.master)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the optimizer steps on this parameter alone, because something of it is wide meanwhile."""
+        return self.gradient.scaled or bool(self.master.extra_bits) or self.widened
 
     @property
     def read_gradient(self) -> Format:
         """Format in which the optimizer reads the gradient: widened to its master's, if either waits in parts."""
-        return self.read_master if self.gradient.scaled or self.master.extra_bits else self.gradient
+        return self.read_master if self.is_alone else self.gradient
 
     @property
     def is_uniform(self) -> bool:
@@ -140,19 +151,31 @@ _OWN_SCRATCH: Mapping[str, tuple[Mapping[str, int], int]] = {
 one parameter after another; SGD with momentum, AdamW with weight decay. Measured with torch 2.13 on CPU."""
 
 
-def check_updates(optimizer: str, library: Library, update_rounding: str) -> None:
-    """Make sure that an optimizer can round its updates in another way than to nearest.
+def rounds_updates_itself(optimizer: str, stored: Iterable[Stored]) -> bool:
+    """Whether an optimizer of :mod:`assign.optim.updates` takes the place of torch's to round updates.
+
+    It keeps states in the dtype of their masters. Other states are kept by a library that steps on masters in float32.
+    """
+    return optimizer in _OWN_SCRATCH and all(each.is_uniform for each in stored)
+
+
+def widen_masters(optimizer: str, stored: Iterable[Stored]) -> list[Stored]:
+    """Return what is stored, with 16-bit masters in float32 while a library's optimizer steps on them.
 
     Raises:
-        PlanError: it cannot.
+        PlanError: the formats of the optimizer's states would not be those of the plan.
     """
-    if library is Library.TORCH and optimizer in _OWN_SCRATCH:
-        return
-    raise PlanError(
-        f"optimizer: update_rounding={str(update_rounding)!r} was asked of {optimizer or 'no optimizer'} with states "
-        f"that {library} keeps. Allowed: {' and '.join(_OWN_SCRATCH)}, states in the dtype of their masters.\n"
-        "  Leave the states' formats out of the plan, or round updates to nearest."
-    )
+    if optimizer not in _KNOWN_STATES:
+        raise PlanError(
+            f"optimizer: updates of 16-bit masters are to be rounded stochastically or with Kahan's sum, and "
+            f"{optimizer or 'no optimizer'} steps on them.\n  Allowed: {', '.join(_KNOWN_STATES)}.\n"
+            "  Use one of these, or round updates to nearest."
+        )
+    return [replace(each, widened=is_narrow(each.master)) for each in stored]
+
+
+_KNOWN_STATES = ("SGD", "Adam", "AdamW")
+"""Optimizers whose states can be made in the formats of a plan before the first step."""
 
 
 def optimizer_scratch(
@@ -164,25 +187,31 @@ def optimizer_scratch(
         PlanError: no library can keep what is stored, or none rounds updates so.
     """
     parameters = list(stored)
+    if update_rounding != UpdateRounding.NEAREST and not rounds_updates_itself(schedule.optimizer, parameters):
+        parameters = widen_masters(schedule.optimizer, parameters)
     widened = max((each.elements * _widened_bytes(each) for each in parameters), default=0)
     split = max((each.elements * _SPLITTING for each in parameters if each.master.extra_bits), default=0)
-    return max(widened + _step_scratch(schedule, parameters, update_rounding), split)
+    rounded = max((each.elements * _ROUNDING[update_rounding] for each in parameters if each.widened), default=0)
+    return max(widened + _step_scratch(schedule, parameters, update_rounding), split, rounded)
 
 
 _SPLITTING = 2 * ITEM_BYTES["float32"]
 """Bytes per element while a master is joined or split: itself in float32, and integers of as many bits."""
 
+_ROUNDING: Mapping[str, int] = {UpdateRounding.STOCHASTIC: 10, UpdateRounding.KAHAN: 30}
+"""Bytes per element while a master in float32 is rounded to 16 bits, the master too. Measured with torch 2.13, CPU."""
+
 
 def _widened_bytes(stored: Stored) -> int:
-    """Per element, of what is wide for the step of its parameter alone: the gradient, and a joined master."""
+    """Per element, of what is wide for the step of its parameter alone: the gradient, and the master."""
     gradient = item_bytes(stored.read_gradient) if stored.read_gradient.name != stored.gradient.name else 0
-    return gradient + (item_bytes(stored.read_master) if stored.master.extra_bits else 0)
+    is_wide = stored.master.extra_bits or stored.widened
+    return gradient + (item_bytes(stored.read_master) if is_wide else 0)
 
 
 def _step_scratch(schedule: Schedule, parameters: Sequence[Stored], update_rounding: str) -> int:
     """The same without what is widened for its parameter's step."""
-    if update_rounding != UpdateRounding.NEAREST:
-        check_updates(schedule.optimizer, choose_library(schedule.optimizer, parameters), update_rounding)
+    if update_rounding != UpdateRounding.NEAREST and not any(each.widened for each in parameters):
         narrow, wide = _OWN_SCRATCH[schedule.optimizer]
         sizes = ((each.elements, narrow[update_rounding] if is_narrow(each.master) else wide) for each in parameters)
         return max((elements * size for elements, size in sizes), default=0)

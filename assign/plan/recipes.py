@@ -14,7 +14,7 @@ from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import BlockFormat, Format, loaded_format, parse_format, parse_saved
 from assign.plan.keys import Part, buffer_key, grad_key, master_key, saved_key, stored_grad_key
 from assign.plan.ops import EXPONENTIATED, LOSS_OPS
-from assign.plan.stored import is_stored, parse_stored, waiting_bytes
+from assign.plan.stored import is_narrow, is_stored, master_format, parse_stored, waiting_bytes, with_loaded
 from assign.plan.tensors import Need, Role, TensorInfo, TensorTable
 
 Pair = tuple[str, str]
@@ -230,7 +230,8 @@ def store(
 ) -> dict[str, Entry]:
     """Entries for all masters, stored gradients, optimizer states and buffers of a table; None leaves a role out.
 
-    A state that is too small for a format in blocks keeps the dtype of its master, as in the libraries. A frozen
+    A state that is too small for a format in blocks keeps the dtype of its master, as in the libraries; SGD's are in
+    fp32, because bitsandbytes, which alone keeps them in blocks, has no 16-bit ones. A frozen
     weight has no entry for a master with extra bits: no optimizer would keep them. A weight that was loaded in 16 bits
     has none for what its master or its gradient is without one.
 
@@ -267,6 +268,12 @@ def store(
                 f"{largest} elements. Choose bf16."
             )
         entries |= {row.key: Entry(fmt.name, False) for row in fits}
+        if isinstance(fmt, BlockFormat) and table.schedule.optimizer == "SGD":  # of bitsandbytes alone
+            small = [row for row in rows if row not in fits]
+            narrow = [
+                row for row in small if is_narrow(master_format(with_loaded(entries, table.loaded), row.parts.name))
+            ]
+            entries |= {row.key: Entry("fp32", False) for row in narrow}
     if buffers is not None:
         name = parse_stored(buffers, Part.BUFFER).name
         entries |= {buffer_key(each): Entry(name, False) for each in table.buffers}

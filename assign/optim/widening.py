@@ -1,0 +1,99 @@
+"""Step on a 16-bit master in float32, and round its new value back: stochastically, or with Kahan's sum.
+
+So any library's optimizer rounds updates in another way than to nearest, whatever formats its states have. Only one
+parameter, and its gradient, is wide at a time.
+"""
+
+import contextlib
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assign.numerics.dtypes import SIXTEEN_BITS
+from assign.numerics.rounding import draw_seed, stream_of
+from assign.optim.gradients import set_gradient
+from assign.optim.updates import kahan_add
+from assign.plan.stored import COMPENSATION, UpdateRounding
+from assign.several import alike_by_chance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chance:
+    """Random bits of one optimizer step: they depend on the step's seed and on the parameter's key alone.
+
+    So a parameter is rounded alike in whatever order, or moment of the backward pass, parameters are updated, and in
+    all processes that train the model together.
+    """
+
+    seed: Tensor
+
+    @classmethod
+    def draw(cls, device: torch.device) -> "Chance":
+        """Draw the seed of a step from torch's generator, the same in all processes."""
+        with alike_by_chance(device):
+            return cls(seed=draw_seed(device))
+
+    def round(self, value: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+        """Round a float32 value to a 16-bit dtype, so that the mean of the results is the value."""
+        name = f"{SIXTEEN_BITS[dtype]}:sr"
+        rounded: Tensor = torch.ops.assign.quantize(value, None, name, False, dtype, self.seed, stream_of(key))
+        return rounded
+
+
+@contextlib.contextmanager
+def widened_master(
+    parameter: Tensor, states: MutableMapping[str, Any], rounding: UpdateRounding, chance: Chance | None, key: str
+) -> Iterator[None]:
+    """Within the context, the parameter and its gradient are in float32; afterwards they are as narrow as before.
+
+    The new value is rounded as asked. If an error is raised within the context, the parameter keeps its old value.
+
+    Args:
+        parameter: in bfloat16 or float16.
+        states: the optimizer's, of the parameter; within the context without Kahan's compensation.
+        rounding: ``nearest`` changes nothing unless the value is new.
+        chance: of this step; needed for ``stochastic``.
+        key: of the parameter.
+    """
+    compensation, narrow, gradient = states.pop(COMPENSATION, None), parameter.data, parameter.grad
+    parameter.grad = None
+    parameter.data = narrow.float()
+    try:
+        if gradient is not None:
+            set_gradient(parameter, gradient if gradient.dtype.itemsize == 1 else gradient.float())
+        yield
+        parameter.grad = None
+        _round_back(parameter.data, narrow, compensation, rounding, chance, key)
+    finally:
+        parameter.grad = None
+        parameter.data = narrow
+        if gradient is not None:
+            set_gradient(parameter, gradient)
+        if compensation is not None:
+            states[COMPENSATION] = compensation
+
+
+def _round_back(
+    wide: Tensor,
+    narrow: Tensor,
+    compensation: Tensor | None,
+    rounding: UpdateRounding,
+    chance: Chance | None,
+    key: str,
+) -> None:
+    """Write the new value of a master into its narrow storage."""
+    if rounding == UpdateRounding.NEAREST:
+        narrow.copy_(wide)
+        return
+    if rounding == UpdateRounding.STOCHASTIC:
+        assert chance is not None
+        narrow.copy_(chance.round(wide, narrow.dtype, key))
+        return
+    assert compensation is not None
+    before = narrow.float()
+    after, rest = kahan_add(before, wide.sub_(before), compensation.float(), narrow.dtype)
+    narrow.copy_(after)
+    compensation.copy_(rest)
