@@ -19,7 +19,8 @@ it predicts memory and searches a plan. The third runs a model under a plan, aga
                       ``precision``, ``compute_dtype``: the dtype in which results stay, and operators compute.
                       ``groups``: tensors that share a decision. ``memory``, ``timeline``, ``moments``: bytes over
                       the step. ``stored``, ``libraries``: what is kept between steps, and by which optimizer
-                      library. ``noise``, ``times``: tables of measurements. ``display``: output in notebooks.
+                      library. ``noise``, ``times``: tables of measurements. ``quality``: which plans are better.
+                      ``display``: output in notebooks.
 ``strategies``        Searches: (table, recipe, goal) → entries of a plan. ``planning``: trace, search and provenance in
                       one call. ``fronts``: a plan for every budget.
 ``noise``             Measure how rounding a tensor changes the gradient. ``stepping``: a step whose tensors can be
@@ -27,14 +28,16 @@ it predicts memory and searches a plan. The third runs a model under a plan, aga
 ``numerics``          Arithmetic of formats as torch operators (``registry``). ``rounding``: quantize, encode, decode.
                       ``kernels``, ``launch``, ``words``: how they run. ``blocks``: formats with a scale per block.
                       ``products``: matrix products. ``promotion``: tensors that overflow get the high format.
-                      ``delayed``: scales from earlier steps.
+                      ``delayed``: scales from earlier steps. ``runtime``: both, as an input of a graph.
+                      ``dtypes``: torch's, by name.
 ``executor``          Run a model under a plan. ``apply``: the entry points. ``pipeline``: runs the graph ``passes``,
                       with a ``context``. ``backends``: eager and compiled. ``fit``: does the plan fit? ``parameters``:
                       store them as the plan says. ``methods``: of a planned model. ``unused``, ``sparse``: gradients.
                       ``rehearsal``: peak of a compiled step. ``timing``: seconds of each choice.
 ``optim``             ``optimizers``: states as the plan says, in the form (``states``) of three libraries.
-                      ``updates``: SGD and AdamW for 16-bit weights. ``gradients``: stored in 8 bits. ``masters``: with
-                      extra bits. ``monitor``: updates lost by rounding.
+                      ``updates``: SGD and AdamW for 16-bit weights. ``widening``: round the updates of any library.
+                      ``gradients``: stored in 8 bits. ``masters``: with extra bits. ``beside``: what is kept of a
+                      parameter. ``monitor``: updates lost by rounding.
 ``several``           Training in several processes: DDP and FSDP2.
 ``tasks``             Built-in tasks, and tasks from a user's file.
 ``training``          ``loop``: train a task. ``history``: its steps and epochs. ``checkpoints``, ``weights``: files.

@@ -5,10 +5,12 @@ Written against torch 2.11 to 2.13.
 
 import contextlib
 import functools
+import inspect
 import logging
 import operator
 import os
 import types
+import typing
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +19,7 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import fx, library, nn
 from torch._C._dynamo.eval_frame import reset_code
 from torch._decomp import decompositions, get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
@@ -32,6 +34,8 @@ from torch._dynamo.variables.tensor import TensorVariable
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
+from torch._library.opaque_object import get_opaque_type_name, is_opaque_type, register_opaque_type
+from torch._opaque_base import OpaqueBase
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
@@ -55,6 +59,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "OpaqueBase",
     "PendingUnbackedSymbolNotFound",
     "TorchDispatchMode",
     "is_traceable_wrapper_subclass",
@@ -702,9 +707,38 @@ def add_input(graph: fx.GraphModule, name: str) -> fx.Node:
     return added
 
 
+def register_opaque(kind: type) -> None:
+    """Let operators take objects of a class as arguments, and graphs as inputs."""
+    register_opaque_type(kind, typ="reference")
+
+
+def schema_of(function: Callable[..., Any], mutates: Sequence[str]) -> str:
+    """Return the schema of an operator, from the annotations of its function.
+
+    As ``torch.library.infer_schema``, which knows no optional object of a registered class.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    objects: dict[str, str] = {}
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        kind = next((each for each in typing.get_args(parameter.annotation) if is_opaque_type(each)), None)
+        if kind is not None:
+            objects[name], parameter = get_opaque_type_name(kind), parameter.replace(annotation=torch.Tensor | None)
+        parameters.append(parameter)
+
+    def plain() -> None: ...
+
+    setattr(plain, "__signature__", signature.replace(parameters=parameters))  # noqa: B010 - functions declare no such attribute
+    schema = library.infer_schema(plain, mutates_args=tuple(mutates))
+    for name, kind in objects.items():
+        schema = schema.replace(f"Tensor? {name}=", f"{kind}? {name}=")
+    return schema
+
+
 def drop_input(graph: fx.GraphModule, added: fx.Node) -> None:
     """Take out what :func:`add_input` added, once the graph is compiled."""
     for user in list(added.users):
+        user.args = tuple(value for value in user.args if value is not added)
         user.kwargs = {name: value for name, value in user.kwargs.items() if value is not added}
     graph.graph.erase_node(added)
 

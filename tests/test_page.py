@@ -276,10 +276,10 @@ def test_files_that_hold_no_run_are_refused(results):
     both = {"baseline": trained(), "plan": with_course(), "search": {}}
     (results / "both.json").write_text(json.dumps(both))
     messages = {
-        "other": "holds trainings of another model: its fingerprint is f, the plan's g",
+        "other": "holds trainings of another model: its fingerprint is f, this model's is g",
         "both": "holds trainings of another model",
         "torn": "is not a valid training:\n  course: its lists differ in length",
-        "compare": "compares plans of another model: its fingerprint is f, the plan's g",
+        "compare": "compares plans of another model: its fingerprint is f, this model's is g",
         "list": "is not a training, but a list",
         "cut": "is not JSON",
         "plan": "is not a valid training:\n  metrics: Field required",

@@ -203,14 +203,6 @@ def test_what_cannot_be():
     other = plan.replace({"weight": dataclasses.replace(plan.entries["weight"], format=HIGH)})
     with pytest.raises(PlanError, match="made for another plan"):
         assign.apply(model, other, promotion=Promotion(plan))
-    promotion = Promotion(plan)
-    step = assign.planned_step(model, total, plan, backend="eager", promotion=promotion)
-    step(x)
-    name = promotion.slot("/input", assign.plan.tensors.Role.ACTIVATION, "input").name
-    del promotion, step
-    torch._dynamo.reset()
-    with pytest.raises(PlanError, match=r"is gone. Keep the Promotion"):
-        torch.ops.assign.quantize(x, None, name, True, torch.float32)
 
 
 FORWARD = [1.0625, 3.3, 0.1, 29.0, 100.0, 2.0**-14, 0.999 * 2.0**-14, float("inf"), -1.0625]

@@ -44,6 +44,16 @@ def test_private_torch_names_live_in_one_file():
             assert not private.search(path.read_text()), path
 
 
+def test_no_module_keeps_live_objects():
+    """What belongs to a model, a parameter or a training is kept there, or passed on, not in a module's own table."""
+    for path in (ROOT / "assign").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            value = getattr(node, "value", None)
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(value, ast.Call):
+                kind = value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
+                assert not re.fullmatch(r"Weak\w+", kind), f"{path.name}:{node.lineno}: {kind}"
+
+
 def test_every_public_name_has_a_docstring():
     for path in (ROOT / "assign").rglob("*.py"):
         tree = ast.parse(path.read_text())

@@ -260,12 +260,13 @@ def compile_planned(
         def all_taps(inputs: Sequence[Any]) -> list[Tensor]:
             return [each for tap in taps for each in taps_of(inputs[tap.position], tap)]
 
-        examples = [tap.detach().requires_grad_() for tap in all_taps(capture.inputs)]
+        live = [runtime for _, runtime in step.runtime]
+        examples = [*(tap.detach().requires_grad_() for tap in all_taps(capture.inputs)), *live]
         run = with_sparse_gradients(graph_backend(capture.graph, [*capture.inputs, *examples]), sparse)
-        for tap in taps:  # Dynamo counts the inputs of its graph once more
-            for node in tap.nodes:
-                _torch.drop_input(capture.graph, node)
-        tapped = (lambda *inputs: run(*inputs, *all_taps(inputs))) if taps else run
+        added = [*(node for tap in taps for node in tap.nodes), *(node for node, _ in step.runtime)]
+        for node in added:  # Dynamo counts the inputs of its graph once more
+            _torch.drop_input(capture.graph, node)
+        tapped = (lambda *inputs: run(*inputs, *all_taps(inputs), *live)) if added else run
         return without_unused_gradients(tapped, capture, needed) if capture.training else tapped
 
     narrow = narrow_buffers(plan.entries)

@@ -8,6 +8,7 @@ from torch import fx
 
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
+from assign.numerics.runtime import Runtime
 from assign.plan.assignment import Assignment
 from assign.tracing.capture import Capture
 from assign.tracing.operators import Walk
@@ -57,13 +58,20 @@ class Tap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A captured step with names for its tensors, and what changes its formats while it trains."""
+    """A captured step with names for its tensors, and what changes its formats while it trains.
+
+    Attributes:
+        taps: inputs that the marked graph has behind its others.
+        runtime: behind these, the last one: what promotion and delayed scales change. Empty if nothing of the graph
+            is changed so.
+    """
 
     capture: Capture
     walked: Walk
     promotion: Promotion | None
     scales: DelayedScales
     taps: list[Tap] = field(default_factory=list)
+    runtime: list[tuple[fx.Node, Runtime]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

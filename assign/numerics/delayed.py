@@ -1,17 +1,15 @@
 """Delayed scaling: scales from the largest magnitudes of earlier steps.
 
 A current scale takes a pass over the tensor before the pass that rounds it. A delayed one is known when the step
-begins, and the same pass that rounds finds out what the next steps need. A graph holds, in place of the format's name,
-that of a *history*; the rounding operators look it up when they run, as they do for promotion.
+begins, and the same pass that rounds finds out what the next steps need. What is known of a tensor is in its *history*;
+the rounding operators look it up when they run (:mod:`assign.numerics.runtime`), as they do for promotion.
 
 Source: NVIDIA Transformer Engine, delayed scaling: the largest magnitude of the last steps, 1024 by default.
 """
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -26,15 +24,14 @@ LENGTH = 1024
 """Steps that a history remembers. Source: Transformer Engine's default."""
 
 
-@dataclass(slots=True, weakref_slot=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class History:
-    """What is known of the magnitudes of one tensor; ``name`` stands for it in graphs.
+    """What is known of the magnitudes of one tensor.
 
     Attributes:
         largest: bits of the largest magnitude that this step has seen, int32 without axes.
     """
 
-    name: str
     key: str
     format: Format
     owner: "DelayedScales"
@@ -49,24 +46,6 @@ class History:
         """What the rounding of this step saw; a second look, as checkpointing takes it, sees the same."""
         if self.owner.recording:
             self.largest = largest
-
-
-_HISTORIES: WeakValueDictionary[str, History] = WeakValueDictionary()
-_NUMBERS = itertools.count()
-
-
-def find_history(name: str) -> History | None:
-    """The history called ``name``; None for the name of anything else.
-
-    Raises:
-        PlanError: the model that it belonged to is gone.
-    """
-    if not name.startswith("~"):
-        return None
-    history = _HISTORIES.get(name)
-    if history is None:
-        raise PlanError(f"the delayed scales of {name!r} are gone. Keep them as long as what runs under them.")
-    return history
 
 
 class DelayedScales:
@@ -87,7 +66,6 @@ class DelayedScales:
         self.recording = True
         self.scales: dict[str, Tensor] = {}
         self._length = length
-        self._number = next(_NUMBERS)
         parts = {key: Key.parse(key, plan.entries).part for key in plan.entries}
         computed = [key for key, part in parts.items() if part in (Part.TENSOR, Part.GRADIENT)]
         formats = {key: parse_format(plan.entries[key].format) for key in computed}
@@ -101,8 +79,7 @@ class DelayedScales:
         if key not in self._formats:
             return None
         if key not in self._histories:
-            name = f"~{self._number}:{key}"
-            self._histories[key] = _HISTORIES[name] = History(name=name, key=key, format=self._formats[key], owner=self)
+            self._histories[key] = History(key=key, format=self._formats[key], owner=self)
         return self._histories[key]
 
     def begin(self, training: bool) -> None:

@@ -13,19 +13,28 @@ from torch import Tensor
 
 from assign import _torch
 from assign.numerics.dtypes import torch_dtype
-from assign.numerics.promotion import format_named
 from assign.numerics.registry import register
 from assign.numerics.rounding import decode
-from assign.plan.formats import FORMATS
+from assign.numerics.runtime import Runtime, current_format
+from assign.plan.formats import FORMATS, parse_format
 
 MULTIPLE = 16
 """Of which the sizes of fp8 products are, all but the rows of the first matrix. Source: cuBLAS's requirements."""
 
 
-def _product(a: Tensor, b: Tensor, a_format: str, b_format: str) -> Tensor:
-    """``a @ b`` for float32 matrices, or batches of such, on the grids of two formats, which may be slots'."""
-    bf16 = FORMATS["bf16"]
-    if not all(bf16.contains(format_named(name)) for name in (a_format, b_format)):
+def _product(
+    a: Tensor,
+    b: Tensor,
+    a_format: str,
+    b_format: str,
+    *,
+    runtime: Runtime | None = None,
+    a_key: str = "",
+    b_key: str = "",
+) -> Tensor:
+    """``a @ b`` for float32 matrices, or batches of such, on the grids of two formats."""
+    formats = current_format(a_format, runtime, a_key), current_format(b_format, runtime, b_key)
+    if not all(map(FORMATS["bf16"].contains, formats)):
         return torch.matmul(a, b)
     return _torch.multiply_in_bf16(a, b)
 
@@ -52,12 +61,12 @@ def _scaled_product(
 
 
 def _float8(name: str) -> torch.dtype:
-    native = format_named(name).native
+    native = parse_format(name).native
     assert native is not None
     return torch_dtype(native)
 
 
-def _product_like(a: Tensor, b: Tensor, **_rest: str) -> Tensor:
+def _product_like(a: Tensor, b: Tensor, **_rest: object) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[-1]))
 
 

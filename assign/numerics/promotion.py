@@ -1,7 +1,7 @@
 """Promotion: a low tensor that overflows too often gets its high format for the rest of the training.
 
-A graph holds, in place of the format of a tensor that may be promoted, the name of its *slot*; the rounding operators
-look the format up when they run, and count overflow where they round. So a promotion takes effect at the next step and
+The format of a tensor that may be promoted is in its *slot*. The rounding operators look it up there when they run
+(:mod:`assign.numerics.runtime`), and count overflow where they round. So a promotion takes effect at the next step and
 compiles nothing.
 
 Where several processes train one model, what overflowed is counted over all of them: all promote the same.
@@ -9,11 +9,9 @@ Where several processes train one model, what overflowed is counted over all of 
 Source: arXiv 2301.13464, section 4 (precision promotion).
 """
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -46,11 +44,10 @@ class Promoted:
     to_format: str
 
 
-@dataclass(slots=True, weakref_slot=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Slot:
-    """The format of one tensor, which may change between steps; ``name`` stands for it in graphs."""
+    """The format of one tensor, which may change between steps."""
 
-    name: str
     key: str
     low: Format
     high: Format
@@ -67,30 +64,6 @@ class Slot:
     def record(self, overflowed: Tensor, elements: int) -> None:
         """What the last rounding saw."""
         self.overflowed, self.elements = overflowed, elements
-
-
-_SLOTS: WeakValueDictionary[str, Slot] = WeakValueDictionary()
-_NUMBERS = itertools.count()
-
-
-def find_slot(name: str) -> Slot | None:
-    """The slot called ``name``; None for the name of a format.
-
-    Raises:
-        PlanError: the promotion that it belonged to is gone.
-    """
-    if not name.startswith("@"):
-        return None
-    slot = _SLOTS.get(name)
-    if slot is None:
-        raise PlanError(f"the promotion of {name!r} is gone. Keep the Promotion as long as what runs under it.")
-    return slot
-
-
-def format_named(name: str) -> Format:
-    """The format that the name of a format or of a slot stands for now."""
-    slot = find_slot(name)
-    return slot.format if slot else parse_format(name)
 
 
 class Promotion:
@@ -142,7 +115,6 @@ class Promotion:
         self.every, self.threshold = every, threshold
         self._recipe, self._looked = recipe, False
         self._start, self._group = plan, group
-        self._number = next(_NUMBERS)
         self._slots: dict[str, Slot] = {}
         self._steps = 0
 
@@ -157,11 +129,10 @@ class Promotion:
             high = self._recipe.promotion(role, op, entry) if self.every else None
             if high is None:
                 return None
-            name = f"@{self._number}:{key}"
             promoted = any(past.key == key for past in self.promoted)
-            slot = Slot(name=name, key=key, low=parse_format(entry.format), high=high, promoted=promoted)
+            slot = Slot(key=key, low=parse_format(entry.format), high=high, promoted=promoted)
             slot.measuring = self._measures() and not promoted
-            self._slots[key] = _SLOTS[name] = slot
+            self._slots[key] = slot
         return self._slots[key]
 
     def step(self) -> tuple[Promoted, ...]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import library
 
+from assign import _torch
+
 
 def register(
     name: str, function: Callable[..., Any], fake: Callable[..., Any], mutates: str = "", draws: bool = False
@@ -18,7 +20,7 @@ def register(
         mutates: the argument that it writes into.
         draws: it draws from torch's generator.
     """
-    schema = library.infer_schema(function, mutates_args=(mutates,) if mutates else ())
+    schema = _torch.schema_of(function, (mutates,) if mutates else ())
     tags = [torch.Tag.flexible_layout, *([torch.Tag.nondeterministic_seeded] if draws else [])]
     library.define(f"assign::{name}", schema, tags=tags)
     library.impl(f"assign::{name}", "CompositeExplicitAutograd", function)

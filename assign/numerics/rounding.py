@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from assign.errors import FormatError
-from assign.numerics.delayed import History, find_history
+from assign.numerics.delayed import History
 from assign.numerics.dtypes import ROUNDED, dtype_name, torch_dtype
 from assign.numerics.kernels import WIDTH, coding, quantizing, scaling
 from assign.numerics.launch import count_at_least, find_largest, find_scale, run, run_measured, run_scaled
-from assign.numerics.promotion import find_slot, format_named
 from assign.numerics.registry import register
+from assign.numerics.runtime import Runtime, current_format
 from assign.plan.formats import FORMATS, Format, parse_format
 
 
@@ -68,7 +68,7 @@ def inline_cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> T
     return work.kernel(x, None, (*work.ints, *work.floats)).to(dtype)
 
 
-# ---- registered operators: strides as ``empty_like`` gives them; a format's name may be a slot's
+# ---- registered operators: strides as ``empty_like`` gives them; what changes between steps is in ``runtime``
 
 
 def _quantize(
@@ -79,31 +79,47 @@ def _quantize(
     dtype: torch.dtype,
     seed: Tensor | None = None,
     stream: int = 0,
+    *,
+    runtime: Runtime | None = None,
+    key: str = "",
 ) -> Tensor:
-    return _round(x, scale, format, saturate, dtype, seed, stream, None)
+    return _round(x, scale, _watched_format(x, format, runtime, key), saturate, dtype, (seed, stream))
 
 
 def _quantize_in_place(
-    x: Tensor, scale: Tensor | None, format: str, saturate: bool, seed: Tensor | None = None, stream: int = 0
+    x: Tensor,
+    scale: Tensor | None,
+    format: str,
+    saturate: bool,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    *,
+    runtime: Runtime | None = None,
+    key: str = "",
 ) -> None:
-    _round(x, scale, format, saturate, x.dtype, seed, stream, x)
+    _round(x, scale, _watched_format(x, format, runtime, key), saturate, x.dtype, (seed, stream), out=x)
+
+
+def _watched_format(x: Tensor, name: str, runtime: Runtime | None, key: str) -> Format:
+    """Return the format in force, once overflow is counted where promotion asks for that."""
+    fmt = current_format(name, runtime, key)
+    slot = runtime.slots.get(key) if runtime is not None else None
+    if slot and slot.measuring:
+        slot.record(count_at_least(x, fmt.overflow_threshold), x.numel())
+    return fmt
 
 
 def _round(
     x: Tensor,
     scale: Tensor | None,
-    name: str,
+    fmt: Format,
     saturate: bool,
     dtype: torch.dtype,
-    seed: Tensor | None,
-    stream: int,
-    out: Tensor | None,
+    randomness: tuple[Tensor | None, int],
+    out: Tensor | None = None,
 ) -> Tensor:
-    slot = find_slot(name)
-    fmt = slot.format if slot else parse_format(name)
-    if slot and slot.measuring:
-        slot.record(count_at_least(x, fmt.overflow_threshold), x.numel())
     if fmt.stochastic:
+        seed, stream = randomness
         if seed is None:
             raise FormatError(f"{fmt.name!r} needs a seed, and none was given.\n  Take it from draw_seed().")
         return run(quantizing(fmt, saturate), x, scale, dtype, key_of(seed, stream), out=out)
@@ -113,12 +129,16 @@ def _round(
     return run(quantizing(fmt, saturate), x, scale, dtype, out=out)
 
 
-def _scale(x: Tensor, format: str) -> Tensor:
-    history = find_history(format)
+def _scale(x: Tensor, format: str, *, runtime: Runtime | None = None, key: str = "") -> Tensor:
+    history = _history(runtime, key)
     if history is None:
-        return find_scale(scaling(format_named(format)), x)
+        return find_scale(scaling(parse_format(format)), x)
     history.record(find_largest(x))
     return _known_scale(history, x)
+
+
+def _history(runtime: Runtime | None, key: str) -> History | None:
+    return runtime.histories.get(key) if runtime is not None else None
 
 
 def _known_scale(history: History, x: Tensor) -> Tensor:
@@ -126,21 +146,23 @@ def _known_scale(history: History, x: Tensor) -> Tensor:
     return find_scale(scaling(history.format), x) if history.scale is None else history.scale.clone()
 
 
-def _scale_quantize(x: Tensor, format: str, saturate: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _scale_quantize(
+    x: Tensor, format: str, saturate: bool, dtype: torch.dtype, *, runtime: Runtime | None = None, key: str = ""
+) -> tuple[Tensor, Tensor]:
     """``scale`` and ``quantize`` with it, in one pass: result and scale. Not for stochastic formats."""
-    return _scale_and_round(x, format, saturate, dtype, None)
+    return _scale_and_round(x, parse_format(format), saturate, dtype, _history(runtime, key), None)
 
 
-def _scale_quantize_in_place(x: Tensor, format: str, saturate: bool) -> Tensor:
-    return _scale_and_round(x, format, saturate, x.dtype, x)[1]
+def _scale_quantize_in_place(
+    x: Tensor, format: str, saturate: bool, *, runtime: Runtime | None = None, key: str = ""
+) -> Tensor:
+    return _scale_and_round(x, parse_format(format), saturate, x.dtype, _history(runtime, key), x)[1]
 
 
 def _scale_and_round(
-    x: Tensor, name: str, saturate: bool, dtype: torch.dtype, out: Tensor | None
+    x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype, history: History | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    history = find_history(name)
     if history is None:
-        fmt = format_named(name)
         return run_scaled(quantizing(fmt, saturate), scaling(fmt), x, dtype, out=out)
     scale = _known_scale(history, x)
     result, largest = run_measured(quantizing(history.format, saturate), x, scale, dtype, out=out)
@@ -148,18 +170,26 @@ def _scale_and_round(
     return result, scale
 
 
-def _encode(x: Tensor, scale: Tensor | None, format: str) -> Tensor:
-    fmt = format_named(format)
+def _encode(x: Tensor, scale: Tensor | None, format: str, *, runtime: Runtime | None = None, key: str = "") -> Tensor:
+    fmt = current_format(format, runtime, key)
     dtype = torch_dtype(fmt.code_dtype)
     if dtype.is_floating_point:
         return torch.empty_like(x, dtype=dtype).copy_(x)
     return run(coding(fmt)[0], x, scale, dtype)
 
 
-def _decode(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
+def _decode(
+    codes: Tensor,
+    scale: Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+    *,
+    runtime: Runtime | None = None,
+    key: str = "",
+) -> Tensor:
     if codes.is_floating_point():
         return torch.empty_like(codes, dtype=dtype).copy_(codes)
-    return run(coding(format_named(format))[1], codes, scale, dtype)
+    return run(coding(current_format(format, runtime, key))[1], codes, scale, dtype)
 
 
 def _seed(device: torch.device) -> Tensor:
@@ -175,7 +205,7 @@ def _like(x: Tensor, dtype: torch.dtype, **_rest: Any) -> Tensor:
 
 
 def _codes_like(x: Tensor, format: str, **_rest: Any) -> Tensor:
-    return torch.empty_like(x, dtype=torch_dtype(format_named(format).code_dtype))
+    return torch.empty_like(x, dtype=torch_dtype(parse_format(format).code_dtype))
 
 
 register("quantize", _quantize, _like)

@@ -7,17 +7,14 @@ divided by a loss scale. The first is refused here, the last where training begi
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from assign.errors import PlanError
+from assign.numerics.dtypes import dtype_name
+from assign.optim.beside import beside
 from assign.plan.formats import Format
-
-_SCALES: Any = WeakIdKeyDictionary()  # it has no types
-# parameter → scale of its gradient, as long as the parameter lives: ``.grad`` itself has no place for it
 
 
 def keep_scale(parameter: Tensor, scale: Tensor) -> None:
@@ -29,11 +26,11 @@ def keep_scale(parameter: Tensor, scale: Tensor) -> None:
     if parameter.grad is not None:
         raise PlanError(
             f"backward: a parameter of shape {list(parameter.shape)} has a gradient already, stored as "
-            f"{str(parameter.grad.dtype).removeprefix('torch.')} with a scale, and another one cannot be added to it.\n"
+            f"{dtype_name(parameter.grad.dtype)} with a scale, and another one cannot be added to it.\n"
             "  Allowed: one backward pass for each step.\n"
             "  Call optimizer.zero_grad() before, or store gradients in bf16 to accumulate over micro-batches."
         )
-    _SCALES[parameter] = scale
+    beside(parameter).gradient_scale = scale
 
 
 @contextlib.contextmanager
@@ -43,7 +40,7 @@ def widened(parameter: Tensor, fmt: Format) -> Iterator[None]:
     Raises:
         PlanError: no planned model made the gradient.
     """
-    codes, scale = parameter.grad, _SCALES.get(parameter)
+    codes, scale = parameter.grad, beside(parameter).gradient_scale
     assert codes is not None
     if scale is None:
         raise PlanError(
@@ -63,7 +60,7 @@ def widened(parameter: Tensor, fmt: Format) -> Iterator[None]:
 
 def forget_scale(parameter: Tensor) -> None:
     """The gradient has been used: what a model without a plan leaves in its place must not be read with its scale."""
-    _SCALES.pop(parameter, None)
+    beside(parameter).gradient_scale = None
 
 
 def set_gradient(parameter: Tensor, gradient: Tensor) -> None:

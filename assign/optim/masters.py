@@ -26,17 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
 from assign.errors import PlanError
+from assign.optim.beside import beside
 from assign.optim.gradients import set_gradient
 from assign.plan.stored import EXTRA_BITS
 from assign.several import unwrapped
-
-_EXTRA: Any = WeakIdKeyDictionary()  # it has no types
-# parameter → its extra bits, as long as it lives: from the plan's application on, when there is no optimizer yet
-
-_LOST: Any = WeakIdKeyDictionary()  # parameters that were loaded without their extra bits
 
 
 def split(wide: Tensor, narrow: Tensor, extra: Tensor) -> None:
@@ -69,34 +64,33 @@ def store_split(parameter: nn.Parameter) -> None:
     extra = torch.empty_like(parameter.data, dtype=torch.uint8)
     split(parameter.data.clone(), narrow, extra)
     parameter.data = narrow
-    _EXTRA[parameter] = extra
-    _LOST.pop(parameter, None)
+    forget_extra_bits(parameter)
+    beside(parameter).extra = extra
 
 
 def extra_bits_of(parameter: Tensor) -> Tensor:
     """The extra bits of a parameter, one tensor for all that ask; zeros where it was bf16 before a plan said so."""
-    extra: Tensor | None = _EXTRA.get(parameter)
+    extra = beside(parameter).extra
     if extra is None or extra.device != parameter.device:
         kept = torch.zeros_like(parameter, dtype=torch.uint8, requires_grad=False)
-        extra = _EXTRA[parameter] = kept if extra is None else kept.copy_(extra)
+        extra = beside(parameter).extra = kept if extra is None else kept.copy_(extra)
     return extra
 
 
 def load_extra_bits(parameter: Tensor, saved: Tensor) -> Tensor:
     """:func:`extra_bits_of`, once they are those saved with the parameter's values."""
-    _LOST.pop(parameter, None)
+    beside(parameter).lost = False
     return extra_bits_of(parameter).copy_(saved)
 
 
 def is_split(parameter: Tensor) -> bool:
     """Whether extra bits of it are kept."""
-    return parameter in _EXTRA
+    return beside(parameter).extra is not None
 
 
 def forget_extra_bits(parameter: Tensor) -> None:
     """The parameter is all of its master from now on."""
-    _EXTRA.pop(parameter, None)
-    _LOST.pop(parameter, None)
+    beside(parameter).extra, beside(parameter).lost = None, False
 
 
 def note_loaded(parameter: Tensor, value: Tensor) -> None:
@@ -104,13 +98,12 @@ def note_loaded(parameter: Tensor, value: Tensor) -> None:
 
     The caller has made sure that nothing of ``value`` is rounded: they are all zero then.
     """
-    if parameter not in _EXTRA:
+    extra = beside(parameter).extra
+    if extra is None:
         return
-    if value.dtype == parameter.dtype:
-        _LOST[parameter] = True
-    else:
-        _EXTRA[parameter].zero_()
-        _LOST.pop(parameter, None)
+    beside(parameter).lost = value.dtype == parameter.dtype
+    if not beside(parameter).lost:
+        extra.zero_()
 
 
 def check_known(parameter: Tensor, what: str) -> None:
@@ -119,7 +112,7 @@ def check_known(parameter: Tensor, what: str) -> None:
     Raises:
         PlanError: values were loaded without; ``what`` was asked for.
     """
-    if parameter in _LOST:
+    if beside(parameter).lost:
         raise PlanError(
             f"{what}: a parameter of shape {list(parameter.shape)} was loaded in bfloat16, without the 8 extra bits "
             "that its master has in the optimizer's state.\n"
@@ -173,7 +166,7 @@ def widened_weights(model: nn.Module, planned: Optimizer) -> dict[str, Tensor]:
     module = unwrapped(model)
     wide = {name: value.float() if value.is_floating_point() else value for name, value in module.state_dict().items()}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        extra = planned.state.get(parameter, {}).get(EXTRA_BITS, _EXTRA.get(parameter))
+        extra = planned.state.get(parameter, {}).get(EXTRA_BITS, beside(parameter).extra)
         if extra is not None and parameter.dtype is torch.bfloat16:
             check_known(parameter, f"widened_weights: {name!r}")
             wide[name] = join(parameter.data, extra)

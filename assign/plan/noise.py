@@ -22,7 +22,7 @@ from assign.plan.assignment import Entry
 from assign.plan.display import SHOWN, Drawn, frame, table_html
 from assign.plan.formats import parse_saved
 from assign.plan.keys import Key, Part
-from assign.plan.tensors import TensorTable
+from assign.plan.tensors import TensorTable, check_same_model
 
 EXACT = "fp32"
 """The format without noise: what a step computes in when nothing is rounded."""
@@ -151,12 +151,13 @@ class NoiseTable(Drawn):
         Raises:
             PlanError: it is another's.
         """
-        if self.fingerprint != table.fingerprint:
-            raise PlanError(
-                f"the noise was measured on another model: its fingerprint is {self.fingerprint}, this model's is "
-                f"{table.fingerprint}.\n  Allowed: a file that was measured on this very model, at any batch size.\n"
-                "  Give that file, or measure again: assign noise TASK -o noise.json"
-            )
+        check_same_model(
+            self.fingerprint,
+            table.fingerprint,
+            what="the noise was measured on another model",
+            advice="Allowed: a file that was measured on this very model, at any batch size.\n"
+            "  Give that file, or measure again: assign noise TASK -o noise.json",
+        )
 
     def to_pandas(self) -> Any:
         """A frame with a row for each choice: key, format, noise, standard_error, cosine, loss. Needs pandas."""

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 import networkx
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
 
-from assign.errors import PlanError, nearest
+from assign.errors import AssignError, PlanError, nearest
 from assign.json_file import MOST_ELEMENTS, Count, Kind, shown, twice
 from assign.plan.display import SHOWN, Drawn, frame, table_html
 from assign.plan.dtypes import ITEM_BYTES
@@ -370,6 +370,22 @@ class TensorTable(Drawn):
             PlanError: the file cannot be read, or is not a table.
         """
         return cls._of_text(_FILE.read(path), str(path))
+
+
+def check_same_model(
+    fingerprint: str, own: str, *, what: str, advice: str, error: type[AssignError] = PlanError
+) -> None:
+    """Make sure that a file, a plan or a study belongs to a model.
+
+    Args:
+        fingerprint: of the model that it was made for.
+        own: of the model that it is to be used with.
+        what: a sentence without its end that says what is wrong where the two differ.
+        advice: what to do then.
+        error: what is raised then.
+    """
+    if fingerprint != own:
+        raise error(f"{what}: its fingerprint is {fingerprint}, this model's is {own}.\n  {advice}")
 
 
 class _TableFile(BaseModel):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from assign.errors import BudgetError, PlanError
 from assign.plan.assignment import Entry
 from assign.plan.noise import Cell
-from assign.plan.tensors import TensorTable
+from assign.plan.tensors import TensorTable, check_same_model
 
 _UNITS = {"s": 1.0, "ms": 1e-3}
 
@@ -50,11 +50,12 @@ class TimeTable:
         Raises:
             PlanError: they are another's.
         """
-        if self.fingerprint != table.fingerprint:
-            raise PlanError(
-                f"the seconds were measured on another model: its fingerprint is {self.fingerprint}, this model's is "
-                f"{table.fingerprint}.\n  Measure this model: assign.measure_times(model, batch, loss)."
-            )
+        check_same_model(
+            self.fingerprint,
+            table.fingerprint,
+            what="the seconds were measured on another model",
+            advice="Measure this model: assign.measure_times(model, batch, loss).",
+        )
 
 
 def parse_step_time(text: str | float, high: float) -> float:

@@ -7,7 +7,6 @@ from torch import fx
 
 from assign import _torch
 from assign.executor.context import Context
-from assign.numerics.delayed import find_history
 from assign.tracing.joint import describe
 
 _QUANTIZE = torch.ops.assign.quantize.default
@@ -23,11 +22,10 @@ def fuse_scales(module: fx.GraphModule, context: Context) -> fx.GraphModule:
         own = isinstance(scale, fx.Node) and scale.target is _SCALE and scale.args[0] is x
         if not own or len(node.args) > 5:  # a seed: by chance, in a kernel of its own
             continue
-        history = find_history(scale.args[1])
-        if name != (history.format.name if history else scale.args[1]):
+        if name != scale.args[1]:
             continue
         with graph.inserting_before(scale):
-            both = graph.call_function(_SCALE_QUANTIZE, (x, scale.args[1], saturate, dtype))
+            both = graph.call_function(_SCALE_QUANTIZE, (x, name, saturate, dtype), dict(scale.kwargs))
             parts = [graph.call_function(operator.getitem, (both, index)) for index in (0, 1)]
         values = (_torch.joint_value(node), _torch.joint_value(scale))
         for new, value in zip((both, *parts), (values, *values), strict=True):

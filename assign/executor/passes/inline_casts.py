@@ -10,7 +10,6 @@ from assign import _torch
 from assign.executor.context import Context
 from assign.numerics import rounding
 from assign.numerics.dtypes import torch_dtype
-from assign.numerics.promotion import find_slot
 from assign.plan.formats import Storage, parse_format
 
 _QUANTIZE = torch.ops.assign.quantize.default
@@ -39,7 +38,7 @@ def inline_casts(module: fx.GraphModule, context: Context) -> fx.GraphModule:
 
 def _is_cast(node: fx.Node) -> bool:
     name = next(str(argument) for argument in node.args if isinstance(argument, str))
-    if find_slot(name) is not None:
+    if node.kwargs:  # a promotion may change the format
         return False
     fmt = parse_format(name)
     return fmt.storage is Storage.NATIVE and not fmt.stochastic

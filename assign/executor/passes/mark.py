@@ -16,7 +16,7 @@ Autograd gives a parameter's gradient the parameter's dtype. Where the plan stor
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -24,15 +24,16 @@ from torch.fx.node import map_aggregate
 
 from assign import _torch
 from assign.executor.context import Context, Step, Tap
-from assign.numerics.delayed import find_history
+from assign.numerics.delayed import History
 from assign.numerics.dtypes import dtype_name, torch_dtype
-from assign.numerics.promotion import Promotion, Slot, find_slot, format_named
+from assign.numerics.promotion import Promotion, Slot
 from assign.numerics.rounding import draw_seed, stream_of
+from assign.numerics.runtime import Runtime
 from assign.optim.gradients import keep_scale
 from assign.plan.assignment import Assignment, format_pair
 from assign.plan.compute_dtype import ComputeDtypes, changes_nothing
 from assign.plan.dtypes import FLOAT32, NARROW
-from assign.plan.formats import LOADED, Format, parse_format
+from assign.plan.formats import FORMATS, LOADED, Format, parse_format
 from assign.plan.keys import grad_key, saved_key
 from assign.plan.ops import ARITHMETIC, CONVERSIONS, FLOAT32_PARAMETERS
 from assign.plan.stored import gradient_format, stored_dtype
@@ -55,43 +56,60 @@ from assign.tracing.operators import (
 _CONVERSIONS = CONVERSIONS | {"to"}
 
 
+class Marking(NamedTuple):
+    """How a mark rounds a tensor and its gradient.
+
+    Attributes:
+        forward: name of the tensor's format.
+        backward: name of the gradient's format.
+        dtype: in which both are stored.
+        visible: the joint graph has a node of its own for the tensor even where rounding changes nothing.
+        streams: numbers that tell the random bits of the tensor, and of its gradient, from those of others.
+        stored: name of the format with a scale in which the gradient is stored, if it has one.
+        slot: key of the tensor, if its format may be promoted.
+        histories: keys of the tensor and of its gradient, if their scales come from earlier steps.
+    """
+
+    forward: str
+    backward: str
+    dtype: str
+    visible: bool = False
+    streams: tuple[int, int] = (0, 0)
+    stored: str = ""
+    slot: str = ""
+    histories: tuple[str, str] = ("", "")
+
+
 class _Mark(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        forward: str,
-        backward: str,
-        dtype: torch.dtype,
-        visible: bool,
+        how: Marking,
         seed: Tensor | None,
-        streams: tuple[int, int],
+        runtime: Runtime | None,
         tap: Tensor | None,
-        stored: str,
         scale_tap: Tensor | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)  # where there is no gradient, there is none behind the mark either
-        ctx.stored = stored
-        ctx.backward_format = backward
+        ctx.how, ctx.runtime, ctx.has_tap = how, runtime, tap is not None
         ctx.gradient_dtype = x.dtype if tap is None else tap.dtype
-        ctx.has_tap = tap is not None
-        ctx.stream = streams[1]
         ctx.save_for_backward(seed)
-        return _round(x, forward, dtype, (seed, streams[0]), saturate=True, visible=visible)
+        return _round(x, how, seed, runtime, torch_dtype(how.dtype), backward=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,), (seed,) = grads, ctx.saved_tensors
         if grad is None:
-            return (None,) * 10
-        rounded = _round(grad, ctx.backward_format, grad.dtype, (seed, ctx.stream), saturate=False)
+            return (None,) * 6
+        rounded = _round(grad, ctx.how, seed, ctx.runtime, grad.dtype, backward=True)
         scale = None
-        if ctx.stored:
-            gradient, scale = _encoded(rounded, ctx.stored, ctx.gradient_dtype)
+        if ctx.how.stored:
+            gradient, scale = _encoded(rounded, ctx.how.stored, ctx.gradient_dtype)
         else:
             gradient = rounded.to(ctx.gradient_dtype)
         to_x, to_tap = (None, gradient) if ctx.has_tap else (gradient, None)
-        return to_x, None, None, None, None, None, None, to_tap, None, scale
+        return to_x, None, None, None, to_tap, scale
 
 
 def _encoded(gradient: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -127,63 +145,54 @@ def taps_of(parameter: Tensor, tap: "Tap") -> list[Tensor]:
 
 
 def _round(
-    x: Tensor,
-    name: str,
-    dtype: torch.dtype,
-    randomness: tuple[Tensor | None, int],
-    *,
-    saturate: bool,
-    visible: bool = False,
+    x: Tensor, how: Marking, seed: Tensor | None, runtime: Runtime | None, dtype: torch.dtype, *, backward: bool
 ) -> Tensor:
-    history = find_history(name)
-    fmt = history.format if history else format_named(name)
-    exact = x.dtype == dtype and changes_nothing(fmt, dtype_name(dtype))
+    """Round a tensor, which saturates, or its gradient, which does not, and store it in ``dtype``."""
+    fmt, history = parse_format(how.backward if backward else how.forward), how.histories[backward]
+    slot, visible = ("", False) if backward else (how.slot, how.visible)
+    exact = x.dtype == dtype and changes_nothing(fmt, dtype_name(dtype)) and not slot
     if exact and not visible:
         return x.view_as(x)
     if torch.float64 in (x.dtype, dtype) and not exact and not history and fmt.native != "float64":
-        return _round(x.float(), name, torch.float32, randomness, saturate=saturate).to(dtype)  # kernels are in float32
-    saturate = saturate and not exact  # what changes nothing leaves an infinity too
-    scale = torch.ops.assign.scale(x, name) if fmt.scaled else None
-    name = fmt.name if history else name
-    rounded: Tensor = (
-        torch.ops.assign.quantize(x, scale, name, saturate, dtype, *randomness)
-        if _may_be_stochastic(name)
-        else torch.ops.assign.quantize(x, scale, name, saturate, dtype)
+        narrow = _round(x.float(), how, seed, runtime, torch.float32, backward=backward)  # kernels are in float32
+        return narrow.to(dtype)
+    saturate = not backward and not exact  # what changes nothing leaves an infinity too
+    scale = None
+    if fmt.scaled:
+        scale = torch.ops.assign.scale(x, fmt.name, **_live(runtime, history))
+    randomness = (seed, how.streams[backward]) if seed is not None and (fmt.stochastic or slot) else ()
+    rounded: Tensor = torch.ops.assign.quantize(
+        x, scale, fmt.name, saturate, dtype, *randomness, **_live(runtime, slot)
     )
     return rounded
 
 
-def _may_be_stochastic(name: str) -> bool:
-    slot, history = find_slot(name), find_history(name)
-    if history:
-        return history.format.stochastic
-    formats = (slot.low, slot.high) if slot else (parse_format(name),)
-    return any(fmt.stochastic for fmt in formats)
+def _live(runtime: Runtime | None, key: str) -> dict[str, Any]:
+    """With what an operator looks up the format or the scale of a tensor; nothing without a key."""
+    return {"runtime": runtime, "key": key} if key else {}
 
 
 def mark_tensor(
     x: Tensor,
-    forward: str,
-    backward: str,
-    dtype: str,
-    visible: bool = False,
+    how: Marking,
     seed: Tensor | None = None,
-    streams: tuple[int, int] = (0, 0),
+    runtime: Runtime | None = None,
     tap: Tensor | None = None,
-    stored: str = "",
     scale_tap: Tensor | None = None,
 ) -> Tensor:
-    """Round ``x`` to ``forward`` and, in the backward pass, its gradient to ``backward``; store both as ``dtype``.
+    """Round ``x`` and, in the backward pass, its gradient.
 
-    ``forward`` and ``backward`` are names of formats or of histories; ``forward`` may be a slot's. Stochastic formats
-    need a ``seed``; ``streams`` tell the tensor's and its gradient's random bits from those of others under that seed.
-
-    With ``visible``, the joint graph has a node of its own for ``x`` even where rounding changes nothing. The gradient
-    goes to ``tap``, in its dtype, if there is one; where ``stored`` names a format with a scale, divided by the scale,
-    which goes to ``scale_tap``.
+    Args:
+        x: any shape, floating point.
+        how: formats and dtype.
+        seed: of stochastic rounding.
+        runtime: of formats and scales that change between steps.
+        tap: takes the gradient, in its dtype, in place of ``x``.
+        scale_tap: takes the scale by which a stored gradient is divided.
+    Returns:
+        The rounded tensor, in the shape of ``x``.
     """
-    taps = tap, stored, scale_tap
-    return _torch.apply_function(_Mark, x, forward, backward, torch_dtype(dtype), visible, seed, streams, *taps)
+    return _torch.apply_function(_Mark, x, how, seed, runtime, tap, scale_tap)
 
 
 def mark(graph: fx.GraphModule, context: Context) -> fx.GraphModule:
@@ -202,6 +211,7 @@ def mark(graph: fx.GraphModule, context: Context) -> fx.GraphModule:
     graph.graph.lint()
     graph.recompile()
     step.taps.extend(marker.taps)
+    step.runtime.extend(marker.runtime_input())
     return graph
 
 
@@ -224,6 +234,8 @@ class _Marker:
         self.dtypes = {node: dtype_name(dtype) for node, dtype in capture.dtypes.items()}  # where not as loaded
         self.taps: list[Tap] = []
         self.seeds: dict[fx.Graph, fx.Node] = {}
+        self.runtimes: dict[fx.Graph, fx.Node] = {}
+        self.histories: dict[str, History] = {}
         self.layouts: dict[fx.Graph, Layout] = {}
 
     def mark_graph(self, graph: fx.GraphModule) -> None:
@@ -318,7 +330,9 @@ class _Marker:
                 elif number:
                     converted = graph.graph.call_function(_held_in, (argument, torch_dtype(wanted)))
                 elif argument not in self.walked.key_of:  # a mask: its −inf must not become NaN behind the cast
-                    converted = graph.graph.call_function(mark_tensor, (argument, LOADED[wanted].name, "fp64", wanted))
+                    converted = graph.graph.call_function(
+                        mark_tensor, (argument, Marking(LOADED[wanted].name, "fp64", wanted))
+                    )
                 else:
                     converted = graph.graph.call_method("to", (argument, torch_dtype(wanted)))
             _torch.label(converted, _torch.label_of(node))
@@ -341,20 +355,37 @@ class _Marker:
         have = self._now(site.node)
         names = {fmt.native for fmt in formats}
         explicit = saved_key(site.key) in self.plan.entries
-        forward, backward = self._names(site.key, formats)
+        slot = site.key if site.key in self.slots else ""
+        histories = self._history(site.key), self._history(grad_key(site.key))
         if site.op == CROSSING:
-            if forward != formats[0].name:  # what watches or scales this tensor has seen it in the piece that made it
+            if slot or histories[0]:  # what watches or scales this tensor has seen it in the piece that made it
                 self.dtypes[site.node] = have
                 return
-            backward = "fp32"  # rounded where the whole gradient is known, behind the tensor's operator
+            # its gradient is rounded where the whole of it is known, behind the tensor's operator
+            formats, histories = (formats[0], FORMATS["fp32"]), ("", "")
         tap = self._tap(graph, site, have) if site.op == "parameter" else {}
         if have == dtype and names == {dtype} and not explicit and not tap:
             self.dtypes[site.node] = dtype
             return
+        stored = gradient_format(self.plan.entries, site.key)
+        how = Marking(
+            forward=formats[0].name,
+            backward=formats[1].name,
+            dtype=dtype,
+            visible=explicit,
+            streams=(stream_of(site.key), stream_of(grad_key(site.key))),
+            stored=stored.name if "scale_tap" in tap else "",
+            slot=slot,
+            histories=histories,
+        )
+        rounded = (*formats, self.slots[site.key].high) if slot else formats
         with graph.graph.inserting_before(before):
-            arguments = (site.node, forward, backward, dtype, explicit)
-            randomness = self._randomness(graph, site.key, (forward, backward))
-            marked = graph.graph.call_function(mark_tensor, (*arguments, *randomness), tap)
+            inputs = dict(tap)
+            if any(fmt.stochastic for fmt in rounded):
+                inputs["seed"] = self._seed(graph)
+            if slot or any(histories):
+                inputs["runtime"] = self._runtime(graph)
+            marked = graph.graph.call_function(mark_tensor, (site.node, how), inputs)
         neighbour = before if site.node.op == "placeholder" else site.after
         if site.value.requires_grad and neighbour in self.layouts[graph.graph].without_grad:
             _torch.enable_grad_around(graph.graph, marked)
@@ -366,11 +397,13 @@ class _Marker:
         self.walked.values[marked] = site.value
         self.walked.key_of[marked] = site.key
 
-    def _names(self, key: str, formats: tuple[Format, Format]) -> tuple[str, str]:
-        """What stands for the formats of a tensor and of its gradient: their names, or a slot's, or histories'."""
-        slot, histories = self.slots.get(key), (self.scales.history(key), self.scales.history(grad_key(key)))
-        forward, backward = (each.name if each else fmt.name for each, fmt in zip(histories, formats, strict=True))
-        return slot.name if slot else forward, backward
+    def _history(self, key: str) -> str:
+        """The key, if its scale comes from earlier steps, else an empty string."""
+        history = self.scales.history(key)
+        if history is None:
+            return ""
+        self.histories[key] = history
+        return key
 
     def _tap(self, graph: fx.GraphModule, site: Site, have: str) -> dict[str, Any]:
         """One more input for the gradient of a parameter that is stored in another dtype than the parameter.
@@ -390,14 +423,7 @@ class _Marker:
         name = f"assign_tap_{len(self.taps)}"
         nodes = [_torch.add_input(graph, each) for each in ((name, f"{name}_scale") if stored.scaled else (name,))]
         self.taps.append(Tap(nodes=tuple(nodes), position=inputs.index(site.node), dtype=torch_dtype(dtype)))
-        scaled = {"stored": stored.name, "scale_tap": nodes[1]} if stored.scaled else {}
-        return {"tap": nodes[0], **scaled}
-
-    def _randomness(self, graph: fx.GraphModule, key: str, formats: tuple[str, str]) -> tuple[Any, ...]:
-        """Seed and streams of a mark; none if it rounds to nearest."""
-        if not any(map(_may_be_stochastic, formats)):
-            return ()
-        return self._seed(graph), (stream_of(key), stream_of(grad_key(key)))
+        return {"tap": nodes[0], **({"scale_tap": nodes[1]} if stored.scaled else {})}
 
     def _seed(self, graph: fx.GraphModule) -> fx.Node:
         """The node that holds the seed: made once, where the graph begins; in a body, one more placeholder."""
@@ -412,6 +438,27 @@ class _Marker:
                 )
         return self.seeds[graph.graph]
 
+    def _runtime(self, graph: fx.GraphModule) -> fx.Node:
+        """The input that holds what changes between steps: the last one; in a body, one more placeholder."""
+        if graph.graph not in self.runtimes:
+            if graph is self.capture.graph:
+                self.runtimes[graph.graph] = _torch.add_input(graph, "assign_runtime")
+            else:
+                first = next(node for node in graph.graph.nodes if node.op != "placeholder")
+                with graph.graph.inserting_before(first):
+                    self.runtimes[graph.graph] = graph.graph.placeholder("assign_runtime")
+        return self.runtimes[graph.graph]
+
+    def runtime_input(self) -> list[tuple[fx.Node, Runtime]]:
+        """Return the input for what changes between steps, moved behind all others, and its value; or nothing."""
+        node = self.runtimes.get(self.capture.graph.graph)
+        if node is None:
+            return []
+        last = self.capture.graph.graph.find_nodes(op="placeholder")[-1]
+        if last is not node:
+            last.append(node)
+        return [(node, Runtime(self.slots, self.histories))]
+
     def _device(self) -> torch.device:
         return next(value.device for value in self.capture.inputs if isinstance(value, Tensor))
 
@@ -422,8 +469,8 @@ class _Marker:
             if isinstance(outer, fx.Node) and outer in self.dtypes:
                 self.dtypes[placeholder] = self.dtypes[outer]
         self.mark_graph(body)
-        if body.graph in self.seeds:
-            node.args = (*node.args, self._seed(graph))
+        for added in [n for n in body.graph.nodes if n.op == "placeholder"][len(inner) :]:
+            node.args = (*node.args, self._seed(graph) if added is self.seeds.get(body.graph) else self._runtime(graph))
         results: Any = _torch.output_of(body).args[0]
         for user in node.users:
             if user.target is operator.getitem and results[user.args[1]] in self.dtypes:

@@ -19,9 +19,8 @@ from torch import Tensor, fx
 from assign import _torch
 from assign.executor.context import Context
 from assign.numerics.products import MULTIPLE
-from assign.numerics.promotion import find_slot, format_named
 from assign.plan.compute_dtype import is_float8
-from assign.plan.formats import FORMATS
+from assign.plan.formats import FORMATS, parse_format
 from assign.tracing.joint import COPIES, describe, is_view
 
 _aten = torch.ops.aten
@@ -42,6 +41,11 @@ class _Operand(NamedTuple):
     @property
     def scale(self) -> Any:
         return self.source.args[1]
+
+    @property
+    def key(self) -> str:
+        """Of the tensor, if its format may be promoted; else an empty string."""
+        return str(self.source.kwargs.get("key", "")) if self.source.target in (_QUANTIZE, _DECODE) else ""
 
     @property
     def has_codes(self) -> bool:
@@ -87,10 +91,12 @@ def _widens(node: fx.Node) -> bool:
 def _multiply_in_bf16(graph: fx.Graph, node: fx.Node, matrices: list[fx.Node], operands: list[_Operand]) -> bool:
     """Whether the product became one of bf16 matrices with a float32 result."""
     value = _torch.joint_value(node)
-    if value.dtype != torch.float32 or not all(_bf16_may_hold(each.format) for each in operands):
+    if value.dtype != torch.float32 or not all(
+        FORMATS["bf16"].contains(parse_format(each.format)) for each in operands
+    ):
         return False
     with graph.inserting_before(node):
-        product = graph.call_function(_PRODUCT, (*matrices, *(each.format for each in operands)))
+        product = graph.call_function(_PRODUCT, (*matrices, *(each.format for each in operands)), _live(operands))
     describe(product, value, node, backward=_torch.is_backward(node))
     result = product
     if node.target is _aten.addmm.default:
@@ -101,16 +107,19 @@ def _multiply_in_bf16(graph: fx.Graph, node: fx.Node, matrices: list[fx.Node], o
     return True
 
 
-def _bf16_may_hold(name: str) -> bool:
-    """Whether bf16 holds what lies on the grid of a format, or of what a slot stands for at first."""
-    slot = find_slot(name)
-    return FORMATS["bf16"].contains(slot.low if slot else format_named(name))
+def _live(operands: Sequence[_Operand]) -> dict[str, Any]:
+    """With what a product looks up the formats of operands that may be promoted; nothing if there are none."""
+    promotable = [each for each in operands if each.key]
+    if not promotable:
+        return {}
+    a, b = operands
+    return {"runtime": promotable[0].source.kwargs["runtime"], "a_key": a.key, "b_key": b.key}
 
 
 def _multiply_codes(graph: fx.Graph, node: fx.Node, operands: list[_Operand]) -> bool:
     """Whether the product became one of 8-bit codes."""
     value: Tensor = _torch.joint_value(node)
-    formats = [None if find_slot(each.format) else format_named(each.format) for each in operands]
+    formats = [None if each.key else parse_format(each.format) for each in operands]
     eight_bits = all(fmt is not None and is_float8(fmt) for fmt in formats) and all(each.has_codes for each in operands)
     kinds = {fmt.native for fmt in formats if fmt is not None}
     if not eight_bits or kinds == {"float8_e5m2"} or node.target is _aten.bmm.default:

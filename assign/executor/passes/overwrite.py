@@ -35,7 +35,9 @@ def overwrite(module: fx.GraphModule, context: Context) -> fx.GraphModule:
         if value.dtype != dtype or value.stride() != result.stride() or not _is_last_reader(node):
             continue
         with graph.inserting_before(node):
-            both = graph.call_function(torch.ops.higher_order.auto_functionalized, (target,), arguments)
+            both = graph.call_function(
+                torch.ops.higher_order.auto_functionalized, (target,), {**arguments, **node.kwargs}
+            )
             scale, rounded = (graph.call_function(operator.getitem, (both, index)) for index in (0, 1))
         describe(both, (_torch.joint_value(node)[1] if scaled else None, result), node, backward=False)
         describe(rounded, result, node, backward=False)

@@ -7,6 +7,8 @@ and decoded right before its first reader in the backward pass. Values of a nati
 as the float32 copy that an operator asked for.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,10 +18,9 @@ from torch.fx.node import map_arg
 from assign import _torch
 from assign.executor.context import Context
 from assign.numerics.blocks import memory_order
-from assign.numerics.promotion import format_named
 from assign.numerics.rounding import stream_of
 from assign.plan.assignment import Assignment
-from assign.plan.formats import BlockFormat, Format
+from assign.plan.formats import BlockFormat, Format, parse_format
 from assign.plan.keys import Key, saved_key
 from assign.plan.tensors import MARK
 from assign.tracing.joint import describe, is_view, origin, read_marked_outputs
@@ -110,7 +111,7 @@ class _Packer:
                 twin = self.graph.node_copy(scale)
                 describe(twin, _torch.joint_value(scale), scale, backward=True)
                 scale = twin
-            again = self.graph.call_function(_QUANTIZE, (mark.args[0], scale, *mark.args[2:]))
+            again = self.graph.call_function(_QUANTIZE, (mark.args[0], scale, *mark.args[2:]), dict(mark.kwargs))
         describe(again, _torch.joint_value(mark), mark, backward=True)
         return again
 
@@ -118,19 +119,20 @@ class _Packer:
         """The mark's value as it comes out of its narrow storage, right before ``first``."""
         value = _torch.joint_value(mark)
         key = _torch.label_of(mark).removeprefix(MARK)
-        name = str(mark.args[2])  # of a format, or of a slot
+        name, live = str(mark.args[2]), dict(mark.kwargs)  # what a promotion changes is looked up with the latter
         source, scale, after = mark, mark.args[1], self._last_forward_reader(mark)
         if saved_key(key) in self.plan.entries and self.plan.saved_format(key).name != name:
             chosen = self.plan.saved_format(key)
             if isinstance(chosen, BlockFormat):
                 return self._encode_blocks(mark, chosen, after, first)
-            name = chosen.name
+            name, live = chosen.name, {}
             source, scale, after = self._narrow(mark, chosen, after)
-        fmt = format_named(name)
-        if fmt.code_bytes >= value.dtype.itemsize:
+        if parse_format(name).code_bytes >= value.dtype.itemsize:
             return source
-        code = self._call(torch.ops.assign.encode.default, (source, scale, name), mark, after=after)
-        return self._call(torch.ops.assign.decode.default, (code, scale, name, value.dtype), mark, before=first)
+        code = self._call(torch.ops.assign.encode.default, (source, scale, name), mark, after=after, kwargs=live)
+        return self._call(
+            torch.ops.assign.decode.default, (code, scale, name, value.dtype), mark, before=first, kwargs=live
+        )
 
     def _encode_blocks(self, mark: fx.Node, fmt: BlockFormat, after: fx.Node, first: fx.Node) -> fx.Node:
         """The mark's value as it comes out of blocks; itself where these take no fewer bytes."""
@@ -184,13 +186,14 @@ class _Packer:
         after: fx.Node | None = None,
         before: fx.Node | None = None,
         backward: bool | None = None,
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> fx.Node:
         """A new node, in the forward pass right ``after`` one there, or in the backward pass right ``before`` one."""
         place = self.graph.inserting_after(after) if after else self.graph.inserting_before(before)
         with place:
-            node = self.graph.call_function(target, args)
+            node = self.graph.call_function(target, args, dict(kwargs))
         with _torch.without_data(map(_torch.joint_value, self.graph.nodes)):
-            value = target(*map_arg(args, _torch.joint_value))
+            value = target(*map_arg(args, _torch.joint_value), **map_arg(dict(kwargs), _torch.joint_value))
         describe(node, value, like, backward=after is None if backward is None else backward)
         return node
 

@@ -5,7 +5,7 @@ gradient of a relu or of one side of an addition is the gradient that came in, a
 same format, such a tensor lies on the same grid, and its own scale could only be smaller: rounding would change
 nothing, and cost a pass over memory or two. Its codes are then made with the scale of what it was picked from.
 
-A slot is one tensor's own: what may be promoted is rounded, and its overflow counted, in its own place.
+What may be promoted is rounded, and its overflow counted, in its own place.
 """
 
 import operator
@@ -58,7 +58,7 @@ def _rounded_before(mark: fx.Node) -> fx.Node | None:
     """The rounding whose values ``mark`` would round again."""
     x, (scale, name, saturate, dtype) = _torch.source_of(mark), mark.args[1:5]
     here = _torch.joint_value(x)
-    if here.dtype != dtype:
+    if here.dtype != dtype or mark.kwargs:  # what may be promoted is looked up
         return None
     if isinstance(scale, fx.Node) and not (scale.target is _SCALE and _is_nested(str(name))):
         return None
@@ -67,6 +67,7 @@ def _rounded_before(mark: fx.Node) -> fx.Node | None:
         source = _picked_from(source)
     if (
         source is None
+        or source.kwargs
         or source.args[2:4] != (name, saturate)
         or isinstance(scale, fx.Node) != isinstance(source.args[1], fx.Node)
     ):

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from assign.plan.assignment import Assignment
+from assign.plan.quality import is_maximized, pareto_front
 
 TRAINED = "trained_"
 """Prefix of a metric that a search by training measured, in a plan's estimate."""
 
 LOW_RATIO = "low_ratio"
-_LESS_IS_BETTER = ("noise", LOW_RATIO, "loss", "error", "perplexity")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +44,5 @@ def measure_of(points: Sequence[Point]) -> str:
 
 def best_of(points: Sequence[Point], measure: str) -> list[Point]:
     """Points that no other beats in both peak and measure, the lowest peak first."""
-    sign = 1 if any(word in measure for word in _LESS_IS_BETTER) else -1
-    found: list[Point] = []
-    for point in sorted(points, key=lambda each: (each.peak_bytes, sign * each.costs.get(measure, 0.0))):
-        if not found or sign * point.costs.get(measure, 0.0) < sign * found[-1].costs.get(measure, 0.0):
-            found.append(point)
-    return found
+    sign = -1 if is_maximized(measure) else 1
+    return pareto_front(points, lambda each: each.peak_bytes, lambda each: sign * each.costs.get(measure, 0.0))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from assign.errors import PlanError, ReportError
+from assign.errors import ReportError
 from assign.fronts import Front
 from assign.json_file import Kind
 from assign.plan.assignment import Assignment
@@ -17,7 +17,7 @@ from assign.plan.display import human_bytes
 from assign.plan.memory import Estimate, estimate
 from assign.plan.moments import Moments, moments
 from assign.plan.noise import NoiseTable
-from assign.plan.tensors import TensorTable
+from assign.plan.tensors import TensorTable, check_same_model
 from assign.report.page import colours, curves, figures
 from assign.report.page.beside import LOW_RATIO, measure_of, point_of, points_of
 from assign.report.page.figures import Figure
@@ -55,17 +55,13 @@ class Report:
         Raises:
             PlanError: plan, front or noise are of another model than the table.
         """
-        if self.plan.fingerprint != self.table.fingerprint:
-            raise PlanError(
-                f"{self.name} is a plan of another model: its fingerprint is {self.plan.fingerprint}, this model's "
-                f"{self.table.fingerprint}.\n  Give the task that the plan was made for, with its own options: --task."
-            )
-        others = {plan.fingerprint for plan in self.front.plans} if self.front else set()
-        if others - {self.plan.fingerprint}:
-            raise PlanError(
-                f"the front has plans of another model: their fingerprint is {', '.join(sorted(others))}, that "
-                f"of {self.name} {self.plan.fingerprint}.\n  Give the directory of a front for the plan's own model."
-            )
+        advice = "Give the task that the plan was made for, with its own options: --task."
+        what = f"{self.name} is a plan of another model"
+        check_same_model(self.plan.fingerprint, self.table.fingerprint, what=what, advice=advice)
+        for plan in self.front.plans if self.front else ():
+            advice = "Give the directory of a front for the plan's own model."
+            what = "the front has plans of another model"
+            check_same_model(plan.fingerprint, self.table.fingerprint, what=what, advice=advice)
         if self.noise is not None:
             self.noise.check(self.table)
 

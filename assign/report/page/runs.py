@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from assign.errors import ReportError
 from assign.json_file import Count, Kind, NotNegative, Share
+from assign.plan.tensors import check_same_model
 from assign.training.comparison import Comparison, EpochFacts
 
 _FILE = Kind(
@@ -135,11 +136,8 @@ def _results(text: str, path: Path, fingerprint: str) -> Iterator[tuple[str, int
 
 
 def _check(found: str | None, wanted: str, what: str) -> None:
-    if found is not None and found != wanted:
-        raise ReportError(
-            f"{what}: its fingerprint is {found}, the plan's {wanted}.\n"
-            "  Give trainings of the plan's own model, or leave the file out."
-        )
+    advice = "Give trainings of the plan's own model, or leave the file out."
+    check_same_model(wanted if found is None else found, wanted, what=what, advice=advice, error=ReportError)
 
 
 _FACTS = TypeAdapter(Facts)

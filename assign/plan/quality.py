@@ -1,0 +1,28 @@
+"""Which of several plans are better: the direction of a metric, and the Pareto front of two measures."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_LESS_IS_BETTER = ("noise", "low_ratio", "loss", "error", "perplexity")
+
+
+def is_maximized(metric: str) -> bool:
+    """Whether more of a metric is better: not of noise, the low ratio, a loss, an error or a perplexity."""
+    return not any(word in metric.lower() for word in _LESS_IS_BETTER)
+
+
+def pareto_front(items: Iterable[T], peak_bytes: Callable[[T], int], cost: Callable[[T], float]) -> list[T]:
+    """Return the items that no other beats in both measures, the lowest peak first.
+
+    Args:
+        items: what to compare.
+        peak_bytes: of an item; less is better.
+        cost: of an item; less is better.
+    """
+    found: list[T] = []
+    for item in sorted(items, key=lambda each: (peak_bytes(each), cost(each))):
+        if not found or cost(item) < cost(found[-1]):
+            found.append(item)
+    return found
