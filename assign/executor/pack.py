@@ -32,6 +32,8 @@ def pack(joint: fx.GraphModule, plan: Assignment, *, channels_last: bool = False
     """Edit the joint graph in place; the graph of an all-fp32 plan stays as it is.
 
     Args:
+        joint: forward and backward pass in one graph, with the tensors of the plan marked.
+        plan: for the model of this graph.
         channels_last: images will be laid out so when the graph runs: blocks run along their channels first, and an
             input that is laid out otherwise would wait as a copy of itself.
     """

@@ -139,6 +139,7 @@ def multiply_dtype(op: str, compute: str, operands: Iterable[Format], *, fp8: bo
     """Dtype in which ``op`` multiplies matrices.
 
     Args:
+        op: name of the operator.
         compute: what :func:`compute_dtype` says.
         operands: formats of the matrices.
         fp8: the device multiplies 8-bit matrices.
