@@ -11,6 +11,13 @@ from assign import _torch
 gc.set_threshold(20_000)  # of Python's 700: a collection looks at all of torch, and took a quarter of the tests' time
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _older_objects():
+    """What was made before a file, all of torch above all, is not looked at whenever its tests collect garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
