@@ -100,7 +100,7 @@ def test_no_garbage_is_collected_while_a_kernel_runs(monkeypatch):
 
     def kernel():
         before = [each["collections"] for each in gc.get_stats()]
-        cycles = [[] for _ in range(10**4)]
+        cycles = [[] for _ in range(2 * max(gc.get_threshold()[0], 1))]
         for each in cycles:
             each.append(each)
         collections.append(before != [each["collections"] for each in gc.get_stats()])
