@@ -412,6 +412,8 @@ def program_of(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> 
     """The Python program that Inductor writes for a graph: which buffers it makes, runs kernels on, and drops.
 
     Args:
+        graph: in aten operators, as the compiler of one graph takes it.
+        inputs: the graph's inputs, in their order; tensors without data will do.
         options: as Inductor's own compiler of one graph takes them.
     """
     from torch._inductor import config as inductor_config
@@ -506,7 +508,9 @@ def compile_kernel(
     to what guards see to: dtypes and device of the examples, and below 2^31 elements. Arguments may be the same tensor.
 
     Args:
+        function: takes as many tensors as there are examples, and returns nothing.
         examples: arguments; the first axis of the first ``varying`` has the same length, and any length will do later.
+        varying: how many of the examples, from the first on, may have any length of their first axis.
     """
     from torch._inductor import config as inductor_config  # here: it takes a second to import
     from torch._inductor.compile_fx import compile_fx_inner
@@ -551,7 +555,6 @@ def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
     gets or loses later makes a new graph; by default Dynamo would not look. ``requires_grad_(True)`` in the middle of a
     step, as behind a frozen embedding, asks for a gradient that no parameter gets; it says nothing here.
     """
-
     received = weakref.ref(backend)
 
     def receive(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -875,6 +878,7 @@ def recorded_functions(
 
     Args:
         apply: takes the class, positional and keyword arguments; returns None for what torch shall do as usual.
+        checkpointed: makes the context in which a checkpointed block runs, a new one for each block.
         before_seeding: is called with the name of a function that reads or sets the state of torch's generator.
     """
 
@@ -1007,6 +1011,7 @@ def size_guard(mode: FakeTensorMode, examples: Sequence[Any]) -> SizeGuard | Non
     """What compiling with symbols for sizes has assumed of them; None if nothing.
 
     Args:
+        mode: the mode of those fake tensors, whose symbols it knows.
         examples: arguments of the compiled function; those with symbols are fake tensors.
     """
     places = [place for place, x in enumerate(examples) if isinstance(x, FakeTensor)]

@@ -197,7 +197,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _check_levels(data: Any, refuse: Callable[[str], AssignError]) -> None:
-    """Refuse data nested too deeply, and lone surrogates (``\\ud800``), which UTF-8 cannot encode."""
+    r"""Refuse data nested too deeply, and lone surrogates (``\ud800``), which UTF-8 cannot encode."""
     level = [data]
     for _ in range(MOST_LEVELS):
         below: list[Any] = []

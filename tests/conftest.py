@@ -1,11 +1,21 @@
 """What every test has: the same seed at its start; if it asks, the graphs that the eager backend runs and a browser."""
 
+import gc
 import shutil
 
 import pytest
 import torch
 
 from assign import _torch
+
+gc.set_threshold(20_000)  # of Python's 700: a collection looks at all of torch, and took a quarter of the tests' time
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _older_objects():
+    """What was made before a file, all of torch above all, is not looked at whenever its tests collect garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -22,15 +22,6 @@ def branching_loss(model, batch):
     return loss * 2 if loss > 1e9 else loss
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _older_objects():
-    """Are not looked at again at each collection."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def made():
     """Table and plan of the model."""

@@ -61,3 +61,10 @@ def test_every_public_name_has_a_docstring():
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node in tree.body and node.name[0] != "_":
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
         assert ast.get_docstring(tree), path
+
+
+def test_pre_commit_has_the_linters_of_the_gate():
+    hooks = re.findall(r"entry: ([^,]+),", (ROOT / ".pre-commit-config.yaml").read_text())
+    gate = (ROOT / ".ci" / "run").read_text().splitlines()
+    first = gate.index(hooks[0])
+    assert hooks == gate[first : gate.index("lint-imports") + 1]

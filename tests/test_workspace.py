@@ -1,5 +1,7 @@
 """What is said of a kernel's own memory, against what it allocates."""
 
+import gc
+
 import pytest
 import torch
 
@@ -90,6 +92,25 @@ def test_a_large_convolution_is_run_on_a_part_of_its_batch(monkeypatch):
     assert said == pytest.approx(used, rel=0.05)
     assert len(ran) == 4
     assert all(args[0].shape[0] < 32 for args in ran)
+
+
+def test_no_garbage_is_collected_while_a_kernel_runs(monkeypatch):
+    """What is freed would count as room for what the kernel allocates; to collect it before takes longer than both."""
+    collections = []
+
+    def kernel():
+        before = [each["collections"] for each in gc.get_stats()]
+        cycles = [[] for _ in range(2 * max(gc.get_threshold()[0], 1))]
+        for each in cycles:
+            each.append(each)
+        collections.append(before != [each["collections"] for each in gc.get_stats()])
+        return torch.ones(())
+
+    kernel()
+    monkeypatch.setattr(gc, "collect", pytest.fail)
+    assert workspace._run(kernel, (), (), 1) == 0
+    assert collections == [True, False]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

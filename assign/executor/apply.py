@@ -140,7 +140,10 @@ def autocast(
     A second context with the same model, plan and promotion reuses the compiled code.
 
     Args:
-        model, plan, backend, promotion: as for :func:`apply`.
+        model: its class is another one within the context; as for :func:`apply`.
+        plan: as for :func:`apply`.
+        backend: as for :func:`apply`.
+        promotion: as for :func:`apply`.
     Returns:
         A context manager.
     Raises:
@@ -195,8 +198,13 @@ def planned_step(
     reduces only gradients of modules that are called through it: use :func:`apply` there.
 
     Args:
-        model, plan, backend, promotion, scales, log_passes: as for :func:`apply`.
+        model: as for :func:`apply`; its class stays as it is.
         loss: ``loss(model, batch)`` → scalar tensor.
+        plan: as for :func:`apply`.
+        backend: as for :func:`apply`.
+        promotion: as for :func:`apply`.
+        scales: as for :func:`apply`.
+        log_passes: as for :func:`apply`.
     Returns:
         The function; call ``backward`` on its result.
     Raises:

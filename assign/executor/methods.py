@@ -33,6 +33,7 @@ def planned_method(
     """The method ``name`` of a planned model: under the plan where it is given a tensor, else the plain one.
 
     Args:
+        name: of the method, which the plain model has too.
         plain: the model without the plan.
         compiled: makes the method under the plan, as a function of the planned model and the arguments.
     Returns:

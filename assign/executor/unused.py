@@ -25,6 +25,7 @@ def without_unused_gradients(
 
     Args:
         run: of a captured graph: its inputs → its results.
+        capture: the captured graph: its inputs are what ``run`` takes.
         needed: for each input, the positions of the results that depend on it (see :func:`results_behind_inputs`).
     Returns:
         ``run`` itself where every input lies behind every result, and no other graph can leave all of them unused.

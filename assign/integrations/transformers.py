@@ -28,6 +28,7 @@ def search(trainer: Trainer, **asked: Any) -> Assignment:
     """A plan for one step of the trainer: its model, its first batch, its loss.
 
     Args:
+        trainer: with a training dataset; it need not have trained.
         asked: as :func:`assign.search` takes it: ``budget="60%"``, …
     Raises:
         AssignError: as :func:`assign.search`.

@@ -30,6 +30,7 @@ def loss_scale(fmt: Format | BlockFormat, largest: float) -> float:
     """The power of two that a loss scaler comes to: with it no gradient overflows ``fmt``; 1 with a scale of its own.
 
     Args:
+        fmt: the format of the gradients.
         largest: magnitude among the gradients without a scale.
     """
     if isinstance(fmt, BlockFormat) or fmt.scaled or largest == 0:
@@ -42,6 +43,9 @@ def round_tensor(x: Tensor, key: str, fmt: Format | BlockFormat, *, scale: float
 
     Args:
         x: floating-point, any shape.
+        key: key of the tensor: only a gradient is scaled, and each key has random bits of its own in a stochastic block
+            format.
+        fmt: the format to round to.
         scale: of the loss: a gradient is rounded times this.
         seed: which way a stochastic format rounds.
     Returns:

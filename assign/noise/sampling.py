@@ -42,6 +42,11 @@ def sample(
     """One sample of every cell, on one batch; what is drawn is a function of ``seed``.
 
     Args:
+        method: whether to run the rounded step, or to differentiate the unrounded one.
+        step: the step with its probes.
+        batch: as the step takes it.
+        cells: pairs of a tensor and a format.
+        seed: what is drawn depends on nothing else.
         loss_scaling: gradients are rounded under the loss scale that training comes to.
     Raises:
         DivergedError: loss or gradient of the unrounded step are not finite, or the gradient is zero.
@@ -114,8 +119,16 @@ def _derivatives(step: ProbedStep, batch: Any, keys: set[str], seed: int) -> "_D
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Derivatives:
-    """Of one step, by key: every tensor, the mean of aₜ² over the draws, that by slopes of gates, aₜ for r = g, and
-    ∂loss/∂t."""
+    """Derivatives of one step, by key.
+
+    Attributes:
+        values: every tensor t.
+        squares: mean of aₜ² over the draws.
+        flips: the same mean, by slopes of gates.
+        along: aₜ for r = g.
+        by_loss: ∂loss/∂t.
+        size: squared norm of the gradients.
+    """
 
     values: Mapping[str, Tensor]
     squares: Mapping[str, Tensor]

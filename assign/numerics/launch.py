@@ -55,7 +55,10 @@ def run(
     """``work`` on every element of ``x``: a tensor of ``dtype``, in the layout of ``x`` where that is dense.
 
     Args:
+        work: the kernel and its numbers.
+        x: any shape and layout.
         scale: float32, one element. None: 1.
+        dtype: of the result.
         key: int64 [2], what the random bits of a stochastic kernel are made from.
         out: where to put the result, ``x`` itself if need be; None: a fresh tensor.
     """
@@ -183,6 +186,7 @@ def run_rows(kernel: Callable[..., None], tensors: Sequence[Tensor], *rest: Tens
     Args:
         kernel: one function for each set of dtypes, lengths of rows and shapes of the rest; it stays in memory.
         tensors: with one length of the first axis, few enough rows for temporaries of their size not to matter.
+        rest: tensors of fixed shapes, which have no rows.
     """
     first = tensors[0]
     compiled = _compiled_rows(kernel, len(tensors), first.device)

@@ -16,6 +16,8 @@ def register(
     """Make ``function`` the operator ``assign::name``, on every device.
 
     Args:
+        name: without the namespace.
+        function: annotated, as ``torch.library.infer_schema`` wants it.
         fake: what comes out, without data: called with the same arguments, by name.
         mutates: the argument that it writes into.
         draws: it draws from torch's generator.

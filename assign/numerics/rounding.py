@@ -234,6 +234,7 @@ def quantize(
 
     Args:
         x: any shape; float32, bfloat16 or float16.
+        fmt: a format or its name.
         scale: float32, one element, as ``amax_scale`` gives it; with one that is no power of two, ``x / scale`` and the
             product with ``scale`` are rounded too. None: 1, or for a scaled format ``amax_scale(x, fmt)``.
         saturate: what beyond ±``fmt.max_value`` becomes, inf included: that limit, or else ±inf. NaN stays NaN.
@@ -280,6 +281,7 @@ def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
 
     Args:
         x: any shape; float32, bfloat16 or float16.
+        fmt: a format with a scale, or its name.
     Returns:
         float32, no axes, on the device of ``x``; ``x ≈ q · scale``.
     Raises:
@@ -302,6 +304,7 @@ def encode(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None) -> Tens
 
     Args:
         x: any shape; float32, bfloat16 or float16.
+        fmt: a format or its name.
         scale: as given to ``quantize``; a scaled format needs it.
     Returns:
         Shape and strides as ``quantize`` has them; dtype ``fmt.code_dtype``.
@@ -322,6 +325,7 @@ def decode(
 
     Args:
         codes: any shape; dtype ``fmt.code_dtype``.
+        fmt: the format of the codes, or its name.
         scale: as given to ``encode``.
         dtype: of the result; it must hold every value of ``fmt``. None: the format's carrier.
     Raises:

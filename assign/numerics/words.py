@@ -47,6 +47,8 @@ def join(values: Sequence[Tensor], dtype: torch.dtype, *, exact: bool = True) ->
     """The words whose lanes are ``values``.
 
     Args:
+        values: one tensor for each lane, as :func:`split` gives them: values as float32, codes as int32.
+        dtype: of a lane.
         exact: ``dtype`` holds every value as it is. Else values become the nearest bfloat16, ties to even.
     """
     if len(values) == 1:

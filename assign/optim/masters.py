@@ -39,7 +39,8 @@ def split(wide: Tensor, narrow: Tensor, extra: Tensor) -> None:
 
     Args:
         wide: float32; its memory is worked in, and holds nothing of use afterwards.
-        narrow: bfloat16, of the same shape; extra: uint8, the same.
+        narrow: bfloat16, of the same shape.
+        extra: uint8, of the same shape.
     """
     wide.masked_fill_(wide.isnan(), torch.nan)  # the bits of another NaN might round to infinity
     bits = wide.view(torch.int32)
@@ -129,6 +130,7 @@ def joined(parameter: Tensor, states: MutableMapping[str, Any]) -> Iterator[None
     Behind it, both are what they were, and the parameter and its extra bits have the master's new value.
 
     Args:
+        parameter: bfloat16; with its extra bits, it is a float32 master.
         states: the optimizer's, of the parameter; within the context without the extra bits, as the library knows them.
     """
     extra, narrow, gradient = states[EXTRA_BITS], parameter.data, parameter.grad
@@ -179,6 +181,8 @@ def joined_checkpoint(
     """Saved weights joined with their extra bits in a saved optimizer's state, and that state without them.
 
     Args:
+        weights: by name.
+        packed: the optimizer's ``state_dict``.
         names: of the optimizer's parameters, in its order; one that is tied has several.
     """
     numbers = [number for group in packed["param_groups"] for number in group["params"]]

@@ -77,6 +77,7 @@ def optimizer(
     Args:
         kind: a class of ``torch.optim``.
         model: after ``assign.apply(model, plan)``; may be within ``DistributedDataParallel``, or sharded.
+        plan: the plan that was applied to the model.
         params: parameters or groups of them, as torch takes them; all that require a gradient if left out.
         library: ``torch``, ``torchao`` or ``bitsandbytes``; the first installed one that can keep the states if left
             out.
@@ -367,6 +368,7 @@ class _Planned(Optimizer):
         """Load states and options; states are converted to the plan's formats.
 
         Args:
+            state_dict: what the ``state_dict`` of an optimizer of any of the libraries returned.
             lossy: whether that may round values.
         Raises:
             PlanError: what is loaded is of another model; it lacks states that the plan stores; or a value would be
@@ -472,6 +474,7 @@ def _planned(made: Optimizer, *, one_by_one: bool) -> _Planned:
     """``made``, of a class that is also :class:`_Planned`.
 
     Args:
+        made: an optimizer of any of the libraries; its class is replaced.
         one_by_one: whether it steps one parameter after another, so that one of them, and its gradient, is wide.
     """
     kind = type(made)

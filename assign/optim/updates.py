@@ -51,6 +51,7 @@ class _Optimizer16(Optimizer):
         Args:
             w: the parameter's values in float32.
             parameter: with its gradient.
+            group: the parameter's group of options.
         Returns:
             float32, of the shape of ``w``, not rounded yet.
         """
@@ -281,8 +282,9 @@ def kahan_add(w: Tensor, change: Tensor, compensation: Tensor, dtype: torch.dtyp
     """A weight and its change in Kahan's sum, every operation rounded to ``dtype``.
 
     Args:
-        w, compensation: float32 that hold values of ``dtype``.
+        w: the weight, in float32 that holds values of ``dtype``.
         change: float32.
+        compensation: what earlier sums added too much, in float32 that holds values of ``dtype``.
         dtype: bfloat16 or float16.
     Returns:
         The new weight and the new compensation, the same way.

@@ -229,6 +229,7 @@ class Assignment(Drawn):
         """Return the same assignment with updates rounded in another way; None: as it is.
 
         Args:
+            update_rounding: ``nearest``, ``stochastic`` or ``kahan``.
             where: what the error calls the place that asked for it.
         Raises:
             PlanError: there is no such rounding, or masters with extra bits take what it would lose.
@@ -261,8 +262,9 @@ class Assignment(Drawn):
         An entry for a saved copy, or for what is stored, is in place if ``keys`` has the tensor it belongs to.
 
         Args:
-            buffers: names of the buffers that may have entries.
+            keys: of the tensors that must have an entry.
             where: what to call this assignment, e.g. the path of its file.
+            buffers: names of the buffers that may have entries.
         Raises:
             PlanError: a tensor has no entry, or an entry no tensor.
         """
@@ -285,6 +287,7 @@ class Assignment(Drawn):
         """Check that this is a plan for the model of a table.
 
         Args:
+            table: of the model.
             where: name of this plan in the error, e.g. the path of its file.
         Raises:
             PlanError: a tensor has no entry, or an entry no tensor.
@@ -329,6 +332,7 @@ class Assignment(Drawn):
         """Read the text of a plan's file.
 
         Args:
+            text: JSON, as :meth:`to_json` writes it.
             where: what to call it in an error, e.g. the path of the file.
         Raises:
             PlanError: it is not JSON, not a plan, from a newer version, or names an unknown format.

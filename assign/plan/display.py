@@ -69,6 +69,8 @@ def table_html(title: str, columns: Sequence[str], rows: Iterable[tuple[Sequence
     """A table whose rows end in a bar. Texts are escaped; what is not the first of a row stands right.
 
     Args:
+        title: the line above the table.
+        columns: headings of the texts; the bars have none.
         rows: texts, and the length of the bar, 0 to 1.
         total: how many rows there would be.
     """

@@ -80,6 +80,7 @@ class Key:
         the name of a weight in ``tensors``, and ``.buffer`` only if no such weight has a gradient.
 
         Args:
+            text: the key as plans and tables write it.
             tensors: keys of the plan or table.
         """
         for part in _OF_WEIGHT:

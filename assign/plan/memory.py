@@ -543,6 +543,7 @@ class Replay:
         """Return whether saved activations are packed under ``entries`` if and only if they are packed now.
 
         Args:
+            entries: all entries, those of ``change`` included.
             change: the entries that differ.
         """
         if self._narrowed and any(entry.format != "fp32" for entry in change.values()):

@@ -17,6 +17,8 @@ def stays_float32(key: str, op: str, readers: Collection[str]) -> bool:
     Not where a matrix product reads it, which would then run in float32: autocast rounds there too.
 
     Args:
+        key: of a tensor in the forward pass.
+        op: name of the operator.
         readers: operators that read it.
     """
     if op in MATRIX_PRODUCTS or not MATRIX_PRODUCTS.isdisjoint(readers):

@@ -205,6 +205,8 @@ def candidates_of(table: TensorTable, recipe: Recipe, formats: Sequence[str] = (
     """The formats that each of the paper's tensors may have: the recipe's high and low one, or those of ``formats``.
 
     Args:
+        table: of the model.
+        recipe: gives the formats if ``formats`` is empty.
         formats: names in place of the recipe's, the high one first; ``e4m3/e5m2`` means the first for values, the
             second for gradients. A tensor whose values need more than a low format has the first one in each place.
     Raises:
@@ -292,6 +294,7 @@ def save(
     Not for those of ``EXPONENTIATED`` operators, nor where the backward pass needs the exact values.
 
     Args:
+        table: of the model.
         entries: of paper's tensors: what a copy has without an entry of its own. Only their copies are looked at.
         saved: name of its format.
         keep: activations whose copies stay as they are, e.g. because they hold infinities.

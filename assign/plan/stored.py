@@ -105,6 +105,7 @@ def with_loaded(entries: Mapping[str, Entry], loaded: Mapping[str, str]) -> Mapp
     """The entries, and one for each master that has none and is loaded in another dtype than float32.
 
     Args:
+        entries: by key; they are not changed.
         loaded: weight → name of the format in which it is loaded; weights in fp32 may be left out.
     """
     absent = {master_key(key): name for key, name in loaded.items() if name != "fp32"}
@@ -318,6 +319,8 @@ def resident(
     A master with extra bits has them among the states.
 
     Args:
+        table: of the model.
+        entries: by key; a tensor without an entry stays as it is loaded or made.
         update_rounding: with ``kahan``, each 16-bit master that is trained has one state more.
     """
     entries = with_loaded(entries, table.loaded)

@@ -99,6 +99,7 @@ def accuracy_picture(comparison: Comparison, metric: str | None = None) -> "Figu
     promotion. Runs that diverged stand in a strip of their own at the bottom.
 
     Args:
+        comparison: the trainings to show.
         metric: one of the task's; ``comparison.metric`` if left out, the training loss where the task has none.
     Raises:
         ComparisonError: matplotlib is not installed, or no run has the metric.
@@ -131,6 +132,7 @@ def curves_picture(comparison: Comparison, metric: str | None = None) -> "Figure
     its last whole epoch.
 
     Args:
+        comparison: the trainings to show.
         metric: as for :func:`accuracy_picture`.
     Raises:
         ComparisonError: as :func:`accuracy_picture`.

@@ -70,6 +70,7 @@ def plan_table(plan: Assignment, step: PlannedStep | None = None, *, everything:
     """A plan's provenance, its formats by share; with a step its memory by role and its largest tensors; all entries.
 
     Args:
+        plan: the plan to show.
         step: what the plan makes of a step, if its task is known.
         everything: list every entry.
     """

@@ -68,7 +68,10 @@ def tensor_rows(
     """A row for each of the table's tensors, each master, and each state that the plan adds.
 
     Args:
+        table: of the model.
+        plan: for this model.
         after: the plan's moments.
+        noise: gives each row its noise, where it is known.
     """
     at_peak: dict[tuple[str, str], int] = defaultdict(int)
     for segment in after.alive:

@@ -1,7 +1,7 @@
-"""Print to the terminal: text from files and models is shown literally.
+r"""Print to the terminal: text from files and models is shown literally.
 
 Names of tensors, recipes and tasks may come from untrusted files. A terminal would execute escape sequences in them,
-and rich would interpret markup. Here markup is off, and control characters are printed as escapes, e.g. ``\\x1b``.
+and rich would interpret markup. Here markup is off, and control characters are printed as escapes, e.g. ``\x1b``.
 """
 
 import unicodedata
@@ -20,11 +20,11 @@ _ALLOWED = "\n\t"
 
 
 def visible(text: str) -> str:
-    """Return the text with control and invisible characters replaced by their escapes.
+    r"""Return the text with control and invisible characters replaced by their escapes.
 
     Examples:
-        >>> visible("a\\x1b[31m\\u202eb")
-        'a\\\\x1b[31m\\\\u202eb'
+        >>> visible("a\x1b[31m\u202eb")
+        'a\\x1b[31m\\u202eb'
     """
     if text.isascii() and text.isprintable():
         return text

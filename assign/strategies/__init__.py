@@ -36,7 +36,22 @@ class Strategy(Protocol):
         low_ratio: float | None = None,
         budget_bytes: int | None = None,
         seed: int = 0,
-    ) -> dict[str, Entry]: ...
+    ) -> dict[str, Entry]:
+        """Search.
+
+        Args:
+            table: of the model.
+            recipe: gives each tensor its high and its low format.
+            peak_bytes: the memory model: peak memory of a step under some entries, in bytes.
+            low_ratio: share of the elements that must be low, 0 to 1.
+            budget_bytes: the highest peak memory that is allowed.
+            seed: of a search that draws; the others take no notice of it.
+        Returns:
+            Entries of the paper's tensors by key.
+        Raises:
+            BudgetError: no plan reaches the goals.
+        """
+        ...
 
 
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(

@@ -64,6 +64,8 @@ def operator_based(table: TensorTable, recipe: Recipe, *, gradients_follow: bool
     all else, the input with what reads it, and the last group with what it reads.
 
     Args:
+        table: of the model.
+        recipe: gives each tensor its high and its low format.
         gradients_follow: π_op′: the gradient of an activation is low where the activation is. This is a reading: the
             authors' released code leaves this baseline out.
     Source: arXiv 2301.13464, and the authors' code.

@@ -44,8 +44,14 @@ def greedy(
     result is the paper's.
 
     Args:
+        table: of the model.
+        recipe: gives each tensor its high and its low format.
         peak_bytes: asked only under a budget, at most twice per group.
+        low_ratio: share of the elements that must be low, 0 to 1.
+        budget_bytes: the highest peak memory that is allowed.
         seed: of the random order; the others need none.
+        order: which group comes first: the largest, the smallest, or any.
+        trim: try groups that were demoted for the budget high again.
     Raises:
         BudgetError: a goal that makes no sense, or a budget that even all groups low exceed.
     """

@@ -23,6 +23,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [n, channels, height / stride, width / stride] of images [n, channels_in, height, width]."""
         out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
@@ -75,6 +76,7 @@ class GPTBlock(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Vectors of the shape of ``x``, [n, length, width]; each depends on those before it."""
         n, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)

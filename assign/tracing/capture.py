@@ -168,6 +168,9 @@ def compile_step(
     """``loss(model, …)`` that goes through ``backend``.
 
     Args:
+        model: the user's model, which ``loss`` gets first.
+        loss: called with the model and the arguments of the compiled step.
+        backend: takes each captured graph and returns what runs in its place.
         buffers: names of those that are stored in 16 bits and computed in float32.
         whole: a step that Dynamo cannot capture is one graph all the same, in which the code took the branches that it
             takes with these inputs: to look at a step, not to train with it.

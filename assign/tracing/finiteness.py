@@ -22,7 +22,9 @@ def non_finite(model: nn.Module, batch: Any, loss: Loss) -> frozenset[str]:
     The model's buffers and torch's generators are afterwards as they were before.
 
     Args:
-        model, batch, loss: as for :func:`assign.trace`.
+        model: as for :func:`assign.trace`.
+        batch: as for :func:`assign.trace`.
+        loss: as for :func:`assign.trace`.
     Raises:
         TraceError: as :func:`assign.trace`.
     """

@@ -182,6 +182,10 @@ def _write(graph: fx.Graph, node: fx.Node, target: fx.Node, root: fx.Node, *, hi
     """Return the new value of ``root`` after the in-place node has written into its view ``target``.
 
     Args:
+        graph: of the nodes; it is edited.
+        node: the in-place operator.
+        target: what it writes into: ``root`` or a view of it.
+        root: the tensor, or the detached view, that gets a new value.
         hidden: the write changes the values alone, and its gradient is that of ``root``.
     """
     with graph.inserting_before(node):
@@ -224,6 +228,12 @@ def _read_instead(
     """Replace a family of views of ``root`` by the same views of ``updated`` in all nodes after the in-place node.
 
     Args:
+        graph: of the nodes; it is edited.
+        node: the in-place operator.
+        target: what it writes into: ``root`` or a view of it.
+        root: the tensor, or the detached view, that has a new value.
+        updated: the new value of ``root``.
+        family: nodes that share memory with ``root``, in the order of the graph.
         hidden_in: given if the write changed values but no gradient: says which views have a gradient.
     """
     order = {n: i for i, n in enumerate(graph.nodes)}

@@ -181,6 +181,7 @@ def find_exact(backward: fx.GraphModule, saved: Mapping[str, fx.Node]) -> set[st
     """Keys of the activations whose saved copies must hold the values that were computed with.
 
     Args:
+        backward: the graph of the backward pass.
         saved: names of the backward graph's inputs that hold activations → their probes.
     """
     made_of: dict[fx.Node, frozenset[str]] = {}  # of saved values alone

@@ -49,6 +49,8 @@ def read_optimizer(
     """What the optimizer keeps for the model's parameters.
 
     Args:
+        model: its parameters are not touched: the optimizer is made of twins of them.
+        make: makes the optimizer of some parameters; None: the step has no optimizer.
         used: names of the parameters that have a gradient, of those that are trained; None means all.
     Raises:
         TraceError: it cannot be made.

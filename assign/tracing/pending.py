@@ -204,6 +204,9 @@ class Pending:
         """A node for a torch function.
 
         Args:
+            func: the function, or the method of a tensor.
+            args: nodes in the place of tensors.
+            kwargs: nodes in the place of tensors.
             path: of the module that calls it; None outside the model.
             region: number of the checkpointed block that it stands in; 0 for none.
             frames: of the user's code.
@@ -228,6 +231,7 @@ class Pending:
         """A placeholder.
 
         Args:
+            tensor: the real one.
             example: the tensor without data, in the dtype that the user's code sees.
             owner: what tells it from others: the identity of a parameter or buffer, ``"batch"``, or None.
             crossing: what is known of the result of an earlier piece.
@@ -316,7 +320,9 @@ def frozen(value: Any, leaf: Callable[[Any], Any], numbers: list[int]) -> Any:
     """Arguments of a call as data, without their integers, which are appended to ``numbers``.
 
     Args:
+        value: arguments, nested in any way.
         leaf: what stands for a node or a tensor.
+        numbers: the integers of all calls so far; it grows.
     """
     if isinstance(value, (fx.Node, Tensor)):
         return "node", leaf(value)
@@ -380,6 +386,7 @@ class CompiledPieces:
         """The function of a recorded piece; compiled where there is none for these operators and numbers.
 
         Args:
+            pending: the piece that has been recorded.
             counts: how many operators of each name the step has had before.
             mode: of the tensors without data in the graph.
             context: what else the function hangs on.

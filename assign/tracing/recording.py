@@ -89,6 +89,14 @@ class Recorder:
         self.applied: dict[Any, _torch.AppliedFunction] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step once, piece by piece.
+
+        Args:
+            args: of the loss, after the model.
+            kwargs: of the loss.
+        Returns:
+            What the loss returns.
+        """
         if not self.whole:
             return _Recording(self, args, kwargs).result()
         model = self.step.model
@@ -268,17 +276,8 @@ class _Recording(TorchFunctionMode):
 
     def record(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(func, "__name__", "")
-        if name in REFLECTED:
-            func, args = REFLECTED[name], (args[1], args[0])
-        elif name == "__getitem__":
-            func, args = operator.getitem, (args[0], self._indices(args[1]))
-        elif name == "__setitem__":
-            func, args = operator.setitem, (args[0], self._indices(args[1]), args[2])
-        elif name == "masked_select" and len(args) == 2:
-            with self:
-                x, mask = torch.broadcast_tensors(*args)  # type: ignore[no-untyped-call]  # torch gives no types
-            func, args = operator.getitem, (x, self._indices(mask))
-        elif _torch.is_inlined(func):
+        func, args = self._as_operator(func, args)
+        if _torch.is_inlined(func):
             return self._inlined(func, args, kwargs)
         if not all(_is_deferred(x) or _torch.is_strided(x) for x in tensors_in((args, kwargs))):
             return self._run_outside(func, args, kwargs, "reads a sparse tensor")
@@ -304,6 +303,21 @@ class _Recording(TorchFunctionMode):
         if func is not operator.setitem and not any(True for _ in tensors_in(made)):
             return made  # a fact about tensors, not a tensor
         return self._write(func, args, kwargs, made, key)
+
+    def _as_operator(self, func: Any, args: Any) -> tuple[Any, Any]:
+        """The function of ``operator`` that does what a method of tensors does, if there is one, and its arguments."""
+        name = getattr(func, "__name__", "")
+        if name in REFLECTED:
+            return REFLECTED[name], (args[1], args[0])
+        if name == "__getitem__":
+            return operator.getitem, (args[0], self._indices(args[1]))
+        if name == "__setitem__":
+            return operator.setitem, (args[0], self._indices(args[1]), args[2])
+        if name == "masked_select" and len(args) == 2:
+            with self:
+                x, mask = torch.broadcast_tensors(*args)  # type: ignore[no-untyped-call]  # torch gives no types
+            return operator.getitem, (x, self._indices(mask))
+        return func, args
 
     def _as_size(self, value: Any) -> Any:
         """Replace integer tensors in a size by their values; anything else is returned as it is."""

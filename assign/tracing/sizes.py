@@ -127,6 +127,9 @@ def generalized(
     """The graph for any sizes.
 
     Args:
+        graph: of a piece, with the sizes of one step.
+        numbers: the integers in it, in their order.
+        sizes: which of them vary, and of which sizes they are products.
         inputs: of the graph, in the order of its placeholders.
     Returns:
         A graph, which node of it stands for which of the old one, its inputs without data where their sizes vary, and

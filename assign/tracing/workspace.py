@@ -9,9 +9,11 @@ batch normalisation copies the gradient; a 16-bit ``mean`` sums a float32 copy; 
 workspaces are not modelled.
 """
 
+import contextlib
 import functools
+import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ from assign import _torch
 from assign.errors import TraceError
 from assign.numerics.dtypes import torch_dtype
 from assign.plan.tensors import SCRATCH_DTYPES
-from assign.tracing.measuring import count_bytes, measure_peak
+from assign.tracing.measuring import count_bytes, measure_allocations
 
 aten = torch.ops.aten
 _GEMM_ROWS, _GEMM_COLUMNS, _GEMM_STEP, _GEMM_INNER = 256, 64, 16, 288  # of blocks of a 16-bit product
@@ -161,10 +163,25 @@ def _run(operator: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ..
             "only one can run at a time.\n  End it before the step is traced."
         )
     results: list[Any] = []
-    with _torch.without_modes():
+    with _torch.without_modes(), _paused_collector():
         made, options = _torch.pytree.tree_map_only(_Zeros, _Zeros.make, (args, dict(kwargs)))
-        peak = measure_peak(lambda: results.append(operator(*made, **options)), [])
+        peak = measure_allocations(lambda: results.append(operator(*made, **options)))
     return peak - count_bytes(value for value in _torch.pytree.tree_leaves(results) if isinstance(value, Tensor))
+
+
+@contextlib.contextmanager
+def _paused_collector() -> Iterator[None]:
+    """Within the context, no garbage in cycles is freed.
+
+    To collect it before each kernel would take longer than all kernels together.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _part(

@@ -262,6 +262,7 @@ def audit_range(model: nn.Module, optimizer: Optimizer, *, format: Format | str 
     Args:
         model: in float32, e.g. with a checkpoint's weights.
         optimizer: its own, with the states that would be cast too.
+        format: a format or its name.
     Returns:
         Counts for each tensor, and for all weights together.
     Raises:
@@ -394,7 +395,10 @@ def audit_task(
     """Both audits of a task's model, optimizer and first batch, before it trains (on) in ``format``.
 
     Args:
+        task: its model and optimizer are made anew.
+        format: name of the format.
         checkpoint: as for ``weights.load_weights``; without one, the model as it is made.
+        device: where the step is computed: ``cpu`` or ``cuda``.
     Raises:
         TaskError: the task or the checkpoint cannot be used.
         FormatError: no such format.

@@ -74,6 +74,7 @@ def certify(
     Modules are called without gradients and in eval mode, and are left in the mode they were in.
 
     Args:
+        model: the model in fp32, or whatever takes the batches and predicts classes.
         other: ``assign.apply(model, plan)``, ``lambda x: half(x.half())``, or whatever takes the same batches.
         batches: what both are called with: a tensor, a tuple of arguments, or a mapping of them by name.
         class_axis: of what they return: logits, or something with ``logits`` in it. Every position along the other axes

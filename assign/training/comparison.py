@@ -208,6 +208,7 @@ class Comparison:
         """Read the text of a comparison's file.
 
         Args:
+            text: JSON of what :meth:`to_json` returns.
             where: what to call it in an error, e.g. the path of the file.
         Raises:
             ComparisonError: it is not one, or one that another version wrote.

@@ -112,6 +112,16 @@ class Trainer:
 
     @classmethod
     def make(cls, make_task: Callable[[int], Task], settings: Settings) -> "Trainer":
+        """Trace the task's model, and check that a plan can reach the budget.
+
+        Args:
+            make_task: returns the task with this seed.
+            settings: of the study.
+        Raises:
+            TaskError: the device is not there.
+            TraceError: the step cannot be captured.
+            BudgetError: a plan with everything low exceeds the budget.
+        """
         where = check_device(settings.device)
         task = make_task(settings.seed)
         model, batch = task.make_model().to(where), move(task.first_batch(), where)
@@ -129,6 +139,7 @@ class Trainer:
 
     @property
     def everything(self) -> frozenset[int]:
+        """Numbers of all groups."""
         return frozenset(group.id for group in self.table.groups)
 
     def entries(self, low: Iterable[int]) -> dict[str, Entry]:

@@ -26,6 +26,8 @@ def load_weights(path: Path, model: nn.Module, optimizer: Optimizer | None = Non
     Masters of the file that have extra bits are joined with them.
 
     Args:
+        path: of the file.
+        model: gets the weights, in place.
         optimizer: is filled too, where the file holds its state.
     Raises:
         TaskError: it cannot be read, or is of another model; or extra bits are in it, and no optimizer says whose.

@@ -41,7 +41,9 @@ def draw(table: TensorTable, free: Collection[str], seed: int) -> dict[str, Entr
     Coarser formats come more often: the others hardly move a loss.
 
     Args:
+        table: of the model.
         free: keys that may be rounded; the others stay in fp32, or have no copy of their own format.
+        seed: of everything that is drawn.
     """
     rng = random.Random(seed)
     rungs = candidates_of(table, NATIVE, RUNGS)
@@ -73,7 +75,9 @@ def gact(
     All begin with the most bits; the one that loses least for each bit saved goes down a step, until it fits.
 
     Args:
-        sensitivity: C of each key; bits: what there is, the most first; size: elements.
+        sensitivity: C of each key.
+        bits: the numbers of bits that there are, the most first.
+        size: elements of each key.
         fits: whether these bits fit the budget; fewer bits never take more bytes.
     Source: arXiv 2206.11357, what it minimises; written anew.
     """

@@ -35,7 +35,8 @@ def run_group(
     Args:
         directory: where their caches stay: a second run of the same configuration of the same model finds them.
         jobs: what ``worker.py`` reads.
-        steps, step_seconds: of each, after the warm-up; no more steps once these seconds of its own are over.
+        steps: the most steps of each worker, after the warm-up.
+        step_seconds: no more steps of a worker once its own have taken these seconds.
         limit: seconds for any one answer: to compile, a turn, the end.
         deadline: of ``time.monotonic``, after which all end.
         tell: told of each worker that is ready.

@@ -217,21 +217,12 @@ def _places(model: nn.Module, kind: str, given: dict[str, Any]) -> int:
 def _targets(model: nn.Module, takes: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Labels, by what the class is for."""
     name = type(model).__name__
-    found: dict[str, Any] = {}
     if "start_positions" in takes and "labels" not in takes:
         return {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
     if "return_loss" in takes and "labels" not in takes:
         return {"return_loss": True}
     if "mask_labels" in takes:
-        size = given["pixel_values"].shape[-2:]
-        masks = [(torch.rand(2, *size) > 0.5).float() for _ in range(2)]
-        found = {"mask_labels": masks, "class_labels": [torch.tensor([0, 1])] * 2}
-        if "task_inputs" in takes:
-            found |= {
-                "task_inputs": _ids(model.config, 8),
-                "text_inputs": _ids(model.config, 8)[:, None].repeat(1, 3, 1),
-            }
-        return found
+        return _masks(model, takes, given)
     if "labels" not in takes or "Depth" in name or "Backbone" in name:
         return {}
     if any(each in name for each in ("Detection", "ForSegmentation", "InstanceSegmentation")):
@@ -251,6 +242,17 @@ def _targets(model: nn.Module, takes: Any, given: dict[str, Any]) -> dict[str, A
     if "decoder_input_ids" in takes or "CausalLM" in name or "Generation" in name or "TextRecognition" in name:
         return {"labels": _ids(model.config)}
     return {}
+
+
+def _masks(model: nn.Module, takes: Any, given: dict[str, Any]) -> dict[str, Any]:
+    masks = [(torch.rand(2, *given["pixel_values"].shape[-2:]) > 0.5).float() for _ in range(2)]
+    found: dict[str, Any] = {"mask_labels": masks, "class_labels": [torch.tensor([0, 1])] * 2}
+    if "task_inputs" in takes:
+        found |= {
+            "task_inputs": _ids(model.config, 8),
+            "text_inputs": _ids(model.config, 8)[:, None].repeat(1, 3, 1),
+        }
+    return found
 
 
 def _boxes(given: dict[str, Any], masks: bool) -> dict[str, Tensor]:

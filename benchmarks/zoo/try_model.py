@@ -90,6 +90,9 @@ def examine(model: nn.Module, batch: Any, loss: Loss, expected: Any, backend: st
     """Compare the plain step with planned steps: no format changed, bf16, and 8 bits.
 
     Args:
+        model: in training mode.
+        batch: as ``loss`` takes it.
+        loss: ``loss(model, batch)`` → scalar tensor.
         expected: what :func:`run` returned for the plain step.
         backend: of the planned steps: ``eager`` or ``inductor``.
     """
@@ -278,6 +281,7 @@ def errors(
     Args:
         steps: model and loss by title: ``plain``, ``autocast`` and those under plans; ``as loaded`` rounds nothing.
         state: of the model.
+        batch: as the losses take it.
     """
     references = {title: "plain" if title == "autocast" else "as loaded" for title in steps}
     for unrounded in ("plain", "as loaded"):

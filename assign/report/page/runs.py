@@ -105,6 +105,7 @@ def load_runs(paths: Sequence[Path], fingerprint: str) -> tuple[TrainedRun, ...]
     """All trainings in these files; where there are several files, a run's name begins with its file's.
 
     Args:
+        paths: what ``train``, ``run`` or ``compare`` wrote.
         fingerprint: of the model that they must be of; older files of ``train`` and ``run`` do not say theirs.
     Raises:
         ReportError: a file cannot be read, holds no training, or one of another model.
