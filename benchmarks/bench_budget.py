@@ -30,6 +30,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from assign.errors import BudgetError
+from assign.plan.measured import Measured
 from assign.plan.memory import peak_bytes
 from assign.plan.noise import Cell, Method, NoiseTable, Sample
 from assign.plan.recipes import candidates_of, get_recipe, initial
@@ -93,9 +94,9 @@ def measure(path: Path, recipe: str, strategy: str, granularity: str, reachable:
         plan = search_table(
             table,
             budget=(low + high) // 2 if reachable else min(low, high) // 2,
-            recipe=recipe,
+            space=recipe,
             strategy=strategy,
-            noise=noise,
+            measured=Measured(noise=noise),
             **({"granularity": granularity} if strategy == "milp" else {}),
         )
         found["peak_bytes"] = plan.provenance.estimate["peak_bytes"]
