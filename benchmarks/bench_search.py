@@ -164,7 +164,6 @@ class Bench:
                     s.task.loss,
                     space=SearchSpace(formats=plans.RUNGS, saved=plans.SAVED),
                     options=NoiseOptions(rtol=0, max_batches=len(batches)),
-                    table=s.table,
                 )
             )
             seconds.append(time.perf_counter() - start)

@@ -51,6 +51,9 @@ def _step(model, loss, plan, backend):
 USES = {
     "trace": lambda model, loss, table, plan: assign.trace(model, vectors(), loss),
     "search": lambda model, loss, table, plan: assign.search(model, vectors(), loss, low_ratio=0.5),
+    "search, a step": lambda model, loss, table, plan: assign.search(
+        assign.trace(model, vectors(), loss), low_ratio=0.5, strategy="milp"
+    ),
     "apply": lambda model, loss, table, plan: loss(assign.apply(model, plan, backend="eager"), vectors()).backward(),
     "planned_step": lambda model, loss, table, plan: _step(model, loss, plan, "eager"),
     "planned_step, compiled": lambda model, loss, table, plan: _step(model, loss, plan, "inductor"),

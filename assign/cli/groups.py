@@ -50,6 +50,8 @@ def expand_groups(command: _F) -> _F:
     for name, parameter in signature.parameters.items():
         own = [parameter] if name not in groups else _options(groups[name].options, groups[name])
         for each in own:
+            known = parameters.get(each.name, each)
+            assert known.default == each.default, f"two options {each.name} with different defaults"
             parameters.setdefault(each.name, each.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)

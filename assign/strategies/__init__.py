@@ -54,7 +54,7 @@ class Method:
         search: search that needs only a table, a recipe and the memory model.
         make: question → search for this model, where it needs more; used in place of ``search``.
         baseline: assignment that follows from the table and the recipe alone.
-        goals: fields of :class:`assign.Goal` that it takes.
+        goals: limits that it takes, by their names in :func:`assign.search`.
         options: fields of :class:`assign.SearchSpace` that it takes, besides those that every strategy takes.
         needs_noise: whether it requires a noise table.
         trains: whether it trains the model of a task; it is then run by :func:`assign.tune`.
