@@ -96,7 +96,8 @@ def accept_former(*replaced: str, **groups: type) -> Callable[[_F], _F]:
                 keywords |= _objects(where, kept, former, groups, keywords)
                 if len(kept) < len(given):
                     dropped = ", ".join(f"{name}=" for name in given if name not in kept)
-                    _warn(f"{where}: {dropped} is not needed: give what assign.trace returned in place of the model.")
+                    text = f"{where}: {dropped} is not needed: give what assign.trace returned in place of the model."
+                    warnings.warn(text, FutureWarning, stacklevel=2)
             return function(*arguments, **keywords)
 
         return call  # type: ignore[return-value]  # it takes what the function takes, and the former keywords
@@ -133,14 +134,16 @@ def _objects(
         spelling = f"{group}={_spelled(groups[group], paths)}"
         other = keywords.get(group)
         if other is not None and not isinstance(other, (groups[group], str)):
-            _warn(f"{where}: {names} has no effect beside {group}=, and will be an error in the next version.")
+            text = f"{where}: {names} has no effect beside {group}=, and will be an error in the next version."
+            warnings.warn(text, FutureWarning, stacklevel=3)
             continue
         if other is not None:
             raise AssignError(
                 f"{where}: {group}= and {names} are both given.\n"
                 f"  Allowed: one object with all of them.\n  Write {spelling}."
             )
-        _warn(f"{where}: {names} will be removed in the next version. Write {spelling}.")
+        text = f"{where}: {names} will be removed in the next version. Write {spelling}."
+        warnings.warn(text, FutureWarning, stacklevel=3)
         built[group] = _built(groups[group], paths)
     return built
 
@@ -164,7 +167,3 @@ def _spelled(options: Any, paths: Mapping[tuple[str, ...], Any]) -> str:
     own = [f"{path[0]}=…" for path in paths if len(path) == 1]
     own += [f"{name}={_spelled(kind, each)}" for name, (kind, each) in _inner(options, paths).items()]
     return f"{options.__name__}({', '.join(own)})"
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, FutureWarning, stacklevel=4)

@@ -75,8 +75,11 @@ def test_former_keywords_build_the_object_and_name_the_new_spelling() -> None:
     assert found == (1, Outer(name="b", inner=Inner(look=5)))
     assert "outer=Outer(name=…, inner=Inner(look=…))" in str(caught[0].message)
     assert caught[0].filename == __file__
-    with pytest.warns(FutureWarning, match="dropped= is not needed"):
+    with pytest.warns(FutureWarning, match="dropped= is not needed") as caught:
         assert use(1, dropped=3) == (1, None)
+    assert caught[0].filename == __file__
+    with pytest.warns(FutureWarning, match="name= has no effect beside outer="):
+        assert use(1, outer=7, name="b") == (1, 7)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert use(2, outer=Outer(name="c")) == (2, Outer(name="c"))

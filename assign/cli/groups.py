@@ -110,7 +110,7 @@ def _options(options: Any, group: _Group) -> Iterator[inspect.Parameter]:
         shell = shell_of(field)
         info = typer.Option(
             *shell.flags,
-            help=words[field.name],
+            help=words.get(field.name),  # none if docstrings are stripped
             metavar=shell.metavar,
             min=shell.minimum,
             hidden=group.hidden,
