@@ -8,6 +8,7 @@ it predicts memory and searches a plan. The third runs a model under a plan, aga
                       step as one graph by Dynamo, or as several ``pieces`` by ``recording``, with ``deferred``
                       tensors, other ``torch_functions``, lines of ``user_code``, the ``pending`` piece, and ``sizes``.
                       ``kept_state``: leave the model unchanged. ``functionalize``: remove in-place operators.
+                      ``step``: the table, with the model, batch and loss.
                       ``operators``: name every tensor, for tracer and executor. ``probes``, ``joint``: the backward
                       pass. ``workspace``: scratch memory of kernels. ``finiteness``, ``needs``, ``constants``: which
                       tensors must keep their precision. ``optimizer_states``: states of an optimizer.
@@ -15,14 +16,14 @@ it predicts memory and searches a plan. The third runs a model under a plan, aga
                       model. ``layout``: order of nodes. ``heap``: return freed memory to the system.
 ``plan``              Data and predictions, without torch. ``keys``: names of tensors. ``tensors``: TensorTable.
                       ``entry``, ``assignment``: the **plan** and its file. ``formats``, ``recipes``: number formats,
-                      and which of them a search chooses from. ``ops``, ``dtypes``: facts about operators and dtypes.
-                      ``precision``, ``compute_dtype``: the dtype in which results stay, and operators compute.
-                      ``groups``: tensors that share a decision. ``memory``, ``timeline``, ``moments``: bytes over
-                      the step. ``stored``, ``libraries``: what is kept between steps, and by which optimizer
-                      library. ``noise``, ``times``: tables of measurements. ``quality``: which plans are better.
-                      ``display``: output in notebooks.
-``strategies``        Searches: (table, recipe, goal) → entries of a plan. ``planning``: trace, search and provenance in
-                      one call. ``fronts``: a plan for every budget.
+                      and which of them a search chooses from. ``space``: what a search may choose. ``measured``: what
+                      was measured for it. ``ops``, ``dtypes``: facts about operators and dtypes. ``precision``,
+                      ``compute_dtype``: the dtype in which results stay, and operators compute. ``groups``: tensors
+                      that share a decision. ``memory``, ``timeline``, ``moments``: bytes over the step. ``stored``,
+                      ``libraries``: what is kept between steps, and by which optimizer library. ``noise``, ``times``:
+                      tables of measurements. ``quality``: which plans are better. ``display``: output in notebooks.
+``strategies``        Searches: (table, recipe, goal) → entries of a plan, registered in ``METHODS``. ``planning``:
+                      trace, measure, search and provenance in one call. ``fronts``: a plan for every budget.
 ``noise``             Measure how rounding a tensor changes the gradient. ``stepping``: a step whose tensors can be
                       changed. ``sampling``: one tensor, one batch. ``gates``: relu. ``measuring``: all, to a file.
 ``numerics``          Arithmetic of formats as torch operators (``registry``). ``rounding``: quantize, encode, decode.
@@ -40,14 +41,16 @@ it predicts memory and searches a plan. The third runs a model under a plan, aga
                       parameter. ``monitor``: updates lost by rounding.
 ``several``           Training in several processes: DDP and FSDP2.
 ``tasks``             Built-in tasks, and tasks from a user's file.
-``training``          ``loop``: train a task. ``history``: its steps and epochs. ``checkpoints``, ``weights``: files.
+``training``          ``loop``: train a task, as its ``options`` say. ``history``: its steps and epochs.
+                      ``checkpoints``, ``weights``: files.
                       ``audit``: values that 16 bits would lose. ``certificate``: predictions that a plan cannot change.
                       ``comparing``, ``comparison``: several plans on one task. ``tuning``, ``trials``, ``database``:
                       search by training, with Optuna.
 ``integrations``      Plans in the trainers of transformers and Lightning.
 ``report``            Tables, pictures, and a page for a browser.
-``cli``               The commands of the shell.
-``errors``            AssignError. ``files``: written atomically. ``json_file``: read strictly. ``passwords``: masked.
+``cli``               The commands of the shell. ``groups``: options of a command from the fields of dataclasses.
+``errors``            AssignError. ``options``: groups of options, declared once for Python and the shell.
+                      ``files``: written atomically. ``json_file``: read strictly. ``passwords``: masked.
                       ``_torch``: the only module with private names of torch.
 ====================  ==========================================================================================
 """
@@ -64,17 +67,20 @@ if TYPE_CHECKING:
     from assign.executor.timing import measure_times
     from assign.fronts import Front, search_front
     from assign.noise.measuring import measure_noise
+    from assign.noise.options import NoiseOptions
     from assign.numerics.delayed import DelayedScales
-    from assign.numerics.promotion import Promotion
+    from assign.numerics.promotion import Promotion, PromotionOptions
     from assign.numerics.rounding import quantize
     from assign.optim.masters import widened_weights
     from assign.optim.monitor import LostUpdates
     from assign.optim.optimizers import optimizer, widened_state_dict
     from assign.plan.assignment import Assignment, Plan
     from assign.plan.formats import FORMATS, Format, parse_format
+    from assign.plan.measured import Measured
     from assign.plan.memory import Estimate, estimate
     from assign.plan.noise import NoiseTable
     from assign.plan.recipes import RECIPES
+    from assign.plan.space import SearchSpace
     from assign.plan.tensors import TensorTable
     from assign.plan.times import TimeTable
     from assign.planning import search
@@ -83,12 +89,14 @@ if TYPE_CHECKING:
     from assign.several import data_parallel
     from assign.strategies import STRATEGIES
     from assign.tasks import Task
+    from assign.tracing.step import Step
     from assign.tracing.tracer import trace
     from assign.training.audit import audit_constants, audit_range
     from assign.training.certificate import certify
     from assign.training.comparing import compare
     from assign.training.loop import train
-    from assign.training.tuning import tune
+    from assign.training.options import TrainOptions
+    from assign.training.tuning import StudyOptions, tune
 
 __version__ = "0.1.0"
 
@@ -103,13 +111,20 @@ __all__ = [
     "Format",
     "Front",
     "LostUpdates",
+    "Measured",
+    "NoiseOptions",
     "NoiseTable",
     "Plan",
     "Promotion",
+    "PromotionOptions",
     "Rehearsal",
+    "SearchSpace",
+    "Step",
+    "StudyOptions",
     "Task",
     "TensorTable",
     "TimeTable",
+    "TrainOptions",
     "apply",
     "audit_constants",
     "audit_range",
@@ -179,6 +194,13 @@ _PLACES = MappingProxyType(
         "compare": "assign.training.comparing",
         "train": "assign.training.loop",
         "tune": "assign.training.tuning",
+        "NoiseOptions": "assign.noise.options",
+        "PromotionOptions": "assign.numerics.promotion",
+        "Measured": "assign.plan.measured",
+        "SearchSpace": "assign.plan.space",
+        "Step": "assign.tracing.step",
+        "TrainOptions": "assign.training.options",
+        "StudyOptions": "assign.training.tuning",
     }
 )
 """Name → the module that defines it, imported when the name is first used: torch alone takes seconds."""

@@ -2,18 +2,23 @@
 
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from assign.errors import BudgetError, PlanError
+from assign.options import accept_former
 from assign.plan.assignment import Assignment
 from assign.plan.display import Drawn, frame, human_bytes, table_html
+from assign.plan.measured import Measured
 from assign.plan.memory import peak_bytes
+from assign.plan.space import SearchSpace
 from assign.plan.tensors import TensorTable
-from assign.planning import search_table
-from assign.strategies import BASELINES
-from assign.strategies.goal import parse_budget
+from assign.planning import Request, find_plan, measure
+from assign.strategies import get_method
+from assign.strategies.goal import Goal, parse_budget
+from assign.tracing.step import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,39 +104,73 @@ class Front(Drawn):
         return None
 
 
-def search_front(table: TensorTable, plans: int, **asked: Any) -> Front:
+@accept_former(space=SearchSpace, measured=Measured)
+def search_front(
+    table: TensorTable,
+    plans: int,
+    *,
+    strategy: str = "greedy",
+    max_step_time: str | float | None = None,
+    space: SearchSpace | str = "native",
+    measured: Measured | None = None,
+    seed: int = 0,
+    command: str = "",
+) -> Front:
     """Search plans between the lowest peak that a strategy reaches and the peak without narrowing.
 
     The budgets have equal distances. A plan that takes no fewer bytes than another and is no better is dropped: better
     means less predicted noise or, where noise was not measured, a smaller low ratio.
 
     Args:
-        table: result of :func:`assign.trace`.
+        table: result of :func:`assign.trace`, or a table. What the strategy needs is measured on a traced step if
+            ``measured`` is not given; a table has no model to measure.
         plans: number of searches, 2 or more; the front may have fewer plans.
-        asked: options of :func:`assign.planning.search_table`, without ``budget`` and ``low_ratio``.
+        strategy: as in :func:`assign.search`.
+        max_step_time: as in :func:`assign.search`.
+        space: as in :func:`assign.search`.
+        measured: what was measured of the model.
+        seed: of strategies that draw random numbers.
+        command: what the plans' files name as their origin.
     Returns:
         The plans, the lowest peak first.
     Raises:
-        BudgetError: fewer than two plans, a goal, or a strategy without a goal.
-        AssignError: as :func:`assign.planning.search_table`.
+        BudgetError: fewer than two plans, or a strategy without a goal.
+        AssignError: as :func:`assign.search`.
     Examples:
         ```python
-        front = assign.search_front(table, 4)
+        front = assign.search_front(assign.trace(model, batch, loss), 4)
         front.save("plans")
         plan = front.pick(table, "95%")
         ```
     """
+    request = Request(
+        goal=Goal(max_step_time=max_step_time),
+        strategy=strategy,
+        space=SearchSpace.of(space),
+        seed=seed,
+        command=command,
+    )
+    if measured is None:
+        measured = measure(table, request) if isinstance(table, Step) else Measured()
+    return find_front(table, plans, request, measured)
+
+
+def find_front(table: TensorTable, plans: int, request: Request, measured: Measured) -> Front:
+    """Search a front for a request without a budget and a low ratio; see :func:`search_front`."""
     if plans < 2:
         raise BudgetError(f"search: a front of {plans} plans is asked for; give 2 or more.")
-    if any(asked.pop(goal, None) is not None for goal in ("budget", "low_ratio", "format_name")):
-        raise BudgetError("search: a front has every budget. Leave out the budget, the low ratio and the format.")
-    if asked.get("strategy") in BASELINES:
-        raise BudgetError(f"search: the strategy {asked['strategy']!r} makes one plan. Use 'milp' or 'greedy'.")
-    widest = search_table(table, low_ratio=0.0, **asked)
-    top, floor = _peak(widest), _floor(table, asked)
+    if request.goal.budget is not None or request.goal.low_ratio is not None:
+        raise BudgetError("search: a front has every budget. Leave out the budget and the low ratio.")
+    if "budget" not in get_method(request.strategy).goals:
+        raise BudgetError(f"search: the strategy {request.strategy!r} makes one plan. Use 'milp' or 'greedy'.")
+
+    def find(**limits: Any) -> Assignment:
+        return find_plan(table, replace(request, goal=replace(request.goal, **limits)), measured)
+
+    widest = find(low_ratio=0.0)
+    top, floor = _peak(widest), _floor(find)
     steps = [floor + (top - floor) * number // (plans - 1) for number in range(plans - 1)]
-    found = [search_table(table, budget=budget, **asked) for budget in steps]
-    return Front(_best([*found, widest]))
+    return Front(_best([*(find(budget=budget) for budget in steps), widest]))
 
 
 def check_empty(directory: str | os.PathLike[str]) -> None:
@@ -146,10 +185,10 @@ def check_empty(directory: str | os.PathLike[str]) -> None:
         raise PlanError(f"{target} {what}; a front goes into a directory of its own. Give another, e.g. -o plans.")
 
 
-def _floor(table: TensorTable, asked: dict[str, Any]) -> int:
+def _floor(find: Callable[..., Assignment]) -> int:
     """The lowest peak that the strategy reaches: what it says of a budget that nothing meets."""
     try:
-        search_table(table, budget=1, **asked)
+        find(budget=1)
     except BudgetError as error:
         if error.floor is None:
             raise

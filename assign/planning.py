@@ -1,257 +1,279 @@
-"""Search a plan for a model: trace, run a strategy, and record where the plan came from."""
+"""Search a plan for a model: trace, measure what the strategy needs, run it, and record where the plan came from."""
 
 import datetime
+import os
 import platform
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from assign.errors import BudgetError, PlanError
+from assign.errors import AssignError, PlanError
 from assign.executor.timing import measure_times
 from assign.noise.measuring import measure_noise
+from assign.noise.options import NoiseOptions
+from assign.options import accept_former
 from assign.plan.assignment import Assignment, Entry, Provenance
 from assign.plan.keys import is_saved_key, master_key
+from assign.plan.measured import Measured
 from assign.plan.memory import Estimate, estimate, peak_bytes
 from assign.plan.noise import NoiseTable
-from assign.plan.recipes import Recipe, candidates_of, get_recipe, save, store
-from assign.plan.stored import UpdateRounding, check_rounding, with_loaded
+from assign.plan.recipes import save, store
+from assign.plan.space import SearchSpace
+from assign.plan.stored import check_rounding, with_loaded
 from assign.plan.tensors import TensorTable
 from assign.plan.timeline import RunningPeak, Timeline
-from assign.plan.times import TimeTable, parse_step_time
-from assign.strategies import BASELINES, MILP, Strategy, get_strategy
-from assign.strategies.baselines import uniform_in
-from assign.strategies.goal import parse_budget, split_names
-from assign.strategies.milp import Granularity, Milp, Solution
+from assign.strategies import check_request, get_method
+from assign.strategies.goal import Goal
+from assign.strategies.request import Complete, Question, Solution
 from assign.tracing.capture import Loss
 from assign.tracing.finiteness import non_finite as find_non_finite
 from assign.tracing.optimizer_states import OptimizerFactory
-from assign.tracing.tracer import trace
+from assign.tracing.step import NOT_GIVEN, Step
+from assign.tracing.tracer import as_step
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is asked of a search; checked when it is created.
+
+    Attributes:
+        goal: limits that the plan must meet.
+        strategy: name in ``assign.strategies.METHODS``.
+        space: what may be chosen.
+        seed: of strategies that draw random numbers.
+        command: what the user called, for the plan's provenance.
+    Raises:
+        AssignError: there is no such strategy, or it trains.
+        BudgetError: the strategy does not take something that is asked for.
+    """
+
+    goal: Goal = field(default_factory=Goal)
+    strategy: str = "greedy"
+    space: SearchSpace = field(default_factory=SearchSpace)
+    seed: int = 0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        check_request(self.strategy, self.goal, self.space)
+        if get_method(self.strategy).trains:
+            raise AssignError(
+                f"the strategy {self.strategy!r} trains, so it needs a task, and searches on its own.\n"
+                "  Allowed: 'assign tune TASK', or assign.tune(make_task, storage=…)."
+            )
+
+
+@accept_former(space=SearchSpace, noise=NoiseOptions)
 def search(
-    model: nn.Module,
-    batch: Any,
-    loss: Loss,
+    model: nn.Module | Step,
+    batch: Any = NOT_GIVEN,
+    loss: Loss = NOT_GIVEN,
     *,
     budget: str | int | None = None,
     low_ratio: float | None = None,
-    strategy: str = "greedy",
-    recipe: str = "native",
-    optimizer: OptimizerFactory | None = None,
-    master: str | None = None,
-    gradients: str | None = None,
-    optimizer_states: str | None = None,
-    saved: str | None = None,
-    update_rounding: str = UpdateRounding.NEAREST,
-    noise: NoiseTable | None = None,
-    formats: Sequence[str] = (),
-    granularity: Granularity | str = Granularity.GROUP,
-    pins: Mapping[str, str] = MappingProxyType({}),
     max_step_time: str | float | None = None,
-    seed: int = 0,
+    strategy: str = "greedy",
+    optimizer: OptimizerFactory | None = None,
+    space: SearchSpace | str = "native",
+    noise: NoiseTable | NoiseOptions | None = None,
 ) -> Assignment:
     """Search a plan for one training step of ``loss(model, batch)``.
 
     Tensors that are stored between steps get the requested formats first. The search then narrows only as much as the
     budget still requires.
 
+    The strategy ``milp`` needs the noise of every choice. If ``noise`` is not a table, it is measured on this batch: if
+    an optimizer is known, after 40 steps that train a copy of the model on the batch, otherwise with the weights as
+    they are.
+
     Args:
-        model: in any floating-point dtypes. It is not changed, and nothing is computed except one forward pass if
-            ``saved`` is given. No recipe widens weights that were loaded in 16 bits.
+        model: in any floating-point dtypes. It is not changed. No recipe widens weights that were loaded in 16 bits. Or
+            the result of :func:`assign.trace`, in place of model, batch, loss and optimizer.
         batch: argument of ``loss``.
         loss: ``loss(model, batch)`` → scalar tensor.
         budget: peak memory of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the peak without a plan.
-        low_ratio: share of elements in low formats, 0 to 1. Give either ``budget`` or ``low_ratio``.
-        strategy: ``greedy`` or another name in ``assign.STRATEGIES``; ``milp``, which minimizes noise; or, without a
-            goal, ``as-loaded``, ``operator``, ``operator-prime`` or ``standalone``.
-        recipe: name in ``assign.RECIPES``: the formats that a tensor may have, by its role.
-        optimizer: ``optimizer(parameters)`` → torch optimizer, whose states are counted. Default: none are counted.
-        master: format of the parameters, ``bf16``, ``fp16``, or ``bf16+8``, which keeps 24 bits, 8 of them in the
-            optimizer. Default: as they were loaded, or as the strategy requires.
-        gradients: format of stored gradients, e.g. ``e5m2:pow2``. Default: the format of their masters.
-        optimizer_states: e.g. ``bf16`` or ``dynamic8``. Default: the format of their masters.
-        saved: format of saved activations, e.g. ``int4:block64``, where it takes fewer bytes than the activation's own
-            and the activation is finite on this batch. Default: the activation's own format. With ``milp`` and a
-            budget, one or more formats, separated by commas, from which it chooses.
-        update_rounding: how updates of 16-bit masters are rounded, as in :func:`assign.optimizer`; the plan stores it.
-        noise: with ``milp``: the result of :func:`assign.measure_noise`. Default: it is measured on this batch.
-        formats: with ``milp``: candidates of every tensor in place of the recipe's two, the widest first.
-            ``e4m3:pow2/e5m2:pow2`` means the first for values and the second for gradients.
-        granularity: with ``milp``: whether a ``group`` of tensors shares one decision, or each ``tensor`` has its own.
-        pins: with ``milp``: pattern of keys → their format, e.g. ``{"head.*": "bf16"}``. The last match counts.
+        low_ratio: share of elements in low formats, 0 to 1. Give ``budget``, ``low_ratio``, or both.
         max_step_time: with ``milp``: limit on a forward and backward pass, as :func:`assign.measure_times` predicts it:
             seconds, ``"200ms"``, or ``"1.3x"`` of the time with all tensors in their high formats.
-        seed: of strategies that draw random numbers.
+        strategy: ``greedy`` or another name in ``assign.STRATEGIES``; ``milp``, which minimizes noise; or, without a
+            goal, ``as-loaded``, ``operator``, ``operator-prime`` or ``standalone``.
+        optimizer: ``optimizer(parameters)`` → torch optimizer, whose states are counted. Default: none are counted.
+        space: what may be chosen for every tensor, or the name of a recipe.
+        noise: with ``milp``: the result of :func:`assign.measure_noise`, or how to measure it. Its seed is also that of
+            ``greedy-random``.
     Returns:
         A plan for this model; it may be used at any batch size.
     Raises:
-        BudgetError: there is no goal, the goal makes no sense, or the budget cannot be met (names the smallest one
-            that can).
+        BudgetError: there is no goal, the goal makes no sense, the strategy does not take it, or the budget cannot be
+            met (names the smallest one that can).
         FormatError: a format does not exist or cannot be stored.
         PlanError: no library's optimizer can keep these formats.
-        TraceError: the step cannot be captured, or the loss is not a scalar.
+        TraceError: the step cannot be captured, the loss is not a scalar, or a traced step is given together with a
+            batch, a loss or an optimizer.
     Examples:
         ```python
         plan = assign.search(model, batch, loss, budget="90%", optimizer=adamw)
         plan.save("plan.json")
         ```
     """
-    table = trace(model, batch, loss, optimizer)
-    if strategy == MILP and noise is None:
-        waiting = split_names(saved or "")
-        noise = measure_noise(model, [batch], loss, recipe=recipe, formats=formats, pins=pins, saved=waiting, seed=seed)
-    finite = find_non_finite(model, batch, loss) if saved is not None else frozenset[str]()
-    times = None
-    if max_step_time is not None:
-        copies: dict[str, Any] = {"saved": split_names(saved or ""), "non_finite": finite}
-        times = measure_times(model, batch, loss, recipe=recipe, formats=formats, pins=pins, table=table, **copies)
-    return search_table(
-        table,
-        budget=budget,
-        low_ratio=low_ratio,
+    request = Request(
+        goal=Goal(budget=budget, low_ratio=low_ratio, max_step_time=max_step_time),
         strategy=strategy,
-        recipe=recipe,
-        master=master,
-        gradients=gradients,
-        optimizer_states=optimizer_states,
-        saved=saved,
-        non_finite=finite,
-        update_rounding=update_rounding,
-        noise=noise,
-        formats=formats,
-        granularity=granularity,
-        pins=pins,
-        times=times,
-        max_step_time=max_step_time,
-        seed=seed,
+        space=SearchSpace.of(space),
+        seed=noise.seed if isinstance(noise, NoiseOptions | NoiseTable) else 0,
         command="assign.search",
     )
+    step = as_step("search", model, batch, loss, optimizer)
+    return find_plan(step, request, measure(step, request, noise=noise))
 
 
+@accept_former(space=SearchSpace, measured=Measured)
 def search_table(
     table: TensorTable,
     *,
     budget: str | int | None = None,
     low_ratio: float | None = None,
-    strategy: str = "greedy",
-    recipe: str = "native",
-    format_name: str | None = None,
-    master: str | None = None,
-    gradients: str | None = None,
-    optimizer_states: str | None = None,
-    saved: str | None = None,
-    non_finite: Collection[str] = frozenset(),
-    update_rounding: str = UpdateRounding.NEAREST,
-    noise: NoiseTable | None = None,
-    formats: Sequence[str] = (),
-    granularity: Granularity | str = Granularity.GROUP,
-    pins: Mapping[str, str] = MappingProxyType({}),
-    times: TimeTable | None = None,
     max_step_time: str | float | None = None,
+    strategy: str = "greedy",
+    space: SearchSpace | str = "native",
+    measured: Measured | None = None,
     seed: int = 0,
     command: str = "",
 ) -> Assignment:
-    """As :func:`search`, from a table.
+    """Search a plan for a traced step, as :func:`search`, without measuring anything.
 
-    ``format_name`` puts every tensor in one format; it takes no goal, nor do the strategies that follow from the model
-    alone (``as-loaded``, ``operator``, ``operator-prime``, ``standalone``). ``non_finite`` are the activations whose
-    copies ``saved`` does not narrow. ``milp`` needs ``noise``, and ``times`` for a ``max_step_time``; with any
-    strategy, the plan's predicted noise is written down where it is given.
+    Args:
+        table: result of :func:`assign.trace`.
+        budget: as in :func:`search`.
+        low_ratio: as in :func:`search`.
+        max_step_time: as in :func:`search`.
+        strategy: as in :func:`search`.
+        space: as in :func:`search`.
+        measured: what was measured of the model. ``milp`` requires its noise, and its times for a ``max_step_time``.
+        seed: of strategies that draw random numbers.
+        command: what the plan's file names as its origin.
+    Returns:
+        The plan.
+    Raises:
+        AssignError: as :func:`search`.
+    """
+    request = Request(
+        goal=Goal(budget=budget, low_ratio=low_ratio, max_step_time=max_step_time),
+        strategy=strategy,
+        space=SearchSpace.of(space),
+        seed=seed,
+        command=command,
+    )
+    return find_plan(table, request, measured or Measured())
+
+
+def measure(
+    step: Step,
+    request: Request,
+    *,
+    noise: NoiseTable | NoiseOptions | None = None,
+    batches: Iterable[Any] = NOT_GIVEN,
+    file: str | os.PathLike[str] | None = None,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> Measured:
+    """Measure what the request's strategy needs of a model: noise, non-finite values and times.
+
+    Args:
+        step: result of :func:`assign.trace`.
+        request: decides what is measured.
+        noise: a table, or how to measure it.
+        batches: of the noise measurement and its warm-up. Default: the batch of the step.
+        file: file of the noise table; the measurement resumes from it.
+        on_stage: called with a description of what is measured next.
+    Returns:
+        The measurements.
+    Raises:
+        AssignError: as :func:`assign.measure_noise` and :func:`assign.measure_times`.
+    """
+    table = noise if isinstance(noise, NoiseTable) else None
+    if table is None and get_method(request.strategy).needs_noise:
+        options = noise if isinstance(noise, NoiseOptions) else NoiseOptions(seed=request.seed)
+        on_stage(f"training {options.steps(trained=step.optimizer is None)} steps, then measuring noise")
+        table = measure_noise(
+            step,
+            batches,
+            space=request.space,
+            options=options,
+            file=file,
+            on_batch=lambda so_far: on_stage(f"measuring noise: {so_far.batches} batches"),
+        )
+    finite: Collection[str] = frozenset()
+    if request.space.saved:
+        on_stage("looking for values that are not finite")
+        finite = find_non_finite(step.model, step.batch, step.loss)
+    times = None
+    if request.goal.max_step_time is not None:
+        on_stage("timing a step in every format")
+        times = measure_times(step, space=request.space, non_finite=finite)
+    return Measured(noise=table, times=times, non_finite=finite)
+
+
+def find_plan(table: TensorTable, request: Request, measured: Measured) -> Assignment:
+    """Run the strategy of a request and return its plan, with where it came from.
+
+    Raises:
+        AssignError: as :func:`search`.
     """
     start = time.perf_counter()
-    rules = get_recipe(recipe)
-    chosen_copies = split_names(saved or "") if strategy == MILP and budget is not None else []
-    if len(split_names(saved or "")) > 1 and not chosen_copies:
-        raise BudgetError(
-            f"search: {saved!r} are several formats for saved activations, and nothing chooses among "
-            "them.\n  Give one, or the strategy 'milp' and a budget."
-        )
-    whole = completion(
-        table,
-        master=master,
-        gradients=gradients,
-        optimizer_states=optimizer_states,
-        saved=None if chosen_copies else saved,
-        non_finite=non_finite,
+    measured.check(table)
+    space, method = request.space, get_method(request.strategy)
+    chooses_saved = "saved" in method.options and request.goal.budget is not None
+    complete = completion(table, replace(space, saved=()) if chooses_saved else space, non_finite=measured.non_finite)
+    question = Question(
+        table=table,
+        goal=request.goal.resolve(peak_bytes(table, {})) if request.goal.budget is not None else request.goal,
+        space=space,
+        measured=measured,
+        seed=request.seed,
+        complete=complete,
+        peak_bytes=RunningPeak(table, complete, space.update_rounding),
+        timeline=lambda: Timeline(table, complete, space.update_rounding),
     )
-
-    def waiting(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:
-        return [save(table, entries, name, keep=non_finite) for name in chosen_copies]
-
-    if noise is not None:
-        noise.check(table)
-    if times is not None:
-        times.check(table)
-    if strategy != MILP and (formats or pins or granularity != Granularity.GROUP or max_step_time is not None):
-        raise BudgetError(
-            f"search: the strategy {strategy!r} takes no formats, pins or granularity of its own, nor a limit on time: "
-            "it chooses between the recipe's two for whole groups.\n  Leave them out, or use the strategy 'milp'."
-        )
-    solutions: list[Solution] = []
-
-    if format_name is not None:
-        if strategy != "uniform" or budget is not None or low_ratio is not None:
-            raise BudgetError(
-                f"search: format {format_name!r} asks for one format everywhere, so there is nothing left to search. "
-                "Leave out the budget and the low ratio, and use the strategy 'uniform'."
-            )
-        entries = uniform_in(table, format_name)
-    elif strategy in BASELINES:
-        if budget is not None or low_ratio is not None:
-            raise BudgetError(
-                f"search: the strategy {strategy!r} follows from the model alone and meets no budget or low ratio. "
-                "Leave them out, or use the strategy 'greedy'."
-            )
-        entries = BASELINES[strategy](table, rules)
-    else:
-        chosen = (
-            _milp(
-                table,
-                whole,
-                update_rounding,
-                noise,
-                formats=formats,
-                granularity=granularity,
-                waiting=waiting,
-                pins=pins,
-                tell=solutions.append,
-                **_time_limit(table, rules, formats, times, max_step_time),
-            )
-            if strategy == MILP
-            else get_strategy(strategy)
-        )
-        entries = chosen(
-            table,
-            recipe=rules,
-            peak_bytes=RunningPeak(table, whole, update_rounding),
-            low_ratio=low_ratio,
-            budget_bytes=None if budget is None else parse_budget(budget, peak_bytes(table, {})),
-            seed=seed,
-        )
-    chosen_entries = whole(entries)
-    loaded = {key: name for key, name in table.loaded.items() if name != "fp32" and master_key(key) in chosen_entries}
-    whole_entries = with_loaded(chosen_entries, table.loaded)
-    plan = Assignment(
-        entries=chosen_entries,
-        recipe=rules.name,
-        fingerprint=table.fingerprint,
-        loaded=loaded,
-        update_rounding=check_rounding(update_rounding, whole_entries, where="search"),
-    )
-    if saved is not None and not chosen_copies and not any(map(is_saved_key, plan.entries)):
+    entries = method.run(question)
+    plan = _plan(table, space, complete(entries))
+    if space.saved and not chooses_saved and not any(map(is_saved_key, plan.entries)):
         raise PlanError(
-            f"search: saved activations are asked for in {saved!r}, but none takes fewer bytes in it than in its own "
-            "format.\n"
+            f"search: saved activations are asked for in {', '.join(space.saved)!r}, but none takes fewer bytes in it "
+            "than in its own format.\n"
             "  Allowed: a format narrower than those that tensors are computed in.\n"
             "  Choose int4:block64, or leave it out."
         )
     costs = summary(estimate(table, plan), time.perf_counter() - start)
-    if noise is not None:
-        costs["noise"] = noise.of(plan.entries)
+    costs |= _measured_costs(plan, entries, measured, question.solutions)
+    return with_provenance(plan, strategy=request.strategy, seed=request.seed, command=request.command, costs=costs)
+
+
+def _plan(table: TensorTable, space: SearchSpace, entries: dict[str, Entry]) -> Assignment:
+    """Return the plan of these entries.
+
+    Raises:
+        PlanError: updates cannot be rounded as the space says.
+    """
+    rounding = check_rounding(space.update_rounding, with_loaded(entries, table.loaded), where="search")
+    return Assignment(
+        entries=entries,
+        recipe=space.recipe,
+        fingerprint=table.fingerprint,
+        loaded={key: name for key, name in table.loaded.items() if name != "fp32" and master_key(key) in entries},
+        update_rounding=rounding,
+    )
+
+
+def _measured_costs(
+    plan: Assignment, chosen: Mapping[str, Entry], measured: Measured, solutions: list[Solution]
+) -> dict[str, Any]:
+    """Return the figures of a plan that follow from measurements, and how good the solution of a program is."""
+    costs: dict[str, Any] = {}
+    if measured.noise is not None:
+        costs["noise"] = measured.noise.of(plan.entries)
     for solution in solutions:
         costs |= {
             "noise": solution.noise,
@@ -259,10 +281,10 @@ def search_table(
             "rounds": solution.rounds,
             "by_greedy": solution.by_greedy,
         }
-        if times is not None:
-            of_step = {key: plan.entries[key] for key in plan.entries if key in entries}
-            costs["step_seconds"] = times.of(of_step) + times.rest
-    return with_provenance(plan, strategy=strategy, seed=seed, command=command, costs=costs)
+        if measured.times is not None:
+            of_step = {key: plan.entries[key] for key in plan.entries if key in chosen}
+            costs["step_seconds"] = measured.times.of(of_step) + measured.times.rest
+    return costs
 
 
 def with_provenance(
@@ -281,68 +303,23 @@ def with_provenance(
     )
 
 
-def completion(
-    table: TensorTable,
-    *,
-    master: str | None = None,
-    gradients: str | None = None,
-    optimizer_states: str | None = None,
-    saved: str | None = None,
-    non_finite: Collection[str] = frozenset(),
-) -> Callable[[Mapping[str, Entry]], dict[str, Entry]]:
+def completion(table: TensorTable, space: SearchSpace, *, non_finite: Collection[str] = frozenset()) -> Complete:
     """Return a function that completes the entries of the step's tensors: stored and saved tensors.
 
+    Args:
+        table: tensors of one step.
+        space: has the formats of stored tensors and at most one of saved activations.
+        non_finite: keys of activations that are saved in their own format.
     Raises:
         FormatError, PlanError: formats that cannot be stored, or states that the optimizer has not.
     """
-    stored = store(table, master=master, gradients=gradients, states=optimizer_states)
+    stored = store(table, **space.stored)
 
-    def whole(chosen: Mapping[str, Entry]) -> dict[str, Entry]:
-        waiting = {} if saved is None else save(table, chosen, saved, keep=non_finite)
-        return {**chosen, **stored, **waiting}
+    def complete(chosen: Mapping[str, Entry]) -> dict[str, Entry]:
+        saved = [save(table, chosen, name, keep=non_finite) for name in space.saved]
+        return {**chosen, **stored, **(saved[0] if saved else {})}
 
-    return whole
-
-
-def _milp(
-    table: TensorTable,
-    whole: Callable[[Mapping[str, Entry]], dict[str, Entry]],
-    update_rounding: str,
-    noise: NoiseTable | None,
-    *,
-    granularity: Granularity | str,
-    **asked: Any,
-) -> Strategy:
-    if noise is None:
-        raise PlanError(
-            "search: the strategy 'milp' minimises noise, and no noise was given.\n"
-            "  Allowed: what assign.measure_noise or 'assign noise' found for this model. Give it: noise=, or --noise."
-        )
-    known = [*Granularity]
-    if granularity not in known:
-        raise PlanError(f"search: there is no granularity {granularity!r}; choose from {', '.join(known)}.")
-    return Milp(
-        noise=lambda entries: noise.of(whole(entries)),
-        timeline=Timeline(table, whole, update_rounding),
-        granularity=Granularity(granularity),
-        **asked,
-    )
-
-
-def _time_limit(
-    table: TensorTable, rules: Recipe, formats: Sequence[str], times: TimeTable | None, most: str | float | None
-) -> dict[str, Any]:
-    """What the integer program is told of seconds: those that choices take, and what they may take together."""
-    if most is None:
-        return {}
-    if times is None:
-        raise PlanError(
-            "search: a limit on the time of a step is given, and no times.\n"
-            "  Allowed: what assign.measure_times found for this model. Give it: times=."
-        )
-    high = {key: Entry(each[0].name, low=False) for key, each in candidates_of(table, rules, formats).items()}
-    limit = parse_step_time(most, times.of(high) + times.rest)
-    return {"seconds": times.of, "other_seconds": times.rest, "most_seconds": limit}
+    return complete
 
 
 def summary(costs: Estimate, seconds: float) -> dict[str, Any]:

@@ -30,9 +30,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from assign.errors import BudgetError
+from assign.plan.measured import Measured
 from assign.plan.memory import peak_bytes
 from assign.plan.noise import Cell, Method, NoiseTable, Sample
 from assign.plan.recipes import candidates_of, get_recipe, initial
+from assign.plan.space import SearchSpace
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table
 from assign.tracing.tracer import trace
@@ -93,10 +95,9 @@ def measure(path: Path, recipe: str, strategy: str, granularity: str, reachable:
         plan = search_table(
             table,
             budget=(low + high) // 2 if reachable else min(low, high) // 2,
-            recipe=recipe,
+            space=SearchSpace(recipe=recipe, granularity=granularity if strategy == "milp" else "group"),
             strategy=strategy,
-            noise=noise,
-            **({"granularity": granularity} if strategy == "milp" else {}),
+            measured=Measured(noise=noise),
         )
         found["peak_bytes"] = plan.provenance.estimate["peak_bytes"]
     except BudgetError as error:

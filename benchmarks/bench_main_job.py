@@ -20,6 +20,7 @@ from assign.planning import search_table
 from assign.tasks import TaskOptions, load_task
 from assign.tracing.tracer import trace
 from assign.training.loop import train
+from assign.training.options import TrainOptions
 
 BUDGETS = ("60%", "40%")
 SEEDS = (0, 1, 2)
@@ -32,7 +33,7 @@ def main() -> None:
         table = trace(task.make_model(), task.first_batch(), task.loss, task.optimizer)
         for name, runs in rows.items():
             plan = None if name == "fp32" else search_table(table, budget=name)
-            result = train(task, plan, table=table, seed=seed).to_json()
+            result = train(task, plan, table=table, options=TrainOptions(seed=seed)).to_json()
             estimate = plan.provenance.estimate if plan else {"low_ratio": None}
             runs.append({**result, "seed": seed, "low_ratio": estimate["low_ratio"]})
     summary = {name: summarise(runs, rows["fp32"]) for name, runs in rows.items()}

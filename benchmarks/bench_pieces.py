@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import assign
 from assign.plan.assignment import Assignment
+from assign.plan.space import SearchSpace
 from assign.planning import search_table
 from assign.tasks.models import GPT
 from assign.tracing.measuring import measure_peak
@@ -70,7 +71,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def compare(model: nn.Module, batch: Any, loss: Step, turns: int) -> dict[str, Any]:
     """Seconds and bytes of a step in several pieces, beside ``torch.compile``."""
     table = assign.trace(model, batch, loss, torch.optim.AdamW)
-    plans = {name: search_table(table, strategy="uniform", format_name=name) for name in ("fp32", "bf16")}
+    plans = {
+        name: search_table(table, strategy="uniform", space=SearchSpace(formats=name)) for name in ("fp32", "bf16")
+    }
     trainings = {
         "compile": Training(model, torch.compile(loss), batch),
         "as loaded": Training(model, loss, batch, plans["fp32"]),

@@ -52,16 +52,18 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from assign.noise.measuring import measure_noise
+from assign.noise.options import NoiseOptions
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.keys import base_key, is_saved_key
 from assign.plan.memory import peak_bytes
 from assign.plan.noise import NoiseTable
 from assign.plan.recipes import NATIVE, Recipe, initial, save
+from assign.plan.space import Granularity, SearchSpace
 from assign.plan.timeline import Timeline
-from assign.strategies import BASELINES, STRATEGIES
-from assign.strategies.milp import Granularity, Milp
+from assign.strategies import METHODS, STRATEGIES
+from assign.strategies.milp import Milp
 from assign.training.trials import Settings
-from assign.training.tuning import tune
+from assign.training.tuning import StudyOptions, tune
 from benchmarks import facts
 from benchmarks.searches import plans, training
 from benchmarks.searches.subjects import MODELS, Subject
@@ -160,11 +162,8 @@ class Bench:
                     model,
                     batches,
                     s.task.loss,
-                    formats=plans.RUNGS,
-                    saved=plans.SAVED,
-                    until=0,
-                    most=len(batches),
-                    table=s.table,
+                    space=SearchSpace(formats=plans.RUNGS, saved=plans.SAVED),
+                    options=NoiseOptions(rtol=0, max_batches=len(batches)),
                 )
             )
             seconds.append(time.perf_counter() - start)
@@ -243,7 +242,7 @@ class Bench:
                 ),
                 "milp, noise at the start": partial(self.milp, recipe, budget, noise="start"),
                 **{name: partial(self.simple, name, recipe, budget) for name in STRATEGIES},
-                "operator": partial(BASELINES["operator"], self.subject.table, recipe),
+                "operator": partial(METHODS["operator"].baseline, self.subject.table, recipe),
                 "gact": partial(self.gact, budget),
             }
             if recipe is NATIVE:
@@ -302,7 +301,7 @@ class Bench:
             tuned = tune(
                 lambda _: self.subject.tuned,
                 storage=Path(directory) / "study.db",
-                trials=self.options.trials,
+                options=StudyOptions(trials=self.options.trials),
                 settings=settings,
                 starts=[start],
             )

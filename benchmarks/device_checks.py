@@ -23,6 +23,7 @@ from assign.numerics.rounding import (
     quantize,
 )
 from assign.plan.formats import FORMATS, SAVED_FORMATS, Format, parse_format
+from assign.plan.space import SearchSpace
 from assign.planning import search, search_table
 from assign.tasks.models import ResNet
 from assign.tracing.tracer import trace
@@ -225,7 +226,7 @@ def check_identity(device: torch.device) -> str:
     with _deterministic():
         plain, batch = _small_resnet(device)
         planned, _ = _small_resnet(device)
-        plan = search_table(trace(planned, batch, _class_loss), strategy="uniform", format_name="fp32")
+        plan = search_table(trace(planned, batch, _class_loss), strategy="uniform", space=SearchSpace(formats="fp32"))
         step = planned_step(planned, _class_loss, plan, backend="eager")
         losses = [_train(model, loss, batch) for model, loss in ((plain, None), (planned, step))]
     if losses[0] != losses[1]:
@@ -242,7 +243,7 @@ def check_plans(device: torch.device, backend: str) -> str:
     fp32 = _train(model, None, batch, steps=20)
     for recipe in ("native", "hfp8"):
         model, batch = _small_resnet(device)
-        plan = search_table(trace(model, batch, _class_loss), recipe=recipe, low_ratio=1.0)
+        plan = search_table(trace(model, batch, _class_loss), space=recipe, low_ratio=1.0)
         losses = _train(model, planned_step(model, _class_loss, plan, backend=backend), batch, steps=20)
         if not all(map(math.isfinite, losses)) or losses[-1] > (losses[0] + fp32[-1]) / 2:
             raise DifferentError(f"{recipe}: the loss goes {losses[0]:.4f} → {losses[-1]:.4f}, fp32's {fp32[-1]:.4f}")
@@ -258,7 +259,7 @@ def check_promotion(device: torch.device, backend: str) -> str:
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch).sum()
 
-    plan = search(model, values, loss, low_ratio=1.0, recipe="hfp8")
+    plan = search(model, values, loss, low_ratio=1.0, space="hfp8")
     promotion = Promotion(plan)
     step = planned_step(model, loss, plan, backend=backend, promotion=promotion)
     step(values).backward()

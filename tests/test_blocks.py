@@ -25,6 +25,7 @@ from assign.numerics.launch import use_compiled
 from assign.plan.assignment import Entry
 from assign.plan.formats import SAVED_FORMATS, parse_saved
 from assign.plan.memory import Replay
+from assign.plan.space import SearchSpace
 from assign.plan.tensors import Role
 from assign.planning import search
 from assign.tracing.finiteness import non_finite
@@ -551,7 +552,7 @@ def test_training_with_four_bits_falls_as_without(make, data):
     losses = {}
     for saved in (None, "int4:block64"):
         twin = copy.deepcopy(model)
-        plan = search(twin, batch, class_loss, low_ratio=0, optimizer=sgd, saved=saved)
+        plan = search(twin, batch, class_loss, low_ratio=0, optimizer=sgd, space=SearchSpace(saved=saved))
         losses[saved], _ = steps(twin, planned_step(twin, class_loss, plan, backend="eager"), batch, count=20)
     plain, narrow = losses.values()
     assert all(map(math.isfinite, narrow))
@@ -567,7 +568,7 @@ def test_training_with_four_bits_falls_as_without(make, data):
 def test_infinities_masks_and_log_sum_exp_are_left_out():
     model, batch = Masked(), tokens(4, 16)
     assert non_finite(model, batch, class_loss) == {"/add"}
-    plan = search(model, batch, class_loss, low_ratio=0, saved="mxfp4")
+    plan = search(model, batch, class_loss, low_ratio=0, space=SearchSpace(saved="mxfp4"))
     narrowed = {key for key in plan.entries if key.endswith(".saved")}
     assert "/add.saved" not in narrowed
     assert "/softmax.saved" in narrowed

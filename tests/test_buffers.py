@@ -20,6 +20,7 @@ from assign.planning import search_table
 from assign.tasks import Task
 from assign.training.audit import audit_constants
 from assign.training.loop import train
+from assign.training.options import TrainOptions
 
 
 class Running(nn.Module):
@@ -66,7 +67,7 @@ def test_rows_are_the_buffers_that_a_step_changes():
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_standalone_plans_store_them(name):
     table = made()[1]
-    plan = search_table(table, strategy="standalone", recipe=name)
+    plan = search_table(table, strategy="standalone", space=name)
     assert {key: plan.entries[f"{key}.buffer"].format for key in UPDATED} == dict.fromkeys(UPDATED, name)
     assert Assignment.from_json(plan.to_json()) == plan
     assert buffers(table, plan.entries) == (5 * 4 * 4 + 8 - 3 * 4 * 2, 3 * 4 * 4)
@@ -162,10 +163,10 @@ def test_checkpoints_go_from_plan_to_plan_and_lose_nothing_silently():
 def test_goes_on_from_its_own_checkpoint_bit_for_bit(tmp_path):
     batches = [(BATCH[0] * scale, BATCH[1]) for scale in (1.0, 1.5, 2.0)]
     task = Task(model=Running, train=batches, loss=class_loss, optimizer=sgd, epochs=2, name="running")
-    plan = search_table(made()[1], strategy="standalone", recipe="bf16")
+    plan = search_table(made()[1], strategy="standalone", space="bf16")
     straight = train(task, plan).model.state_dict()
-    train(task, plan, max_steps=4, checkpoint=tmp_path / "run.pt", checkpoint_every=1)
-    resumed = train(task, plan, checkpoint=tmp_path / "run.pt", resume=True).model.state_dict()
+    train(task, plan, options=TrainOptions(max_steps=4, checkpoint=tmp_path / "run.pt", checkpoint_every=1))
+    resumed = train(task, plan, options=TrainOptions(checkpoint=tmp_path / "run.pt", resume=True)).model.state_dict()
     assert resumed["bn.running_var"].dtype is torch.bfloat16
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
 
@@ -206,9 +207,9 @@ def test_statistics_that_fp16_cannot_hold_are_refused(tmp_path):
     model, table, _ = made()
     model.bn.running_var.fill_(1e6)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    plan = search_table(table, strategy="standalone", recipe="fp16")
+    plan = search_table(table, strategy="standalone", space="fp16")
     with pytest.raises(TaskError, match=r"'bn\.running_var' holds 1e\+06, and its stored form is fp16, which ends at"):
-        train(task, plan, weights=tmp_path / "weights.pt")
+        train(task, plan, options=TrainOptions(weights=tmp_path / "weights.pt"))
 
 
 @pytest.mark.parametrize(("name", "least"), [("bf16", 2**-8), ("fp16", 2**-11)])

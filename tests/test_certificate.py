@@ -13,11 +13,13 @@ from torch import nn
 
 import assign
 from assign.errors import TaskError
+from assign.plan.space import SearchSpace
 from assign.planning import search_table
 from assign.tasks import TaskOptions, load_task
 from assign.tracing.tracer import trace
 from assign.training.certificate import certify, certify_task, quantiles
 from assign.training.loop import train
+from assign.training.options import TrainOptions
 
 
 def mlp():
@@ -130,12 +132,12 @@ def test_quantiles():
 def test_digits_under_plans():
     pytest.importorskip("sklearn")
     task = load_task("digits", TaskOptions(width=0.5))
-    trained = train(task, epochs=5).model
+    trained = train(task, options=TrainOptions(epochs=5)).model
     table = trace(task.make_model(), task.first_batch(), task.loss, task.optimizer)
     model = trained.train()
     found = {}
     for name in ("fp32", "bf16", "e4m3:pow2"):
-        plan = search_table(table, strategy="uniform", format_name=name)
+        plan = search_table(table, strategy="uniform", space=SearchSpace(formats=name))
         found[name] = certify_task(task, model, plan)
         assert found[name].samples == 517
         assert found[name].violations == 0

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 from shell import fails, run
+from typer.testing import CliRunner
 
+from assign.cli import app
 from assign.cli.shell import Meter
 from assign.numerics.promotion import Promoted
 from assign.plan.assignment import Assignment
@@ -82,7 +84,7 @@ def test_a_bar_says_where_training_stands():
 
 
 def test_search_by_training(here, capsys, monkeypatch):
-    by_training = ("search", "mine.py", "--strategy", "optuna")
+    by_training = ("tune", "mine.py")
     run(*by_training, "--trials", "2", "--epochs", "1", "-o", "plans", "--json", "f.json")
     found = json.loads((here / "f.json").read_text())
     assert found["trained"] == 2
@@ -93,13 +95,24 @@ def test_search_by_training(here, capsys, monkeypatch):
     assert (here / "plans.study.db").exists()
     assert "a front of plans" in fails(capsys, monkeypatch, *by_training, "-o", "one.json")
     assert "Give at least one of each" in fails(capsys, monkeypatch, *by_training, "--trials", "0", "-o", "plans")
+    before = ("search", "mine.py", "--strategy", "optuna")
     for option in ("--low-ratio=0.5", "--granularity=tensor", "--pin=*=bf16"):
-        assert "whole groups" in fails(capsys, monkeypatch, *by_training, option)
-    needless = fails(
-        capsys, monkeypatch, "search", "mine.py", "--low-ratio", "1", "--trials", "4", "--backend", "eager"
-    )
-    assert "--trials, --backend" in needless
-    assert "assign search TASK" in fails(capsys, monkeypatch, "run", *by_training[1:])
+        assert "'optuna' does not take" in fails(capsys, monkeypatch, *before, option)
+    assert "does not take --pareto" in fails(capsys, monkeypatch, *before, "--pareto", "3", "-o", "plans")
+    run(*before, "--trials", "2", "--epochs", "1", "-o", "plans", "--json", "g.json")
+    assert (here / "g.json").read_text() == (here / "f.json").read_text()  # the same study, which is done
+    options = ("--trials", "4", "--backend", "inductor", "--seed", "1", "--device", "cpu")
+    needless = fails(capsys, monkeypatch, "search", "mine.py", "--low-ratio", "1", *options)
+    assert "does not take --trials, --backend." in needless
+    assert "assign tune TASK" in fails(capsys, monkeypatch, "run", *before[1:])
+
+
+def test_the_former_spelling_of_tune_names_the_new_one(here, capsys):
+    """Standard output stays the plan's alone."""
+    before = ("search", "mine.py", "--strategy", "optuna", "--budget", "100%", "--trials", "1", "--epochs", "1")
+    result = CliRunner().invoke(app, [*before, "-o", "-", "--storage", "s.db"], catch_exceptions=False)
+    assert "is now 'assign tune'" in result.stderr
+    assert json.loads(result.stdout)["provenance"]["strategy"] == "optuna"
 
 
 def test_a_front_and_a_plan_picked_from_it(here, capsys, monkeypatch):
@@ -433,7 +446,7 @@ def test_noise_is_measured_kept_and_searched_by(here, capsys, monkeypatch):
     assert "the pin head.*=bf16 matches none" in error(*search, "--noise", "noise.json", "--pin", "head.*=bf16")
     assert "was not measured" in error(*search, "--noise", "noise.json", "--formats", "fp32,fp(3,2,3)")
     assert "another model" in error("search", "digits", "--low-ratio", "0.5", "--noise", "noise.json")
-    assert "'greedy' takes no formats" in error("search", "mine.py:task", "--low-ratio", "0.5", "--pin", "*=bf16")
+    assert "'greedy' does not take pins" in error("search", "mine.py:task", "--low-ratio", "0.5", "--pin", "*=bf16")
 
 
 @pytest.mark.parametrize("width", [30, 60, 80, 200])

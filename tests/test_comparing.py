@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from assign.errors import AssignError, ComparisonError, PlanError
+from assign.numerics.promotion import PromotionOptions
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.memory import low_ratio, low_ratio_bits
 from assign.plan.recipes import get_recipe, initial
@@ -28,6 +29,7 @@ from assign.tracing.tracer import trace
 from assign.training.comparing import Variant, compare, load_variants, seed_range
 from assign.training.comparison import Comparison, Spread
 from assign.training.loop import Progress
+from assign.training.options import TrainOptions
 
 STEPS = 3
 TIMES = {"step_seconds"}  # what no second run repeats
@@ -137,7 +139,7 @@ class TestCompare:
         assert found.metric == "accuracy"  # not the task's first
 
     def test_low_ratios_are_those_of_the_plan(self) -> None:
-        found = compare(make_task, [FP32, FIRST], seeds=[0], epochs=1)
+        found = compare(make_task, [FP32, FIRST], seeds=[0], options=TrainOptions(epochs=1))
         plain, planned = found.runs
         assert plain.low_ratio is plain.low_ratio_bits is plain.final_low_ratio is plain.final_low_ratio_bits is None
         assert FIRST.plan
@@ -148,7 +150,10 @@ class TestCompare:
         assert found.epochs == 1
 
     def test_promotion_lowers_the_low_ratio(self) -> None:
-        variants = [dataclasses.replace(EMULATED, name=f"every {every}", promote_every=every) for every in (0, 1)]
+        variants = [
+            dataclasses.replace(EMULATED, name=f"every {every}", promotion=PromotionOptions(every=every))
+            for every in (0, 1)
+        ]
         found = compare(make_wide_task, variants, seeds=[0])
         never, always = found.runs
         assert never.final_low_ratio == never.low_ratio == always.low_ratio == 1.0
@@ -181,8 +186,8 @@ class TestCompare:
         refuses("seed 3 is given twice", [FP32], seeds=[3, 3])
         refuses("variant 'fp32' is given twice", [FP32, FP32])
         refuses("has no name", [dataclasses.replace(FP32, name="")])
-        refuses("every -1 steps", [dataclasses.replace(LOW, promote_every=-1)])
-        refuses("did you mean 'eager'", [FP32], backend="eagre")
+        refuses("each run decides on its own", [FP32], options=TrainOptions(seed=1))
+        refuses("did you mean 'eager'", [FP32], options=TrainOptions(backend="eagre"))
         refuses("nowhere", [FP32], file=tmp_path / "nowhere" / "compare.json")
         refuses("is not JSON", [FP32], file=_written(tmp_path / "broken.json", '{"assign_comparison": 1, '))
         refuses("not a comparison", [FP32], file=_written(tmp_path / "plan.json", '{"assign_plan": 1}'))
@@ -245,7 +250,7 @@ class TestFile:
             [FP32],
             seeds=[0],
             file=file,
-            epochs=1,
+            options=TrainOptions(epochs=1),
             on_step=lambda _v, _s, progress: seen.append(progress.step),
         )
         assert seen == [1, 2, 3]
@@ -266,7 +271,8 @@ class TestFile:
 
     def test_another_comparisons_file_is_refused_by_what_differs(self, tmp_path: Path) -> None:
         file = tmp_path / "compare.json"
-        asked: dict[str, Any] = {"variants": [FP32, FIRST], "seeds": [0, 1], "epochs": 1, "file": file}
+        asked: dict[str, Any] = {"variants": [FP32, FIRST], "seeds": [0, 1], "file": file}
+        asked["options"] = TrainOptions(epochs=1)
         with pytest.raises(StopError):
             compare(make_task, **asked, on_step=stop_after(STEPS))
         before = file.read_text()
@@ -280,22 +286,25 @@ class TestFile:
 
         refuses("its task is 'tiny', not 'huge'", task=partial(make_task, name="huge"))
         refuses("its model's fingerprint is", task=partial(make_task, model=partial(Net, 32)), variants=[FP32])
-        refuses("its number of epochs is 1, not 2", epochs=None)
-        refuses("its backend is 'eager', not 'inductor'", backend="inductor")
+        refuses("its number of epochs is 1, not 2", options=TrainOptions())
+        refuses("its backend is 'eager', not 'inductor'", options=TrainOptions(backend="inductor", epochs=1))
         refuses("variant 'first' has the plan", variants=[FP32, dataclasses.replace(LOW, name="first")])
         refuses(
-            "variant 'first' has promote_every 0, not 5", variants=[FP32, dataclasses.replace(FIRST, promote_every=5)]
+            "variant 'first' has promote_every 0, not 5",
+            variants=[FP32, dataclasses.replace(FIRST, promotion=PromotionOptions(every=5))],
         )
         refuses("has the variant 'first', which was not asked for", variants=[FP32])
         refuses("has the seeds 1, which were not asked for", seeds=[0])
-        refuses("its task", "its number of epochs", task=partial(make_task, name="huge"), epochs=3)
+        refuses(
+            "its task", "its number of epochs", task=partial(make_task, name="huge"), options=TrainOptions(epochs=3)
+        )
         half = [(x[:8], y[:8]) for x, y in make_task(0).train]
         refuses("it depends on the batch size", task=partial(make_task, train=half))
 
     @pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
     def test_the_file_is_never_half_written(self, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "compare.json"
-        found = compare(make_task, [FP32], seeds=[0], file=file, epochs=1)
+        found = compare(make_task, [FP32], seeds=[0], file=file, options=TrainOptions(epochs=1))
         before = file.read_text()
 
         def full(*_: Any) -> None:
@@ -323,10 +332,11 @@ class TestVariants:
         for path in paths:
             path.parent.mkdir(exist_ok=True)
             make_plan().save(path)
-        variants = load_variants(paths, promote_every=7)
+        variants = load_variants(paths)
         assert [v.name for v in variants] == ["fp32", "a/plan.json", "b/plan.json", "c", "fp32.json"]
         assert [v.plan is None for v in variants] == [True, False, False, False, False]
-        assert {v.promote_every for v in variants[1:]} == {7}
+        shared = TrainOptions(promotion=PromotionOptions(every=7))
+        assert [v.row(shared).promote_every for v in variants] == [0, 7, 7, 7, 7]
         assert [v.name for v in load_variants(paths[2:3], fp32=False)] == ["c"]
 
     def test_are_refused_by_name(self, tmp_path: Path) -> None:
@@ -342,9 +352,10 @@ class TestVariants:
         assert list(seed_range(2)) == [0, 1]
 
     def test_a_recipe_says_how_often_to_promote(self) -> None:
-        assert Variant(name="a", plan=make_plan(recipe="hfp8")).row.promote_every == 1
-        assert Variant(name="a", plan=make_plan(recipe="hfp8"), promote_every=0).row.promote_every == 0
-        assert FP32.row.promote_every == 0
+        plan, shared = make_plan(recipe="hfp8"), TrainOptions()
+        assert Variant(name="a", plan=plan).row(shared).promote_every == 1
+        assert Variant(name="a", plan=plan, promotion=PromotionOptions(every=0)).row(shared).promote_every == 0
+        assert FP32.row(shared).promote_every == 0
 
 
 class TestSummary:

@@ -17,6 +17,7 @@ from test_tuning import make_task, tune
 import assign
 from assign.errors import StudyError
 from assign.training.database import exclusive, explained, open_database
+from assign.training.tuning import StudyOptions
 
 ROOT = Path(__file__).parents[1]
 
@@ -203,19 +204,19 @@ def test_a_damaged_file_is_refused_without_waiting(tmp_path, monkeypatch):
 
 
 def test_a_damaged_row_is_a_study_error(tmp_path):
-    tune(make_task, storage=tmp_path / "s.db", trials=1)
+    tune(make_task, storage=tmp_path / "s.db", options=StudyOptions(trials=1))
     with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
         database.execute("UPDATE trial_user_attributes SET value_json = '[true]' WHERE key = 'low'")
     with pytest.raises(StudyError, match="of trial 0 is not a valid part of a study"):
-        tune(make_task, storage=tmp_path / "s.db", trials=1)
+        tune(make_task, storage=tmp_path / "s.db", options=StudyOptions(trials=1))
     with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
         database.execute("UPDATE study_user_attributes SET value_json = '{\"epochs\": \"two\"}' WHERE key = 'settings'")
     with pytest.raises(StudyError, match="epochs"):
-        tune(make_task, storage=tmp_path / "s.db", trials=1)
+        tune(make_task, storage=tmp_path / "s.db", options=StudyOptions(trials=1))
     with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
         database.execute("UPDATE trials SET state = 'NONSENSE'")
     with pytest.raises(StudyError, match="cannot be read or written"):
-        tune(make_task, storage=tmp_path / "s.db", trials=1)
+        tune(make_task, storage=tmp_path / "s.db", options=StudyOptions(trials=1))
 
 
 @pytest.mark.parametrize(("caller", "is_of_storage"), [(optuna, True), (assign, False)])

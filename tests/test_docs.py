@@ -84,7 +84,8 @@ def test_every_command_and_option_is_on_the_page_of_commands(pages):
     commands = get_command(app).commands
     assert list(found) == list(commands)
     for name, command in commands.items():
-        for option in [option for parameter in command.params for option in parameter.opts if option[0] == "-"]:
+        shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+        for option in [option for parameter in shown for option in parameter.opts if option[0] == "-"]:
             assert re.search(rf"(?<![\w-]){option}(?![\w-])", found[name].partition("Options:")[2]), (name, option)
         assert command.help.split("\n")[0][:40] in found[name]
 

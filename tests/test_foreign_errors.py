@@ -11,8 +11,10 @@ from torch import nn
 
 import assign
 from assign.errors import AssignError, PlanError, TaskError, TraceError
+from assign.noise.options import NoiseOptions
 from assign.tasks import Task, TaskOptions, load_task
 from assign.training.loop import train
+from assign.training.options import TrainOptions
 
 adamw = partial(torch.optim.AdamW, lr=1e-2)
 
@@ -58,7 +60,7 @@ def test_losses_that_cannot_be_trained_with(loss, says):
         with pytest.raises(TraceError, match=says):
             ask()
     with pytest.raises(AssignError, match=r"gradient|does not use|scalar"):
-        assign.measure_noise(make_model(), [batch()] * 2, loss, optimizer=adamw, warm_up=1)
+        assign.measure_noise(make_model(), [batch()] * 2, loss, optimizer=adamw, options=NoiseOptions(warm_up=1))
     with pytest.raises(TaskError, match="scalar tensor with a gradient"):
         train(make_task([batch()], loss=loss))
 
@@ -66,7 +68,9 @@ def test_losses_that_cannot_be_trained_with(loss, says):
 def test_a_model_without_parameters_under_adamw():
     for warm_up in (0, 1):
         with pytest.raises(TraceError, match="no parameter"):
-            assign.measure_noise(Nothing(), [batch()] * 2, class_loss, optimizer=adamw, warm_up=warm_up)
+            assign.measure_noise(
+                Nothing(), [batch()] * 2, class_loss, optimizer=adamw, options=NoiseOptions(warm_up=warm_up)
+            )
 
 
 @pytest.mark.parametrize("seed", [10**22, -(10**22), 2**32])
@@ -74,12 +78,12 @@ def test_seeds_that_no_generator_takes(seed):
     with pytest.raises(TaskError, match=r"the seed is .*\n.*4294967295"):
         load_task("digits", TaskOptions(seed=seed))
     with pytest.raises(TaskError, match="the seed is"):
-        train(make_task([batch()]), seed=seed)
+        train(make_task([batch()]), options=TrainOptions(seed=seed))
 
 
 def test_a_negative_warm_up(capsys, monkeypatch):
     with pytest.raises(PlanError, match="warm-up of -1"):
-        assign.measure_noise(make_model(), [batch()], class_loss, optimizer=adamw, warm_up=-1)
+        assign.measure_noise(make_model(), [batch()], class_loss, optimizer=adamw, options=NoiseOptions(warm_up=-1))
     assert "--warm-up" in fails(capsys, monkeypatch, "noise", "digits", "--warm-up", "-1")
 
 
@@ -105,7 +109,7 @@ def infinite():
 
 def test_an_infinite_input_is_divergence_under_every_plan():
     for recipe in ("hfp8", "native"):
-        plan = assign.search(make_model(), batch(), class_loss, low_ratio=1, recipe=recipe)
+        plan = assign.search(make_model(), batch(), class_loss, low_ratio=1, space=recipe)
         result = train(make_task([batch(), infinite(), batch()]), plan)
         assert result.diverged
         assert result.steps == 1
@@ -122,7 +126,7 @@ def test_infinities_of_a_mask_are_no_divergence():
     values, labels = batch()
     mask = torch.zeros(8, 3)
     mask[labels != 0, 0] = -torch.inf
-    plan = assign.search(make_model(), (values, labels, mask), masked_loss, low_ratio=0, recipe="native")
+    plan = assign.search(make_model(), (values, labels, mask), masked_loss, low_ratio=0, space="native")
     result = train(make_task([(values, labels, mask)] * 3, loss=masked_loss), plan)
     assert result.steps == 3
     assert not result.diverged

@@ -11,9 +11,12 @@ from torch.nn.functional import mse_loss
 import assign
 from assign import Front, search_front
 from assign.errors import BudgetError, PlanError
+from assign.fronts import find_front
 from assign.plan.assignment import Assignment
+from assign.plan.measured import Measured
 from assign.plan.memory import peak_bytes
-from assign.planning import search_table
+from assign.planning import Request, find_plan, search_table
+from assign.strategies.goal import Goal
 
 
 def make_table(rows=512):
@@ -52,11 +55,11 @@ def test_from_the_floor_to_the_top_and_each_plan_better_than_the_one_before(tabl
 def test_budgets_lie_at_equal_distances_from_the_floor_on(table, front, monkeypatch):
     asked = []
 
-    def spy(*arguments, budget=None, **options):
-        asked.append(budget)
-        return search_table(*arguments, budget=budget, **options)
+    def spy(table, request, measured):
+        asked.append(request.goal.budget)
+        return find_plan(table, request, measured)
 
-    monkeypatch.setattr("assign.fronts.search_table", spy)
+    monkeypatch.setattr("assign.fronts.find_plan", spy)
     search_front(table, 5)
     floor, top = peaks(front)[0], peaks(front)[-1]
     assert asked[:2] == [None, 1]  # the top, and what asks for the floor
@@ -71,7 +74,7 @@ def test_a_plan_that_costs_no_fewer_bytes_and_is_no_better_is_left_out(table, fr
         def of(self, _entries):
             return 1.0
 
-    assert peaks(search_front(table, 12, noise=Flat())) == peaks(front)[:1]
+    assert peaks(search_front(table, 12, measured=Measured(noise=Flat()))) == peaks(front)[:1]
 
 
 def test_saved_loaded_and_picked(table, front, tmp_path):
@@ -112,7 +115,7 @@ def test_what_is_refused(table, front, tmp_path):
     with pytest.raises(BudgetError, match="2 or more"):
         search_front(table, 1)
     with pytest.raises(BudgetError, match="every budget"):
-        search_front(table, 3, budget="50%")
+        find_front(table, 3, Request(goal=Goal(budget="50%")), Measured())
     with pytest.raises(BudgetError, match="makes one plan"):
         search_front(table, 3, strategy="operator")
     with pytest.raises(PlanError, match="no plans in"):

@@ -20,6 +20,7 @@ from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import parse_format
 from assign.plan.memory import estimate
 from assign.plan.recipes import store
+from assign.plan.space import SearchSpace
 from assign.plan.stored import resident
 from assign.planning import search_table
 from assign.tasks import Task
@@ -139,7 +140,7 @@ def test_hooks_and_closures_see_whole_steps():
 @pytest.mark.parametrize("factory", [sgd, adamw])
 def test_bytes_are_those_measured(factory):
     _, _, table, plan = made(optimizer=factory, width=2**14)
-    plan = search_table(table, strategy="uniform", format_name="bf16", gradients=EIGHT[0])
+    plan = search_table(table, strategy="uniform", space=SearchSpace(formats="bf16", gradients=EIGHT[0]))
     model = MLP(width=2**14)
     elements = sum(p.numel() for p in model.parameters())
     assert resident(table, plan.entries).gradients == elements + 4 * 4
@@ -185,7 +186,7 @@ def test_a_gradient_that_no_plan_made_is_refused():
 
 def test_a_loss_scale_is_refused():
     task = Task(model=MLP, loss=class_loss, train=[BATCH], optimizer=sgd, epochs=1, name="mlp")
-    plan = search_table(made()[2], recipe="hfp8", low_ratio=0.5, gradients=EIGHT[0])
+    plan = search_table(made()[2], space=SearchSpace(recipe="hfp8", gradients=EIGHT[0]), low_ratio=0.5)
     with pytest.raises(PlanError, match="its recipe 'hfp8' needs a loss scale, which nothing can divide out of them"):
         train(task, plan)
 

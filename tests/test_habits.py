@@ -121,7 +121,7 @@ def test_parameters_behind_unread_results_have_no_gradient(read, gradients):
 
     model, x = Heads(), torch.randn(16, 8)
     stored = {} if gradients is None else {"gradients": gradients}
-    plan = assign.search(model, x, square_of_all, low_ratio=0.0, optimizer=sgd, **stored)
+    plan = assign.search(model, x, square_of_all, low_ratio=0.0, optimizer=sgd, space=assign.SearchSpace(**stored))
     plain = copy.deepcopy(model)
     planned = assign.apply(model, plan, backend="eager")
     for _ in range(2):  # gradients accumulate

@@ -193,7 +193,7 @@ class TestLightning:
         from assign.integrations.lightning import PlanCallback
 
         module = make_module()
-        callback = PlanCallback(make_plan(module, recipe="hfp8", low_ratio=1.0), backend="eager")
+        callback = PlanCallback(make_plan(module, space="hfp8", low_ratio=1.0), backend="eager")
         logger = loggers.TensorBoardLogger(str(tmp_path))
         fit(tmp_path, module, callback, scale=100.0, logger=logger)
         assert callback.promotion.promoted

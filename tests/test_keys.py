@@ -96,7 +96,7 @@ def test_no_other_module_parses_keys():
 def standalone():
     model, batch = ResNet(), images()
     table = traced(model, batch, optimizer=adamw)
-    plan = search_table(table, strategy="standalone", recipe="bf16")
+    plan = search_table(table, strategy="standalone", space="bf16")
     assert {buffer_key(name) for name in table.buffers} <= plan.entries.keys()
     return model, batch, table, plan
 
@@ -111,7 +111,7 @@ def test_a_plan_with_buffers_may_be_a_start_of_a_study(standalone):
     table = standalone[2]
     plan = all_low(table, "bf16").replace({buffer_key(name): Entry("bf16", False) for name in table.buffers})
     trainer = Trainer(
-        make_task=lambda _: None, settings=Settings(recipe="bf16"), table=table, complete=lambda entries: dict(entries),
+        make_task=lambda _: None, settings=Settings(space="bf16"), table=table, complete=lambda entries: dict(entries),
         budget=None,
     )  # fmt: skip
     assert trainer._low_of(plan) <= {group.id for group in table.groups}

@@ -13,6 +13,7 @@ from torch._dynamo.eval_frame import cached_backends
 
 import assign
 from assign.errors import AssignError
+from assign.noise.options import NoiseOptions
 from assign.planning import search_table
 
 
@@ -41,11 +42,16 @@ def _step(model, loss, plan, backend):
 USES = {
     "trace": lambda model, loss, table, plan: assign.trace(model, vectors(), loss),
     "search": lambda model, loss, table, plan: assign.search(model, vectors(), loss, low_ratio=0.5),
+    "search, a step": lambda model, loss, table, plan: assign.search(
+        assign.trace(model, vectors(), loss), low_ratio=0.5, strategy="milp"
+    ),
     "apply": lambda model, loss, table, plan: loss(assign.apply(model, plan, backend="eager"), vectors()).backward(),
     "planned_step": lambda model, loss, table, plan: _step(model, loss, plan, "eager"),
     "planned_step, compiled": lambda model, loss, table, plan: _step(model, loss, plan, "inductor"),
     "autocast": lambda model, loss, table, plan: _autocast(model, loss, plan),
-    "measure_noise": lambda model, loss, table, plan: assign.measure_noise(model, [vectors()], loss, most=1),
+    "measure_noise": lambda model, loss, table, plan: assign.measure_noise(
+        model, [vectors()], loss, options=NoiseOptions(max_batches=1)
+    ),
     "measure_times": lambda model, loss, table, plan: assign.measure_times(model, vectors(), loss, repeats=1),
     "rehearse": lambda model, loss, table, plan: assign.rehearse(model, vectors(), loss, plan, table),
 }

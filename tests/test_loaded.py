@@ -11,8 +11,10 @@ from torch import nn
 
 import assign
 from assign.errors import PlanError, TraceError
+from assign.noise.options import NoiseOptions
 from assign.plan.formats import ITEM_BYTES
 from assign.plan.memory import Replay
+from assign.plan.space import SearchSpace
 from assign.plan.stored import resident
 from assign.strategies import STRATEGIES
 from assign.tracing.measuring import count_bytes
@@ -208,7 +210,7 @@ def test_a_plan_may_widen_a_bf16_model_where_it_says_so():
     statistics = zip(model.buffers(), plain.buffers(), strict=True)
     for own, other in statistics:  # written back into the model's own buffers
         torch.testing.assert_close(own.float(), other.float(), rtol=2**-7, atol=1e-6)
-    masters = assign.search(model, batch, loss, strategy="as-loaded", master="fp32", optimizer=sgd)
+    masters = assign.search(model, batch, loss, strategy="as-loaded", space=SearchSpace(master="fp32"), optimizer=sgd)
     assign.apply(model, masters, backend="eager")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -237,7 +239,7 @@ def test_a_bf16_model_takes_the_optimizers_for_weights_in_16_bits():
 def test_noise_of_a_bf16_model(method):
     torch.manual_seed(0)
     model, batch = MLP().to(B), narrow_vectors()
-    noise = assign.measure_noise(model, [batch], loss, method=method)
+    noise = assign.measure_noise(model, [batch], loss, options=NoiseOptions(method=method))
     assert all(0 <= noise.noise(cell.key, cell.format) < 1 for cell in noise.cells)
     assert noise.noise("first.weight", "bf16") == 0 < noise.noise("first.weight", "e4m3:pow2")
     plan = assign.search(model, batch, loss, strategy="milp", low_ratio=0.5, noise=noise)
@@ -326,7 +328,7 @@ def test_float8_parameters_are_refused_only_where_they_are_trained():
 def test_copies_and_pickles_of_a_planned_model_know_what_was_loaded(tmp_path):
     torch.manual_seed(0)
     model, batch = Branching(), vectors()
-    plan = assign.search(model, batch, loss, low_ratio=0.0, master="bf16", optimizer=sgd)
+    plan = assign.search(model, batch, loss, low_ratio=0.0, space=SearchSpace(master="bf16"), optimizer=sgd)
     planned = assign.apply(model, plan, backend="eager")
     torch.save(model, tmp_path / "model.pt")
     restored = torch.load(tmp_path / "model.pt", weights_only=False)
@@ -342,12 +344,15 @@ def test_a_plan_remembers_what_was_loaded_where_its_masters_are_changed():
     torch.manual_seed(0)
     model, batch = MLP().to(B), narrow_vectors()
     expected = loss(model, batch)
-    plan = assign.search(model, batch, loss, strategy="as-loaded", master="bf16+8", optimizer=sgd)
+    plan = assign.search(model, batch, loss, strategy="as-loaded", space=SearchSpace(master="bf16+8"), optimizer=sgd)
     assert set(plan.loaded.values()) == {"bf16"}
     assert plan == assign.Assignment.from_json(plan.to_json())
     step = assign.planned_step(model, loss, plan, backend="eager")
     assert torch.equal(step(batch), expected)
-    assert '"loaded"' not in assign.search(MLP(), vectors(), loss, strategy="as-loaded", master="bf16").to_json()
+    assert (
+        '"loaded"'
+        not in assign.search(MLP(), vectors(), loss, strategy="as-loaded", space=SearchSpace(master="bf16")).to_json()
+    )
 
 
 def test_the_strategy_as_loaded_takes_no_goal():

@@ -21,10 +21,12 @@ from assign.optim.optimizers import follow
 from assign.plan.assignment import Entry
 from assign.plan.memory import estimate
 from assign.plan.recipes import store
+from assign.plan.space import SearchSpace
 from assign.plan.stored import EXTRA_BITS, gradient_format, resident
 from assign.planning import search_table
 from assign.tasks import Task
 from assign.training.loop import train
+from assign.training.options import TrainOptions
 from assign.training.weights import load_weights
 
 BATCH = vectors(batch=8)
@@ -203,8 +205,8 @@ def test_updates_that_bf16_loses_are_kept(master, ends_at):
 @pytest.mark.parametrize("factory", [sgd, adamw])
 def test_bytes_are_those_measured(factory, gradients):
     table = traced(MLP(width=2**14), BATCH, optimizer=factory)
-    options = {} if gradients is None else {"gradients": gradients}
-    plan = search_table(table, strategy="uniform", format_name="bf16", master="bf16+8", **options)
+    space = SearchSpace(formats="bf16", master="bf16+8", gradients=gradients)
+    plan = search_table(table, strategy="uniform", space=space)
     model = MLP(width=2**14)
     elements = sum(p.numel() for p in model.parameters())
     found = resident(table, plan.entries)
@@ -316,8 +318,8 @@ def task():
 def test_a_training_resumes_and_the_next_goes_on_from_its_masters(tmp_path):
     plan, file = made(adamw)[3], tmp_path / "run.pt"
     whole = train(task(), plan)
-    train(task(), plan, checkpoint=file, max_steps=3)
-    resumed = train(task(), plan, checkpoint=file, resume=True)
+    train(task(), plan, options=TrainOptions(checkpoint=file, max_steps=3))
+    resumed = train(task(), plan, options=TrainOptions(checkpoint=file, resume=True))
     assert all(map(torch.equal, resumed.model.parameters(), whole.model.parameters()))
     assert resumed.losses == whole.losses
     assert resumed.fp32_metrics != resumed.metrics  # those of the masters
@@ -331,8 +333,8 @@ def test_a_training_resumes_and_the_next_goes_on_from_its_masters(tmp_path):
         torch.equal(wide, p) and not torch.equal(wide, narrow.float())
         for (narrow, _, wide), p in zip(rounded, plain.parameters(), strict=True)
     )
-    train(task(), plan, weights=file, max_steps=2)
-    train(task(), weights=file, max_steps=2)
+    train(task(), plan, options=TrainOptions(weights=file, max_steps=2))
+    train(task(), options=TrainOptions(weights=file, max_steps=2))
     with pytest.raises(TaskError, match="there is no optimizer to say that order"):
         load_weights(file, plain)
 

@@ -28,6 +28,7 @@ from assign.plan.assignment import Assignment, Entry
 from assign.plan.keys import saved_key
 from assign.plan.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
 from assign.plan.recipes import get_recipe
+from assign.plan.space import SearchSpace
 from assign.plan.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable
 from assign.planning import search, search_table
 from assign.strategies.goal import parse_budget
@@ -209,10 +210,10 @@ def test_search_meets_a_budget_and_says_the_floor():
 
 def test_one_format_everywhere_leaves_nothing_to_search():
     table = traced(MLP(), vectors())
-    plan = search_table(table, strategy="uniform", format_name="bf16")
+    plan = search_table(table, strategy="uniform", space=SearchSpace(formats="bf16"))
     assert {entry.format for entry in plan.entries.values()} == {"bf16"}
     with pytest.raises(BudgetError, match="nothing left to search"):
-        search_table(table, budget="50%", format_name="bf16")
+        search_table(table, budget="50%", strategy="uniform", space=SearchSpace(formats="bf16"))
 
 
 BIG = {  # large enough that operators on whole tensors dominate, small enough for seconds
@@ -238,9 +239,11 @@ def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
         "native low": lambda: all_low(table),
         "hfp8 low": lambda: all_low(table, "hfp8"),
         "fp32, saved int2": lambda: search_table(
-            table, strategy="uniform", format_name="fp32", saved="int2:block64:sr"
+            table, strategy="uniform", space=SearchSpace(formats="fp32", saved="int2:block64:sr")
         ),
-        "bf16, saved int4": lambda: search_table(table, strategy="uniform", format_name="bf16", saved="int4:block64"),
+        "bf16, saved int4": lambda: search_table(
+            table, strategy="uniform", space=SearchSpace(formats="bf16", saved="int4:block64")
+        ),
     }[plan_name]()
     optimizer, promotion = sgd(model.parameters()), Promotion(plan)
     step = planned_step(model, class_loss, plan, backend="eager", promotion=promotion)
@@ -292,9 +295,9 @@ def test_predicted_peak_counts_what_is_stored(model_name, name):
     model, batch = make(), data()
     table = traced(model, batch, optimizer=factory)
     if format_name is None:
-        plan = search_table(table, strategy="standalone", recipe="bf16")
+        plan = search_table(table, strategy="standalone", space="bf16")
     else:
-        plan = search_table(table, strategy="uniform", format_name=format_name, **stored)
+        plan = search_table(table, strategy="uniform", space=SearchSpace(formats=format_name, **stored))
     step = planned_step(model, class_loss, plan, backend="eager")
     optimizer = follow(factory(model.parameters()), model, plan)
     measured = measured_peak(model, batch, step, optimizer)
@@ -306,7 +309,7 @@ def test_predicted_peak_counts_what_is_stored(model_name, name):
 def test_predicted_peak_counts_how_updates_are_rounded(factory, rounding):
     model, batch = MLP(width=2**15), vectors(batch=8)
     table = traced(model, batch, optimizer=factory)
-    plan = search_table(table, strategy="standalone", recipe="bf16")
+    plan = search_table(table, strategy="standalone", space="bf16")
     step = planned_step(model, class_loss, plan, backend="eager")
     optimizer = follow(factory(model.parameters()), model, plan, update_rounding=rounding)
     measured = measured_peak(model, batch, step, optimizer)
@@ -322,8 +325,8 @@ def test_predicted_peak_counts_rounded_updates_beside_states_in_other_formats(fa
     torch.manual_seed(0)
     model, batch = MLP(width=2**15), vectors(batch=8)
     table = traced(model, batch, optimizer=factory)
-    low = {"master": "bf16", "optimizer_states": states, "update_rounding": rounding}
-    plan = search_table(table, strategy="uniform", format_name="bf16", **low)
+    space = SearchSpace(formats="bf16", master="bf16", optimizer_states=states, update_rounding=rounding)
+    plan = search_table(table, strategy="uniform", space=space)
     step = planned_step(model, class_loss, plan, backend="eager")
     measured = measured_peak(model, batch, step, follow(factory(model.parameters()), model, plan))
     assert estimate(table, plan).peak_bytes == pytest.approx(measured, rel=0.05)
@@ -331,22 +334,24 @@ def test_predicted_peak_counts_rounded_updates_beside_states_in_other_formats(fa
 
 def test_a_budget_counts_what_kahans_sum_keeps():
     table = traced(MLP(width=2048), vectors(), optimizer=adamw)
-    options = {"master": "bf16", "low_ratio": 0}
-    plain = search_table(table, **options).provenance.estimate["peak_bytes"]
-    kahan = search_table(table, update_rounding="kahan", **options).provenance.estimate["peak_bytes"]
+    plain, kahan = (
+        search_table(table, low_ratio=0, space=SearchSpace(master="bf16", update_rounding=rounding))
+        for rounding in ("nearest", "kahan")
+    )
+    plain, kahan = (plan.provenance.estimate["peak_bytes"] for plan in (plain, kahan))
     elements = sum(p.numel() for p in MLP(width=2048).parameters())
     assert kahan >= plain + 2 * elements
     with pytest.raises(BudgetError):
-        search_table(table, master="bf16", budget=2 * elements, update_rounding="kahan")
+        search_table(table, space=SearchSpace(master="bf16", update_rounding="kahan"), budget=2 * elements)
     with pytest.raises(PlanError, match="search: update_rounding='kahan' is for masters in 16 bit"):
-        search_table(table, low_ratio=0, update_rounding="kahan")
+        search_table(table, low_ratio=0, space=SearchSpace(update_rounding="kahan"))
 
 
 def test_a_budget_is_met_by_storing_less_before_anything_else_is_narrowed():
     table = traced(MLP(width=2048), vectors(), optimizer=adamw)
     plain = search_table(table, low_ratio=0)
     budget = peak_bytes(table, plain.entries) - 200_000
-    narrow = search_table(table, budget=budget, optimizer_states="dynamic8")
+    narrow = search_table(table, budget=budget, space=SearchSpace(optimizer_states="dynamic8"))
     assert peak_bytes(table, narrow.entries) <= budget
     assert low_ratio(table, narrow.entries) == 0
     with pytest.raises(BudgetError, match="or store less between steps"):
@@ -356,7 +361,9 @@ def test_a_budget_is_met_by_storing_less_before_anything_else_is_narrowed():
 def test_what_is_stored_shows_by_role_and_by_key():
     table = traced(MLP(width=2048), vectors(), optimizer=adamw)
     wide = estimate(table, search_table(table, low_ratio=0))
-    costs = estimate(table, search_table(table, low_ratio=0, optimizer_states="dynamic8", master="bf16"))
+    costs = estimate(
+        table, search_table(table, low_ratio=0, space=SearchSpace(optimizer_states="dynamic8", master="bf16"))
+    )
     n, small = 2048 * 16 + 4 * 2048, 2048 + 4
     assert wide.by_role["optimizer states"] == 8 * (n + small)
     assert costs.by_role["optimizer states"] == 2 * (n + n // 64) + 4 * small

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import random
-import re
 
 import numpy as np
 import pytest
@@ -17,13 +16,14 @@ from assign.errors import AssignError, BudgetError, PlanError
 from assign.noise.measuring import measure_noise
 from assign.plan.assignment import Entry
 from assign.plan.keys import is_saved_key
+from assign.plan.measured import Measured
 from assign.plan.memory import peak_bytes
 from assign.plan.recipes import candidates_of, get_recipe, initial, save
+from assign.plan.space import Granularity, SearchSpace, parse_pins, split_names
 from assign.plan.timeline import RunningPeak, Timeline
 from assign.planning import completion, search_table
-from assign.strategies.goal import parse_pins, split_names
 from assign.strategies.greedy import greedy
-from assign.strategies.milp import Granularity, Milp
+from assign.strategies.milp import Milp
 from assign.tracing.tracer import trace
 
 HFP8 = get_recipe("hfp8")
@@ -33,7 +33,7 @@ FORMATS = ("fp32", "bf16", "fp(3,2,3)")
 def solve(table, timeline, **options):
     goal = {name: options.pop(name) for name in ("budget_bytes", "low_ratio") if name in options}
     recipe, solutions = options.pop("recipe", HFP8), []
-    strategy = Milp(noise=made_up_noise, timeline=timeline, tell=solutions.append, **options)
+    strategy = Milp(noise=made_up_noise, timeline=timeline, on_solution=solutions.append, **options)
     plan = strategy(table, recipe=recipe, peak_bytes=timeline, **goal)
     return plan, solutions[0]
 
@@ -96,7 +96,7 @@ MODELS = {"mlp": (MLP, vectors), "resnet": (ResNet, images), "gpt": (GPT, tokens
 def measured(request):
     make, batch = MODELS[request.param][0](), MODELS[request.param][1]()
     table = trace(make, batch, class_loss)
-    noise = measure_noise(make, [batch], class_loss, recipe="hfp8", saved=["int4:block64"], table=table)
+    noise = measure_noise(table, space=SearchSpace(recipe="hfp8", saved=["int4:block64"]))
     return table, noise
 
 
@@ -111,8 +111,8 @@ def test_never_noisier_than_greedy_in_as_many_bytes(measured, granularity):
     for share in (0.0, 0.3, 0.6, 1.0):
         budget = round(low + share * (high - low))
         plans = [
-            search_table(table, budget=budget, recipe="hfp8", strategy=name, noise=noise, **more)
-            for name, more in (("greedy", {}), ("milp", {"granularity": granularity}))
+            search_table(table, budget=budget, strategy=name, measured=Measured(noise=noise), space=space)
+            for name, space in (("greedy", "hfp8"), ("milp", SearchSpace(recipe="hfp8", granularity=granularity)))
         ]
         by_greedy, by_milp = (plan.provenance.estimate["noise"] for plan in plans)
         assert peak.at(plans[1].entries).max() == peak_bytes(table, plans[1].entries) <= budget
@@ -149,19 +149,26 @@ def test_bytes_of_one_change_are_those_of_a_whole_replay(measured, saved):
 def test_copies_are_chosen_one_by_one_or_group_by_group(measured, granularity):
     """No noisier than with all copies narrow or none, in as many bytes; at plenty of bytes none is narrow."""
     table, noise = measured
-    asked = {"recipe": "hfp8", "noise": noise, "strategy": "milp", "granularity": granularity}
-    every = search_table(table, **asked, low_ratio=1.0, saved="int4:block64")
-    none = search_table(table, **asked, low_ratio=0.0)
+    asked = {"measured": Measured(noise=noise), "strategy": "milp"}
+    space = SearchSpace(recipe="hfp8", granularity=granularity)
+    copying = SearchSpace(recipe="hfp8", granularity=granularity, saved="int4:block64")
+    every = search_table(table, **asked, low_ratio=1.0, space=copying)
+    none = search_table(table, **asked, low_ratio=0.0, space=space)
     low, high = (peak_bytes(table, plan.entries) for plan in (every, none))
     some = 0
     for share in (0.0, 0.4, 0.8, 1.0):
         budget = round(low + share * (high - low))
-        plan = search_table(table, **asked, budget=budget, saved="int4:block64")
+        plan = search_table(table, **asked, budget=budget, space=copying)
         assert peak_bytes(table, plan.entries) <= budget
         assert plan.provenance.estimate["noise"] == pytest.approx(noise.of(plan.entries))
         for saved in (None, "int4:block64"):
             with contextlib.suppress(BudgetError):
-                by_greedy = search_table(table, recipe="hfp8", noise=noise, budget=budget, saved=saved)
+                by_greedy = search_table(
+                    table,
+                    space=SearchSpace(recipe="hfp8", saved=saved or ()),
+                    measured=Measured(noise=noise),
+                    budget=budget,
+                )
                 assert plan.provenance.estimate["noise"] <= by_greedy.provenance.estimate["noise"]
         copies = {key for key in plan.entries if key.endswith(".saved")}
         assert all(key in every.entries for key in copies)
@@ -174,32 +181,26 @@ def test_copies_are_chosen_one_by_one_or_group_by_group(measured, granularity):
 def test_copies_of_pinned_tensors_are_chosen_too(measured):
     table, noise = measured
     high = {row.key: HFP8.candidates(row).hi.name for row in table.paper_tensors}
-    pinned = search_table(table, recipe="hfp8", noise=noise, strategy="milp", low_ratio=0.0)
+    pinned = search_table(table, space="hfp8", measured=Measured(noise=noise), strategy="milp", low_ratio=0.0)
     copies = save(table, pinned.entries, "int4:block64")
     least, most = peak_bytes(table, {**pinned.entries, **copies}), peak_bytes(table, pinned.entries)
     budget = (least + most) // 2
-    asked = {
-        "recipe": "hfp8",
-        "noise": noise,
-        "strategy": "milp",
-        "pins": high,
-        "budget": budget,
-        "granularity": "tensor",
-    }
-    plan = search_table(table, **asked, saved="int4:block64")
+    space = SearchSpace(recipe="hfp8", pins=high, granularity="tensor", saved="int4:block64")
+    plan = search_table(table, strategy="milp", budget=budget, space=space, measured=Measured(noise=noise))
     assert peak_bytes(table, plan.entries) <= budget
     assert (
         sum(map(is_saved_key, plan.entries)) in range(1, len(copies)) or least == most
     )  # an MLP's peak is its weights
     assert {key: entry.format for key, entry in plan.entries.items() if not key.endswith(".saved")} == high
-    with pytest.raises(BudgetError, match="nothing chooses"):
-        search_table(table, recipe="hfp8", budget=budget, saved="int4:block64,int8:block64")
+    with pytest.raises(BudgetError, match="'greedy' does not take more than one format for saved activations"):
+        search_table(table, space=SearchSpace(recipe="hfp8", saved="int4:block64,int8:block64"), budget=budget)
 
 
 def test_saved_copies_count_in_bytes_and_noise(measured):
     table, noise = measured
-    options = {"low_ratio": 0.5, "recipe": "hfp8", "strategy": "milp", "noise": noise}
-    plain, saved = search_table(table, **options), search_table(table, **options, saved="int4:block64")
+    spaces = (SearchSpace(recipe="hfp8"), SearchSpace(recipe="hfp8", saved="int4:block64"))
+    options = {"low_ratio": 0.5, "strategy": "milp", "measured": Measured(noise=noise)}
+    plain, saved = (search_table(table, space=space, **options) for space in spaces)
     assert any(key.endswith(".saved") for key in saved.entries)
     assert saved.provenance.estimate["noise"] == pytest.approx(noise.of(saved.entries))
     assert saved.provenance.estimate["noise"] != plain.provenance.estimate["noise"]
@@ -258,17 +259,16 @@ def test_more_than_two_formats_and_pairs_of_them():
 
 def test_in_python_noise_is_measured_where_none_is_given():
     model, batch = MLP(), vectors()
-    plan = search(model, batch, class_loss, low_ratio=0.5, strategy="milp", granularity="tensor")
+    plan = search(model, batch, class_loss, low_ratio=0.5, strategy="milp", space=SearchSpace(granularity="tensor"))
     assert plan.provenance.estimate["low_ratio"] >= 0.5
     assert plan.provenance.estimate["noise"] > 0
     table = trace(model, batch, class_loss)
-    for options, fact in (
-        ({"strategy": "milp"}, "no noise was given"),
-        ({"pins": {"*": "bf16"}}, "'greedy' takes no formats, pins or granularity"),
-        ({"strategy": "milp", "granularity": "row", "noise": measure_noise(model, [batch], class_loss)}, "'row'"),
-    ):
-        with pytest.raises(AssignError, match=re.escape(fact)):
-            search_table(table, low_ratio=0.5, **options)
+    with pytest.raises(AssignError, match="no noise was given"):
+        search_table(table, low_ratio=0.5, strategy="milp")
+    with pytest.raises(BudgetError, match=r"'greedy' does not take pins.\n  pins requires one of the strategies milp"):
+        search_table(table, low_ratio=0.5, space=SearchSpace(pins={"*": "bf16"}))
+    with pytest.raises(PlanError, match="no granularity 'row'"):
+        SearchSpace(granularity="row")
 
 
 def test_low_formats_are_noisier():
@@ -279,7 +279,7 @@ def test_low_formats_are_noisier():
 @pytest.mark.parametrize("recipe", ["hfp8", "native"])
 def test_a_running_peak_is_that_of_a_whole_replay(measured, recipe, saved):
     table, _ = measured
-    complete, rules, draw = completion(table, saved=saved), get_recipe(recipe), random.Random(0)
+    complete, rules, draw = completion(table, SearchSpace(saved=saved or ())), get_recipe(recipe), random.Random(0)
     running, low = RunningPeak(table, complete), set()
     for step in range(40):
         low ^= set(draw.sample([group.id for group in table.groups], 1 + step % 2))
@@ -295,8 +295,8 @@ def test_a_running_peak_is_that_of_a_whole_replay(measured, recipe, saved):
 def test_the_floor_of_a_budget_that_cannot_be_met_can_be_met(measured, strategy):
     table, noise = measured
     with pytest.raises(BudgetError) as refused:
-        search_table(table, budget=1, strategy=strategy, recipe="hfp8", noise=noise)
+        search_table(table, budget=1, strategy=strategy, space="hfp8", measured=Measured(noise=noise))
     floor = refused.value.floor
     assert floor is not None
-    plan = search_table(table, budget=floor, strategy=strategy, recipe="hfp8", noise=noise)
+    plan = search_table(table, budget=floor, strategy=strategy, space="hfp8", measured=Measured(noise=noise))
     assert peak_bytes(table, plan.entries) <= floor

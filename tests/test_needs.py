@@ -16,6 +16,7 @@ from assign.plan.assignment import Assignment, Entry
 from assign.plan.compute_dtype import operators
 from assign.plan.ops import FLOAT32_RESULTS, IN_16_BIT, MATRIX_PRODUCTS
 from assign.plan.recipes import candidates_of, get_recipe, initial, save
+from assign.plan.space import SearchSpace
 from assign.plan.tensors import Need, TensorTable
 from assign.planning import search
 
@@ -121,7 +122,7 @@ def test_linear_algebra_stays_in_float32(name):
 
     model, x = Computes(function), vectors()
     for recipe in ("bf16", "fp16"):
-        plan = search(model, x, lambda m, x: m(x), recipe=recipe, low_ratio=0.0)
+        plan = search(model, x, lambda m, x: m(x), space=recipe, low_ratio=0.0)
         assert any(entry.format == "fp32" for entry in plan.entries.values())
         value = planned_step(model, lambda m, x: m(x), plan, backend="eager")(x)
         value.backward()
@@ -160,7 +161,7 @@ def test_a_confidently_wrong_probability_keeps_its_gradient():
         return F.binary_cross_entropy(model(batch[0]), batch[1])
 
     for recipe in ("native", "bf16", "fp16"):
-        plan = search(model, batch, loss, recipe=recipe, low_ratio=0.0)
+        plan = search(model, batch, loss, space=recipe, low_ratio=0.0)
         model.zero_grad()
         planned_step(model, loss, plan, backend="eager")(batch).backward()
         assert 7 < model[0].weight.grad.item() < 9
@@ -196,7 +197,7 @@ def test_a_conversion_to_float32_is_honoured_up_to_the_way_back():
 
 def test_a_norm_by_hand_is_finite_in_fp16():
     model, x = Norm(), vectors() * 3000  # the squares are beyond fp16
-    plan = search(model, x, square, recipe="fp16", low_ratio=0.0)
+    plan = search(model, x, square, space="fp16", low_ratio=0.0)
     found = planned_step(model, square, plan, backend="eager")(x)
     assert found.item() == pytest.approx(square(model, x).item(), rel=0.01)
     model.zero_grad()
@@ -240,7 +241,7 @@ def test_what_leads_to_a_sine_stays_in_float32():
     assert weights["frequencies"] is Need.FLOAT32
     assert {"/input", "/mul", "/mul#2", "/mul#3"} <= {k for k, v in needed.items() if v is Need.FLOAT32}
     assert "/cat" not in needed
-    plan = search(model, times, square, recipe="bf16", low_ratio=0.0)
+    plan = search(model, times, square, space="bf16", low_ratio=0.0)
     found = planned_step(copy.deepcopy(model), square, plan, backend="eager")(times)
     assert found.item() == pytest.approx(square(model, times).item(), rel=0.02)
 
@@ -324,7 +325,7 @@ def test_eight_bits_and_blocks_elsewhere_leave_masked_attention_as_it_is():
     for fill in (-1e9, float("-inf"), MIN):
         model, x = Attention("masked_fill", fill), scores_batch()
         plain = model(x)
-        plan = search(model, x, square, low_ratio=1.0, saved="int4:block64")
+        plan = search(model, x, square, low_ratio=1.0, space=SearchSpace(saved="int4:block64"))
         assert ((apply(model, plan, backend="eager")(x) - plain).norm() / plain.norm()) < 0.2
 
 
@@ -416,7 +417,7 @@ def test_copies_that_a_backward_pass_compares_or_divides_by_are_exact(name):
     square(model, x).backward()
     plain = [p.grad.clone() for p in model.parameters()]
     for saved in ("int8:block64", "int4:block64", "mxfp8"):
-        plan = search(model, x, square, low_ratio=0.0, saved=saved)
+        plan = search(model, x, square, low_ratio=0.0, space=SearchSpace(saved=saved))
         model.zero_grad()
         planned_step(model, square, plan, backend="eager")(x).backward()
         for parameter, gradient in zip(model.parameters(), plain, strict=True):

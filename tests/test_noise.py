@@ -13,12 +13,14 @@ from torch import nn
 from assign.errors import AssignError, DivergedError, PlanError
 from assign.noise import measuring
 from assign.noise.measuring import measure_noise
+from assign.noise.options import NoiseOptions
 from assign.noise.rounding import loss_scale, round_tensor
 from assign.noise.stepping import ProbedStep
 from assign.numerics.rounding import quantize
 from assign.plan.assignment import Entry
 from assign.plan.formats import parse_format, parse_saved
 from assign.plan.noise import Cell, Method, NoiseTable, Sample
+from assign.plan.space import SearchSpace
 
 FORMATS = ("bf16", "e4m3:pow2/e5m2:pow2", "fp(3,2,3)")
 STEPS = {
@@ -62,9 +64,11 @@ def test_every_tensor_is_touched_once(name):
 def test_first_order_agrees_with_measured(name, least):
     make, batch = STEPS[name]
     model, batches = make(), [batch(), batch()]
-    options = {"recipe": "hfp8", "formats": FORMATS, "saved": ["int4:block64"], "until": 0}
-    by_order = measure_noise(model, batches, class_loss, **options)
-    measured = measure_noise(model, batches, class_loss, method="measured", **options)
+    space = SearchSpace(recipe="hfp8", formats=FORMATS, saved=["int4:block64"])
+    by_order, measured = (
+        measure_noise(model, batches, class_loss, space=space, options=NoiseOptions(method=method, rtol=0))
+        for method in ("first-order", "measured")
+    )
     assert by_order.cells.keys() == measured.cells.keys()
     cells = list(measured.cells)
     for quantity in ("noise", "cosine"):
@@ -76,7 +80,9 @@ def test_first_order_agrees_with_measured(name, least):
 
 def test_the_loss_changes_as_measured():
     model, batches = MLP(), [vectors(), vectors()]
-    tables = [measure_noise(model, batches, class_loss, method=method, until=0) for method in Method]
+    tables = [
+        measure_noise(model, batches, class_loss, options=NoiseOptions(method=method, rtol=0)) for method in Method
+    ]
     cells = [Cell("first.weight", "e4m3:pow2"), Cell("second/linear", "e4m3:pow2"), Cell("/input", "e4m3:pow2")]
     measured, by_order = ([table.loss(*cell) for cell in cells] for table in tables)
     assert by_order == pytest.approx(measured, rel=0.2, abs=2e-4)
@@ -101,10 +107,10 @@ def test_rounding_every_element_is_what_the_executor_does():
 
 def test_batches_until_the_standard_error():
     model, batches = MLP(), [vectors() for _ in range(6)]
-    found = measure_noise(model, batches, class_loss, until=10.0)
+    found = measure_noise(model, batches, class_loss, options=NoiseOptions(rtol=10.0))
     assert found.batches == 2  # one has no standard error
-    assert measure_noise(model, batches, class_loss, until=0, most=4).batches == 4
-    assert measure_noise(model, batches, class_loss, until=0).batches == 6
+    assert measure_noise(model, batches, class_loss, options=NoiseOptions(rtol=0, max_batches=4)).batches == 4
+    assert measure_noise(model, batches, class_loss, options=NoiseOptions(rtol=0)).batches == 6
     samples = found.cells[Cell("first.weight", "bf16")]
     assert found.standard_error("first.weight", "bf16") == pytest.approx(
         abs(samples[0].gradient - samples[1].gradient) / 2
@@ -118,7 +124,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("method", Method)
 def test_a_killed_run_goes_on(tmp_path, monkeypatch, method):
     model, batches, file = MLP(), [vectors() for _ in range(3)], tmp_path / "noise.json"
-    options = {"method": method, "until": 0, "seed": 5}
+    options = {"options": NoiseOptions(method=method, rtol=0, seed=5)}
     whole = measure_noise(model, batches, class_loss, **options)
     sample, asked = measuring.sample, []
 
@@ -144,7 +150,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, method):
     for cell, samples in whole.cells.items():
         assert [s.gradient for s in again.cells[cell]] == pytest.approx([s.gradient for s in samples])
     asked.clear()
-    measure_noise(model, batches, class_loss, file=file, formats=["fp(3,2,3)"], **options)
+    measure_noise(model, batches, class_loss, file=file, space=SearchSpace(formats=["fp(3,2,3)"]), **options)
     assert {cell.format for each in asked for cell in each[3]} == {"fp(3,2,3)"}  # what is there is not measured again
 
 
@@ -154,13 +160,13 @@ def test_a_file_of_another_model_or_another_way_is_refused(tmp_path):
     with pytest.raises(PlanError, match=f"another model: its fingerprint is {found.fingerprint}, this model's is"):
         measure_noise(GPT(), [tokens()], class_loss, file=file)
     with pytest.raises(PlanError, match="with method first-order, measured is asked for now"):
-        measure_noise(MLP(), [vectors()], class_loss, file=file, method="measured")
+        measure_noise(MLP(), [vectors()], class_loss, file=file, options=NoiseOptions(method="measured"))
     with pytest.raises(PlanError, match="with loss scaling False, True is asked for"):
-        measure_noise(MLP(), [vectors()], class_loss, file=file, recipe="hfp8")
+        measure_noise(MLP(), [vectors()], class_loss, file=file, space="hfp8")
     with pytest.raises(PlanError, match="no batch was given"):
         measure_noise(MLP(), [], class_loss)
     with pytest.raises(PlanError, match="no method 'exact'; choose from measured, first-order"):
-        measure_noise(MLP(), [vectors()], class_loss, method="exact")
+        measure_noise(MLP(), [vectors()], class_loss, options=NoiseOptions(method="exact"))
 
 
 def sgd(parameters):
@@ -171,8 +177,8 @@ def test_a_warm_up_trains_a_copy_on_the_first_batches(tmp_path):
     torch.manual_seed(0)
     model, batches = MLP(), [vectors() for _ in range(6)]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    options = {"until": 0.0, "file": tmp_path / "noise.json"}
-    found = measure_noise(model, batches, class_loss, optimizer=sgd, warm_up=4, **options)
+    file, options = tmp_path / "noise.json", NoiseOptions(rtol=0.0, warm_up=4)
+    found = measure_noise(model, iter(batches), class_loss, optimizer=sgd, options=options, file=file)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert (found.warm_up, found.batches) == (4, 2)
     assert NoiseTable.load(tmp_path / "noise.json") == found
@@ -181,18 +187,26 @@ def test_a_warm_up_trains_a_copy_on_the_first_batches(tmp_path):
         optimizer.zero_grad()
         class_loss(model, batch).backward()
         optimizer.step()
-    by_hand = measure_noise(model, batches[4:], class_loss, until=0.0)
+    by_hand = measure_noise(model, batches[4:], class_loss, options=NoiseOptions(rtol=0.0))
     assert by_hand.cells == found.cells
-    at_start = measure_noise(MLP(), batches[4:], class_loss, until=0.0)
+    for batch in (*batches[4:], *batches[:2]):
+        optimizer.zero_grad()
+        class_loss(model, batch).backward()
+        optimizer.step()
+    by_hand = measure_noise(model, batches, class_loss, options=NoiseOptions(rtol=0.0))
+    model.load_state_dict(before)
+    again = measure_noise(model, batches, class_loss, optimizer=sgd, options=NoiseOptions(rtol=0.0, warm_up=8))
+    assert again.cells == by_hand.cells  # batches of a list are trained on in turn, and measured from the first
+    at_start = measure_noise(MLP(), batches[4:], class_loss, options=NoiseOptions(rtol=0.0))
     assert at_start.noise("first.weight", "e4m3:pow2") != found.noise("first.weight", "e4m3:pow2")
     with pytest.raises(PlanError, match="measured with warm up 4, 0 is asked for now"):
-        measure_noise(model, batches, class_loss, **options)
+        measure_noise(model, batches, class_loss, options=NoiseOptions(rtol=0.0), file=file)
     with pytest.raises(PlanError, match="a warm-up of 2 steps needs an optimizer"):
-        measure_noise(model, batches, class_loss, warm_up=2)
+        measure_noise(model, batches, class_loss, options=NoiseOptions(warm_up=2))
     with pytest.raises(PlanError, match="a warm-up of 7 steps was asked for, and there are 6 batches"):
-        measure_noise(model, batches, class_loss, optimizer=sgd, warm_up=7)
+        measure_noise(model, iter(batches), class_loss, optimizer=sgd, options=NoiseOptions(warm_up=7))
     with pytest.raises(PlanError, match="no batch was given"):
-        measure_noise(model, batches, class_loss, optimizer=sgd, warm_up=6)
+        measure_noise(model, iter(batches), class_loss, optimizer=sgd, options=NoiseOptions(warm_up=6))
 
 
 def test_bad_files_say_what_is_wrong(tmp_path):
@@ -244,7 +258,9 @@ def test_what_cannot_be_differentiated_twice_is_measured():
     batch = torch.randn(4, 8)
     torch.manual_seed(0)
     model = Twice()
-    found, measured = (measure_noise(model, [batch], loss, method=each) for each in ("first-order", "measured"))
+    found, measured = (
+        measure_noise(model, [batch], loss, options=NoiseOptions(method=each)) for each in ("first-order", "measured")
+    )
     assert found.method is Method.FIRST_ORDER
     assert found.cells.keys() == measured.cells.keys()
     for cell in found.cells:
@@ -278,7 +294,7 @@ def test_parts_run_in_the_place_of_an_operator_that_cannot_be_differentiated_twi
     monkeypatch.setattr(ProbedStep, "run", lambda self, *args, **kw: (steps.append(1), original(self, *args, **kw))[1])
     found = measure_noise(model, [batch], loss)
     assert len(steps) <= 3  # the first ones say which operators these are
-    measured = measure_noise(model, [batch], loss, method="measured")
+    measured = measure_noise(model, [batch], loss, options=NoiseOptions(method="measured"))
     pairs = [(found.noise(c.key, c.format), measured.noise(c.key, c.format)) for c in found.cells]
     assert all(first == pytest.approx(second, rel=0.7) for first, second in pairs if second > 1e-5)
     assert sum(second > 1e-5 for _, second in pairs) > 10
@@ -325,5 +341,5 @@ def test_batches_may_differ_in_size():
         (GPT, tokens, (4, 3), "first-order"),
     ):
         batches = [batch(size) for size in sizes]
-        found = measure_noise(make(), batches, class_loss, recipe="bf16", method=method, until=0)
+        found = measure_noise(make(), batches, class_loss, space="bf16", options=NoiseOptions(method=method, rtol=0))
         assert found.batches == len(sizes)

@@ -37,7 +37,7 @@ def total(model, batch):
 
 
 def plan_of(model, batch, recipe="hfp8", loss=total):
-    return assign.search(model, batch, loss, low_ratio=1.0, recipe=recipe)
+    return assign.search(model, batch, loss, low_ratio=1.0, space=recipe)
 
 
 def run(model, batch, promotion, backend="eager"):

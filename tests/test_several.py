@@ -358,7 +358,7 @@ class Line(nn.Module):
 
 def promoted(rank, counts, shard):
     """What is promoted at each step, with so many elements too large in each process; and how often all talked."""
-    plan = assign.search(Line(), torch.ones(1000), lambda m, x: m(x).sum(), low_ratio=1.0, recipe="hfp8")
+    plan = assign.search(Line(), torch.ones(1000), lambda m, x: m(x).sum(), low_ratio=1.0, space="hfp8")
     promotion = assign.Promotion(plan, every=2)
     planned = assign.apply(Line(), plan, backend="eager", promotion=promotion)
     wrapped = fully_shard(planned) if shard else DDP(planned)

@@ -13,7 +13,7 @@ from assign.plan.assignment import Entry
 from assign.plan.keys import grad_key
 from assign.plan.recipes import get_recipe, initial
 from assign.plan.tensors import Group, Role, TensorTable
-from assign.strategies import STRATEGIES, get_strategy
+from assign.strategies import METHODS, STRATEGIES, get_method
 from assign.strategies.baselines import operator_based, uniform, uniform_in
 from assign.strategies.greedy import Order, demotion_order, greedy
 
@@ -210,6 +210,7 @@ def test_operator_based_with_gradients_that_follow(model: Callable[[], TensorTab
 
 
 def test_unknown_strategy_names_the_nearest() -> None:
-    assert get_strategy("greedy") is STRATEGIES["greedy"]
+    assert get_method("greedy") is METHODS["greedy"]
+    assert METHODS["greedy"].search is STRATEGIES["greedy"]
     with pytest.raises(AssignError, match=r"no strategy 'gredy'; choose from .*greedy.*Did you mean 'greedy'"):
-        get_strategy("gredy")
+        get_method("gredy")

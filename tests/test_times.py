@@ -15,8 +15,10 @@ import assign
 from assign.errors import BudgetError, PlanError
 from assign.plan.assignment import Entry
 from assign.plan.keys import grad_key
+from assign.plan.measured import Measured
 from assign.plan.noise import Cell
 from assign.plan.recipes import get_recipe
+from assign.plan.space import SearchSpace
 from assign.plan.times import TimeTable, parse_step_time
 from assign.planning import search_table
 from assign.strategies.greedy import greedy
@@ -44,8 +46,8 @@ def step():
 
 @pytest.fixture(scope="module")
 def ticks(step):
-    model, batch, table = step
-    return assign.measure_times(model, batch, class_loss, repeats=1, table=table, clock=Ticks())
+    table = step[2]
+    return assign.measure_times(table, repeats=1, clock=Ticks())
 
 
 def test_rounding_takes_nodes_of_its_own_forward_and_backward(step, ticks):
@@ -69,7 +71,7 @@ def test_every_node_counts_once(step, graphs):
     """The seconds of all tensors and the rest are the nodes of the graphs that run."""
     model, batch, table = step
     plan = search_table(table, low_ratio=1.0)
-    times = assign.measure_times(model, batch, class_loss, repeats=2, table=table, clock=Ticks())
+    times = assign.measure_times(table, repeats=2, clock=Ticks())
     assign.planned_step(copy.deepcopy(model), class_loss, plan, backend="eager")(batch).backward()
     nodes = [node for graph in graphs for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
     by_key = times.of({row.key: plan.entries[row.key] for row in table.paper_tensors})
@@ -104,9 +106,12 @@ def test_the_model_stays_as_it_is(step):
 
 
 def test_pins_and_copies_in_blocks_are_timed(step, ticks):
-    model, batch, table = step
+    table = step[2]
     more = assign.measure_times(
-        model, batch, class_loss, repeats=1, table=table, clock=Ticks(), pins={"*": "e5m2"}, saved=["int4:block64"]
+        table,
+        repeats=1,
+        clock=Ticks(),
+        space=SearchSpace(pins={"*": "e5m2"}, saved=["int4:block64"]),
     )
     assert all(Cell(row.key, "e5m2") in more.seconds for row in table.paper_tensors)
     assert more.seconds[Cell("/tanh.saved", "int4:block64")] == 2 + 1  # to pack, to unpack, and a visible mark
@@ -208,8 +213,9 @@ def test_a_limit_in_words():
 
 def test_a_search_within_a_time(step, ticks):
     model, batch, table = step
-    noise = assign.measure_noise(model, [batch], class_loss, table=table)
-    asked = {"strategy": "milp", "noise": noise, "times": ticks, "low_ratio": 0.3, "granularity": "tensor"}
+    noise = assign.measure_noise(table)
+    measured = Measured(noise=noise, times=ticks)
+    asked = {"strategy": "milp", "measured": measured, "low_ratio": 0.3, "space": SearchSpace(granularity="tensor")}
     free = search_table(table, **asked).provenance.estimate
     high = ticks.of(search_table(table, low_ratio=0.0).entries) + ticks.rest
     limit = (free["step_seconds"] + high) / 2
@@ -223,14 +229,18 @@ def test_a_search_within_a_time(step, ticks):
 
 def test_what_is_refused(step, ticks):
     model, batch, table = step
-    with pytest.raises(BudgetError, match="limit on time"):
-        search_table(table, low_ratio=0.5, max_step_time="2x", times=ticks)
-    noise = assign.measure_noise(model, [batch], class_loss, table=table)
+    with pytest.raises(
+        BudgetError, match=r"'greedy' does not take max_step_time.\n  max_step_time requires one of the strategies milp"
+    ):
+        search_table(table, low_ratio=0.5, max_step_time="2x", measured=Measured(times=ticks))
+    noise = assign.measure_noise(table)
     with pytest.raises(PlanError, match="and no times"):
-        search_table(table, low_ratio=0.5, strategy="milp", noise=noise, max_step_time="2x")
+        search_table(table, low_ratio=0.5, strategy="milp", measured=Measured(noise=noise), max_step_time="2x")
     other = TimeTable(fingerprint="other", seconds={})
     with pytest.raises(PlanError, match="another model"):
-        search_table(table, low_ratio=0.5, strategy="milp", noise=noise, times=other, max_step_time="2x")
+        search_table(
+            table, low_ratio=0.5, strategy="milp", measured=Measured(noise=noise, times=other), max_step_time="2x"
+        )
     with pytest.raises(PlanError, match="1 or more"):
         assign.measure_times(model, batch, class_loss, repeats=0)
     key = grad_key(next(iter(table.paper_tensors)).key)

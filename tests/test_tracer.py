@@ -13,6 +13,7 @@ from torch import nn
 
 from assign.errors import PlanError, TraceError
 from assign.plan.memory import estimate
+from assign.plan.space import SearchSpace
 from assign.plan.tensors import Role, TensorTable
 from assign.planning import search_table
 from assign.tracing.tracer import trace
@@ -160,7 +161,7 @@ def test_a_fused_optimizer_has_the_same_states_and_no_scratch(kind):
     assert (plain.schedule.optimizer_scratch_bytes > 0) == (kind is torch.optim.AdamW)
     optimizer = kind(model.parameters(), lr=0.1, fused=True, **more)
     measured = measured_peak(model, batch, lambda batch: class_loss(model, batch), optimizer)
-    plan = search_table(fused, strategy="uniform", format_name="fp32")
+    plan = search_table(fused, strategy="uniform", space=SearchSpace(formats="fp32"))
     assert estimate(fused, plan).peak_bytes == pytest.approx(measured, rel=0.02)
 
 

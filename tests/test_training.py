@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from assign.errors import DivergedError, PlanError, TaskError
-from assign.numerics.promotion import THRESHOLD
+from assign.numerics.promotion import THRESHOLD, PromotionOptions
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.memory import peak_bytes
 from assign.plan.recipes import get_recipe, initial
+from assign.plan.space import SearchSpace
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table
 from assign.tasks import Task, load_task
@@ -24,6 +25,7 @@ from assign.tracing.measuring import measure_peak
 from assign.tracing.tracer import trace
 from assign.training.history import TrainResult
 from assign.training.loop import INITIAL_SCALE, Progress, needs_loss_scaling, train
+from assign.training.options import TrainOptions
 
 FIXED = {"metrics", "loss", "measured_peak_bytes", "predicted_peak_bytes", "step_seconds", "diverged"}
 
@@ -109,7 +111,7 @@ def same(a: TrainResult, b: TrainResult) -> bool:
 
 class TestWithoutPlan:
     def test_is_plain_pytorch(self) -> None:
-        result = train(make_task(), seed=3)
+        result = train(make_task(), options=TrainOptions(seed=3))
         torch.manual_seed(3)
         model = Net()
         optimizer = SGD(model.parameters())
@@ -132,8 +134,8 @@ class TestWithoutPlan:
 
     def test_the_seed_decides_everything(self) -> None:
         task = make_task(model=partial(Net, dropout=0.5))
-        assert same(train(task, seed=1), train(task, seed=1))
-        assert not same(train(task, seed=1), train(task, seed=2))
+        assert same(train(task, options=TrainOptions(seed=1)), train(task, options=TrainOptions(seed=1)))
+        assert not same(train(task, options=TrainOptions(seed=1)), train(task, options=TrainOptions(seed=2)))
 
     def test_data_does_not_depend_on_what_else_is_drawn(self) -> None:
         seen: dict[float, list[Tensor]] = {0.0: [], 0.5: []}
@@ -163,7 +165,7 @@ class TestWithoutPlan:
 
     def test_stops_after_max_steps_and_tells_progress(self) -> None:
         told: list[Progress] = []
-        result = train(make_task(), max_steps=4, on_step=told.append)
+        result = train(make_task(), options=TrainOptions(max_steps=4), on_step=told.append)
         assert [(p.epoch, p.step) for p in told] == [(1, 1), (1, 2), (1, 3), (2, 4)]
         assert {(p.epochs, p.steps_per_epoch) for p in told} == {(2, 3)}
         assert result.losses == (pytest.approx(sum(p.loss for p in told[:3]) / 3), told[3].loss)
@@ -205,7 +207,7 @@ class TestResult:
         assert plain["step_seconds"] > 0
         assert plain["fingerprint"] == table.fingerprint
         assert plain["course"]["loss"] == pytest.approx([p.loss for p in train(task, plan).course], rel=1e-5)
-        assert train(task, max_steps=1).fingerprint is None
+        assert train(task, options=TrainOptions(max_steps=1)).fingerprint is None
 
     def test_what_is_not_finite_becomes_none(self) -> None:
         result = train(make_task(loss=lambda m, b: loss(m, b) * float("nan")))
@@ -214,9 +216,9 @@ class TestResult:
 
     def test_without_steady_steps_no_time_is_measured(self) -> None:
         """A step more is measured for the peak, and undone; its time would be that of a first step."""
-        result = train(make_task(), max_steps=1)
+        result = train(make_task(), options=TrainOptions(max_steps=1))
         assert result.step_seconds is None
-        assert result.measured_peak_bytes == train(make_task(), max_steps=2).measured_peak_bytes
+        assert result.measured_peak_bytes == train(make_task(), options=TrainOptions(max_steps=2)).measured_peak_bytes
 
 
 class TestPeak:
@@ -277,7 +279,7 @@ def reads(task: Task, plan: Assignment | None, steps: int, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         for name in ("__float__", "__int__", "__bool__", "item", "tolist"):
             patch.setattr(Tensor, name, counted(getattr(Tensor, name)))
-        train(task, plan, max_steps=steps, promote_every=0 if plan else None)
+        train(task, plan, options=TrainOptions(max_steps=steps, promotion=PromotionOptions(every=0 if plan else None)))
     return len(found)
 
 
@@ -294,8 +296,8 @@ class TestCheckpoint:
     def test_resumed_equals_uninterrupted(self, tmp_path: Path, make: Callable[[Task], Assignment | None]) -> None:
         task = make_task(epochs=4)
         plan, file = make(task), tmp_path / "run.pt"
-        train(task, plan, epochs=2, checkpoint=file)
-        resumed = train(task, plan, epochs=4, checkpoint=file, resume=True)
+        train(task, plan, options=TrainOptions(epochs=2, checkpoint=file))
+        resumed = train(task, plan, options=TrainOptions(epochs=4, checkpoint=file, resume=True))
         straight = train(task, plan)
         assert same(resumed, straight)
         assert (resumed.metrics, resumed.loss_scale) == (straight.metrics, straight.loss_scale)
@@ -315,8 +317,10 @@ class TestCheckpoint:
             epochs=3,
         )
         plan = make(task) if make else None
-        train(task, plan, max_steps=steps, checkpoint=tmp_path / "run.pt")
-        assert same(train(task, plan, checkpoint=tmp_path / "run.pt", resume=True), train(task, plan))
+        train(task, plan, options=TrainOptions(max_steps=steps, checkpoint=tmp_path / "run.pt"))
+        assert same(
+            train(task, plan, options=TrainOptions(checkpoint=tmp_path / "run.pt", resume=True)), train(task, plan)
+        )
 
     def test_written_every_few_steps(self, tmp_path: Path) -> None:
         file = tmp_path / "run.pt"
@@ -327,26 +331,27 @@ class TestCheckpoint:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            train(task, checkpoint=file, checkpoint_every=5, on_step=stop)
+            train(task, options=TrainOptions(checkpoint=file, checkpoint_every=5), on_step=stop)
         assert torch.load(file, weights_only=True)["history"]["steps"] == 5
-        assert same(train(task, checkpoint=file, resume=True), train(task))
+        assert same(train(task, options=TrainOptions(checkpoint=file, resume=True)), train(task))
 
     def test_a_finished_run_is_not_trained_again(self, tmp_path: Path) -> None:
-        first = train(make_task(), checkpoint=tmp_path / "run.pt")
-        again = train(make_task(), checkpoint=tmp_path / "run.pt", resume=True)
+        first = train(make_task(), options=TrainOptions(checkpoint=tmp_path / "run.pt"))
+        again = train(make_task(), options=TrainOptions(checkpoint=tmp_path / "run.pt", resume=True))
         assert same(first, again)
         assert (again.steps, again.metrics, again.loss) == (6, first.metrics, first.loss)
 
     def test_what_cannot_be_resumed(self, tmp_path: Path) -> None:
         file = tmp_path / "run.pt"
-        go_on = partial(train, checkpoint=file, resume=True)
+        options = TrainOptions(checkpoint=file, resume=True)
+        go_on = partial(train, options=options)
         with pytest.raises(TaskError, match="resume=True needs checkpoint="):
-            train(make_task(), resume=True)
+            train(make_task(), options=TrainOptions(resume=True))
         with pytest.raises(TaskError, match=r"there is no checkpoint .*run.pt to go on from. Start without resume"):
             go_on(make_task())
-        train(make_task(), checkpoint=file)
+        train(make_task(), options=TrainOptions(checkpoint=file))
         with pytest.raises(TaskError, match=r"run.pt is of another run: its seed is 0, not 1. Go on with what it"):
-            go_on(make_task(), seed=1)
+            train(make_task(), options=dataclasses.replace(options, seed=1))
         with pytest.raises(TaskError, match="its task is 'tiny', not 'other'"):
             go_on(make_task(name="other"))
         with pytest.raises(TaskError, match="its plan is 'none', not '"):
@@ -364,16 +369,16 @@ class TestCheckpoint:
     def test_a_bit_that_flipped_in_a_weight_is_seen(self, tmp_path: Path) -> None:
         """torch does not look at the checksums of its files, and such a weight was 8.8e36."""
         file = tmp_path / "run.pt"
-        result = train(make_task(), checkpoint=file)
+        result = train(make_task(), options=TrainOptions(checkpoint=file))
         weight = result.model.linear.weight.detach().numpy().tobytes()
         content = bytearray(file.read_bytes())
         content[content.index(weight) + 3] ^= 0x40  # the highest bit of an exponent
         file.write_bytes(content)
         assert torch.load(file, weights_only=True)["model"]["linear.weight"].abs().max() > 1e30
         with pytest.raises(TaskError, match=r"damaged: the checksum of its part .* is wrong"):
-            train(make_task(), checkpoint=file, resume=True)
+            train(make_task(), options=TrainOptions(checkpoint=file, resume=True))
         with pytest.raises(TaskError, match=r"the checksum of its part"):
-            train(make_task(), weights=file)
+            train(make_task(), options=TrainOptions(weights=file))
 
     @pytest.mark.parametrize(
         ("place", "value"),
@@ -401,7 +406,7 @@ class TestCheckpoint:
         """What loads is used: a wrong kind is refused before the first step, not by whatever meets it there."""
         file = tmp_path / "run.pt"
         task = make_task(scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1))
-        train(task, checkpoint=file)
+        train(task, options=TrainOptions(checkpoint=file))
         state = torch.load(file, weights_only=True)
         inner = state
         for name in place[:-1]:
@@ -409,11 +414,11 @@ class TestCheckpoint:
         inner[place[-1]] = value
         torch.save(state, file)
         with pytest.raises(TaskError, match=r"run\.pt"):
-            train(task, checkpoint=file, resume=True)
+            train(task, options=TrainOptions(checkpoint=file, resume=True))
 
     def test_a_failed_write_leaves_the_last_checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "run.pt"
-        train(make_task(), epochs=1, checkpoint=file)
+        train(make_task(), options=TrainOptions(epochs=1, checkpoint=file))
         before = file.read_bytes()
 
         def fill_the_disk(_: Any, file: Any) -> None:
@@ -422,7 +427,7 @@ class TestCheckpoint:
 
         monkeypatch.setattr(torch, "save", fill_the_disk)
         with pytest.raises(TaskError, match=r"cannot write the checkpoint .*: no space left"):
-            train(make_task(), checkpoint=file, resume=True)
+            train(make_task(), options=TrainOptions(checkpoint=file, resume=True))
         assert file.read_bytes() == before
         assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
 
@@ -430,7 +435,7 @@ class TestCheckpoint:
         with pytest.raises(
             TaskError, match=r"cannot write the checkpoint .*nowhere/run.pt: .* a directory that exists"
         ):
-            train(make_task(), checkpoint=tmp_path / "nowhere" / "run.pt")
+            train(make_task(), options=TrainOptions(checkpoint=tmp_path / "nowhere" / "run.pt"))
 
 
 def spoil_from(step: int, value: float = float("nan")) -> Callable[[nn.Module, Any], Tensor]:
@@ -447,7 +452,7 @@ def spoil_from(step: int, value: float = float("nan")) -> Callable[[nn.Module, A
 class TestDivergence:
     def test_stops_and_says_where(self) -> None:
         result = train(make_task(loss=spoil_from(5), epochs=4))
-        good = train(make_task(), max_steps=3)
+        good = train(make_task(), options=TrainOptions(max_steps=3))
         assert (result.diverged, result.steps, result.metrics) == (True, 5, good.metrics)
         assert result.message == (
             "training diverged at step 5 (epoch 2 of 4): the loss is nan. No plan was in use: "
@@ -468,7 +473,7 @@ class TestDivergence:
         assert "at step 3 (epoch 1 of 2): val_loss is inf." in result.message
 
     def test_the_last_good_checkpoint_stays(self, tmp_path: Path) -> None:
-        train(make_task(loss=spoil_from(5)), checkpoint=tmp_path / "run.pt")
+        train(make_task(loss=spoil_from(5)), options=TrainOptions(checkpoint=tmp_path / "run.pt"))
         state = torch.load(tmp_path / "run.pt", weights_only=True)
         assert state["history"]["epoch"] == 1
         assert all(torch.isfinite(value.float()).all() for value in state["model"].values())
@@ -500,7 +505,7 @@ class TestWithPlan:
         assert planned.loss_scale is None
         plans = []
         judge = dataclasses.replace(task, evaluate=lambda model: plans.append(getattr(model, "assign_plan", None)))
-        train(judge, plan, max_steps=1)
+        train(judge, plan, options=TrainOptions(max_steps=1))
         assert plans == [plan, None]  # under the plan, and then the same weights in fp32
 
     def test_the_loss_scale_grows_every_epoch(self) -> None:
@@ -539,7 +544,7 @@ class TestWithPlan:
 def test_digits_learns() -> None:
     task = load_task("digits")
     table, plan = make_plan(task)
-    plain, planned = (train(task, given, table=table, max_steps=12) for given in (None, plan))
+    plain, planned = (train(task, given, table=table, options=TrainOptions(max_steps=12)) for given in (None, plan))
     assert plain.losses[0] > 1.5 * plain.losses[1]
     assert planned.measured_peak_bytes < 0.6 * plain.measured_peak_bytes
     for result in (plain, planned):
@@ -580,16 +585,21 @@ class TestPromotion:
     def test_can_be_turned_off_or_made_rarer(self) -> None:
         task = self.bright(epochs=1)
         plan = make_plan(task, "hfp8", low=True)[1]
-        assert train(task, plan, promote_every=0).promotions == ()
-        assert train(task, plan, promote_threshold=1.0).promotions == ()
-        assert {past.step for past in train(task, plan, promote_every=2, max_steps=3).promotions} <= {1, 3}
+        assert train(task, plan, options=TrainOptions(promotion=PromotionOptions(every=0))).promotions == ()
+        assert train(task, plan, options=TrainOptions(promotion=PromotionOptions(threshold=1.0))).promotions == ()
+        assert {
+            past.step
+            for past in train(
+                task, plan, options=TrainOptions(max_steps=3, promotion=PromotionOptions(every=2))
+            ).promotions
+        } <= {1, 3}
         with pytest.raises(PlanError, match="every is -1"):
-            train(task, plan, promote_every=-1)
+            train(task, plan, options=TrainOptions(promotion=PromotionOptions(every=-1)))
 
     def test_the_course_has_the_overflow_of_the_steps_that_were_looked_at(self) -> None:
         task = self.bright(epochs=3)
         plan = make_plan(task, "hfp8", low=True)[1]
-        result = train(task, plan, promote_every=2)
+        result = train(task, plan, options=TrainOptions(promotion=PromotionOptions(every=2)))
         by_step = {point.step: point.overflow for point in result.course}
         assert [share is None for share in by_step.values()] == [number % 2 == 0 for number in by_step]
         assert result.promote_threshold == THRESHOLD
@@ -599,15 +609,15 @@ class TestPromotion:
         assert largest
         for step, share in by_step.items():
             assert share == largest[step] if step in largest else (share or 0.0) < THRESHOLD
-        never = train(task, plan, promote_every=0)
+        never = train(task, plan, options=TrainOptions(promotion=PromotionOptions(every=0)))
         assert {point.overflow for point in never.course} == {never.promote_threshold} == {None}
 
     def test_resumed_equals_uninterrupted(self, tmp_path: Path) -> None:
         task, file = self.bright(epochs=4), tmp_path / "run.pt"
         plan = make_plan(task, "hfp8", low=True)[1]
         straight = train(task, plan)
-        before = train(task, plan, max_steps=4, checkpoint=file, checkpoint_every=1)
-        resumed = train(task, plan, checkpoint=file, resume=True)
+        before = train(task, plan, options=TrainOptions(max_steps=4, checkpoint=file, checkpoint_every=1))
+        resumed = train(task, plan, options=TrainOptions(checkpoint=file, resume=True))
         assert len(before.promotions) > 0
         assert resumed.promotions[: len(before.promotions)] == before.promotions
         assert resumed.promotions == straight.promotions
@@ -658,8 +668,9 @@ class TestStored:
     @staticmethod
     def search(task: Task, **options: Any) -> tuple[TensorTable, Assignment]:
         table = trace(task.make_model(), task.first_batch(), task.loss, task.optimizer)
-        goal = {} if {"strategy", "format_name"} & options.keys() else {"low_ratio": 0}
-        return table, search_table(table, **goal, **options)
+        strategy = options.pop("strategy", "greedy")
+        goal = {"low_ratio": 0} if strategy == "greedy" else {}
+        return table, search_table(table, **goal, strategy=strategy, space=SearchSpace(**options))
 
     @pytest.mark.parametrize(
         "options",
@@ -674,8 +685,8 @@ class TestStored:
         task, file = self.task(epochs=4), tmp_path / "run.pt"
         table, plan = self.search(task, **options)
         straight = train(task, plan, table=table)
-        train(task, plan, max_steps=5, checkpoint=file)
-        resumed = train(task, plan, checkpoint=file, resume=True)
+        train(task, plan, options=TrainOptions(max_steps=5, checkpoint=file))
+        resumed = train(task, plan, options=TrainOptions(checkpoint=file, resume=True))
         assert same(resumed, straight)
         assert resumed.metrics == straight.metrics
         assert straight.loss < 0.9 * straight.losses[0]
@@ -700,12 +711,14 @@ class TestStored:
         optimizer = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)  # most updates are below half a step of bf16
         task, file = self.task(optimizer=optimizer, epochs=4), tmp_path / "run.pt"
         table, plan = self.search(task, strategy="standalone", recipe="bf16")
-        straight = train(task, plan, table=table, update_rounding=rounding)
+        straight = train(task, plan, table=table, options=TrainOptions(update_rounding=rounding))
         assert straight.predicted_peak_bytes == peak_bytes(table, plan.entries, rounding)
-        train(task, plan, max_steps=5, checkpoint=file, update_rounding=rounding)
-        assert same(train(task, plan, checkpoint=file, resume=True, update_rounding=rounding), straight)
+        train(task, plan, options=TrainOptions(max_steps=5, checkpoint=file, update_rounding=rounding))
+        assert same(
+            train(task, plan, options=TrainOptions(checkpoint=file, resume=True, update_rounding=rounding)), straight
+        )
         with pytest.raises(TaskError, match=f"its update_rounding is '{rounding}'"):
-            train(task, plan, checkpoint=file, resume=True)
+            train(task, plan, options=TrainOptions(checkpoint=file, resume=True))
         assert not same(straight, train(task, plan))  # to nearest most updates are lost
 
     @pytest.mark.parametrize("name", ["fp16", "bf16"])
@@ -713,10 +726,10 @@ class TestStored:
         """Source: arXiv 2311.18587. The first loss is the one that fp32 would go on with; bytes of masters are half."""
         optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
         file = tmp_path / "fp32.pt"
-        train(self.task(optimizer=optimizer, epochs=3), checkpoint=file)
+        train(self.task(optimizer=optimizer, epochs=3), options=TrainOptions(checkpoint=file))
         task = self.task(optimizer=optimizer, epochs=1)
         table, plan = self.search(task, strategy="standalone", recipe=name)
-        narrow, wide = (train(task, each, table=table, weights=file) for each in (plan, None))
+        narrow, wide = (train(task, each, table=table, options=TrainOptions(weights=file)) for each in (plan, None))
         assert narrow.losses == pytest.approx(wide.losses, rel=0.05)
         assert narrow.losses[0] < 0.95 * train(task).losses[0]
         sizes = [sum(p.nbytes for p in result.model.parameters()) for result in (narrow, wide)]
@@ -726,12 +739,12 @@ class TestStored:
         """One step behind the momentum of fp32 is another than one from rest."""
         optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
         task, file = self.task(optimizer=optimizer, epochs=1), tmp_path / "fp32.pt"
-        trained = train(task, checkpoint=file)
+        trained = train(task, options=TrainOptions(checkpoint=file))
         torch.save(trained.model.state_dict(), tmp_path / "weights.pt")
         _, plan = self.search(task, strategy="standalone", recipe="bf16")
         for steps, same_loss in ((1, True), (2, False)):
             losses = [
-                train(task, plan, weights=weights, max_steps=steps).losses[0]
+                train(task, plan, options=TrainOptions(weights=weights, max_steps=steps)).losses[0]
                 for weights in (file, tmp_path / "weights.pt")
             ]
             assert (losses[0] == losses[1]) is same_loss
@@ -744,29 +757,29 @@ class TestStored:
         torch.save(state, file)
         _, plan = self.search(task, strategy="standalone", recipe="fp16")
         with pytest.raises(TaskError, match=rf"'{key}' holds .* its master is fp16, which ends at 65504"):
-            train(task, plan, weights=file)
-        assert train(task, weights=file, max_steps=1).losses
+            train(task, plan, options=TrainOptions(weights=file))
+        assert train(task, options=TrainOptions(weights=file, max_steps=1)).losses
 
     def test_a_rounding_of_updates_without_16_bit_masters_is_refused(self) -> None:
         task = self.task()
         for plan in (None, self.search(task)[1]):
             with pytest.raises(PlanError, match="for masters in 16 bit, and this training has none"):
-                train(task, plan, update_rounding="kahan")
+                train(task, plan, options=TrainOptions(update_rounding="kahan"))
         with pytest.raises(PlanError, match=r"'up' is not known\. Choose one of: nearest, stochastic, kahan"):
-            train(task, update_rounding="up")
+            train(task, options=TrainOptions(update_rounding="up"))
 
     def test_a_plan_that_stores_float32_is_plain_training(self) -> None:
         task = self.task()
-        table, plan = self.search(task, strategy="uniform", format_name="fp32", optimizer_states="fp32", master="fp32")
+        table, plan = self.search(task, strategy="uniform", formats="fp32", optimizer_states="fp32", master="fp32")
         assert same(train(task, plan, table=table), train(task))
 
     def test_another_plans_checkpoint_is_refused(self, tmp_path: Path) -> None:
         task, file = self.task(), tmp_path / "run.pt"
         _, plan = self.search(task)
         _, narrow = self.search(task, gradients="bf16", optimizer_states="bf16")
-        train(task, plan, checkpoint=file)
+        train(task, plan, options=TrainOptions(checkpoint=file))
         with pytest.raises(TaskError, match="its plan is"):
-            train(task, narrow, checkpoint=file, resume=True)
+            train(task, narrow, options=TrainOptions(checkpoint=file, resume=True))
 
     def test_an_optimizer_that_cannot_is_refused_before_anything_runs(self) -> None:
         task = self.task(optimizer=partial(torch.optim.RMSprop, lr=0.01))

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from assign import _torch
-from assign.cli.options import BackendName, BatchSize, Data, Device, Json, PlanFile, PlanRounding, Seed, TaskName
-from assign.cli.origin import Origin, PlanDevice, PlanTask, origin_of
+from assign.cli.groups import expand_groups, without
+from assign.cli.options import BackendName, Json, PlanFile, PlanRounding, TaskName
+from assign.cli.origin import Origin, OriginOptions, origin_of
 from assign.cli.outputs import check_outputs, write_json
 from assign.cli.shell import app, console, open_task, traced
 from assign.errors import AssignError
@@ -20,12 +21,12 @@ from assign.plan.assignment import Assignment
 from assign.plan.compute_dtype import operators
 from assign.plan.formats import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
 from assign.plan.memory import estimate as estimate_plan
-from assign.plan.tensors import TensorTable
 from assign.planning import search_table, summary
 from assign.report import tables
 from assign.report.plans import diff_table, plan_table, planned_step
-from assign.tasks import Task, check_device
+from assign.tasks import TaskOptions, check_device
 from assign.tasks.batch import move
+from assign.tracing.step import Step
 
 
 @app.command()
@@ -74,49 +75,46 @@ def schema(json_file: Json = None) -> None:
 
 
 @app.command()
+@expand_groups
 def trace(
     task: TaskName,
-    seed: Seed = 0,
-    batch_size: BatchSize = None,
-    device: Device = "cpu",
-    data: Data = None,
+    options: Annotated[TaskOptions, without("epochs")],
     json_file: Json = None,
 ) -> None:
     """List every tensor of one training step, which is not computed."""
     check_outputs(json_file, inputs=[task])
-    table = traced(open_task(task, seed, batch_size, device, data, None), device)
+    table = traced(open_task(task, options), options)
     console.print(tables.trace_table(table))
     write_json(json_file, table.to_json())
 
 
 @app.command()
+@expand_groups
 def estimate(
     task: TaskName,
+    options: Annotated[TaskOptions, without("epochs")],
     plan: PlanFile = None,
     backend: BackendName = Backend.EAGER,
     update_rounding: PlanRounding = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = None,
-    device: Device = "cpu",
-    data: Data = None,
     json_file: Json = None,
 ) -> None:
     """Predict the memory of one training step under a plan (or as the model is loaded), before anything runs."""
     check_outputs(json_file, inputs=[task, plan])
-    loaded = open_task(task, seed, batch_size, device, data, None)
-    table = traced(loaded, device)
+    table = traced(open_task(task, options), options)
     chosen = Assignment.load(plan) if plan else search_table(table, strategy="as-loaded")
     chosen = chosen.with_update_rounding(update_rounding, where="estimate")
     costs = estimate_plan(table, chosen)
-    compiled = _rehearsed(loaded, device, chosen, table) if backend is Backend.INDUCTOR else None
+    compiled = _rehearsed(table, chosen) if backend is Backend.INDUCTOR else None
     console.print(tables.estimate_table(costs, compiled))
     more = {"compiled": dataclasses.asdict(compiled)} if compiled else {}
     write_json(json_file, {**summary(costs, 0.0), **costs.to_json(), **more})
 
 
 @app.command()
+@expand_groups
 def show(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
+    given: OriginOptions,
     everything: Annotated[bool, typer.Option("--all", help="Every entry.")] = False,
     lowered: Annotated[
         bool, typer.Option("--lowered", help="Which operators of a step run in 16 bit, which in 32, and why.")
@@ -129,23 +127,12 @@ def show(
             help="Write as JSON what each graph pass adds and removes, for both backends; - is standard output.",
         ),
     ] = None,
-    task: PlanTask = None,
-    batch_size: BatchSize = None,
-    device: PlanDevice = None,
-    data: Data = None,
     json_file: Json = None,
 ) -> None:
     """Print a plan: where it came from, where its memory goes, its formats, its largest tensors."""
-    check_outputs(json_file, log_file, inputs=[plan, task])
+    check_outputs(json_file, log_file, inputs=[plan, given.task])
     chosen = Assignment.load(plan)
-    origin = origin_of(
-        plan,
-        chosen,
-        task=task,
-        batch_size=batch_size,
-        device=device,
-        data=data,
-    )
+    origin = origin_of(plan, chosen, given)
     if log_file is not None:
         write_json(log_file, _passes(chosen, origin))
     if lowered:
@@ -155,7 +142,7 @@ def show(
     try:
         step = planned_step(origin.table(), chosen)
     except AssignError as error:
-        if task is not None:  # as asked for
+        if given.task is not None:  # as asked for
             raise
         why = f"No memory by role: {error}"
     console.print(plan_table(chosen, step, everything=everything))
@@ -203,8 +190,6 @@ def diff(
     )
 
 
-def _rehearsed(task: Task, device: str, plan: Assignment, table: TensorTable) -> Rehearsal:
-    where = check_device(device)
-    model, batch = task.make_model().to(where), move(task.first_batch(), where)
+def _rehearsed(step: Step, plan: Assignment) -> Rehearsal:
     with console.status("asking Inductor for its program"):
-        return rehearse(model, batch, task.loss, plan, table)
+        return rehearse(step, plan=plan)

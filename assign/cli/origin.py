@@ -1,25 +1,36 @@
 """Find the task that a plan was searched for, from the command in its file or from the user."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from typer.main import get_group
 
 from assign.cli.shell import app, open_task, traced
 from assign.errors import TaskError
+from assign.options import option
 from assign.plan.assignment import Assignment
 from assign.plan.tensors import TensorTable
-from assign.tasks import Task
+from assign.tasks import Task, TaskOptions
 from assign.tasks.builtin import BUILTIN
 
-PlanTask = Annotated[
-    str | None,
-    typer.Option("--task", metavar="TASK", help="The plan's task; the one it was searched for if left out."),
-]
-PlanDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, …; as searched if left out.")]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OriginOptions:
+    """What the user says of the task that a plan was searched for; the rest is as it was searched.
+
+    Attributes:
+        task: The plan's task. Default: the one it was searched for.
+        batch_size: Samples per step. Default: as searched.
+        device: cpu, cuda, and so on. Default: as searched.
+        data: Directory with the task's data. Default: as searched.
+    """
+
+    task: str | None = field(default=None, metadata=option("--task", metavar="TASK"))
+    batch_size: int | None = None
+    device: str | None = None
+    data: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +59,7 @@ class Origin:
             TaskError: no task is known.
             AssignError: it cannot be loaded or traced.
         """
-        return traced(self.open(), self.device)
+        return traced(self.open(), self._options).table
 
     def open(self) -> Task:
         """Load the task.
@@ -69,28 +80,24 @@ class Origin:
                 f"{self.plan} does not say which task it was searched for{made}.\n"
                 "  One step of that task must be traced. Give it: --task digits, or --task train.py:task"
             )
-        return open_task(self.task, 0, self.batch_size, self.device, self.data, None)
+        return open_task(self.task, self._options)
+
+    @property
+    def _options(self) -> TaskOptions:
+        return TaskOptions(batch_size=self.batch_size, device=self.device, data=self.data)
 
 
-def origin_of(
-    path: Path,
-    plan: Assignment,
-    *,
-    task: str | None,
-    batch_size: int | None,
-    device: str | None,
-    data: Path | None,
-) -> Origin:
+def origin_of(path: Path, plan: Assignment, given: OriginOptions) -> Origin:
     """What is given, and for the rest what the command that made the plan was given."""
     asked = _asked(plan)
-    folder = data or asked.get("data")
+    folder = given.data or asked.get("data")
     named = asked.get("task")
     return Origin(
         plan=path,
-        task=task or (named if named in BUILTIN else None),
+        task=given.task or (named if named in BUILTIN else None),
         own_task=None if named in BUILTIN else named,
-        batch_size=batch_size or asked.get("batch_size"),
-        device=device or asked.get("device") or "cpu",
+        batch_size=given.batch_size or asked.get("batch_size"),
+        device=given.device or asked.get("device") or "cpu",
         data=None if folder is None else Path(folder),
         command=plan.provenance.command,
     )

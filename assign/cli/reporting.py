@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from assign.cli.options import BatchSize, Data, Json
-from assign.cli.origin import PlanDevice, PlanTask, origin_of
+from assign.cli.groups import expand_groups
+from assign.cli.options import Json
+from assign.cli.origin import OriginOptions, origin_of
 from assign.cli.outputs import check_outputs, write_json
 from assign.cli.shell import app, command_line, console
 from assign.fronts import Front
@@ -18,8 +19,10 @@ from assign.report.page.runs import load_runs
 
 
 @app.command()
+@expand_groups
 def report(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
+    given: OriginOptions,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the page goes; - is standard output.")] = Path(
         "report.html"
     ),
@@ -33,27 +36,16 @@ def report(
     noise: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What 'assign noise' found; PLAN.noise.json if it is there.")
     ] = None,
-    task: PlanTask = None,
-    batch_size: BatchSize = None,
-    device: PlanDevice = None,
-    data: Data = None,
     json_file: Json = None,
 ) -> None:
     """Write one page about a plan, for a browser: its memory, its tensors, its trainings. It needs no network."""
     check_libraries()
-    check_outputs(output, json_file, inputs=[plan, task, noise or _noise_beside(plan), front, *(run or [])])
+    check_outputs(output, json_file, inputs=[plan, given.task, noise or _noise_beside(plan), front, *(run or [])])
     chosen = Assignment.load(plan)
     runs = load_runs(run or [], chosen.fingerprint)
     beside = Front.load(front) if front else None
     found = noise or _noise_beside(plan)
-    origin = origin_of(
-        plan,
-        chosen,
-        task=task,
-        batch_size=batch_size,
-        device=device,
-        data=data,
-    )
+    origin = origin_of(plan, chosen, given)
     page = Report(
         name=str(plan),
         plan=chosen,

@@ -7,9 +7,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
@@ -25,10 +26,12 @@ from assign.report import tables
 from assign.report.terminal import Terminal
 from assign.tasks import Task, TaskOptions, check_device, load_task
 from assign.tasks.batch import move
+from assign.tracing.step import Step
 from assign.tracing.tracer import trace as trace_step
 from assign.training.history import EpochResult, TrainResult
 from assign.training.loop import Progress
 from assign.training.loop import train as train_task
+from assign.training.options import TrainOptions
 
 _RECENT = 20  # steps whose median time is shown
 
@@ -41,16 +44,17 @@ app = typer.Typer(
 console = Terminal(width=None if sys.stdout.isatty() else 140)  # piped: plain, and wide enough for long keys
 
 
-def open_task(name: str, seed: int, batch_size: int | None, device: str, data: Path | None, epochs: int | None) -> Task:
+def open_task(name: str, options: TaskOptions) -> Task:
     """The task of a command's arguments."""
     with console.status(f"loading {name}"):
-        return load_task(name, TaskOptions(data=data, batch_size=batch_size, seed=seed, device=device, epochs=epochs))
+        return load_task(name, options)
 
 
-def traced(task: Task, device: str) -> TensorTable:
-    """Every tensor of one step of the task."""
-    where = check_device(device)
+def traced(task: Task, options: TaskOptions) -> Step:
+    """One step of the task, with the weights that its seed gives."""
+    where = check_device(options.device)
     with console.status("tracing one training step"):
+        torch.manual_seed(options.seed)
         return trace_step(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer)
 
 
@@ -59,13 +63,14 @@ def trained(
     task: Task,
     plan: Assignment | None,
     table: TensorTable | None,
+    options: TrainOptions,
     *,
     promoted: Path | None = None,
-    **options: Any,
 ) -> TrainResult:
     """Train with a bar, and tell of each promotion; the plan as promoted so far stands in ``promoted``."""
     if plan is not None:
-        plan = plan.with_update_rounding(options.pop("update_rounding", None), where="train")
+        plan = plan.with_update_rounding(options.update_rounding, where="train")
+        options = replace(options, update_rounding=None)
     rounding = plan.update_rounding if plan else UpdateRounding.NEAREST
     meter = Meter(None if table is None else peak_bytes(table, plan.entries if plan else {}, rounding))
     with bar(f"training {name}") as advance:
@@ -77,7 +82,7 @@ def trained(
             if step.promoted and step.plan and promoted:
                 step.plan.save(promoted)
 
-        result = train_task(task, plan, table=table, on_step=tell, on_epoch=meter.after_epoch, **options)
+        result = train_task(task, plan, table=table, options=options, on_step=tell, on_epoch=meter.after_epoch)
     if result.promotions and promoted:
         console.print(f"wrote {promoted}: {len(result.promotions)} tensors promoted")
     return result

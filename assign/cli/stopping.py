@@ -42,7 +42,7 @@ def advice(arguments: Sequence[str]) -> str:
         go_on = f"Run the same command again: it goes on from {_value(arguments, '--json') or 'compare.json'}."
     elif command == "noise":
         go_on = f"Run the same command again: it goes on from {output or 'noise.json'}."
-    elif command == "search" and options["--strategy"] == "optuna":
+    elif command == "tune" or (command == "search" and options["--strategy"] == "optuna"):
         go_on = "Run the same command again to resume the study: the trials that are done are kept."
     elif options["--strategy"] == "milp":
         go_on = "Run the same command again: it goes on with the noise that was measured, and does the rest anew."

@@ -1,96 +1,44 @@
 """Commands that train a task: in float32, under a plan, or under several plans."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from assign.cli.options import (
-    BackendName,
-    BatchSize,
-    Budget,
-    Data,
-    Device,
-    Epochs,
-    Format,
-    Formats,
-    From,
-    Gradients,
-    Json,
-    LowRatio,
-    Master,
-    NoiseFile,
-    OptimizerStates,
-    Output,
-    Pins,
-    PlanFile,
-    PlanRounding,
-    PromoteEvery,
-    PromoteThreshold,
-    Recipe,
-    Rounding,
-    Saved,
-    Seed,
-    Shares,
-    StepTime,
-    Strategy,
-    TaskName,
-)
+from assign.cli.groups import expand_groups, without
+from assign.cli.options import Json, NoiseFile, Output, PlanFile, Strategy, TaskName
 from assign.cli.outputs import check_outputs, write_json
-from assign.cli.searching import prepare_search, searched
-from assign.cli.shell import app, bar, console, open_task, promoted_path, traced, trained
-from assign.executor.backends import Backend
-from assign.numerics.promotion import THRESHOLD
+from assign.cli.searching import measured_for, searched
+from assign.cli.shell import app, bar, command_line, console, open_task, promoted_path, traced, trained
+from assign.numerics.promotion import PromotionOptions
 from assign.plan.assignment import Assignment
-from assign.plan.stored import UpdateRounding
+from assign.plan.space import SearchSpace
+from assign.planning import Request
 from assign.report import pictures, tables
-from assign.strategies.milp import Granularity
+from assign.strategies.goal import Goal
 from assign.tasks import Task, TaskOptions, load_task
 from assign.training.comparing import compare, load_variants, seed_range
 from assign.training.comparison import Run
+from assign.training.options import TrainOptions
 
 
 @app.command()
+@expand_groups
 def train(
     task: TaskName,
+    options: TaskOptions,
+    training: TrainOptions,
     plan: PlanFile = None,
-    epochs: Epochs = None,
-    backend: BackendName = Backend.EAGER,
-    checkpoint: Annotated[Path | None, typer.Option(help="Written after every epoch.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint.")] = False,
-    weights: From = None,
-    promote_every: PromoteEvery = None,
-    promote_threshold: PromoteThreshold = THRESHOLD,
-    update_rounding: PlanRounding = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = None,
-    device: Device = "cpu",
-    data: Data = None,
     json_file: Json = None,
 ) -> None:
     """Train a task under a plan, or in plain fp32 without one."""
     promoted = promoted_path(plan) if plan else None
-    check_outputs(json_file, inputs=[task, plan, weights], continued=[checkpoint, promoted])
+    check_outputs(json_file, inputs=[task, plan, training.weights], continued=[training.checkpoint, promoted])
     chosen = Assignment.load(plan) if plan else None
-    loaded = open_task(task, seed, batch_size, device, data, epochs)
+    loaded = open_task(task, options)
     name = "plan" if chosen else "fp32"
-    result = trained(
-        name,
-        loaded,
-        chosen,
-        traced(loaded, device),
-        backend=backend,
-        seed=seed,
-        epochs=epochs,
-        device=device,
-        checkpoint=checkpoint,
-        resume=resume,
-        promote_every=promote_every,
-        promote_threshold=promote_threshold,
-        promoted=promoted,
-        update_rounding=update_rounding,
-        weights=weights,
-    )
+    result = trained(name, loaded, chosen, traced(loaded, options).table, training, promoted=promoted)
     console.print(tables.result_table({name: result}))
     write_json(json_file, result.to_json())
     if result.diverged:
@@ -98,69 +46,28 @@ def train(
 
 
 @app.command()
+@expand_groups
 def run(
     task: TaskName,
+    goal: Goal,
+    space: SearchSpace,
+    training: Annotated[TrainOptions, without("checkpoint", "resume", "weights", "update_rounding")],
+    options: TaskOptions,
     output: Output = Path("plan.json"),
-    budget: Budget = None,
-    low_ratio: LowRatio = None,
     strategy: Strategy = "greedy",
-    recipe: Recipe = "native",
-    format_name: Format = None,
-    optimizer_states: OptimizerStates = None,
-    gradients: Gradients = None,
-    master: Master = None,
-    saved: Saved = None,
     noise_file: NoiseFile = None,
-    formats: Formats = "",
-    granularity: Shares = Granularity.GROUP,
-    pin: Pins = None,
-    max_step_time: StepTime = None,
-    epochs: Epochs = None,
-    backend: BackendName = Backend.EAGER,
-    promote_every: PromoteEvery = None,
-    promote_threshold: PromoteThreshold = THRESHOLD,
-    update_rounding: Rounding = UpdateRounding.NEAREST,
-    seed: Seed = 0,
-    batch_size: BatchSize = None,
-    device: Device = "cpu",
-    data: Data = None,
     json_file: Json = None,
 ) -> None:
     """The main job: trace, search, train in fp32 and under the plan, print both side by side."""
     check_outputs(output, json_file, inputs=[task, noise_file])
-    loaded = open_task(task, seed, batch_size, device, data, epochs)
-    table = traced(loaded, device)
-    asked = prepare_search(
-        loaded,
-        table,
-        device,
-        output,
-        budget=budget,
-        low_ratio=low_ratio,
-        strategy=strategy,
-        recipe=recipe,
-        format_name=format_name,
-        optimizer_states=optimizer_states,
-        gradients=gradients,
-        master=master,
-        saved=saved,
-        update_rounding=update_rounding,
-        noise_file=noise_file,
-        formats=formats,
-        granularity=granularity,
-        pin=pin,
-        max_step_time=max_step_time,
-        seed=seed,
-    )
-    plan = searched(table, output, asked)
-    options: dict[str, Any] = {"seed": seed, "epochs": epochs, "device": device}
-    baseline = trained("fp32", loaded, None, table, **options)
-    options |= {
-        "promote_every": promote_every,
-        "promote_threshold": promote_threshold,
-        "promoted": promoted_path(output),
-    }
-    planned = trained("plan", loaded, plan, table, backend=backend, **options)
+    request = Request(goal=goal, strategy=strategy, space=space, seed=options.seed, command=command_line())
+    loaded = open_task(task, options)
+    step = traced(loaded, options)
+    measured, table = measured_for(loaded, step, request, noise_file, output), step.table
+    del step  # and the model with it
+    plan = searched(table, output, request, measured)
+    baseline = trained("fp32", loaded, None, table, replace(training, promotion=PromotionOptions()))
+    planned = trained("plan", loaded, plan, table, training, promoted=promoted_path(output))
     console.print(tables.result_table({"fp32": baseline, "plan": planned}))
     write_json(
         json_file, {"baseline": baseline.to_json(), "plan": planned.to_json(), "search": dict(plan.provenance.estimate)}
@@ -170,18 +77,14 @@ def run(
 
 
 @app.command("compare")
+@expand_groups
 def compare_plans(
     task: TaskName,
+    training: Annotated[TrainOptions, without("seed", "checkpoint", "resume", "weights", "update_rounding")],
+    options: Annotated[TaskOptions, without("seed")],
     plan: Annotated[list[Path] | None, typer.Option(metavar="PLAN", help="A plan's file; give several.")] = None,
     seeds: Annotated[int, typer.Option(help="Train with the seeds 0 to SEEDS − 1.")] = 3,
-    epochs: Epochs = None,
-    backend: BackendName = Backend.EAGER,
-    promote_every: PromoteEvery = None,
-    promote_threshold: PromoteThreshold = THRESHOLD,
     fp32: Annotated[bool, typer.Option("--fp32/--no-fp32", help="Train in plain fp32 too.")] = True,
-    batch_size: BatchSize = None,
-    device: Device = "cpu",
-    data: Data = None,
     json_file: Annotated[
         Path, typer.Option("--json", metavar="FILE", help="The results so far; the same command goes on from it.")
     ] = Path("compare.json"),
@@ -192,14 +95,13 @@ def compare_plans(
 ) -> None:
     """Train a task under several plans and several seeds; print, write and draw how they compare."""
     chosen = seed_range(seeds)
-    variants = load_variants(plan or [], promote_every=promote_every, promote_threshold=promote_threshold, fp32=fp32)
+    variants = load_variants(plan or [], fp32=fp32)
     drawn = pictures.picture_paths(json_file, picture)
     check_outputs(*(drawn if picture else ()), inputs=[task, *(plan or [])], continued=[json_file])
     trained: list[Run] = []
 
     def make_task(seed: int) -> Task:
-        options = TaskOptions(data=data, batch_size=batch_size, seed=seed, device=device, epochs=epochs)
-        return load_task(task, options)
+        return load_task(task, replace(options, seed=seed))
 
     with bar("comparing") as advance:
 
@@ -212,9 +114,7 @@ def compare_plans(
             variants,
             seeds=chosen,
             file=json_file,
-            backend=backend,
-            device=device,
-            epochs=epochs,
+            options=training,
             on_step=lambda variant, seed, step: advance(f"{variant.name}, seed {seed}, loss {step.loss:.4f}", step),
             on_run=tell,
         )

@@ -6,34 +6,34 @@ from typing import Annotated
 
 import typer
 
-from assign.cli.options import BackendName, BatchSize, Data, Device, Epochs, Json, Seed, TaskName, Weights
+from assign.cli.groups import expand_groups, without
+from assign.cli.options import BackendName, Json, TaskName, Weights
 from assign.cli.outputs import check_outputs, write_json
 from assign.cli.shell import app, console, open_task, trained
 from assign.executor.backends import Backend
 from assign.plan.assignment import Assignment
 from assign.report import audits
-from assign.tasks import check_device
+from assign.tasks import TaskOptions, check_device
 from assign.training.audit import audit_task
 from assign.training.certificate import certify_task
+from assign.training.options import TrainOptions
 from assign.training.weights import load_weights
 
 
 @app.command()
+@expand_groups
 def audit(
     task: TaskName,
+    options: Annotated[TaskOptions, without("epochs")],
     format_name: Annotated[str, typer.Option("--format", help="In which training is to go on: fp16, bf16, …")] = "fp16",
     checkpoint: Weights = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = None,
-    device: Device = "cpu",
-    data: Data = None,
     json_file: Json = None,
 ) -> None:
     """Say what a 16-bit format would lose of a task's constants, weights, gradients and updates, before it does."""
     check_outputs(json_file, inputs=[task, checkpoint])
-    loaded = open_task(task, seed, batch_size, device, data, None)
+    loaded = open_task(task, options)
     with console.status("one forward and backward pass in fp32"):
-        constants, report = audit_task(loaded, format=format_name, checkpoint=checkpoint, device=device)
+        constants, report = audit_task(loaded, format=format_name, checkpoint=checkpoint, device=options.device)
     console.print(audits.constants_table(constants), audits.range_table(report))
     write_json(json_file, {"constants": [dataclasses.asdict(each) for each in constants], "range": report.to_json()})
     if not report.fits:
@@ -41,29 +41,27 @@ def audit(
 
 
 @app.command()
+@expand_groups
 def certify(
     task: TaskName,
     plan: Annotated[Path, typer.Option("--plan", metavar="PLAN", help="A plan's file.")],
+    options: TaskOptions,
     checkpoint: Weights = None,
-    epochs: Epochs = None,
     backend: BackendName = Backend.EAGER,
-    seed: Seed = 0,
-    batch_size: BatchSize = None,
-    device: Device = "cpu",
-    data: Data = None,
     json_file: Json = None,
 ) -> None:
     """Certify which predictions of an fp32 model cannot change under a plan; trains it first without a checkpoint."""
     check_outputs(json_file, inputs=[task, plan, checkpoint])
     chosen = Assignment.load(plan)
-    loaded = open_task(task, seed, batch_size, device, data, epochs)
+    loaded = open_task(task, options)
     if checkpoint is None:
-        result = trained("fp32", loaded, None, None, seed=seed, epochs=epochs, device=device)
+        training = TrainOptions(seed=options.seed, epochs=options.epochs, device=options.device)
+        result = trained("fp32", loaded, None, None, training)
         model = result.model
     else:
-        model = loaded.make_model().to(check_device(device))
+        model = loaded.make_model().to(check_device(options.device))
         load_weights(checkpoint, model, loaded.make_optimizer(model))
     with console.status("evaluating in fp32 and under the plan"):
-        found = certify_task(loaded, model, chosen, backend=backend, device=device)
+        found = certify_task(loaded, model, chosen, backend=backend, device=options.device)
     console.print(audits.certificate_table(found))
     write_json(json_file, found.to_json())

@@ -24,6 +24,7 @@ from assign.plan.memory import Replay
 from assign.plan.tensors import TensorTable
 from assign.tracing.allocations import Allocations
 from assign.tracing.capture import Loss
+from assign.tracing.step import NOT_GIVEN, Step, check_given, refuse_more
 from assign.tracing.workspace import scratch_of
 
 
@@ -47,11 +48,11 @@ class Rehearsal:
 
 
 def rehearse(
-    model: nn.Module,
-    batch: Any,
-    loss: Loss,
-    plan: Assignment,
-    table: TensorTable,
+    model: nn.Module | Step,
+    batch: Any = NOT_GIVEN,
+    loss: Loss = NOT_GIVEN,
+    plan: Assignment = NOT_GIVEN,
+    table: TensorTable = NOT_GIVEN,
 ) -> Rehearsal:
     """Predict the memory of one step under ``plan`` that Inductor compiles. Nothing is computed.
 
@@ -59,7 +60,8 @@ def rehearse(
     as in :mod:`assign.tracing.workspace`.
 
     Args:
-        model: as for :func:`assign.trace`. If the plan stores some of it narrowly, a copy is used.
+        model: as for :func:`assign.trace`. If the plan stores some of it narrowly, a copy is used. Or the result of
+            :func:`assign.trace`, in place of model, batch, loss and table: ``rehearse(step, plan=plan)``.
         batch: argument of ``loss``.
         loss: ``loss(model, batch)`` → scalar tensor.
         plan: for this model.
@@ -68,8 +70,17 @@ def rehearse(
         Bytes of the compiled step and where its peak is reached.
     Raises:
         PlanError: the plan is for another model.
-        TraceError: as for :func:`assign.trace`.
+        TraceError: as for :func:`assign.trace`; or an argument is missing, or is given beside a traced step.
     """
+    if isinstance(model, Step):
+        refuse_more("rehearse", batch=batch, loss=loss, table=table)
+        check_given("rehearse", plan=plan)
+        return _rehearse(model.model, model.batch, model.loss, plan, model)
+    check_given("rehearse", batch=batch, loss=loss, plan=plan, table=table)
+    return _rehearse(model, batch, loss, plan, table)
+
+
+def _rehearse(model: nn.Module, batch: Any, loss: Loss, plan: Assignment, table: TensorTable) -> Rehearsal:
     plan.check_fits(table, where="rehearse")
     if first_lasting(plan) is not None:
         model = copy.deepcopy(model)

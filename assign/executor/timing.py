@@ -13,7 +13,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,15 +22,18 @@ from assign import _torch
 from assign.errors import PlanError
 from assign.executor.apply import compile_planned, store
 from assign.executor.backends import Backend, make_backend
+from assign.options import accept_former
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import Format, parse_format
 from assign.plan.keys import base_key, grad_key
 from assign.plan.noise import Cell
-from assign.plan.recipes import candidates_of, get_recipe, save
-from assign.plan.tensors import MARK, TensorTable
+from assign.plan.recipes import candidates_of, save
+from assign.plan.space import SearchSpace
+from assign.plan.tensors import MARK
 from assign.plan.times import TimeTable
 from assign.tracing.capture import Loss
-from assign.tracing.tracer import trace
+from assign.tracing.step import NOT_GIVEN, Step
+from assign.tracing.tracer import as_step
 
 REPEATS = 5
 """Timed steps for each format; of every node the median counts."""
@@ -40,61 +42,55 @@ _ROUNDING = (torch.ops.assign.quantize.default, torch.ops.assign.scale_quantize.
 _UNPACKING = (torch.ops.assign.decode.default, torch.ops.assign.decode_blocks.default)
 
 
+@accept_former("table", space=SearchSpace)
 def measure_times(
-    model: nn.Module,
-    batch: Any,
-    loss: Loss,
+    model: nn.Module | Step,
+    batch: Any = NOT_GIVEN,
+    loss: Loss = NOT_GIVEN,
     *,
-    recipe: str = "native",
-    formats: Sequence[str] = (),
-    pins: Mapping[str, str] = MappingProxyType({}),
-    saved: Sequence[str] = (),
+    space: SearchSpace | str = "native",
     non_finite: Collection[str] = frozenset(),
     repeats: int = REPEATS,
-    table: TensorTable | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TimeTable:
     """Measure the seconds of a forward and backward pass, by tensor and format.
 
     Args:
-        model: it is not changed: a copy runs.
+        model: it is not changed: a copy runs; or the result of :func:`assign.trace`, in place of all three.
         batch: argument of ``loss``.
         loss: ``loss(model, batch)`` → scalar tensor.
-        recipe: its formats are timed for each tensor.
-        formats: as in :func:`assign.search`, in place of the recipe's.
-        pins: as in :func:`assign.search`.
-        saved: formats of saved activations, each timed with all tensors in the first of their formats.
+        space: its formats are timed for each tensor, those of saved activations with all tensors in the first of their
+            formats; or the name of a recipe.
         non_finite: keys of activations that are saved in none of these.
         repeats: timed steps for each format, after one that is not timed.
-        table: of the model, if it was traced before.
         clock: function that returns seconds.
     Returns:
         Seconds of each choice, and of the rest of the step.
     Raises:
         PlanError: ``repeats`` is less than 1.
         FormatError: a format does not exist.
-        TraceError: as :func:`assign.trace`.
+        TraceError: as :func:`assign.trace`; or a traced step and a batch or loss are given.
     """
     if repeats < 1:
         raise PlanError(f"times: {repeats} timed steps are asked for; give 1 or more.")
-    table = table or trace(model, batch, loss)
-    candidates = candidates_of(table, get_recipe(recipe), formats)
+    space, table = SearchSpace.of(space), as_step("times", model, batch, loss)
+    candidates = candidates_of(table, space.rules, space.formats)
     seconds: dict[Cell, float] = {}
     rest: list[float] = []
 
     def run(entries: Mapping[str, Entry]) -> dict[str, float]:
-        plan = Assignment(entries=entries, recipe=recipe, fingerprint=table.fingerprint)
-        by_key = _time_step(copy.deepcopy(model), batch, loss, plan, frozenset(candidates), repeats, clock)
+        plan = Assignment(entries=entries, recipe=space.recipe, fingerprint=table.fingerprint)
+        by_key = _time_step(table, plan, frozenset(candidates), repeats, clock)
         rest.append(by_key.pop("", 0.0))
         return by_key
 
-    for chosen in _passes(candidates, pins):
+    for chosen in _passes(candidates, space.pins):
         entries = {key: Entry(fmt.name, low=False) for key, fmt in chosen.items()}
         by_key = run(entries)
         for key, fmt in chosen.items():
             seconds.setdefault(Cell(key, fmt.name), by_key.get(key, 0.0))
     high = {key: Entry(each[0].name, low=False) for key, each in candidates.items()}
-    for name in saved:
+    for name in space.saved:
         copies = save(table, high, name, keep=non_finite)
         by_key = run({**high, **copies})
         for key, entry in copies.items():
@@ -112,15 +108,14 @@ def _passes(candidates: Mapping[str, Sequence[Format]], pins: Mapping[str, str])
 
 
 def _time_step(
-    model: nn.Module,
-    batch: Any,
-    loss: Loss,
+    traced: Step,
     plan: Assignment,
     keys: frozenset[str],
     repeats: int,
     clock: Callable[[], float],
 ) -> dict[str, float]:
     """Seconds by key, those of nodes without one under ``''``."""
+    model = copy.deepcopy(traced.model)
     store(model, plan)
     timers: list[_Timer] = []
 
@@ -130,10 +125,10 @@ def _time_step(
         timers.append(timer)
         return _torch.boxed(lambda inputs: timer.run(*inputs))
 
-    step = compile_planned(model, loss, plan, make_backend(plan, Backend.EAGER, compiler), whole=True)
+    step = compile_planned(model, traced.loss, plan, make_backend(plan, Backend.EAGER, compiler), whole=True)
     with torch.random.fork_rng():
         for number in range(repeats + 1):
-            step(model, batch).backward()
+            step(model, traced.batch).backward()
             if number == 0:
                 for timer in timers:
                     timer.seconds.clear()

@@ -5,9 +5,8 @@ import fnmatch
 import itertools
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,74 +14,63 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assign.errors import PlanError, TraceError
+from assign.noise.options import NoiseOptions
 from assign.noise.sampling import sample
 from assign.noise.stepping import ProbedStep
+from assign.options import accept_former
 from assign.plan.formats import parse_format, parse_saved
 from assign.plan.noise import EXACT, Cell, Method, NoiseTable, Sample
-from assign.plan.recipes import candidates_of, get_recipe
+from assign.plan.recipes import candidates_of
+from assign.plan.space import SearchSpace
 from assign.plan.tensors import Role, TensorTable
 from assign.tracing.capture import Loss
+from assign.tracing.step import NOT_GIVEN, Step, check_given, refuse_more
 from assign.tracing.tracer import trace
-
-UNTIL = 0.1
-BATCHES = 8
-WARM_UP = 40
-"""Steps of training after which noise ranks plans well; at the start it does so less (``bench_search.py``)."""
 
 _SECONDS = 5.0  # between two writings of the file, while choices are measured one by one
 
 
+@accept_former("table", space=SearchSpace, options=NoiseOptions)
 def measure_noise(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss: Loss,
+    model: nn.Module | Step,
+    batches: Iterable[Any] = NOT_GIVEN,
+    loss: Loss = NOT_GIVEN,
     *,
-    recipe: str = "native",
-    formats: Sequence[str] = (),
-    saved: Collection[str] = (),
-    pins: Mapping[str, str] = MappingProxyType({}),
-    method: Method | str = Method.FIRST_ORDER,
-    until: float = UNTIL,
-    most: int = BATCHES,
-    seed: int = 0,
+    space: SearchSpace | str = "native",
+    options: NoiseOptions | None = None,
     optimizer: Callable[[Any], Optimizer] | None = None,
-    warm_up: int = 0,
     file: str | os.PathLike[str] | None = None,
-    table: TensorTable | None = None,
     on_batch: Callable[[NoiseTable], None] | None = None,
 ) -> NoiseTable:
     """Measure how much rounding each tensor of a step, in each of its formats, changes the gradient of the parameters.
 
     Batches are measured one after the other. The measurement ends when the median, over all choices, of the relative
-    standard error of the noise is at most ``until`` (after two batches or more), after ``most`` batches, or when there
-    are no more.
+    standard error of the noise is at most ``options.rtol`` (after two batches or more), after ``options.max_batches``
+    batches, or when there are no more.
+
+    If an optimizer is given, a copy of the model is first trained for ``options.warm_up`` steps, by default 40, on the
+    ``batches`` in turn, again from the first after the last. Batches of an iterator that are trained on are not
+    measured. Without an optimizer the weights are measured as they are.
 
     Args:
-        model: with its current weights. It is not changed: if ``warm_up`` is given, a copy is trained.
-        batches: arguments of ``loss``, one after the other.
+        model: with its current weights, which are not changed; or the result of :func:`assign.trace`.
+        batches: arguments of ``loss``, one after the other. With a traced step, its own batch is the default.
         loss: ``loss(model, batch)`` → scalar tensor.
-        recipe: its candidates are measured; it also decides whether gradients are rounded under a loss scale.
-        formats: measured for every tensor in addition, e.g. ``e4m3:pow2``; or ``e4m3/e5m2``, for values and gradients.
-        saved: formats of saved activations, e.g. ``int4:block64``.
-        pins: pattern of keys → a format measured for these.
-        method: ``first-order``: all tensors at once, from derivatives; only tensors of which torch has no derivative
-            are measured one by one. ``measured``: one step for each.
-        until: relative standard error at which the measurement ends.
-        most: largest number of batches.
-        seed: of random numbers in a step; batch number n has ``seed + n``.
-        warm_up: steps of training, on the first batches, before the measurement. Noise at random weights ranks plans
-            less well than noise after about 40 steps.
-        optimizer: ``optimizer(parameters)`` → torch optimizer for ``warm_up``.
+        space: its formats are measured, those of the recipe and those that it names in addition, also for saved
+            activations and pinned tensors; or the name of a recipe. The recipe also decides whether gradients are
+            rounded under a loss scale.
+        options: method, end, warm-up and seed of the measurement.
+        optimizer: ``optimizer(parameters)`` → torch optimizer for the warm-up. The optimizer of a traced step is used
+            only if ``options.warm_up`` is given.
         file: the table is written to it after every batch; batches that it holds already are not measured again.
-        table: of the model, if it was traced before.
         on_batch: called with the table after every batch.
     Returns:
         The noise of each tensor and format, batch by batch.
     Raises:
-        PlanError: the file is of another model, or was measured in another way; there is no batch, or
-            no such method; or ``warm_up`` without an optimizer.
+        PlanError: the file is of another model, or was measured in another way; there is no batch, or a warm-up without
+            an optimizer or without a batch for each step.
         FormatError: a format does not exist.
-        TraceError: as :func:`assign.trace`.
+        TraceError: as :func:`assign.trace`; or a traced step and a loss are given.
         DivergedError: the gradient of the step without rounding is zero or not finite.
     Examples:
         ```python
@@ -93,46 +81,57 @@ def measure_noise(
         )
         ```
     """
-    if warm_up < 0:
-        raise PlanError(
-            f"noise: a warm-up of {warm_up} steps was asked for.\n  Allowed: 0 or more. Give 0 for a trained model."
-        )
-    iterator = iter(batches)
+    space, options = SearchSpace.of(space), options or NoiseOptions()
+    step: Step | None = None
+    if isinstance(model, Step):
+        refuse_more("noise", loss=loss, optimizer=NOT_GIVEN if optimizer is None else optimizer)
+        batches = [model.batch] if batches is NOT_GIVEN else batches
+        step = model
+        model, loss, optimizer = step.model, step.loss, step.optimizer
+    check_given("noise", batches=batches, loss=loss)
+    warm_up = options.steps(trained=optimizer is None)
     if warm_up:
-        model = _warmed_up(model, itertools.islice(iterator, warm_up), loss, optimizer, warm_up, seed)
+        again = batches if isinstance(batches, Iterator) else itertools.chain.from_iterable(itertools.repeat(batches))
+        model = _warmed_up(model, itertools.islice(again, warm_up), loss, optimizer, warm_up, options.seed)
+    iterator = iter(batches)
     first = next(iterator, None)
-    if first is None or most < 1 or not until >= 0:
+    if first is None:
         raise PlanError(
-            f"noise: {'no batch' if first is None else f'at most {most} batches, until {until}'} was given; noise is "
-            "measured on at least one batch, until a share of at least 0.\n  Give batches, --batches 8, --until 0.1."
+            "noise: no batch was given; noise is measured on at least one batch.\n  Give batches=[batch], for example."
         )
-    if method not in list(Method):
-        raise PlanError(f"noise: there is no method {method!r}; choose from {', '.join(Method)}.")
-    table = table or trace(model, first, loss)
-    cells = _choices(table, recipe, formats, saved, pins)
+    table = step or trace(model, first, loss)
     found = NoiseTable(
         fingerprint=table.fingerprint,
-        method=Method(method),
-        seed=seed,
-        loss_scaling=get_recipe(recipe).loss_scaling,
+        method=Method(options.method),
+        seed=options.seed,
+        loss_scaling=space.rules.loss_scaling,
         warm_up=warm_up,
     )
     if file is not None and Path(file).exists():
         found = _resumed(NoiseTable.load(file), found, table, file)
-    step = ProbedStep(model, loss, fused=found.method is Method.MEASURED)
     writer = _Writer(found, file)
-    for number, batch in enumerate(_first(first, iterator, most)):
-        missing = [cell for cell in cells if len(writer.table.cells.get(cell, ())) <= number]
+    probed = ProbedStep(model, loss, fused=found.method is Method.MEASURED)
+    for so_far in _by_batch(probed, itertools.chain([first], iterator), _choices(table, space), writer, options):
+        if on_batch is not None:
+            on_batch(so_far)
+    return writer.table
+
+
+def _by_batch(
+    step: ProbedStep, batches: Iterable[Any], cells: list[Cell], writer: "_Writer", options: NoiseOptions
+) -> Iterator[NoiseTable]:
+    """Measure batch after batch; yields the table after each."""
+    for number, batch in enumerate(itertools.islice(batches, options.max_batches)):
+        table = writer.table
+        missing = [cell for cell in cells if len(table.cells.get(cell, ())) <= number]
         if missing:
-            drawn = sample(found.method, step, batch, missing, seed=seed + number, loss_scaling=found.loss_scaling)
-            for cell, each in drawn:
+            seed, scaled = options.seed + number, table.loss_scaling
+            for cell, each in sample(table.method, step, batch, missing, seed=seed, loss_scaling=scaled):
                 writer.add(cell, each)
             writer.write()
-        if on_batch is not None:
-            on_batch(writer.table)
-        if writer.table.relative_error <= until:
-            break
-    return writer.table
+        yield writer.table
+        if writer.table.relative_error <= options.rtol:
+            return
 
 
 class _Writer:
@@ -167,7 +166,7 @@ def _warmed_up(
     if make is None:
         raise PlanError(
             f"noise: a warm-up of {steps} steps needs an optimizer.\n"
-            "  Give optimizer=torch.optim.AdamW, say, or a trained model and warm_up=0."
+            "  Give optimizer=torch.optim.AdamW, say, or a trained model and NoiseOptions(warm_up=0)."
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TraceError("noise: no parameter of the model requires a gradient. Unfreeze one, or train nothing.")
@@ -191,31 +190,23 @@ def _warmed_up(
     if done < steps:
         raise PlanError(
             f"noise: a warm-up of {steps} steps was asked for, and there are {done} batches; noise is measured on "
-            "those that follow.\n  Give more batches (one may come again), or a smaller warm_up."
+            "those that follow.\n  Give more batches, a list of batches, or a smaller warm_up."
         )
     optimizer.zero_grad()
     return trained
 
 
-def _first(first: Any, rest: Iterable[Any], most: int) -> Iterable[Any]:
-    yield first
-    for _, batch in zip(range(most - 1), rest, strict=False):
-        yield batch
-
-
-def _choices(
-    table: TensorTable, recipe: str, formats: Sequence[str], saved: Collection[str], pins: Mapping[str, str]
-) -> list[Cell]:
+def _choices(table: TensorTable, space: SearchSpace) -> list[Cell]:
     """Every tensor with each format that it may have, but fp32; each once."""
     cells: dict[Cell, None] = {}
-    by_recipe, asked = candidates_of(table, get_recipe(recipe)), candidates_of(table, get_recipe(recipe), formats)
+    by_recipe, asked = candidates_of(table, space.rules), candidates_of(table, space.rules, space.formats)
     for row in table.paper_tensors:
-        for fmt in (*by_recipe[row.key], *(asked[row.key] if formats else ())):
+        for fmt in (*by_recipe[row.key], *(asked[row.key] if space.formats else ())):
             cells[Cell(row.key, fmt.name)] = None
-    for pattern, name in pins.items():
+    for pattern, name in space.pins.items():
         matched = fnmatch.filter(by_recipe, pattern)
         cells |= {Cell(key, parse_format(name).name): None for key in matched}
-    waiting = [parse_saved(name) for name in saved]
+    waiting = [parse_saved(name) for name in space.saved]
     for row in table.tensors:
         if row.role is Role.SAVED:
             cells |= {Cell(row.key, fmt.name): None for fmt in waiting}

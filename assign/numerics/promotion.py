@@ -10,7 +10,7 @@ Source: arXiv 2301.13464, section 4 (precision promotion).
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from assign import several
 from assign.errors import PlanError
+from assign.options import option
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.formats import Format, parse_format
 from assign.plan.recipes import get_recipe
@@ -26,6 +27,29 @@ from assign.plan.tensors import Role
 
 THRESHOLD = 0.01
 """Share of a tensor's elements that overflow at which it is promoted. Source: arXiv 2301.13464."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromotionOptions:
+    """When tensors are promoted.
+
+    Attributes:
+        every: Steps between two measurements of overflow. Default: the recipe's own. 0: promote nothing.
+        threshold: Share of overflowing elements at which a tensor is promoted.
+    Raises:
+        PlanError: ``every`` is negative, or ``threshold`` no share above 0 and up to 1.
+    """
+
+    every: int | None = field(default=None, metadata=option("--promote-every", former=("promote_every",)))
+    threshold: float = field(default=THRESHOLD, metadata=option("--promote-threshold", former=("promote_threshold",)))
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 0:
+            raise PlanError(f"Promotion: every is {self.every}; give a number of steps, or 0 to promote nothing.")
+        if not 0 < self.threshold <= 1:
+            raise PlanError(
+                f"Promotion: threshold is {self.threshold}; give a share of the elements, above 0 and up to 1."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +110,7 @@ class Promotion:
         PlanError: ``every`` is negative, or ``threshold`` no share above 0 and up to 1.
     Examples:
         ```python
-        plan = assign.search(model, batch, loss, recipe="hfp8", low_ratio=1.0)
+        plan = assign.search(model, batch, loss, space="hfp8", low_ratio=1.0)
         promotion = assign.Promotion(plan)
         planned = assign.apply(model, plan, backend="eager", promotion=promotion)
         loss(planned, batch).backward()
@@ -104,15 +128,12 @@ class Promotion:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         recipe = get_recipe(plan.recipe)
-        every = recipe.promote_every if every is None else every
-        if every < 0:
-            raise PlanError(f"Promotion: every is {every}; give a number of steps, or 0 to promote nothing.")
-        if not 0 < threshold <= 1:
-            raise PlanError(f"Promotion: threshold is {threshold}; give a share of the elements, above 0 and up to 1.")
+        options = PromotionOptions(every=every, threshold=threshold)
         self.plan = plan
         self.promoted: tuple[Promoted, ...] = ()
         self.overflow: dict[str, float] = {}
-        self.every, self.threshold = every, threshold
+        self.every = recipe.promote_every if options.every is None else options.every
+        self.threshold = options.threshold
         self._recipe, self._looked = recipe, False
         self._start, self._group = plan, group
         self._slots: dict[str, Slot] = {}

@@ -323,7 +323,7 @@ class TensorTable(Drawn):
     @classmethod
     def _of_text(cls, text: str, where: str) -> "TensorTable":
         file = _FILE.load(_SCHEMA, text, where)
-        table = cls(tensors=file.tensors, schedule=file.schedule, breaks=file.breaks, outside=file.outside)
+        table = TensorTable(tensors=file.tensors, schedule=file.schedule, breaks=file.breaks, outside=file.outside)
         problem = _problem(table)
         if not problem and file.fingerprint not in (None, table.fingerprint):
             problem = (

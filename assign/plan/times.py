@@ -39,7 +39,7 @@ class TimeTable:
                 known = ", ".join(cell.format for cell in self.seconds if cell.key == key) or "nothing"
                 raise PlanError(
                     f"the seconds of {key!r} in {entry.format} were not measured; measured for it: {known}.\n"
-                    "  Measure with the formats and pins of the search: assign.measure_times(…, formats=, pins=)."
+                    "  Measure with the space of the search: assign.measure_times(…, space=)."
                 )
             total += seconds
         return total

@@ -1,22 +1,29 @@
 """Searches: (table, recipe, goals) → the format of every tensor.
 
-A strategy is a function; a new one is a file here and a line in ``STRATEGIES``, and ``tests/contracts.py`` tests it.
+A strategy is a function; a new one is a file here and a row of ``METHODS``, and ``tests/contracts.py`` tests it.
 Strategies get the memory model as an argument; they know neither it, nor the executor, nor torch. One that needs more
 of a model than its table, as :class:`assign.strategies.milp.Milp` needs its noise, is made with that first.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
-from assign.errors import AssignError, nearest
+from assign.errors import AssignError, BudgetError, nearest
 from assign.plan.assignment import Entry
 from assign.plan.recipes import Recipe
+from assign.plan.space import SearchSpace
 from assign.plan.tensors import TensorTable
-from assign.strategies.baselines import as_loaded, operator_based, standalone, uniform
-from assign.strategies.goal import PeakBytes
+from assign.strategies.baselines import as_loaded, operator_based, standalone, uniform, uniform_in
+from assign.strategies.goal import Goal, PeakBytes
 from assign.strategies.greedy import Order, greedy
+from assign.strategies.milp import milp_of
+from assign.strategies.request import Question
+
+MILP, OPTUNA = "milp", "optuna"
+"""Names of the strategies that minimize noise, and that train."""
 
 
 class Strategy(Protocol):
@@ -54,51 +61,144 @@ class Strategy(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """Facts about a strategy, and how it is run.
+
+    Attributes:
+        search: search that needs only a table, a recipe and the memory model.
+        make: question → search for this model, where it needs more; used in place of ``search``.
+        baseline: assignment that follows from the table and the recipe alone.
+        goals: limits that it takes, by their names in :func:`assign.search`.
+        options: fields of :class:`assign.SearchSpace` that it takes, besides those that every strategy takes.
+        needs_noise: whether it requires a noise table.
+        trains: whether it trains the model of a task; it is then run by :func:`assign.tune`.
+    """
+
+    search: Strategy | None = None
+    make: Callable[[Question], Strategy] | None = None
+    baseline: Callable[[TensorTable, Recipe], dict[str, Entry]] | None = None
+    goals: Collection[str] = ()
+    options: Collection[str] = ()
+    needs_noise: bool = False
+    trains: bool = False
+
+    def run(self, question: Question) -> dict[str, Entry]:
+        """Return an entry for every tensor of the step."""
+        rules = question.space.rules
+        if self.baseline is not None:
+            return self.baseline(question.table, rules)
+        search = self.make(question) if self.make is not None else self.search
+        assert search is not None
+        return search(
+            question.table,
+            recipe=rules,
+            peak_bytes=question.peak_bytes,
+            low_ratio=question.goal.low_ratio,
+            budget_bytes=question.goal.budget_bytes,
+            seed=question.seed,
+        )
+
+
+def _uniform(question: Question) -> Strategy:
+    """Return the strategy ``uniform``, which takes the place of the recipe's formats if one format is given.
+
+    Raises:
+        BudgetError: several formats, or one format and a goal.
+    """
+    names = question.space.formats
+    if not names:
+        return uniform
+    if len(names) > 1 or question.goal != Goal():
+        raise BudgetError(
+            f"search: the strategy 'uniform' with the format {', '.join(names)!r} puts every tensor in one format, so "
+            "there is nothing left to search.\n  Allowed: one format and no goal, or a goal and no format.\n"
+            "  Leave out the budget and the low ratio."
+        )
+    return lambda table, **_: uniform_in(table, names[0])
+
+
+_MEMORY = ("budget", "low_ratio")
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "greedy": Method(search=greedy, goals=_MEMORY),
+        "greedy-smallest": Method(search=partial(greedy, order=Order.SMALLEST), goals=_MEMORY),
+        "greedy-random": Method(search=partial(greedy, order=Order.RANDOM), goals=_MEMORY),
+        "uniform": Method(search=uniform, make=_uniform, goals=_MEMORY, options=("formats",)),
+        "as-loaded": Method(baseline=as_loaded),
+        "operator": Method(baseline=operator_based),
+        "operator-prime": Method(baseline=partial(operator_based, gradients_follow=True)),
+        "standalone": Method(baseline=standalone),
+        MILP: Method(
+            make=milp_of,
+            goals=(*_MEMORY, "max_step_time"),
+            options=("formats", "pins", "granularity", "saved"),
+            needs_noise=True,
+        ),
+        OPTUNA: Method(goals=("budget",), trains=True),
+    }
+)
+"""Every strategy by the name that ``--strategy`` takes."""
+
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
-    {
-        "greedy": greedy,
-        "greedy-smallest": partial(greedy, order=Order.SMALLEST),
-        "greedy-random": partial(greedy, order=Order.RANDOM),
-        "uniform": uniform,
-    }
+    {name: method.search for name, method in METHODS.items() if method.search is not None}
 )
-"""Every search by the name that ``--strategy`` takes; ``milp`` and ``optuna`` need more than a table."""
+"""Every search that needs only a table, a recipe and a goal, by its name in ``METHODS``."""
 
-BASELINES: Mapping[str, Callable[[TensorTable, Recipe], dict[str, Entry]]] = MappingProxyType(
-    {
-        "as-loaded": as_loaded,
-        "operator": operator_based,
-        "operator-prime": partial(operator_based, gradients_follow=True),
-        "standalone": standalone,
-    }
-)
-"""Assignments that follow from the model alone, with no goal to search for, by the same option."""
+BASELINES = tuple(name for name, method in METHODS.items() if method.baseline is not None)
+"""Names of the assignments that follow from the model alone, with no goal to search for."""
+
+_OPTIONAL = frozenset(name for method in METHODS.values() for name in method.options)
+"""Fields of a space that only some strategies take."""
 
 
-MILP = "milp"
-"""What ``--strategy`` calls the one that is made for a model's noise."""
-
-
-OPTUNA = "optuna"
-"""What ``--strategy`` calls the search by training."""
-
-
-def get_strategy(name: str) -> Strategy:
-    """The strategy called ``name``.
+def get_method(name: str) -> Method:
+    """Return the strategy called ``name``.
 
     Raises:
         AssignError: there is none.
     """
-    if name == OPTUNA:
+    if name not in METHODS:
+        close = nearest(name, METHODS)
         raise AssignError(
-            "the strategy 'optuna' trains, so it needs a task, and searches on its own.\n"
-            "  Allowed: 'assign search TASK --strategy optuna', or assign.tune(make_task, storage=…)."
-        )
-    if name not in STRATEGIES:
-        known = [*STRATEGIES, *BASELINES, MILP, OPTUNA]
-        close = nearest(name, known)
-        raise AssignError(
-            f"there is no strategy {name!r}; choose from {', '.join(sorted(known))}"
+            f"there is no strategy {name!r}; choose from {', '.join(sorted(METHODS))}"
             + (f". Did you mean {close}?" if close else ".")
         )
-    return STRATEGIES[name]
+    return METHODS[name]
+
+
+def check_request(strategy: str, goal: Goal, space: SearchSpace) -> None:
+    """Check that a strategy takes everything that is asked for, by the facts in its row of ``METHODS``.
+
+    Raises:
+        AssignError: there is no such strategy.
+        BudgetError: names what it does not take, and the strategies that do.
+    """
+    method = get_method(strategy)
+    asked = [name for name in _given(goal) if name not in method.goals]
+    asked += [name for name in _given(space) if name in _OPTIONAL and name not in method.options]
+    if "saved" in asked and len(space.saved) < 2:  # every strategy takes one format for saved activations
+        asked.remove("saved")
+    if not asked:
+        return
+    takers = "".join(
+        f"  {_named(name, space)} requires one of the strategies "
+        f"{', '.join(other for other, row in METHODS.items() if name in (*row.goals, *row.options))}.\n"
+        for name in asked
+    )
+    why = "follows from the model alone and " if method.baseline is not None else ""
+    raise BudgetError(
+        f"search: the strategy {strategy!r} {why}does not take {', '.join(_named(name, space) for name in asked)}.\n"
+        f"{takers}  Leave out what it does not take, or use another strategy."
+    )
+
+
+def _given(options: Goal | SearchSpace) -> list[str]:
+    """Return the names of the fields that do not have their default."""
+    default = type(options)()
+    return [each.name for each in fields(options) if getattr(options, each.name) != getattr(default, each.name)]
+
+
+def _named(field: str, space: SearchSpace) -> str:
+    return "more than one format for saved activations" if field == "saved" else field

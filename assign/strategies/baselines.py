@@ -28,7 +28,7 @@ def uniform(
     Raises:
         BudgetError: a goal that makes no sense, or a budget below the peak of both.
     """
-    goal = Goal(low_ratio=low_ratio, budget_bytes=budget_bytes)
+    goal = Goal(low_ratio=low_ratio, budget=budget_bytes).required()
     peaks = []
     for low in (frozenset[int](), frozenset(group.id for group in table.groups)):
         entries = initial(table, recipe, low)

@@ -2,15 +2,17 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from scipy.sparse import csr_array
 
-from assign.errors import BudgetError, PlanError
+from assign.errors import BudgetError
+from assign.options import option
 from assign.plan.assignment import Entry
+from assign.plan.times import parse_step_time
 
 PeakBytes = Callable[[Mapping[str, Entry]], int]
 """Peak bytes of one training step under these entries."""
@@ -38,22 +40,56 @@ class Timeline(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """At least this share of the elements low, at most this many bytes at the peak; either may be left out.
+    """What a plan must meet; each limit may be left out.
 
+    Attributes:
+        budget: Peak memory of a step: ``512MiB``, ``6GB``, a number of bytes, or ``50%`` of the peak without a plan.
+        low_ratio: Share of the elements in low formats, 0 to 1.
+        max_step_time: Limit on a forward and backward pass, operator by operator: seconds, ``200ms``, or ``1.3x`` of
+            the time with all tensors in their high formats. Requires the strategy ``milp``.
     Raises:
-        BudgetError: a share outside 0 to 1, a budget that is no positive number of bytes, or neither of the two.
+        BudgetError: a share outside 0 to 1, a budget that is no positive number of bytes, or no such time.
     """
 
+    budget: str | int | None = field(default=None, metadata=option(type=str))
     low_ratio: float | None = None
-    budget_bytes: int | None = None
+    max_step_time: str | float | None = field(default=None, metadata=option(type=str))
 
     def __post_init__(self) -> None:
-        if self.low_ratio is None and self.budget_bytes is None:
-            raise BudgetError("a search needs a goal: give a low ratio (0 to 1), a budget in bytes, or both.")
         if self.low_ratio is not None and not 0 <= self.low_ratio <= 1:
             raise BudgetError(f"the low ratio is {self.low_ratio}; it is a share of the elements, from 0 to 1.")
-        if self.budget_bytes is not None and not 0 < self.budget_bytes < math.inf:
-            raise BudgetError(f"the budget is {self.budget_bytes} bytes; give a positive number of bytes.")
+        if isinstance(self.budget, str):
+            parse_budget(self.budget, 1)
+        elif self.budget is not None and not 0 < self.budget < math.inf:
+            raise BudgetError(f"the budget is {self.budget} bytes; give a positive number of bytes.")
+        if self.max_step_time is not None:
+            parse_step_time(self.max_step_time, 1.0)
+
+    def resolve(self, baseline: int) -> "Goal":
+        """Return the same goal with its budget in bytes.
+
+        Args:
+            baseline: peak of a step without a plan, in bytes.
+        Raises:
+            BudgetError: the budget is not a positive number of bytes.
+        """
+        return self if self.budget is None else replace(self, budget=parse_budget(self.budget, baseline))
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget of a resolved goal, in bytes."""
+        assert not isinstance(self.budget, str)
+        return self.budget
+
+    def required(self) -> "Goal":
+        """Return the goal after checking that it has a low ratio or a budget.
+
+        Raises:
+            BudgetError: it has neither.
+        """
+        if self.low_ratio is None and self.budget is None:
+            raise BudgetError("a search needs a goal: give a low ratio (0 to 1), a budget in bytes, or both.")
+        return self
 
     def enough_low(self, low_elements: int, elements: int) -> bool:
         """Whether ``low_elements`` of ``elements`` reach the low ratio (true where none is asked for)."""
@@ -76,26 +112,6 @@ def over_budget(goal: Goal, floor: int, tried: str) -> BudgetError:
         "formats, or store less between steps: narrower optimizer states, gradients or masters.",
         floor=floor,
     )
-
-
-def split_names(text: str) -> list[str]:
-    """Names of formats in a text with commas; those inside ``fp(e,m,b)`` belong to the name."""
-    return [name.strip() for name in re.split(r",(?![^(]*\))", text) if name.strip()]
-
-
-def parse_pins(texts: Iterable[str]) -> dict[str, str]:
-    """Pattern → format, of pins like ``head.*=bf16``.
-
-    Raises:
-        PlanError: one is no such pin.
-    """
-    pins = {}
-    for text in texts:
-        pattern, equals, name = text.rpartition("=")
-        if not (pattern and equals and name):
-            raise PlanError(f"search: {text!r} is no pin. Write PATTERN=FORMAT, e.g. 'head.*=bf16'.")
-        pins[pattern] = name
-    return pins
 
 
 def parse_budget(text: str | int, baseline: int) -> int:

@@ -55,7 +55,7 @@ def greedy(
     Raises:
         BudgetError: a goal that makes no sense, or a budget that even all groups low exceed.
     """
-    goal = Goal(low_ratio=low_ratio, budget_bytes=budget_bytes)
+    goal = Goal(low_ratio=low_ratio, budget=budget_bytes).required()
     ordered = demotion_order(table.groups, order, seed)
     keys = {group.id: group.keys for group in table.groups}
     high, all_low = initial(table, recipe), initial(table, recipe, keys.keys())

@@ -11,8 +11,7 @@ import fnmatch
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
@@ -21,10 +20,13 @@ from scipy.sparse import csr_array, hstack
 from assign.errors import BudgetError, PlanError, nearest
 from assign.plan.assignment import Entry
 from assign.plan.formats import Format, parse_format
-from assign.plan.recipes import Recipe, candidates_of
+from assign.plan.recipes import Recipe, candidates_of, save
+from assign.plan.space import Granularity
 from assign.plan.tensors import TensorTable
+from assign.plan.times import parse_step_time
 from assign.strategies.goal import Floats, Goal, Integers, PeakBytes, Timeline, over_budget
 from assign.strategies.greedy import greedy
+from assign.strategies.request import Question, Solution
 
 RELATIVE_GAP, LARGE_GAP = 1e-6, 1e-2
 """Share of its noise by which a plan may miss the best of the linear model; the second where the program is large."""
@@ -39,33 +41,6 @@ _NEAR = 64  # moments: of those so near to each other, one gets a constraint at 
 
 Waiting = Callable[[Mapping[str, Entry]], Sequence[Mapping[str, Entry]]]
 """Entries of some tensors → entries of their saved copies, one mapping for each format these may have."""
-
-
-class Granularity(StrEnum):
-    """What shares a decision: the tensors of a group, as in the paper, or none."""
-
-    GROUP = "group"
-    TENSOR = "tensor"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Solution:
-    """Solution of the program.
-
-    Attributes:
-        noise: predicted, of the plan returned.
-        gap: share of it by which a plan of less noise could be better, in the linear model of bytes.
-        rounds: solutions until the true bytes were within the budget.
-        by_greedy: the paper's greedy plan was no worse, and is what was returned.
-        decisions: size of the program; moments: those that needed a constraint.
-    """
-
-    noise: float
-    gap: float
-    rounds: int
-    by_greedy: bool
-    decisions: int
-    moments: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +58,7 @@ class Milp:
         seconds: of a step, predicted of some entries; of several, the sum. Asked only with ``most_seconds``.
         other_seconds: of a step, whatever is chosen.
         most_seconds: that a step may take. A goal of its own: with it the low ratio and the budget may be left out.
-        tell: told of the solution.
+        on_solution: called with the solution.
     """
 
     noise: Callable[[Mapping[str, Entry]], float]
@@ -95,7 +70,7 @@ class Milp:
     seconds: Callable[[Mapping[str, Entry]], float] = lambda _: 0.0
     other_seconds: float = 0.0
     most_seconds: float | None = None
-    tell: Callable[[Solution], None] = lambda _: None
+    on_solution: Callable[[Solution], None] = lambda _: None
 
     def __call__(
         self,
@@ -115,7 +90,7 @@ class Milp:
         """
         if self.most_seconds is not None and budget_bytes is None and low_ratio is None:
             low_ratio = 0.0
-        goal = Goal(low_ratio=low_ratio, budget_bytes=budget_bytes)
+        goal = Goal(low_ratio=low_ratio, budget=budget_bytes).required()
         candidates = candidates_of(table, recipe, self.formats)
         pinned = _pinned(table, candidates, self.pins)
         decisions = _decide(table, candidates, pinned, self.granularity, self.waiting)
@@ -134,7 +109,9 @@ class Milp:
         noise, which, plan = min(plans, key=lambda each: each[:2])
         gap = max(0.0, (noise - bound) / noise) if noise > 0 else 0.0
         moments, size = program.moments, len(decisions)
-        self.tell(Solution(noise=noise, gap=gap, rounds=rounds, by_greedy=which == 1, decisions=size, moments=moments))
+        self.on_solution(
+            Solution(noise=noise, gap=gap, rounds=rounds, by_greedy=which == 1, decisions=size, moments=moments)
+        )
         ordered = {row.key: plan[row.key] for row in table.paper_tensors}
         return ordered | {key: entry for key, entry in plan.items() if key not in ordered}
 
@@ -154,6 +131,51 @@ class Milp:
             budget_bytes=goal.budget_bytes,
         )
         return plan | pinned
+
+
+def milp_of(question: Question) -> Milp:
+    """Return the strategy ``milp`` for one model.
+
+    Raises:
+        PlanError: no noise was measured, or no times although the step time is limited.
+    """
+    noise, space, complete = question.measured.noise, question.space, question.complete
+    if noise is None:
+        raise PlanError(
+            "search: the strategy 'milp' minimizes noise, and no noise was given.\n"
+            "  Allowed: what assign.measure_noise or 'assign noise' found for this model.\n"
+            "  Give it: measured=Measured(noise=…), or --noise."
+        )
+
+    def waiting(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:
+        keep = question.measured.non_finite
+        return [save(question.table, entries, name, keep=keep) for name in copies]
+
+    copies = space.saved if question.goal.budget is not None else ()
+    milp = Milp(
+        noise=lambda entries: noise.of(complete(entries)),
+        timeline=question.timeline(),
+        formats=space.formats,
+        granularity=Granularity(space.granularity),
+        waiting=waiting,
+        pins=space.pins,
+        on_solution=question.solutions.append,
+    )
+    return milp if question.goal.max_step_time is None else _with_time_limit(milp, question)
+
+
+def _with_time_limit(milp: Milp, question: Question) -> Milp:
+    """Return the strategy with the seconds that choices take, and the seconds that they may take together."""
+    times, space = question.measured.times, question.space
+    if times is None or question.goal.max_step_time is None:
+        raise PlanError(
+            "search: the time of a step is limited, and no times were given.\n"
+            "  Allowed: what assign.measure_times found for this model.\n  Give it: measured=Measured(times=…)."
+        )
+    found = candidates_of(question.table, space.rules, space.formats)
+    high = {key: Entry(each[0].name, low=False) for key, each in found.items()}
+    limit = parse_step_time(question.goal.max_step_time, times.of(high) + times.rest)
+    return replace(milp, seconds=times.of, other_seconds=times.rest, most_seconds=limit)
 
 
 Decision = tuple[dict[str, Entry], ...]

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from assign.errors import TaskError
+from assign.options import option
 from assign.tasks.batch import Batch
 
 Metrics = dict[str, float]
@@ -52,9 +53,9 @@ class Task:
                 "optimizer", self.optimizer, "a function of parameters, e.g. lambda p: torch.optim.AdamW(p, lr=1e-3)"
             )
         _check_callable("optimizer", self.optimizer, "a function optimizer(parameters) that returns a torch optimizer")
-        for field, value in (("evaluate", self.evaluate), ("scheduler", self.scheduler)):
+        for name, value in (("evaluate", self.evaluate), ("scheduler", self.scheduler)):
             if value is not None:
-                _check_callable(field, value, f"a function {_SIGNATURES[field]}, or None")
+                _check_callable(name, value, f"a function {_SIGNATURES[name]}, or None")
         if isinstance(self.train, Iterator):
             _refuse("train", self.train, "batches that can be read again every epoch: wrap an iterator in list(...)")
         if isinstance(self.train, Tensor) or not isinstance(self.train, Iterable):
@@ -107,12 +108,14 @@ class TaskOptions:
     """What a shell says about a task; None leaves it to the task.
 
     Attributes:
-        data: directory with the data set.
-        batch_size: examples in a training batch.
-        seed: of everything random that making the task does.
-        device: where model and data live, e.g. ``cpu`` or ``cuda:0``.
-        epochs: passes over the training data.
-        width: multiplies the channels of the built-in models.
+        data: Directory with the task's data.
+        batch_size: Samples per step. Default: the task's own number.
+        seed: Seed of the model, the data's order and the search.
+        device: Where the model and the data are: ``cpu``, ``cuda``, ``cuda:1``, and so on.
+        epochs: Epochs to train. Default: the task's own number.
+        width: Multiplier of the channels of the built-in models.
+    Raises:
+        TaskError: a value is out of its range, or there is no such device.
     """
 
     data: Path | None = None
@@ -120,12 +123,12 @@ class TaskOptions:
     seed: int = 0
     device: str = "cpu"
     epochs: int | None = None
-    width: float | None = None
+    width: float | None = field(default=None, metadata=option(hidden=True))
 
     def __post_init__(self) -> None:
-        for field, value in (("batch_size", self.batch_size), ("epochs", self.epochs)):
+        for name, value in (("batch_size", self.batch_size), ("epochs", self.epochs)):
             if value is not None and value < 1:
-                raise TaskError(f"{field} is {value}; give a whole number of at least 1.")
+                raise TaskError(f"{name} is {value}; give a whole number of at least 1.")
         if self.width is not None and not 0 < self.width <= 16:
             raise TaskError(f"width is {self.width}; give a multiplier above 0 and up to 16, e.g. 0.5.")
         check_seed(self.seed)

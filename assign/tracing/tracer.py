@@ -18,7 +18,7 @@ from assign import _torch
 from assign.errors import TraceError
 from assign.plan.groups import assign_groups
 from assign.plan.keys import Key, buffer_key, grad_key, saved_key
-from assign.plan.tensors import Buffer, Event, Need, Role, Schedule, TensorInfo, TensorTable
+from assign.plan.tensors import Buffer, Event, Need, Role, Schedule, TensorInfo
 from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
@@ -28,10 +28,11 @@ from assign.tracing.needs import find_exact, find_needs
 from assign.tracing.operators import Walk, dtype_of, walk
 from assign.tracing.optimizer_states import OptimizerFactory, read_optimizer
 from assign.tracing.probes import insert_probes
+from assign.tracing.step import NOT_GIVEN, Step, check_given, refuse_more
 from assign.tracing.workspace import kernel_scratch
 
 
-def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory | None = None) -> TensorTable:
+def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory | None = None) -> Step:
     """List every tensor of one training step.
 
     The model, its buffers and gradients, and the random generators are left as they were. If Dynamo cannot capture the
@@ -46,14 +47,16 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
             counted. Of an optimizer whose states no step shows, such as LBFGS, none are counted, with a warning. A
             parameter that this loss does not use has neither states nor a gradient.
     Returns:
-        The table of all tensors, in order of execution, with what :func:`assign.estimate` needs to predict memory.
+        The table of all tensors, in order of execution, with what :func:`assign.estimate` needs to predict memory. It
+        also refers to the model, the batch, the loss and the optimizer: functions that take these take it instead.
     Raises:
         TraceError: the step cannot be captured, the loss is not a scalar, the optimizer cannot be made, or, on a CPU,
             another profiler is running.
     Examples:
         ```python
-        table = assign.trace(model, batch, loss, adamw)
-        print(table.by_key["0.weight"].shape, len(table.groups), "groups")
+        step = assign.trace(model, batch, loss, adamw)
+        print(step.by_key["0.weight"].shape, len(step.groups), "groups")
+        plan = assign.search(step, budget="90%")
         ```
     """
     check_parameters(model)
@@ -90,7 +93,37 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         optimizer_scratch_bytes=kept.scratch,
     )
     tensors = assign_groups([*rows, *kept.rows])
-    return TensorTable(tensors=tensors, schedule=schedule, breaks=breaks, outside=outside)
+    return Step(
+        tensors=tensors,
+        schedule=schedule,
+        breaks=breaks,
+        outside=outside,
+        model=model,
+        batch=batch,
+        loss=loss,
+        optimizer=optimizer,
+    )
+
+
+def as_step(
+    where: str, model: nn.Module | Step, batch: Any, loss: Any, optimizer: OptimizerFactory | None = None
+) -> Step:
+    """Return the Step that was given, or trace the model.
+
+    Args:
+        where: name of the function that was called, for errors.
+        model: a Step, or a model to trace.
+        batch: as for :func:`trace`; not beside a Step.
+        loss: as for :func:`trace`; not beside a Step.
+        optimizer: as for :func:`trace`; not beside a Step.
+    Raises:
+        TraceError: a Step and one of the others are given, an argument is missing, or as :func:`trace`.
+    """
+    if isinstance(model, Step):
+        refuse_more(where, batch=batch, loss=loss, optimizer=NOT_GIVEN if optimizer is None else optimizer)
+        return model
+    check_given(where, batch=batch, loss=loss)
+    return trace(model, batch, loss, optimizer)
 
 
 class _Recorder:

@@ -14,7 +14,7 @@ import platform
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,8 @@ import torch
 
 from assign.errors import AssignError, ComparisonError, nearest
 from assign.executor.backends import Backend
-from assign.numerics.promotion import THRESHOLD
+from assign.numerics.promotion import PromotionOptions
+from assign.options import accept_former
 from assign.plan.assignment import Assignment
 from assign.plan.memory import estimate
 from assign.plan.recipes import get_recipe
@@ -33,6 +34,7 @@ from assign.tracing.tracer import trace
 from assign.training.comparison import Comparison, Run, VariantRow
 from assign.training.history import TrainResult
 from assign.training.loop import Progress, train
+from assign.training.options import TrainOptions
 
 FP32 = "fp32"
 """Name of the variant without a plan."""
@@ -45,41 +47,43 @@ class Variant:
     """One way to train.
 
     Attributes:
+        name: of the variant.
         plan: None is plain PyTorch in float32.
-        promote_every: steps between two looks at what overflows; None is the recipe's own, 0 never. Without a plan
-            there is nothing to promote.
-        promote_threshold: share of overflowing elements at which a tensor is promoted.
+        promotion: when tensors are promoted. Default: as in the options of the comparison.
     """
 
     name: str
     plan: Assignment | None
-    promote_every: int | None = None
-    promote_threshold: float = THRESHOLD
+    promotion: PromotionOptions | None = None
 
-    @property
-    def row(self) -> "VariantRow":
-        """What a comparison's file says of it."""
-        plan = self.plan
+    def options(self, shared: TrainOptions) -> TrainOptions:
+        """Return the options of the comparison with the promotion of this variant; nothing is promoted in float32."""
+        if self.plan is None:
+            return replace(shared, promotion=PromotionOptions())
+        return shared if self.promotion is None else replace(shared, promotion=self.promotion)
+
+    def row(self, shared: TrainOptions) -> VariantRow:
+        """Return what a comparison's file says of the variant."""
+        plan, promotion = self.plan, self.options(shared).promotion
         usual = get_recipe(plan.recipe).promote_every if plan else 0
         return VariantRow(
             name=self.name,
             plan=_hash(plan) if plan else None,
             recipe=plan.recipe if plan else "",
             strategy=plan.provenance.strategy if plan else "",
-            promote_every=usual if self.promote_every is None else self.promote_every,
-            promote_threshold=self.promote_threshold,
+            promote_every=usual if promotion.every is None else promotion.every,
+            promote_threshold=promotion.threshold,
         )
 
 
+@accept_former(options=TrainOptions)
 def compare(
     make_task: Callable[[int], Task],
     variants: Sequence[Variant],
     *,
     seeds: Sequence[int],
     file: Path | None = None,
-    backend: str = "eager",
-    device: str = "cpu",
-    epochs: int | None = None,
+    options: TrainOptions | None = None,
     on_step: OnStep | None = None,
     on_run: Callable[[Run], None] | None = None,
 ) -> Comparison:
@@ -87,37 +91,28 @@ def compare(
 
     Args:
         make_task: seed → the task; called anew for every run.
+        variants: ways to train; their names differ.
+        seeds: each trains every variant once.
         file: written after every run. If it is there, its runs are not trained again; more variants and more seeds than
             it has may be asked for. A run that is under way has its checkpoint beside it and goes on from there.
-        backend: as in ``assign.apply``.
-        epochs: in place of the task's own number.
-        on_step: told ``(variant, seed, progress)`` after every step; ``on_run``: every run that was trained.
+        options: backend, device, epochs and promotion of all runs.
+        on_step: called with ``(variant, seed, progress)`` after every step.
+        on_run: called with every run that was trained.
     Returns:
         The comparison, with one run for each variant and seed.
     Raises:
-        ComparisonError: nothing to compare, or ``file`` is of another comparison; before anything is trained.
+        ComparisonError: nothing to compare, options that each run decides on its own, or ``file`` is of another
+            comparison; before anything is trained.
         PlanError: a plan does not fit the task's model; before anything is trained.
         TaskError, TraceError: as :func:`assign.training.loop.train`.
     """
-    _check(variants, seeds, backend)
-    where = check_device(device)
+    options = options or TrainOptions()
+    _check(variants, seeds, options)
     task = make_task(seeds[0])
-    table = trace(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer)
+    table = _traced(task, options.device)
     for variant in variants:
         _check_fits(variant, table, task.name)
-    comparison = Comparison(
-        task=task.name,
-        fingerprint=table.fingerprint,
-        elements=table.elements,
-        epochs=epochs or task.epochs,
-        backend=backend,
-        device=device,
-        versions={"torch": torch.__version__, "python": platform.python_version()},
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seeds=tuple(seeds),
-        variants=tuple(variant.row for variant in variants),
-        runs=(),
-    )
+    comparison = _empty(task, table, variants, seeds, options)
     goes_on = file is not None and file.exists()
     if file:
         comparison = _continued(comparison, Comparison.load(file), file) if goes_on else comparison
@@ -125,22 +120,16 @@ def compare(
     for seed, variant in itertools.product(seeds, variants):
         checkpoint = _checkpoint(file, variant, seed) if file else None
         if not any(run.seed == seed for run in comparison.of(variant.name)):
+            resume = bool(goes_on and checkpoint and checkpoint.exists())
             with _context(variant, seed, checkpoint):
                 result = train(
                     make_task(seed),
                     variant.plan,
                     table=table,
-                    backend=backend,
-                    seed=seed,
-                    epochs=epochs,
-                    device=device,
-                    checkpoint=checkpoint,
-                    resume=bool(goes_on and checkpoint and checkpoint.exists()),
-                    promote_every=variant.promote_every if variant.plan else None,
-                    promote_threshold=variant.promote_threshold,
+                    options=replace(variant.options(options), seed=seed, checkpoint=checkpoint, resume=resume),
                     on_step=partial(on_step, variant, seed) if on_step else None,
                 )
-            run = _run(variant, seed, result, table, where)
+            run = _run(variant, seed, result, table, check_device(options.device))
             comparison = _with(comparison, run)
             if file:
                 comparison.save(file)
@@ -151,13 +140,31 @@ def compare(
     return comparison
 
 
-def load_variants(
-    plans: Sequence[Path],
-    *,
-    promote_every: int | None = None,
-    promote_threshold: float = THRESHOLD,
-    fp32: bool = True,
-) -> tuple[Variant, ...]:
+def _traced(task: Task, device: str) -> TensorTable:
+    where = check_device(device)
+    return trace(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer).table
+
+
+def _empty(
+    task: Task, table: TensorTable, variants: Sequence[Variant], seeds: Sequence[int], options: TrainOptions
+) -> Comparison:
+    """Return the comparison before anything is trained."""
+    return Comparison(
+        task=task.name,
+        fingerprint=table.fingerprint,
+        elements=table.elements,
+        epochs=options.epochs or task.epochs,
+        backend=str(options.backend),
+        device=options.device,
+        versions={"torch": torch.__version__, "python": platform.python_version()},
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seeds=tuple(seeds),
+        variants=tuple(variant.row(options) for variant in variants),
+        runs=(),
+    )
+
+
+def load_variants(plans: Sequence[Path], *, fp32: bool = True) -> tuple[Variant, ...]:
     """Variants of plans' files, plain fp32 first.
 
     A plan is called by the stem of its file; plans whose stems are equal, or ``fp32``, by their paths.
@@ -172,16 +179,10 @@ def load_variants(
     if twice:
         raise ComparisonError(f"compare: the plan {twice[0]} is given twice. Give each plan once.")
     stems = Counter([FP32, *(path.stem for path in plans)])
-    variants = [Variant(name=FP32, plan=None, promote_every=0)] if fp32 else []
+    variants = [Variant(name=FP32, plan=None)] if fp32 else []
     for path in plans:
-        variants.append(
-            Variant(
-                name=path.stem if stems[path.stem] == 1 else str(path),
-                plan=Assignment.load(path),
-                promote_every=promote_every,
-                promote_threshold=promote_threshold,
-            )
-        )
+        name = path.stem if stems[path.stem] == 1 else str(path)
+        variants.append(Variant(name=name, plan=Assignment.load(path)))
     return tuple(variants)
 
 
@@ -196,7 +197,11 @@ def seed_range(count: int) -> range:
     return range(count)
 
 
-def _check(variants: Sequence[Variant], seeds: Sequence[int], backend: str) -> None:
+_SHARED = ("backend", "device", "epochs", "promotion")
+"""Options of a training that are the same in all runs of a comparison."""
+
+
+def _check(variants: Sequence[Variant], seeds: Sequence[int], options: TrainOptions) -> None:
     names = [variant.name for variant in variants]
     if not variants:
         raise ComparisonError("compare: there is no variant to train. Give at least one.")
@@ -209,12 +214,12 @@ def _check(variants: Sequence[Variant], seeds: Sequence[int], backend: str) -> N
     for name in names:
         if not name:
             raise ComparisonError("compare: a variant has no name. Give each a name of its own.")
-    for variant in variants:
-        if variant.promote_every is not None and variant.promote_every < 0:
-            raise ComparisonError(
-                f"compare: variant {variant.name!r} promotes every {variant.promote_every} steps. "
-                "Give a number of steps of at least 1, or 0 for never."
-            )
+    if options != TrainOptions(**{name: getattr(options, name) for name in _SHARED}):
+        raise ComparisonError(
+            "compare: options were given that each run decides on its own.\n"
+            f"  Allowed: {', '.join(_SHARED)}.\n  Leave out the others; the seeds are seeds=."
+        )
+    backend = options.backend
     if backend not in list(Backend):
         near = nearest(backend, Backend)
         raise ComparisonError(

@@ -24,9 +24,10 @@ from assign import several
 from assign.errors import DivergedError, PlanError, TaskError
 from assign.executor.apply import apply, planned_step
 from assign.numerics.delayed import DelayedScales
-from assign.numerics.promotion import THRESHOLD, Promoted, Promotion
+from assign.numerics.promotion import Promoted, Promotion
 from assign.optim.masters import widened_weights
 from assign.optim.optimizers import follow
+from assign.options import accept_former
 from assign.plan.assignment import Assignment
 from assign.plan.formats import parse_format
 from assign.plan.keys import is_grad_key
@@ -43,11 +44,12 @@ from assign.plan.stored import (
 )
 from assign.plan.tensors import TensorTable
 from assign.tasks.batch import Batch, move, tensors_in
-from assign.tasks.task import Metrics, Task, check_device, check_seed
+from assign.tasks.task import Metrics, Task, check_device
 from assign.tracing.loaded import complete, stored_otherwise
 from assign.tracing.measuring import count_bytes, measure_peak
 from assign.training import checkpoints
 from assign.training.history import EpochResult, History, Point, TrainResult
+from assign.training.options import TrainOptions
 from assign.training.weights import continue_from, load_states
 
 WARM_UP = 2
@@ -80,26 +82,16 @@ class Progress:
     plan: Assignment | None = None
 
 
+@accept_former(options=TrainOptions)
 def train(
     task: Task,
     plan: Assignment | None = None,
     *,
     table: TensorTable | None = None,
-    backend: str = "eager",
-    seed: int = 0,
-    epochs: int | None = None,
-    device: str = "cpu",
-    checkpoint: Path | None = None,
-    checkpoint_every: int | None = None,
-    resume: bool = False,
-    max_steps: int | None = None,
+    options: TrainOptions | None = None,
     on_step: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[int, EpochResult], None] | None = None,
     raise_on_divergence: bool = False,
-    promote_every: int | None = None,
-    promote_threshold: float = THRESHOLD,
-    update_rounding: str | None = None,
-    weights: Path | None = None,
 ) -> TrainResult:
     """Train ``task`` under ``plan``, or in plain PyTorch without one.
 
@@ -107,55 +99,32 @@ def train(
         task: model, loss, data and optimizer.
         plan: for the task's model.
         table: of the model. If it is given, the result has the predicted peak.
-        backend: as in :func:`assign.apply`.
-        seed: of the weights, the order of the data, and random numbers in the steps.
-        epochs: in place of the task's own number.
-        device: ``cpu``, ``cuda``, …
-        checkpoint: file written after every epoch, and after every ``checkpoint_every`` steps.
-        resume: continue from ``checkpoint``.
-        max_steps: stop after this number of steps.
+        options: backend, seed, device, length, checkpoint, start and promotion.
         on_step: called after every step.
         on_epoch: called after every finished epoch with its number, starting at 1, and its result.
         raise_on_divergence: raise an error instead of returning a result that says so.
-        promote_every, promote_threshold: as in :class:`assign.Promotion`.
-        update_rounding: of 16-bit masters, as in :func:`assign.optimizer`. Default: that of the plan.
-        weights: checkpoint or ``state_dict`` of a float32 training to start from. Weights and optimizer states are
-            rounded to the formats of the plan; options of the optimizer are those of the task.
     Returns:
         Loss, metrics, seconds, measured and predicted peak, promotions, and the course of the training.
     Raises:
-        TaskError: the task does not keep to its interface, several processes train, or ``checkpoint`` or ``weights``
+        TaskError: the task does not keep to its interface, several processes train, or the checkpoint or the weights
             cannot be used, for example because the plan's masters cannot represent them (see ``assign.audit_range``).
         DivergedError: the loss is not finite, and ``raise_on_divergence`` is set.
         PlanError, TraceError: as :func:`assign.apply`.
     """
+    options = options or TrainOptions()
     if several.world_size() > 1:
         raise TaskError(
             f"train: this is one of {several.world_size()} processes, and each would train a model of its own on all "
             "of the data.\n  Allowed: one process.\n  Start it without torchrun, or write the loop yourself, with "
             "DistributedDataParallel(assign.apply(model, plan))."
         )
-    check_seed(seed, where="train")
-    if resume and checkpoint is None:
-        raise TaskError("train: resume=True needs checkpoint=, the file to go on from.")
-    if checkpoint is not None:
-        checkpoints.check(checkpoint)
-    promotion = Promotion(plan, every=promote_every, threshold=promote_threshold) if plan else None
-    run = _Run(
-        task,
-        plan,
-        promotion,
-        backend=backend,
-        seed=seed,
-        device=device,
-        epochs=epochs or task.epochs,
-        update_rounding=update_rounding,
-        weights=weights,
-    )
+    if options.checkpoint is not None:
+        checkpoints.check(options.checkpoint)
+    run = _Run(task, plan, options)
     run.on_step, run.on_epoch = on_step, on_epoch
-    if resume and checkpoint is not None:
-        run.load(checkpoint)
-    message = run.train(checkpoint, checkpoint_every, max_steps)
+    if options.resume and options.checkpoint is not None:
+        run.load(options.checkpoint)
+    message = run.train(options.checkpoint, options.checkpoint_every, options.max_steps)
     if message and raise_on_divergence:
         raise DivergedError(message)
     return run.result(table, message)
@@ -178,31 +147,21 @@ def needs_loss_scaling(plan: Assignment) -> bool:
 class _Run:
     """One run of training: model, optimizer and what belongs to them, made from a seed."""
 
-    def __init__(
-        self,
-        task: Task,
-        plan: Assignment | None,
-        promotion: Promotion | None,
-        *,
-        backend: str,
-        seed: int,
-        device: str,
-        epochs: int,
-        update_rounding: str | None,
-        weights: Path | None,
-    ) -> None:
-        self.task, self.plan, self.promotion, self.seed, self.epochs = task, plan, promotion, seed, epochs
-        self.device = check_device(device)
+    def __init__(self, task: Task, plan: Assignment | None, options: TrainOptions) -> None:
+        self.task, self.plan, self.seed, self.epochs = task, plan, options.seed, options.epochs or task.epochs
+        chosen = options.promotion
+        self.promotion = Promotion(plan, every=chosen.every, threshold=chosen.threshold) if plan else None
+        self.device = check_device(options.device)
         self.on_step: Callable[[Progress], None] | None = None
         self.on_epoch: Callable[[int, EpochResult], None] | None = None
         self.history = History()
-        _seed(seed)
+        _seed(self.seed)
         self.model = task.make_model().to(self.device)
         self.model.train()
         stored = complete(plan, self.model) if plan else None
-        rounding = update_rounding or (plan.update_rounding if plan else UpdateRounding.NEAREST)
+        rounding = options.update_rounding or (plan.update_rounding if plan else UpdateRounding.NEAREST)
         self.update_rounding = check_rounding(rounding, stored.entries if stored else {}, where="train")
-        states = continue_from(task, self.model, plan, weights) if weights else None
+        states = continue_from(task, self.model, plan, options.weights) if options.weights else None
         self.length = len(task.train) if isinstance(task.train, Sized) else None
         self.scaler: torch.amp.GradScaler | None = None
         self.scales: DelayedScales | None = None
@@ -210,7 +169,7 @@ class _Run:
         self.loss: Callable[[Batch], Tensor] = lambda batch: task.loss(self.model, batch)
         if plan is not None:
             self.scales = DelayedScales(plan)
-            shared: Any = {"backend": backend, "promotion": promotion, "scales": self.scales}
+            shared: Any = {"backend": options.backend, "promotion": self.promotion, "scales": self.scales}
             self.loss = planned_step(self.model, task.loss, plan, **shared)
             self.planned = apply(self.model, plan, **shared)
             if needs_loss_scaling(stored or plan):

@@ -6,7 +6,7 @@ A plan is one decision for each group of the table: low or high, in the recipe's
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import optuna
@@ -14,13 +14,17 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import ConfigDict, TypeAdapter
 
 from assign.errors import PlanError, StudyError
+from assign.executor.backends import Backend
 from assign.json_file import Count, Kind
+from assign.options import option
 from assign.plan.assignment import Assignment, Entry
 from assign.plan.memory import estimate, peak_bytes
-from assign.plan.recipes import get_recipe, initial
+from assign.plan.recipes import initial
+from assign.plan.space import SearchSpace
 from assign.plan.stored import UpdateRounding
 from assign.plan.tensors import TensorTable
 from assign.planning import completion, search_table, summary
+from assign.strategies import OPTUNA, check_request
 from assign.strategies.goal import Goal, over_budget, parse_budget
 from assign.tasks import Task, check_device
 from assign.tasks.batch import move
@@ -28,6 +32,7 @@ from assign.tracing.finiteness import non_finite
 from assign.tracing.tracer import trace
 from assign.training.history import EpochResult
 from assign.training.loop import train
+from assign.training.options import TrainOptions
 
 STARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Low ratios of the greedy plans that are tried first."""
@@ -38,27 +43,32 @@ class Settings:
     """What all processes of one study must agree on; a study keeps it.
 
     Attributes:
-        recipe: whose two formats are chosen from.
-        budget: peak bytes, in any form that ``assign.search`` takes; None: the peak is an objective.
-        metric: one of the task's, or ``loss``: that of the last epoch's training.
-        maximize: whether more of it is better.
-        epochs: of each trial; None: the task's own number.
-        stored: formats of what is stored and of what is saved, by the names that ``assign.search`` has for them.
-        update_rounding: of 16-bit masters, as in ``assign.optimizer``.
+        space: What may be chosen for every tensor, without formats, pins and granularity; or the name of a recipe.
+        budget: Peak bytes of a step, in any form that :func:`assign.search` takes. Default: the peak is an objective.
+        metric: One of the task's, or ``loss``: that of the last epoch's training.
+        maximize: Whether more of the metric is better.
+        epochs: Epochs of each trial. Default: the task's own number.
+        seed: Seed of the trainings and of the study.
+        backend: What trains. ``eager``: no compiler, exact memory. ``inductor``: compiled, fast.
+        device: Where the model and the data are: ``cpu``, ``cuda``, ``cuda:1``, and so on.
+    Raises:
+        BudgetError: the space has something that a study does not take.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    recipe: str = "native"
-    budget: str | int | None = None
-    metric: str = "accuracy"
-    maximize: bool = True
+    space: SearchSpace = field(default_factory=SearchSpace, metadata=option(hidden=True))
+    budget: str | int | None = field(default=None, metadata=option(hidden=True))
+    metric: str = field(default="accuracy", metadata=option(hidden=True))
+    maximize: bool = field(default=True, metadata=option(hidden=True))
     epochs: int | None = None
     seed: int = 0
-    backend: str = "eager"
+    backend: Backend | str = field(default=Backend.EAGER, metadata=option(type=Backend))
     device: str = "cpu"
-    stored: tuple[tuple[str, str], ...] = ()
-    update_rounding: str = UpdateRounding.NEAREST
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "space", SearchSpace.of(self.space))
+        check_request(OPTUNA, Goal(budget=self.budget), self.space)
 
     @classmethod
     def of(cls, study: str, attributes: Mapping[str, Any]) -> "Settings":
@@ -67,7 +77,11 @@ class Settings:
         Raises:
             StudyError: they are damaged, or of a version that knows other settings.
         """
-        text = json.dumps(attributes.get("settings", {}))
+        kept = dict(attributes.get("settings", {}))
+        if "stored" in kept:  # of the version that had no search spaces
+            space = {name: kept.pop(name) for name in ("recipe", "update_rounding") if name in kept}
+            kept["space"] = {**space, **dict(kept.pop("stored"))}
+        text = json.dumps(kept)
         return _KEPT.load(_SETTINGS, text, f"what the study {study!r} keeps of its settings")
 
 
@@ -125,16 +139,15 @@ class Trainer:
         where = check_device(settings.device)
         task = make_task(settings.seed)
         model, batch = task.make_model().to(where), move(task.first_batch(), where)
-        table = trace(model, batch, task.loss, task.optimizer)
-        stored = dict(settings.stored)
-        keep = non_finite(model, batch, task.loss) if "saved" in stored else frozenset()
+        table = trace(model, batch, task.loss, task.optimizer).table
+        keep = non_finite(model, batch, task.loss) if settings.space.saved else frozenset[str]()
         budget = None if settings.budget is None else parse_budget(settings.budget, peak_bytes(table, {}))
-        complete = completion(table, **stored, non_finite=keep)
+        complete = completion(table, settings.space, non_finite=keep)
         made = cls(make_task=make_task, settings=settings, table=table, complete=complete, budget=budget)
         if budget is not None:
             floor = made.peak(made.everything)
             if floor > budget:
-                raise over_budget(Goal(budget_bytes=budget), floor, "with everything low")
+                raise over_budget(Goal(budget=budget), floor, "with everything low")
         return made
 
     @property
@@ -144,11 +157,11 @@ class Trainer:
 
     def entries(self, low: Iterable[int]) -> dict[str, Entry]:
         """The plan's entries with these groups low."""
-        return self.complete(initial(self.table, get_recipe(self.settings.recipe), frozenset(low)))
+        return self.complete(initial(self.table, self.settings.space.rules, frozenset(low)))
 
     def peak(self, low: Iterable[int]) -> int:
         """Peak bytes of a step with these groups low."""
-        return peak_bytes(self.table, self.entries(low), self.settings.update_rounding)
+        return peak_bytes(self.table, self.entries(low), self.settings.space.update_rounding)
 
     def costs(self, low: Iterable[int]) -> dict[str, Any]:
         """The estimate of the plan with these groups low, as its provenance has it."""
@@ -158,7 +171,7 @@ class Trainer:
     def enqueue(self, study: optuna.Study, starts: Sequence[Assignment]) -> None:
         """Greedy plans and the plans given, to be tried before anything is drawn."""
         s = self.settings
-        greedy = [search_table(self.table, low_ratio=ratio, recipe=s.recipe, seed=s.seed) for ratio in STARTS]
+        greedy = [search_table(self.table, low_ratio=ratio, space=s.space.recipe, seed=s.seed) for ratio in STARTS]
         for plan in (*starts, *greedy):
             low = self._low_of(plan)
             study.enqueue_trial({_name(group): group in low for group in self.everything}, skip_if_exists=True)
@@ -166,12 +179,12 @@ class Trainer:
     def _low_of(self, plan: Assignment) -> frozenset[int]:
         plan.check_fits(self.table, where="tune: a plan to start from")
         low = frozenset(g.id for g in self.table.groups if all(plan.entries[key].low for key in g.keys))
-        wanted = initial(self.table, get_recipe(self.settings.recipe), low)
+        wanted = initial(self.table, self.settings.space.rules, low)
         other = next((key for key, entry in wanted.items() if plan.entries[key].format != entry.format), None)
         if other is not None:
             raise PlanError(
                 f"tune: a plan to start from has {other!r} in {plan.entries[other].format}, and the study chooses "
-                f"between the two formats of the recipe {self.settings.recipe!r}, for whole groups.\n"
+                f"between the two formats of the recipe {self.settings.space.recipe!r}, for whole groups.\n"
                 "  Give plans of that recipe: from the strategies greedy, or milp with groups and without formats."
             )
         return low
@@ -226,10 +239,7 @@ class Trainer:
         result = train(
             self.make_task(s.seed),
             plan,
-            backend=s.backend,
-            seed=s.seed,
-            epochs=s.epochs,
-            device=s.device,
+            options=TrainOptions(backend=s.backend, seed=s.seed, epochs=s.epochs, device=s.device),
             on_epoch=watch,
         )
         if result.diverged:
@@ -248,9 +258,9 @@ class Trainer:
         """The plan with these groups low."""
         return Assignment(
             entries=self.entries(low),
-            recipe=self.settings.recipe,
+            recipe=self.settings.space.recipe,
             fingerprint=self.table.fingerprint,
-            update_rounding=UpdateRounding(self.settings.update_rounding),
+            update_rounding=UpdateRounding(self.settings.space.update_rounding),
         )
 
 

@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from assign.errors import AssignError, StudyError, nearest
+from assign.options import accept_former, option
 from assign.plan.assignment import Assignment
 from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.tasks import Task
@@ -92,34 +93,60 @@ class Tuned(Drawn):
         return table_html(title, ["trial", self.metric, "peak"], rows)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyOptions:
+    """How a study is done; processes of one study may differ in it.
+
+    Attributes:
+        trials: Number of trials in the study, those of earlier calls and other processes included.
+        workers: Number of processes on this machine, this one included.
+        sampler: ``tpe`` or ``nsga2``. Default: TPE with a budget, NSGA-II for a front.
+        name: Name of the study in the database.
+        heartbeat: Seconds between two signs of life of a running trial. After two intervals without one, another
+            process repeats the trial.
+    Raises:
+        StudyError: there is no trial, no worker, or no such sampler.
+    """
+
+    trials: int = 32
+    workers: int = 1
+    sampler: str | None = None
+    name: str = field(default="assign", metadata=option(hidden=True))
+    heartbeat: int = field(default=30, metadata=option(hidden=True))
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or self.workers < 1:
+            raise StudyError(
+                f"tune: {self.trials} trials by {self.workers} workers are asked for. Give at least one of each."
+            )
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            close = nearest(self.sampler, SAMPLERS)
+            raise StudyError(
+                f"tune: there is no sampler {self.sampler!r}{f', did you mean {close}' if close else ''}. "
+                f"Choose one of: {', '.join(SAMPLERS)}."
+            )
+
+
+@accept_former(options=StudyOptions)
 def tune(
     make_task: Callable[[int], Task],
     *,
     storage: str | Path,
-    name: str = "assign",
-    trials: int = 32,
     settings: Settings | None = None,
+    options: StudyOptions | None = None,
     starts: Sequence[Assignment] = (),
-    sampler: str | None = None,
-    workers: int = 1,
-    heartbeat: int = 30,
     on_trial: Callable[[FrozenTrial], None] | None = None,
 ) -> Tuned:
-    """Begin or resume a study until ``trials`` of its trials are done.
+    """Begin or resume a study until ``options.trials`` of its trials are done.
 
     Greedy plans of several low ratios and the ``starts`` are tried first.
 
     Args:
         make_task: seed → task. It is pickled if there are several workers.
         storage: a file (SQLite), or the URL of a database, e.g. ``postgresql://user@host/name``.
-        name: of the study in the database.
-        trials: number of trials in the study, those of earlier calls and other processes included.
         settings: of all trials. Default: those of the study, or ``Settings()``.
+        options: number of trials and of workers, and sampler.
         starts: plans to try, in the recipe's two formats, with the same format for a whole group.
-        sampler: ``tpe`` or ``nsga2``. Default: TPE with a budget, NSGA-II for a front.
-        workers: number of processes on this machine, this one included.
-        heartbeat: seconds between two signs of life of a running trial. After two intervals without one, another
-            process repeats the trial.
         on_trial: called with every trial that this process has done.
     Returns:
         The best plan under a budget, or the Pareto front of metric and peak.
@@ -132,13 +159,12 @@ def tune(
         PlanError: as :func:`assign.apply`.
     Source: Optuna (Akiba et al., 2019); NSGA-II (Deb et al., 2002); Hyperband (Li et al., 2018).
     """
-    if trials < 1 or workers < 1:
-        raise StudyError(f"tune: {trials} trials by {workers} workers are asked for. Give at least one of each.")
-    job = _Job(make_task, check_storage(storage), name, trials, sampler, heartbeat)
+    options = options or StudyOptions()
+    job = _Job(make_task, check_storage(storage), options)
     with explained(job.storage), job.opened(settings, starts) as (trainer, study):
         helpers: list[multiprocessing.process.BaseProcess] = []
         try:
-            helpers += (_start(job, workers) for _ in range(1, workers))
+            helpers += (_start(job, options.workers) for _ in range(1, options.workers))
             job.work(trainer, study, on_trial)
         except BaseException:
             for helper in helpers:
@@ -155,10 +181,7 @@ class _Job:
 
     make_task: Callable[[int], Task]
     storage: str
-    name: str
-    trials: int
-    sampler: str | None
-    heartbeat: int
+    options: StudyOptions
 
     @contextlib.contextmanager
     def opened(
@@ -170,12 +193,14 @@ class _Job:
             starts: plans to try before anything is drawn, after the greedy ones; None: another process proposes all.
         """
         with _quiet():
-            storage = open_database(self.storage, self.heartbeat)
+            storage = open_database(self.storage, self.options.heartbeat)
         try:
-            trainer = Trainer.make(self.make_task, _agreed(storage, self.name, settings))
+            trainer = Trainer.make(self.make_task, _agreed(storage, self.options.name, settings))
             with exclusive(self.storage):
-                _agreed(storage, self.name, trainer.settings)  # another process may have begun the study meanwhile
-                study = _study(trainer, storage, self.name, self.sampler)
+                _agreed(
+                    storage, self.options.name, trainer.settings
+                )  # another process may have begun the study meanwhile
+                study = _study(trainer, storage, self.options.name, self.options.sampler)
                 if starts is not None:
                     trainer.enqueue(study, starts)
             yield trainer, study
@@ -187,9 +212,11 @@ class _Job:
         self, trainer: Trainer, study: optuna.Study, on_trial: Callable[[FrozenTrial], None] | None = None
     ) -> None:
         """Do trials until all of the study's processes together have done enough."""
-        if len(study.get_trials(deepcopy=False, states=_DONE)) >= self.trials:
+        if len(study.get_trials(deepcopy=False, states=_DONE)) >= self.options.trials:
             return
-        callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [MaxTrialsCallback(self.trials, states=_DONE)]
+        callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [
+            MaxTrialsCallback(self.options.trials, states=_DONE)
+        ]
         if on_trial is not None:
             callbacks.append(lambda _study, trial: on_trial(trial))
         with _quiet():
@@ -269,28 +296,31 @@ def _agreed(storage: RDBStorage, name: str, settings: Settings | None) -> Settin
         return settings or Settings()
     kept = Settings.of(name, known[name].user_attrs)
     if settings is not None and settings != kept:
-        other = [key for key in Settings.__dataclass_fields__ if getattr(kept, key) != getattr(settings, key)]
         raise StudyError(
             f"tune: the study {name!r} has other settings: "
-            + "; ".join(f"{key} is {getattr(kept, key)!r}, asked for {getattr(settings, key)!r}" for key in other)
+            + "; ".join(f"{key} is {own!r}, asked for {other!r}" for key, own, other in _differences(kept, settings))
             + ".\n  Go on with its own, or give another name or storage."
         )
     return kept
+
+
+def _differences(kept: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name of each field in which two objects differ, with both values; of a space, those of its fields."""
+    for each in dataclasses.fields(kept):
+        own, other = getattr(kept, each.name), getattr(asked, each.name)
+        if dataclasses.is_dataclass(own):
+            yield from _differences(own, other)
+        elif own != other:
+            yield each.name, own, other
 
 
 def _study(trainer: Trainer, storage: RDBStorage, name: str, sampler: str | None) -> optuna.Study:
     """The study called ``name``, made if there is none.
 
     Raises:
-        StudyError: it is of another model, or there is no such sampler.
+        StudyError: it is of another model.
     """
     chosen = sampler or ("tpe" if trainer.budget is not None else "nsga2")
-    if chosen not in SAMPLERS:
-        close = nearest(chosen, SAMPLERS)
-        raise StudyError(
-            f"tune: there is no sampler {chosen!r}{f', did you mean {close}' if close else ''}. "
-            f"Choose one of: {', '.join(SAMPLERS)}."
-        )
     direction = StudyDirection.MAXIMIZE if trainer.settings.maximize else StudyDirection.MINIMIZE
     study = optuna.create_study(
         storage=storage,

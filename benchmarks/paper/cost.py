@@ -82,8 +82,8 @@ def main() -> None:
     images = torch.randn(options.batch_size, 3, 32, 32, device=options.device)
     batch = images, torch.randint(10, (options.batch_size,), device=options.device)
     table = trace(make(), batch, classification_loss)
-    low = search_table(table, recipe="hfp8", low_ratio=LOW_EVERYWHERE)
-    high = search_table(table, recipe="hfp8", low_ratio=HIGH_EVERYWHERE)
+    low = search_table(table, space="hfp8", low_ratio=LOW_EVERYWHERE)
+    high = search_table(table, space="hfp8", low_ratio=HIGH_EVERYWHERE)
     found: dict[str, Configuration] = {}
     for backend in ("eager", "inductor"):
         found[f"{backend}: fp32"] = Configuration(make, batch, None, backend, 0)

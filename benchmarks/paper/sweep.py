@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from assign.numerics.promotion import PromotionOptions
 from assign.plan.assignment import Assignment
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table
@@ -35,6 +36,7 @@ from assign.tasks.data import Images, read_cifar, read_fashion_mnist
 from assign.tasks.task import Task, TaskOptions
 from assign.tracing.tracer import trace
 from assign.training.comparing import FP32, Variant, compare
+from assign.training.options import TrainOptions
 from benchmarks.paper.models import MODELS
 
 RATIOS = (0.3, 0.5, 0.7, 0.9, 1.0)
@@ -47,27 +49,29 @@ Search = Callable[..., Assignment]
 def accuracy(search: Search) -> list[Variant]:
     """The paper's assignment at several low ratios, with and without promotion, against every baseline."""
     variants = [
-        Variant(name=FP32, plan=None, promote_every=0),
-        Variant(name="π_op", plan=search(strategy="operator"), promote_every=0),
-        Variant(name="π_op′", plan=search(strategy="operator-prime"), promote_every=0),
+        Variant(name=FP32, plan=None, promotion=PromotionOptions(every=0)),
+        Variant(name="π_op", plan=search(strategy="operator"), promotion=PromotionOptions(every=0)),
+        Variant(name="π_op′", plan=search(strategy="operator-prime"), promotion=PromotionOptions(every=0)),
     ]
     for ratio in RATIOS:
         plan = search(low_ratio=ratio)
-        variants.append(Variant(name=f"greedy {ratio}", plan=plan, promote_every=1))
-        variants.append(Variant(name=f"greedy {ratio}, no promotion", plan=plan, promote_every=0))
+        variants.append(Variant(name=f"greedy {ratio}", plan=plan, promotion=PromotionOptions(every=1)))
+        variants.append(Variant(name=f"greedy {ratio}, no promotion", plan=plan, promotion=PromotionOptions(every=0)))
     return variants
 
 
 def orders(search: Search) -> list[Variant]:
     """Which group is demoted first: the largest (the paper's), the smallest, or one drawn."""
-    variants = [Variant(name=FP32, plan=None, promote_every=0)]
+    variants = [Variant(name=FP32, plan=None, promotion=PromotionOptions(every=0))]
     for ratio in RATIOS[:-1]:
         for order in ("greedy", "greedy-smallest"):
             plan = search(strategy=order, low_ratio=ratio)
-            variants.append(Variant(name=f"{order} {ratio}", plan=plan, promote_every=1))
+            variants.append(Variant(name=f"{order} {ratio}", plan=plan, promotion=PromotionOptions(every=1)))
         for seed in RANDOM_ORDERS:
             plan = search(strategy="greedy-random", low_ratio=ratio, seed=seed)
-            variants.append(Variant(name=f"greedy-random {seed} {ratio}", plan=plan, promote_every=1))
+            variants.append(
+                Variant(name=f"greedy-random {seed} {ratio}", plan=plan, promotion=PromotionOptions(every=1))
+            )
     return variants
 
 
@@ -101,9 +105,7 @@ def main() -> None:
         variants,
         seeds=range(options.seeds),
         file=file,
-        backend=options.backend,
-        device=options.device,
-        epochs=options.epochs,
+        options=TrainOptions(backend=options.backend, device=options.device, epochs=options.epochs),
         on_run=lambda run: print(
             f"{run.variant}, seed {run.seed}: {run.facts.metrics} {run.facts.message}".rstrip(), flush=True
         ),
@@ -114,7 +116,7 @@ def main() -> None:
 
 def paper_search(table: TensorTable, **options: object) -> Assignment:
     """A plan of the paper's recipe."""
-    return search_table(table, recipe="hfp8", **options)
+    return search_table(table, space="hfp8", **options)
 
 
 def task(options: argparse.Namespace, seed: int) -> Task:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from assign.executor.apply import planned_step
 from assign.optim.optimizers import follow
 from assign.plan.assignment import Assignment
+from assign.plan.space import SearchSpace
 from assign.planning import search
 from benchmarks.steps.workloads import Workload
 
@@ -187,11 +188,13 @@ def make_plan(configuration: Configuration, model: nn.Module, batch: Any, worklo
         model,
         batch,
         workload.loss,
-        recipe=configuration.recipe,
+        space=SearchSpace(
+            recipe=configuration.recipe,
+            saved=configuration.saved,
+            gradients=configuration.gradients,
+            optimizer_states=configuration.states,
+        ),
         low_ratio=configuration.low_ratio,
-        saved=configuration.saved,
-        gradients=configuration.gradients,
-        optimizer_states=configuration.states,
         optimizer=adamw,
     )
 

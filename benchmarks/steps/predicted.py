@@ -22,6 +22,7 @@ from assign.executor.apply import planned_step
 from assign.executor.rehearsal import rehearse
 from assign.optim.optimizers import follow
 from assign.plan.memory import estimate
+from assign.plan.space import SearchSpace
 from assign.planning import search_table
 from assign.tasks.models import GPT, ResNet
 from assign.tracing.measuring import measure_peak
@@ -87,12 +88,15 @@ def compare(model_name: str, plan_name: str, backend: str, seed: int) -> dict[st
 
 
 PLANS: dict[str, dict[str, Any]] = {
-    "fp32": {"strategy": "uniform", "format_name": "fp32"},
-    "bf16": {"strategy": "uniform", "format_name": "bf16"},
+    "fp32": {"strategy": "uniform", "space": SearchSpace(formats="fp32")},
+    "bf16": {"strategy": "uniform", "space": SearchSpace(formats="bf16")},
     "native, half low": {"low_ratio": 0.5},
     "native, all low": {"low_ratio": 1.0},
-    "hfp8, all low": {"low_ratio": 1.0, "recipe": "hfp8"},
-    "bf16, 8-bit states, bf16 gradients": {"low_ratio": 0.0, "optimizer_states": "dynamic8", "gradients": "bf16"},
+    "hfp8, all low": {"low_ratio": 1.0, "space": "hfp8"},
+    "bf16, 8-bit states, bf16 gradients": {
+        "low_ratio": 0.0,
+        "space": SearchSpace(optimizer_states="dynamic8", gradients="bf16"),
+    },
 }
 
 

@@ -118,7 +118,7 @@ COMMANDS = {
         result=_compared,
     ),
     "noise": Command(
-        ("noise", "digits", "-o", "noise.json", "--batches", "3", "--until", "0", "--warm-up", "2"),
+        ("noise", "digits", "-o", "noise.json", "--max-batches", "3", "--rtol", "0", "--warm-up", "2"),
         _counted("noise.json", _batches),
         20,
         result=_measured,
@@ -126,9 +126,9 @@ COMMANDS = {
     "run": Command(
         ("run", "digits", "--low-ratio", "0.5", "--epochs", "1", "-o", "plan.json"), _counted("plan.json", _tensors), 20
     ),
-    "search": Command(
+    "tune": Command(
         (
-            *("search", "digits", "--strategy", "optuna", "--workers", "2", "--trials", "6", "--epochs", "1"),
+            *("tune", "digits", "--workers", "2", "--trials", "6", "--epochs", "1"),
             *("--budget", "90%", "-o", "tuned.json"),
         ),
         _counted("tuned.study.db", _trials),

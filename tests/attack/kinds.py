@@ -30,6 +30,7 @@ from assign.fronts import Front
 from assign.plan.assignment import Assignment, Provenance
 from assign.plan.memory import estimate
 from assign.plan.noise import Cell, Method, NoiseTable, Sample
+from assign.plan.space import SearchSpace
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table
 from assign.report import pictures, tables
@@ -40,8 +41,9 @@ from assign.tasks.data import read_cifar, read_fashion_mnist
 from assign.training import trials
 from assign.training.comparison import Comparison, Run, VariantRow
 from assign.training.loop import train
+from assign.training.options import TrainOptions
 from assign.training.trials import Settings
-from assign.training.tuning import tune
+from assign.training.tuning import StudyOptions, tune
 from assign.training.weights import load_weights
 
 
@@ -100,7 +102,7 @@ class Subjects:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.folder, self.task = folder, make_task()
         self.table = assign.trace(self.task.make_model(), self.task.first_batch(), self.task.loss, self.task.optimizer)
-        self.plan = search_table(self.table, low_ratio=0.5, recipe="native")
+        self.plan = search_table(self.table, low_ratio=0.5, space="native")
         self._used = 0
         self.plan_file = folder / "whole.json"
         self.plan.save(self.plan_file)
@@ -147,18 +149,18 @@ class Subjects:
         )
         comparison = self._comparison(result).to_json()
         yield of_json("comparison", comparison, share=10, load=Comparison.load, use=self._use_comparison)
-        train(self.task, self.plan, checkpoint=self.folder / "run.pt", epochs=1)
+        train(self.task, self.plan, options=TrainOptions(checkpoint=self.folder / "run.pt", epochs=1))
         yield Kind(
             name="checkpoint",
             suffix=".pt",
             whole=((self.folder / "run.pt").read_bytes(),),
             damage=_mixed(_damage_state),
-            load=lambda path: train(self.task, self.plan, checkpoint=path, resume=True, epochs=1),
+            load=lambda path: train(self.task, self.plan, options=TrainOptions(checkpoint=path, resume=True, epochs=1)),
             use=lambda path, _: load_weights(path, _model()),
             share=6,
         )
         storage = self.folder / "study.db"
-        tune(lambda _: self.task, storage=storage, trials=2, settings=Settings(epochs=1))
+        tune(lambda _: self.task, storage=storage, options=StudyOptions(trials=2), settings=Settings(epochs=1))
         yield Kind(
             name="study", suffix=".db", whole=(storage.read_bytes(),), damage=_mixed(self._damage_study),
             load=self._study, use=_nothing, share=6,
@@ -181,7 +183,7 @@ class Subjects:
             {"recipe": "native-delayed"},
             {"recipe": "hfp8", "saved": "int4:block64"},
         ):
-            yield search_table(self.table, low_ratio=1.0, **options)
+            yield search_table(self.table, low_ratio=1.0, space=SearchSpace(**options))
 
     def _noise(self) -> NoiseTable:
         cells = {}
@@ -287,7 +289,7 @@ class Subjects:
         plan._repr_html_()
 
     def _train(self, plan: Assignment) -> None:
-        _allowed(lambda: train(self.task, plan, epochs=1, backend="eager"))
+        _allowed(lambda: train(self.task, plan, options=TrainOptions(epochs=1, backend="eager")))
 
     def _front(self, path: Path) -> Front:
         front = self.folder / "read front"
@@ -311,7 +313,7 @@ class Subjects:
 
         trained, trials.train = trials.train, refuse
         try:
-            return tune(lambda _: self.task, storage=path, trials=2)
+            return tune(lambda _: self.task, storage=path, options=StudyOptions(trials=2))
         finally:
             trials.train = trained
 

@@ -51,7 +51,7 @@ def make_step(recipe: str) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
 
     if recipe in PLAIN:
         return model, plain
-    plan = search_table(assign.trace(model, batch(8), loss), recipe=recipe, low_ratio=1.0)
+    plan = search_table(assign.trace(model, batch(8), loss), space=recipe, low_ratio=1.0)
     return model, assign.planned_step(model, loss, plan, backend="eager")
 
 

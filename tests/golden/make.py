@@ -15,21 +15,27 @@ import torch
 from torch import nn
 
 import assign
+from assign.noise.options import NoiseOptions
 from assign.plan.assignment import Assignment
 from assign.plan.memory import estimate
 from assign.plan.noise import NoiseTable
+from assign.plan.space import SearchSpace
 from assign.plan.tensors import TensorTable
 from assign.planning import search_table
 from assign.training.loop import train
+from assign.training.options import TrainOptions
 from assign.training.trials import Settings
-from assign.training.tuning import tune
+from assign.training.tuning import StudyOptions, tune
 
 PLANS: dict[str, dict[str, Any]] = {
     "native": {"low_ratio": 0.5},
-    "hfp8": {"recipe": "hfp8", "low_ratio": 1.0, "saved": "int4:block64"},
-    "delayed": {"recipe": "native-delayed", "low_ratio": 1.0},
-    "stored": {"recipe": "bf16", "low_ratio": 1.0, "master": "bf16", "gradients": "bf16", "optimizer_states": "bf16"},
-    "standalone": {"recipe": "bf16", "strategy": "standalone"},
+    "hfp8": {"space": SearchSpace(recipe="hfp8", saved="int4:block64"), "low_ratio": 1.0},
+    "delayed": {"space": "native-delayed", "low_ratio": 1.0},
+    "stored": {
+        "space": SearchSpace(recipe="bf16", master="bf16", gradients="bf16", optimizer_states="bf16"),
+        "low_ratio": 1.0,
+    },
+    "standalone": {"space": "bf16", "strategy": "standalone"},
 }
 """Name of a plan → how it is searched."""
 
@@ -72,7 +78,7 @@ def numbers(directory: Path) -> dict[str, Any]:
     for name in PLANS:
         plan = Assignment.load(directory / f"{name}.json")
         costs = estimate(table, plan)
-        trained = train(task, plan, backend="eager", table=table)
+        trained = train(task, plan, options=TrainOptions(backend="eager"), table=table)
         found[name] = {
             "peak_bytes": costs.peak_bytes,
             "saved_bytes": costs.saved_bytes,
@@ -81,10 +87,12 @@ def numbers(directory: Path) -> dict[str, Any]:
         }
     found["noise"] = noise.of(Assignment.load(directory / "native.json").entries)
     resumed = train(
-        task, Assignment.load(directory / "native.json"), backend="eager", checkpoint=_copy(directory), resume=True
+        task,
+        Assignment.load(directory / "native.json"),
+        options=TrainOptions(backend="eager", checkpoint=_copy(directory), resume=True),
     )
     found["resumed"] = {"loss": resumed.loss, "steps": resumed.steps}
-    studied = tune(make_task, storage=directory / "study.db", trials=2)
+    studied = tune(make_task, storage=directory / "study.db", options=StudyOptions(trials=2))
     found["study"] = {"trained": studied.trained, "front": [[each.peak_bytes, each.metric] for each in studied.front]}
     return found
 
@@ -106,10 +114,10 @@ def main() -> None:
     table.save(directory / "table.json")
     for name, options in PLANS.items():
         search_table(table, **options).save(directory / f"{name}.json")
-    assign.measure_noise(model, [batch], task.loss, most=1).save(directory / "noise.json")
+    assign.measure_noise(model, [batch], task.loss, options=NoiseOptions(max_batches=1)).save(directory / "noise.json")
     plan = Assignment.load(directory / "native.json")
-    train(task, plan, backend="eager", checkpoint=directory / "run.pt", max_steps=5)
-    tune(make_task, storage=directory / "study.db", trials=2, settings=Settings(epochs=1))
+    train(task, plan, options=TrainOptions(backend="eager", checkpoint=directory / "run.pt", max_steps=5))
+    tune(make_task, storage=directory / "study.db", options=StudyOptions(trials=2), settings=Settings(epochs=1))
     (directory / "numbers.json").write_text(json.dumps(numbers(directory), indent=2) + "\n")
     (directory / "resumed.pt").unlink()
 

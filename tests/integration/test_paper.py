@@ -101,7 +101,7 @@ def test_operator_based_ratio_with_a_hundred_classes(model, expected):
 
 
 def ratio(table, **options):
-    return search_table(table, recipe="hfp8", **options).provenance.estimate["low_ratio"]
+    return search_table(table, space="hfp8", **options).provenance.estimate["low_ratio"]
 
 
 RATIOS = [  # asked for, groups low, by elements, by bits
@@ -113,7 +113,7 @@ RATIOS = [  # asked for, groups low, by elements, by bits
 
 @pytest.mark.parametrize(("model", "asked", "groups", "by_elements", "by_bits"), RATIOS)
 def test_greedy_ratios(tables, model, asked, groups, by_elements, by_bits):
-    found = search_table(tables[model], low_ratio=asked, recipe="hfp8").provenance.estimate
+    found = search_table(tables[model], low_ratio=asked, space="hfp8").provenance.estimate
     assert found["groups_low"] == groups
     assert round(found["low_ratio"], 4) == by_elements
     assert by_bits is None or round(found["low_ratio_bits"], 4) == by_bits

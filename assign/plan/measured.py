@@ -1,0 +1,35 @@
+"""What was measured of a model for a search."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from assign.plan.noise import NoiseTable
+from assign.plan.tensors import TensorTable
+from assign.plan.times import TimeTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Measurements that a search uses.
+
+    Attributes:
+        noise: result of :func:`assign.measure_noise`. The strategy ``milp`` requires it; with any strategy, the plan
+            records its predicted noise.
+        times: result of :func:`assign.measure_times`, which a limit on the step time requires.
+        non_finite: keys of activations that are not finite; they are saved in their own format.
+    """
+
+    noise: NoiseTable | None = None
+    times: TimeTable | None = None
+    non_finite: Collection[str] = frozenset()
+
+    def check(self, table: TensorTable) -> None:
+        """Check that the measurements are of the table's model.
+
+        Raises:
+            PlanError: they are another's.
+        """
+        if self.noise is not None:
+            self.noise.check(table)
+        if self.times is not None:
+            self.times.check(table)

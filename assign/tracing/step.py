@@ -1,0 +1,87 @@
+"""A traced training step: its tensors, together with the model, the batch, the loss and the optimizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from assign.errors import TraceError
+from assign.plan.tensors import TensorTable
+from assign.tracing.capture import Loss
+from assign.tracing.optimizer_states import OptimizerFactory
+
+NOT_GIVEN: Any = object()
+"""Default of arguments that a Step stands for; None could be a batch."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Step(TensorTable):
+    """Table of a traced step that also refers to the model it was traced from. Made by :func:`assign.trace`.
+
+    Functions that take a model, a batch and a loss take a Step in place of the three. Where a
+    :class:`assign.TensorTable` is expected, a Step is one. It keeps the model alive; ``step.table`` does not. What is
+    pickled, saved or compared with another table is the table alone.
+
+    Attributes:
+        model: the module that was traced.
+        batch: the argument of ``loss`` that was traced.
+        loss: ``loss(model, batch)`` → scalar tensor.
+        optimizer: ``optimizer(parameters)`` → torch optimizer, or None.
+    """
+
+    model: nn.Module
+    batch: Any
+    loss: Loss
+    optimizer: OptimizerFactory | None = None
+
+    @property
+    def table(self) -> TensorTable:
+        """The table alone, which does not keep the model alive."""
+        return TensorTable(tensors=self.tensors, schedule=self.schedule, breaks=self.breaks, outside=self.outside)
+
+    def __repr__(self) -> str:
+        return repr(self.table)
+
+    def __eq__(self, other: object) -> bool:
+        return self.table == (other.table if isinstance(other, Step) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.table)
+
+    def __reduce__(self) -> tuple[Callable[[TensorTable], TensorTable], tuple[TensorTable]]:
+        return _same, (self.table,)
+
+
+def _same(table: TensorTable) -> TensorTable:
+    return table
+
+
+def refuse_more(where: str, **given: Any) -> None:
+    """Check that nothing was given next to a Step.
+
+    Raises:
+        TraceError: an argument was given that the Step stands for.
+    """
+    names = [name for name, value in given.items() if value is not NOT_GIVEN]
+    if names:
+        raise TraceError(
+            f"{where}: a Step and {', '.join(names)} are both given.\n"
+            "  Allowed: a Step alone, or a model, a batch and a loss.\n"
+            f"  Leave out {', '.join(names)}: the Step holds them."
+        )
+
+
+def check_given(where: str, **given: Any) -> None:
+    """Check that what a model needs next to it was given.
+
+    Raises:
+        TraceError: an argument is missing.
+    """
+    missing = [name for name, value in given.items() if value is NOT_GIVEN]
+    if missing:
+        raise TraceError(
+            f"{where}: a model is given without {', '.join(missing)}.\n"
+            "  Allowed: a model, a batch and a loss, or the Step that assign.trace returns.\n"
+            f"  Give {', '.join(missing)}."
+        )
