@@ -13,6 +13,7 @@ from assign.plan.assignment import Assignment
 from assign.plan.display import Drawn, frame, human_bytes, table_html
 from assign.plan.measured import Measured
 from assign.plan.memory import peak_bytes
+from assign.plan.quality import pareto_front
 from assign.plan.space import SearchSpace
 from assign.plan.tensors import TensorTable
 from assign.planning import Request, find_plan, measure
@@ -170,7 +171,7 @@ def find_front(table: TensorTable, plans: int, request: Request, measured: Measu
     widest = find(low_ratio=0.0)
     top, floor = _peak(widest), _floor(find)
     steps = [floor + (top - floor) * number // (plans - 1) for number in range(plans - 1)]
-    return Front(_best([*(find(budget=budget) for budget in steps), widest]))
+    return Front(tuple(pareto_front([*(find(budget=budget) for budget in steps), widest], _peak, _cost)))
 
 
 def check_empty(directory: str | os.PathLike[str]) -> None:
@@ -194,14 +195,6 @@ def _floor(find: Callable[..., Assignment]) -> int:
             raise
         return error.floor
     raise AssertionError("a step in one byte")
-
-
-def _best(plans: list[Assignment]) -> tuple[Assignment, ...]:
-    kept: list[Assignment] = []
-    for plan in sorted(plans, key=lambda plan: (_peak(plan), _cost(plan))):
-        if not kept or _cost(plan) < _cost(kept[-1]):
-            kept.append(plan)
-    return tuple(kept)
 
 
 def _cost(plan: Assignment) -> float:

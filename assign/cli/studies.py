@@ -18,6 +18,7 @@ from assign.options import nested, shell_of
 from assign.plan.assignment import Assignment
 from assign.plan.measured import Measured
 from assign.plan.noise import NoiseTable
+from assign.plan.quality import is_maximized
 from assign.plan.space import SearchSpace
 from assign.plan.tensors import TensorTable
 from assign.planning import Request, find_plan, with_provenance
@@ -26,7 +27,7 @@ from assign.strategies import MILP, OPTUNA, check_request
 from assign.strategies.goal import Goal
 from assign.tasks import Task, TaskOptions, load_task
 from assign.training.trials import Settings
-from assign.training.tuning import StudyOptions, is_maximized, tune
+from assign.training.tuning import StudyOptions, tune
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,7 @@ from assign.errors import AssignError, StudyError, nearest
 from assign.options import accept_former, option
 from assign.plan.assignment import Assignment
 from assign.plan.display import Drawn, frame, human_bytes, table_html
+from assign.plan.tensors import check_same_model
 from assign.tasks import Task
 from assign.training.database import check_storage, exclusive, explained, open_database
 from assign.training.trials import Outcome, Settings, Trainer
@@ -41,7 +42,6 @@ from assign.training.trials import Outcome, Settings, Trainer
 SAMPLERS = ("tpe", "nsga2")
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 _PATIENCE = 3.0  # seconds that helpers have to end in
-_MINIMISED = ("loss", "error", "perplexity")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,11 +331,13 @@ def _study(trainer: Trainer, storage: RDBStorage, name: str, sampler: str | None
     )
     mine = trainer.table.fingerprint
     fingerprint = study.user_attrs.get("fingerprint", mine)
-    if fingerprint != mine:
-        raise StudyError(
-            f"tune: the study {name!r} is of another model: its fingerprint is {fingerprint}, this model's {mine}.\n"
-            "  Give another name or storage, or the study's own task."
-        )
+    check_same_model(
+        fingerprint,
+        mine,
+        what=f"tune: the study {name!r} is of another model",
+        advice="Give another name or storage, or the study's own task.",
+        error=StudyError,
+    )
     study.set_user_attr("fingerprint", mine)
     study.set_user_attr("settings", dataclasses.asdict(trainer.settings))
     study.sampler = _sampler(chosen, trainer.settings.seed + len(study.get_trials(deepcopy=False)))
@@ -371,11 +373,6 @@ def _result(trainer: Trainer, study: optuna.Study) -> Tuned:
         trained=len(done),
         pruned=len(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))),
     )
-
-
-def is_maximized(metric: str) -> bool:
-    """Whether more of a metric is taken to be better: not of what is called a loss, an error or a perplexity."""
-    return not any(word in metric.lower() for word in _MINIMISED)
 
 
 def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
