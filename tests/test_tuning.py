@@ -23,12 +23,13 @@ from torch.nn import functional as F
 
 from assign.errors import BudgetError, PlanError, StudyError
 from assign.plan.memory import peak_bytes
+from assign.plan.quality import is_maximized
 from assign.plan.space import SearchSpace
 from assign.planning import search_table
 from assign.tasks import Task
 from assign.tracing.tracer import trace
 from assign.training.trials import STARTS, Settings
-from assign.training.tuning import StudyOptions, is_maximized, tune
+from assign.training.tuning import StudyOptions, tune
 
 HERE = Path(__file__).parent
 
