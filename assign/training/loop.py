@@ -266,6 +266,7 @@ class _Run:
 
         Args:
             loaded: the batch before it is moved to the device.
+            batch: the same on the device.
         """
         if self.plan is None:
             return False

@@ -187,9 +187,10 @@ class _Job:
     def opened(
         self, settings: Settings | None, starts: Sequence[Assignment] | None = None
     ) -> Iterator[tuple[Trainer, optuna.Study]]:
-        """The study, and what trains for it; the database is left behind.
+        """Open the study and make what trains for it; the connection to the database is closed afterwards.
 
         Args:
+            settings: of all trials; None: those of the study.
             starts: plans to try before anything is drawn, after the greedy ones; None: another process proposes all.
         """
         with _quiet():
@@ -197,9 +198,8 @@ class _Job:
         try:
             trainer = Trainer.make(self.make_task, _agreed(storage, self.options.name, settings))
             with exclusive(self.storage):
-                _agreed(
-                    storage, self.options.name, trainer.settings
-                )  # another process may have begun the study meanwhile
+                # another process may have begun the study meanwhile
+                _agreed(storage, self.options.name, trainer.settings)
                 study = _study(trainer, storage, self.options.name, self.options.sampler)
                 if starts is not None:
                     trainer.enqueue(study, starts)
