@@ -1,58 +1,31 @@
 """Choose a number format for every tensor of a training step, write the choice to a plan, and train with it.
 
 The package has three layers. The first reads a model with PyTorch and writes a TensorTable. The second is pure Python:
-it predicts memory and searches a plan. The third runs a model under a plan, again with PyTorch.
+it predicts memory and searches a plan. The third runs a model under a plan, again with PyTorch. The docstring of each
+package below names its modules.
 
-====================  ==========================================================================================
-``tracing``           Capture a training step as a **TensorTable**. ``tracer``: the entry point. ``capture``: the
-                      step as one graph by Dynamo, or as several ``pieces`` by ``recording``, with ``deferred``
-                      tensors, other ``torch_functions``, lines of ``user_code``, the ``pending`` piece, and ``sizes``.
-                      ``kept_state``: leave the model unchanged. ``functionalize``: remove in-place operators.
-                      ``step``: the table, with the model, batch and loss.
-                      ``operators``: name every tensor, for tracer and executor. ``probes``, ``joint``: the backward
-                      pass. ``workspace``: scratch memory of kernels. ``finiteness``, ``needs``, ``constants``: which
-                      tensors must keep their precision. ``optimizer_states``: states of an optimizer.
-                      ``allocations``, ``measuring``: count and measure bytes. ``loaded``: dtypes of the loaded
-                      model. ``layout``: order of nodes. ``heap``: return freed memory to the system.
-``plan``              Data and predictions, without torch. ``keys``: names of tensors. ``tensors``: TensorTable.
-                      ``entry``, ``assignment``: the **plan** and its file. ``formats``, ``recipes``: number formats,
-                      and which of them a search chooses from. ``space``: what a search may choose. ``measured``: what
-                      was measured for it. ``ops``, ``dtypes``: facts about operators and dtypes. ``precision``,
-                      ``compute_dtype``: the dtype in which results stay, and operators compute. ``groups``: tensors
-                      that share a decision. ``memory``, ``timeline``, ``moments``: bytes over the step. ``stored``,
-                      ``libraries``: what is kept between steps, and by which optimizer library. ``noise``, ``times``:
-                      tables of measurements. ``quality``: which plans are better. ``display``: output in notebooks.
-``strategies``        Searches: (table, recipe, goal) → entries of a plan, registered in ``METHODS``. ``planning``:
-                      trace, measure, search and provenance in one call. ``fronts``: a plan for every budget.
-``noise``             Measure how rounding a tensor changes the gradient. ``stepping``: a step whose tensors can be
-                      changed. ``sampling``: one tensor, one batch. ``gates``: relu. ``measuring``: all, to a file.
-``numerics``          Arithmetic of formats as torch operators (``registry``). ``rounding``: quantize, encode, decode.
-                      ``kernels``, ``launch``, ``words``: how they run. ``blocks``: formats with a scale per block.
-                      ``products``: matrix products. ``promotion``: tensors that overflow get the high format.
-                      ``delayed``: scales from earlier steps. ``runtime``: both, as an input of a graph.
-                      ``dtypes``: torch's, by name.
-``executor``          Run a model under a plan. ``apply``: the entry points. ``pipeline``: runs the graph ``passes``,
-                      with a ``context``. ``backends``: eager and compiled. ``fit``: does the plan fit? ``parameters``:
-                      store them as the plan says. ``methods``: of a planned model. ``unused``, ``sparse``: gradients.
-                      ``rehearsal``: peak of a compiled step. ``timing``: seconds of each choice.
-``optim``             ``optimizers``: states as the plan says, in the form (``states``) of three libraries.
-                      ``updates``: SGD and AdamW for 16-bit weights. ``widening``: round the updates of any library.
-                      ``gradients``: stored in 8 bits. ``masters``: with extra bits. ``beside``: what is kept of a
-                      parameter. ``monitor``: updates lost by rounding.
-``several``           Training in several processes: DDP and FSDP2.
-``tasks``             Built-in tasks, and tasks from a user's file.
-``training``          ``loop``: train a task, as its ``options`` say. ``history``: its steps and epochs.
-                      ``checkpoints``, ``weights``: files.
-                      ``audit``: values that 16 bits would lose. ``certificate``: predictions that a plan cannot change.
-                      ``comparing``, ``comparison``: several plans on one task. ``tuning``, ``trials``, ``database``:
-                      search by training, with Optuna.
-``integrations``      Plans in the trainers of transformers and Lightning.
-``report``            Tables, pictures, and a page for a browser.
-``cli``               The commands of the shell. ``groups``: options of a command from the fields of dataclasses.
-``errors``            AssignError. ``options``: groups of options, declared once for Python and the shell.
-                      ``files``: written atomically. ``json_file``: read strictly. ``passwords``: masked.
-                      ``_torch``: the only module with private names of torch.
-====================  ==========================================================================================
+==================  ============================================================================================
+``tracing``         Capture a training step as a **TensorTable**.
+``formats``         Number formats: rows of data. No torch.
+``plan``            Names of tensors, tables, **plans** and their files, rules for dtypes. No torch.
+``memory``          Predict the bytes of a step under a plan. No torch.
+``strategies``      Searches: (table, recipe, goal) → entries of a plan. No torch.
+``planner``         Trace, measure, search and provenance in one call. ``pareto``: a plan for every budget.
+``noise``           Measure how rounding a tensor changes the gradient.
+``numerics``        Arithmetic of formats, as operators of torch.
+``executor``        Run a model under a plan.
+``optim``           Optimizers whose states follow a plan.
+``distributed``     Training in several processes: DDP and FSDP2.
+``tasks``           Built-in tasks, and tasks from a user's file.
+``training``        Train tasks, compare plans, search by training.
+``analysis``        Answers about a trained model: what 16 bits lose, what a plan cannot change.
+``integrations``    Plans in the trainers of transformers and Lightning.
+``report``          Tables, pictures, and a page for a browser.
+``cli``             The commands of the shell.
+``errors``          AssignError. ``options``: groups of options, declared once for Python and the shell.
+                    ``atomic_write``, ``json_file``: files. ``passwords``: masked. ``notebook``: output there.
+                    ``_torch``: the only module with private names of torch.
+==================  ============================================================================================
 """
 
 import importlib
@@ -61,12 +34,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from assign.analysis.audit import audit_constants, audit_range
+    from assign.analysis.certificate import certify
+    from assign.distributed import data_parallel
     from assign.errors import AssignError
     from assign.executor.apply import apply, autocast, planned_step
-    from assign.executor.rehearsal import Rehearsal, rehearse
-    from assign.executor.timing import measure_times
-    from assign.fronts import Front, search_front
-    from assign.noise.measuring import measure_noise
+    from assign.executor.compiled_memory import Rehearsal, rehearse
+    from assign.executor.latency import measure_times
+    from assign.formats.rows import FORMATS, Format, parse_format
+    from assign.memory.estimate import Estimate, estimate
+    from assign.noise.measure import measure_noise
     from assign.noise.options import NoiseOptions
     from assign.numerics.delayed import DelayedScales
     from assign.numerics.promotion import Promotion, PromotionOptions
@@ -74,26 +51,22 @@ if TYPE_CHECKING:
     from assign.optim.masters import widened_weights
     from assign.optim.monitor import LostUpdates
     from assign.optim.optimizers import optimizer, widened_state_dict
-    from assign.plan.assignment import Assignment, Plan
-    from assign.plan.formats import FORMATS, Format, parse_format
+    from assign.pareto import Front, search_front
+    from assign.plan.latency_table import TimeTable
     from assign.plan.measured import Measured
-    from assign.plan.memory import Estimate, estimate
-    from assign.plan.noise import NoiseTable
+    from assign.plan.noise_table import NoiseTable
+    from assign.plan.plan import Assignment, Plan
     from assign.plan.recipes import RECIPES
     from assign.plan.space import SearchSpace
-    from assign.plan.tensors import TensorTable
-    from assign.plan.times import TimeTable
-    from assign.planning import search
+    from assign.plan.table import TensorTable
+    from assign.planner import search
     from assign.report.page import write_report
     from assign.report.plotting import plot
-    from assign.several import data_parallel
     from assign.strategies import STRATEGIES
     from assign.tasks import Task
     from assign.tracing.step import Step
     from assign.tracing.tracer import trace
-    from assign.training.audit import audit_constants, audit_range
-    from assign.training.certificate import certify
-    from assign.training.comparing import compare
+    from assign.training.compare import compare
     from assign.training.loop import train
     from assign.training.options import TrainOptions
     from assign.training.tuning import StudyOptions, tune
@@ -157,12 +130,12 @@ _PLACES = MappingProxyType(
         "apply": "assign.executor.apply",
         "autocast": "assign.executor.apply",
         "planned_step": "assign.executor.apply",
-        "Rehearsal": "assign.executor.rehearsal",
-        "rehearse": "assign.executor.rehearsal",
-        "measure_times": "assign.executor.timing",
-        "Front": "assign.fronts",
-        "search_front": "assign.fronts",
-        "measure_noise": "assign.noise.measuring",
+        "Rehearsal": "assign.executor.compiled_memory",
+        "rehearse": "assign.executor.compiled_memory",
+        "measure_times": "assign.executor.latency",
+        "Front": "assign.pareto",
+        "search_front": "assign.pareto",
+        "measure_noise": "assign.noise.measure",
         "DelayedScales": "assign.numerics.delayed",
         "Promotion": "assign.numerics.promotion",
         "quantize": "assign.numerics.rounding",
@@ -170,28 +143,28 @@ _PLACES = MappingProxyType(
         "LostUpdates": "assign.optim.monitor",
         "optimizer": "assign.optim.optimizers",
         "widened_state_dict": "assign.optim.optimizers",
-        "Assignment": "assign.plan.assignment",
-        "Plan": "assign.plan.assignment",
-        "FORMATS": "assign.plan.formats",
-        "Format": "assign.plan.formats",
-        "parse_format": "assign.plan.formats",
-        "Estimate": "assign.plan.memory",
-        "estimate": "assign.plan.memory",
-        "NoiseTable": "assign.plan.noise",
+        "Assignment": "assign.plan.plan",
+        "Plan": "assign.plan.plan",
+        "FORMATS": "assign.formats.rows",
+        "Format": "assign.formats.rows",
+        "parse_format": "assign.formats.rows",
+        "Estimate": "assign.memory.estimate",
+        "estimate": "assign.memory.estimate",
+        "NoiseTable": "assign.plan.noise_table",
         "RECIPES": "assign.plan.recipes",
-        "TensorTable": "assign.plan.tensors",
-        "TimeTable": "assign.plan.times",
-        "search": "assign.planning",
+        "TensorTable": "assign.plan.table",
+        "TimeTable": "assign.plan.latency_table",
+        "search": "assign.planner",
         "plot": "assign.report.plotting",
         "write_report": "assign.report.page",
-        "data_parallel": "assign.several",
+        "data_parallel": "assign.distributed",
         "STRATEGIES": "assign.strategies",
         "Task": "assign.tasks",
         "trace": "assign.tracing.tracer",
-        "audit_constants": "assign.training.audit",
-        "audit_range": "assign.training.audit",
-        "certify": "assign.training.certificate",
-        "compare": "assign.training.comparing",
+        "audit_constants": "assign.analysis.audit",
+        "audit_range": "assign.analysis.audit",
+        "certify": "assign.analysis.certificate",
+        "compare": "assign.training.compare",
         "train": "assign.training.loop",
         "tune": "assign.training.tuning",
         "NoiseOptions": "assign.noise.options",

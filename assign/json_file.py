@@ -15,8 +15,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from assign.atomic_write import is_stdout, write_whole
 from assign.errors import AssignError
-from assign.files import is_stdout, write_whole
 
 MOST_BYTES = 2**26
 """Largest size of a file. The noise of 4,000 tensors in four formats on 8 batches takes 8 MB."""

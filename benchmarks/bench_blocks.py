@@ -21,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from assign.formats.rows import SAVED_FORMATS
 from assign.numerics.blocks import decode_blocks, encode_blocks
-from assign.plan.formats import SAVED_FORMATS
 from benchmarks import facts
 
 ELEMENTS = 2_000_000

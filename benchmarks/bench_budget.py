@@ -30,13 +30,13 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from assign.errors import BudgetError
+from assign.memory.estimate import peak_bytes
 from assign.plan.measured import Measured
-from assign.plan.memory import peak_bytes
-from assign.plan.noise import Cell, Method, NoiseTable, Sample
+from assign.plan.noise_table import Cell, Method, NoiseTable, Sample
 from assign.plan.recipes import candidates_of, get_recipe, initial
 from assign.plan.space import SearchSpace
-from assign.plan.tensors import TensorTable
-from assign.planning import search_table
+from assign.plan.table import TensorTable
+from assign.planner import search_table
 from assign.tracing.tracer import trace
 from benchmarks import facts
 

@@ -32,9 +32,9 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import assign
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 from assign.plan.space import SearchSpace
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.tasks.models import GPT
 from assign.tracing.measuring import measure_peak
 from benchmarks import facts

@@ -32,12 +32,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from assign.analysis.audit import audit_constants
 from assign.errors import TaskError
 from assign.optim.monitor import LostUpdates
 from assign.optim.updates import SGD, AdamW
 from assign.tasks.builtin import SPLIT_SEED
 from assign.tasks.data import read_digits, read_fashion_mnist
-from assign.training.audit import audit_constants
 from benchmarks import facts
 
 CONTENDERS = {

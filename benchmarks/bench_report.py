@@ -22,7 +22,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.report.page import Report, write_report
 from assign.tracing.tracer import trace
 from benchmarks import facts

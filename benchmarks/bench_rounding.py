@@ -37,8 +37,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from assign.formats.rows import parse_format
 from assign.numerics.rounding import quantize
-from assign.plan.formats import parse_format
 from benchmarks import facts
 
 ELEMENTS = 10_000_000

@@ -51,15 +51,15 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from assign.noise.measuring import measure_noise
+from assign.memory.deltas import Timeline
+from assign.memory.estimate import peak_bytes
+from assign.noise.measure import measure_noise
 from assign.noise.options import NoiseOptions
-from assign.plan.assignment import Assignment, Entry
 from assign.plan.keys import base_key, is_saved_key
-from assign.plan.memory import peak_bytes
-from assign.plan.noise import NoiseTable
+from assign.plan.noise_table import NoiseTable
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import NATIVE, Recipe, initial, save
 from assign.plan.space import Granularity, SearchSpace
-from assign.plan.timeline import Timeline
 from assign.strategies import METHODS, STRATEGIES
 from assign.strategies.milp import Milp
 from assign.training.trials import Settings

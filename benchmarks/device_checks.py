@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from assign import _torch
 from assign.executor.apply import planned_step
+from assign.formats.rows import FORMATS, SAVED_FORMATS, Format, parse_format
 from assign.numerics.blocks import decode_blocks, encode_blocks
-from assign.numerics.dtypes import ROUNDED, torch_dtype
-from assign.numerics.launch import use_compiled
+from assign.numerics.dispatch import use_compiled
 from assign.numerics.promotion import Promotion
 from assign.numerics.rounding import (
     amax_scale,
@@ -22,9 +22,9 @@ from assign.numerics.rounding import (
     inline_cast,
     quantize,
 )
-from assign.plan.formats import FORMATS, SAVED_FORMATS, Format, parse_format
+from assign.numerics.torch_dtypes import ROUNDED, torch_dtype
 from assign.plan.space import SearchSpace
-from assign.planning import search, search_table
+from assign.planner import search, search_table
 from assign.tasks.models import ResNet
 from assign.tracing.tracer import trace
 

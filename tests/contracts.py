@@ -8,12 +8,12 @@ import pytest
 from scipy.sparse import csr_array
 
 from assign.errors import BudgetError
-from assign.plan.assignment import Entry
-from assign.plan.formats import parse_format
-from assign.plan.groups import assign_groups
+from assign.formats.rows import parse_format
+from assign.plan.grouping import assign_groups
 from assign.plan.keys import grad_key
+from assign.plan.plan import Entry
 from assign.plan.recipes import RECIPES, Recipe, initial
-from assign.plan.tensors import Role, TensorInfo, TensorTable
+from assign.plan.table import Role, TensorInfo, TensorTable
 from assign.strategies import MILP, STRATEGIES, Strategy
 from assign.strategies.milp import Milp
 

@@ -6,7 +6,7 @@ import torch
 from models import class_loss
 
 from assign.executor.passes.pack import pack
-from assign.plan.assignment import Assignment, Entry
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import get_recipe, initial
 from assign.tracing.measuring import measure_peak
 from assign.tracing.tracer import trace

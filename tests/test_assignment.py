@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from assign.errors import PlanError
 from assign.json_file import LARGEST
-from assign.plan.assignment import Assignment, Entry, Provenance
-from assign.plan.stored import UpdateRounding
+from assign.plan.persistent_state import UpdateRounding
+from assign.plan.plan import Assignment, Entry, Provenance
 
 E4M3, E5M2, BF16, FP32 = Entry("e4m3", True), Entry("e5m2", True), Entry("bf16", False), Entry("fp32", False)
 

@@ -12,11 +12,11 @@ from shell import fails, run
 from torch import nn
 from torch.nn import functional as F
 
+from assign.analysis.audit import PrecisionWarning, audit_constants, audit_range
 from assign.errors import FormatError, TaskError
 from assign.optim import updates
 from assign.tasks import TaskOptions, load_task
 from assign.tasks.data import read_digits
-from assign.training.audit import PrecisionWarning, audit_constants, audit_range
 from assign.training.loop import train
 from assign.training.weights import load_weights
 

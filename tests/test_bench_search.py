@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from assign.plan.assignment import Assignment, Entry
-from assign.plan.formats import parse_saved
+from assign.formats.rows import parse_saved
 from assign.plan.keys import is_saved_key
+from assign.plan.plan import Assignment, Entry
 from benchmarks import bench_search
 from benchmarks.searches import plans, training
 from benchmarks.searches.subjects import WARM_UP, Paced, Subject

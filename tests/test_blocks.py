@@ -19,17 +19,17 @@ from assign import _torch
 from assign.errors import FormatError
 from assign.executor import pipeline
 from assign.executor.apply import apply, planned_step
+from assign.formats.rows import SAVED_FORMATS, parse_saved
+from assign.memory.estimate import Replay
 from assign.numerics import blocks
 from assign.numerics.blocks import block_format, decode_blocks, encode_blocks, memory_order
-from assign.numerics.launch import use_compiled
-from assign.plan.assignment import Entry
-from assign.plan.formats import SAVED_FORMATS, parse_saved
-from assign.plan.memory import Replay
+from assign.numerics.dispatch import use_compiled
+from assign.plan.plan import Entry
 from assign.plan.space import SearchSpace
-from assign.plan.tensors import Role
-from assign.planning import search
-from assign.tracing.finiteness import non_finite
+from assign.plan.table import Role
+from assign.planner import search
 from assign.tracing.joint import is_view
+from assign.tracing.nonfinite import non_finite
 
 INTEGERS = {"int8:block64": 255, "int4:block64": 15, "int2:block64": 3}
 FLOATS = ("e4m3:block64", "mxfp8", "mxfp4")

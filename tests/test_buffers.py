@@ -9,16 +9,16 @@ from models import ResNet, images
 from torch import nn
 
 import assign
+from assign.analysis.audit import audit_constants
 from assign.errors import PlanError, TaskError
 from assign.executor.apply import apply, planned_step
+from assign.memory.estimate import estimate
 from assign.optim.optimizers import follow
-from assign.plan.assignment import Assignment, Entry
-from assign.plan.memory import estimate
+from assign.plan.persistent_state import buffers
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import store
-from assign.plan.stored import buffers
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.tasks import Task
-from assign.training.audit import audit_constants
 from assign.training.loop import train
 from assign.training.options import TrainOptions
 

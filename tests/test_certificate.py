@@ -12,12 +12,12 @@ from shell import fails, run
 from torch import nn
 
 import assign
+from assign.analysis.certificate import certify, certify_task, quantiles
 from assign.errors import TaskError
 from assign.plan.space import SearchSpace
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.tasks import TaskOptions, load_task
 from assign.tracing.tracer import trace
-from assign.training.certificate import certify, certify_task, quantiles
 from assign.training.loop import train
 from assign.training.options import TrainOptions
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from assign.cli import app
 from assign.cli.shell import Meter
 from assign.numerics.promotion import Promoted
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 from assign.report.tables import Bar, new_table
 from assign.report.terminal import Terminal
 from assign.training.history import EpochResult
@@ -209,7 +209,7 @@ def test_compare_ends_well_where_runs_diverge_or_are_stopped(here, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("assign.training.comparing.train", interrupt)
+    monkeypatch.setattr("assign.training.compare.train", interrupt)
     arguments = ("compare", "mine.py:nan", "--plan", "low.json", "--seeds", "2", "--json", "b.json")
     run(*arguments, code=130)
     assert json.loads((here / "b.json").read_text())["runs"] == []
@@ -220,7 +220,7 @@ def test_compare_refuses_bad_input_before_it_trains(here, capsys, monkeypatch):
         return fails(capsys, monkeypatch, "compare", *arguments)
 
     run("search", "mine.py", "--low-ratio", "1", "-o", "low.json")
-    monkeypatch.setattr("assign.training.comparing.train", None)
+    monkeypatch.setattr("assign.training.compare.train", None)
     assert "no plan to compare" in error("mine.py")
     assert "there is no plan nowhere.json" in error("mine.py", "--plan", "nowhere.json")
     assert "0 seeds were asked for" in error("mine.py", "--plan", "low.json", "--seeds", "0")

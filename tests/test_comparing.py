@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from assign.errors import AssignError, ComparisonError, PlanError
+from assign.memory.estimate import low_ratio, low_ratio_bits
 from assign.numerics.promotion import PromotionOptions
-from assign.plan.assignment import Assignment, Entry
-from assign.plan.memory import low_ratio, low_ratio_bits
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import get_recipe, initial
-from assign.plan.tensors import TensorTable
+from assign.plan.table import TensorTable
 from assign.report.tables import comparison_table
 from assign.report.terminal import Terminal
 from assign.tasks import Task
 from assign.tracing.tracer import trace
-from assign.training.comparing import Variant, compare, load_variants, seed_range
+from assign.training.compare import Variant, compare, load_variants, seed_range
 from assign.training.comparison import Comparison, Spread
 from assign.training.loop import Progress
 from assign.training.options import TrainOptions

@@ -11,14 +11,14 @@ from assign.executor.context import Context, Step
 from assign.executor.passes.mark import mark
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
-from assign.plan.assignment import Assignment, Entry
 from assign.plan.compute_dtype import ComputeDtypes
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import promotable
 from assign.strategies.baselines import as_loaded
 from assign.tracing.capture import compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.loaded import complete
-from assign.tracing.operators import dtype_of, walk
+from assign.tracing.tensor_sites import dtype_of, walk
 
 
 class WithBuffers(torch.nn.Module):

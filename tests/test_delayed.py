@@ -12,14 +12,14 @@ from models import MLP, ResNet, class_loss, images, vectors
 
 from assign.errors import PlanError
 from assign.executor.apply import apply, planned_step
+from assign.formats.rows import FORMATS
+from assign.memory.estimate import peak_bytes
 from assign.numerics.delayed import DelayedScales
-from assign.numerics.launch import use_compiled
+from assign.numerics.dispatch import use_compiled
 from assign.numerics.rounding import amax_scale, decode, encode, quantize
-from assign.numerics.runtime import Runtime
-from assign.plan.assignment import Entry
-from assign.plan.formats import FORMATS
+from assign.numerics.runtime_formats import Runtime
 from assign.plan.keys import saved_key
-from assign.plan.memory import peak_bytes
+from assign.plan.plan import Entry
 
 AMAX = ["e4m3:amax", "e5m2:amax"]
 each_way = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "op-by-op"])

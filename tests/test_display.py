@@ -13,12 +13,12 @@ from torch import nn
 
 import assign
 from assign.errors import PlanError, ReportError
-from assign.fronts import search_front
-from assign.plan.assignment import Provenance
-from assign.plan.display import human_bytes, table_html
-from assign.plan.memory import estimate
-from assign.plan.noise import Cell, Method, NoiseTable, Sample
-from assign.planning import search_table
+from assign.memory.estimate import estimate
+from assign.notebook import human_bytes, table_html
+from assign.pareto import search_front
+from assign.plan.noise_table import Cell, Method, NoiseTable, Sample
+from assign.plan.plan import Provenance
+from assign.planner import search_table
 from assign.training.tuning import Candidate, Tuned
 
 

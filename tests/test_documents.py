@@ -69,7 +69,7 @@ def test_every_command_runs(page, command, folders, monkeypatch):
         arguments += ["--task", "small.py"]
     monkeypatch.setattr(sys, "argv", arguments)
     ticks = functools.partial(assign.measure_times, clock=itertools.count().__next__)  # every operator takes as long
-    monkeypatch.setattr("assign.planning.measure_times", ticks)
+    monkeypatch.setattr("assign.planner.measure_times", ticks)
     monkeypatch.setattr("assign.noise.options.WARM_UP", 2)
     run(*arguments[1:])
 

@@ -22,12 +22,12 @@ from assign.errors import PlanError
 from assign.executor import pipeline
 from assign.executor.apply import apply, autocast, planned_step
 from assign.executor.backends import Backend, make_backend
+from assign.executor.compiled_memory import log_passes
 from assign.executor.pipeline import source_files
-from assign.executor.rehearsal import log_passes
 from assign.numerics.rounding import quantize
 from assign.optim.optimizers import follow
-from assign.plan.assignment import Assignment, Entry
 from assign.plan.keys import saved_key
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import store
 
 

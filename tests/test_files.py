@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from shell import fails, run
 
-from assign.files import check_writable, remove_leftovers, replacing, write_whole
-from assign.plan.assignment import Assignment, Entry
+from assign.atomic_write import check_writable, remove_leftovers, replacing, write_whole
+from assign.plan.plan import Assignment, Entry
 
 
 def test_the_mode_of_the_old_file_is_kept(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_killed_writer_leaves_nothing_for_the_next(tmp_path: Path) -> None:
     """Its file is removed by the next writer of the same file; that of a writer that lives is not."""
     path = tmp_path / "plan.json"
     code = (
-        "import sys, time; from assign.files import replacing\n"
+        "import sys, time; from assign.atomic_write import replacing\n"
         "with replacing(sys.argv[1]) as file: file.write(b'half'); print('open', flush=True); time.sleep(60)"
     )
     processes = [
@@ -209,7 +209,7 @@ def test_no_output_has_the_password_of_a_url(here, storage) -> None:
 _MADE = """
 import dataclasses, sys
 from assign.cli.shell import command_line
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 plan = Assignment.load("plan.json")
 plan.with_provenance(dataclasses.replace(plan.provenance, command=command_line())).save("made.json")
 print(command_line())

@@ -11,11 +11,11 @@ from torch.nn.functional import mse_loss
 import assign
 from assign import Front, search_front
 from assign.errors import BudgetError, PlanError
-from assign.fronts import find_front
-from assign.plan.assignment import Assignment
+from assign.memory.estimate import peak_bytes
+from assign.pareto import find_front
 from assign.plan.measured import Measured
-from assign.plan.memory import peak_bytes
-from assign.planning import Request, find_plan, search_table
+from assign.plan.plan import Assignment
+from assign.planner import Request, find_plan, search_table
 from assign.strategies.goal import Goal
 
 
@@ -59,7 +59,7 @@ def test_budgets_lie_at_equal_distances_from_the_floor_on(table, front, monkeypa
         asked.append(request.goal.budget)
         return find_plan(table, request, measured)
 
-    monkeypatch.setattr("assign.fronts.find_plan", spy)
+    monkeypatch.setattr("assign.pareto.find_plan", spy)
     search_front(table, 5)
     floor, top = peaks(front)[0], peaks(front)[-1]
     assert asked[:2] == [None, 1]  # the top, and what asks for the floor

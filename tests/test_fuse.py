@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from assign.executor.context import Context
 from assign.executor.passes.fuse_scales import fuse_scales
 from assign.executor.passes.overwrite import overwrite
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 
 ops = torch.ops.assign
 NAME = "e4m3:pow2"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from golden.make import PLANS, numbers
 
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 
 WRITTEN = sorted(
     path for path in (Path(__file__).parent / "golden").iterdir() if path.is_dir() and path.name[0].isdigit()

@@ -10,19 +10,19 @@ from models import MLP, InPlace, class_loss, vectors
 from torch import nn
 
 import assign
-from assign import several
+from assign import distributed
 from assign.errors import PlanError
 from assign.executor.apply import planned_step
+from assign.formats.rows import parse_format
+from assign.memory.estimate import estimate
 from assign.numerics.rounding import amax_scale, quantize
 from assign.optim.gradients import widened
 from assign.optim.optimizers import follow
-from assign.plan.assignment import Assignment, Entry
-from assign.plan.formats import parse_format
-from assign.plan.memory import estimate
+from assign.plan.persistent_state import resident
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import store
 from assign.plan.space import SearchSpace
-from assign.plan.stored import resident
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.tasks import Task
 from assign.training.loop import train
 
@@ -193,7 +193,7 @@ def test_a_loss_scale_is_refused():
 
 def test_several_processes_are_refused(monkeypatch):
     _, step, _, _ = made()
-    monkeypatch.setattr(several, "is_several", lambda: True)
+    monkeypatch.setattr(distributed, "is_several", lambda: True)
     with pytest.raises(PlanError, match="no process can add another's to it"):
         step(BATCH)
 

@@ -4,10 +4,10 @@ import dataclasses
 
 from contracts import Rows, chain, resnet18, squeezenet
 
-from assign.plan.groups import assign_groups
+from assign.plan.grouping import assign_groups
 from assign.plan.keys import grad_key
 from assign.plan.ops import GROUP_STARTS
-from assign.plan.tensors import Role, TensorInfo
+from assign.plan.table import Role, TensorInfo
 
 
 def row(key: str, role: Role = Role.ACTIVATION, op: str = "relu", **more: object) -> TensorInfo:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 import assign
 from assign.errors import PlanError
-from assign.plan.assignment import Entry
+from assign.plan.plan import Entry
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from models import ResNet, class_loss, images
 
 import assign
-from assign.plan.assignment import Entry
 from assign.plan.keys import Key, Part, activation_key, base_key, buffer_key, is_saved_key, state_key
-from assign.plan.tensors import Role
-from assign.planning import search_table
+from assign.plan.plan import Entry
+from assign.plan.table import Role
+from assign.planner import search_table
 from assign.training.trials import Settings, Trainer
 
 PACKAGE = Path(assign.__file__).parent

@@ -14,7 +14,7 @@ from torch._dynamo.eval_frame import cached_backends
 import assign
 from assign.errors import AssignError
 from assign.noise.options import NoiseOptions
-from assign.planning import search_table
+from assign.planner import search_table
 
 
 def branching_loss(model, batch):

@@ -11,11 +11,11 @@ from torch import nn
 
 import assign
 from assign.errors import PlanError, TraceError
+from assign.formats.rows import ITEM_BYTES
+from assign.memory.estimate import Replay
 from assign.noise.options import NoiseOptions
-from assign.plan.formats import ITEM_BYTES
-from assign.plan.memory import Replay
+from assign.plan.persistent_state import resident
 from assign.plan.space import SearchSpace
-from assign.plan.stored import resident
 from assign.strategies import STRATEGIES
 from assign.tracing.measuring import count_bytes
 

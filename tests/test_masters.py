@@ -12,18 +12,18 @@ from models import MLP, class_loss, vectors
 from torch import nn
 
 import assign
-from assign import several
+from assign import distributed
 from assign.errors import PlanError, TaskError
 from assign.executor.apply import planned_step
+from assign.memory.estimate import estimate
 from assign.optim.gradients import widened
 from assign.optim.masters import join, split, widened_weights
 from assign.optim.optimizers import follow
-from assign.plan.assignment import Entry
-from assign.plan.memory import estimate
+from assign.plan.persistent_state import EXTRA_BITS, gradient_format, resident
+from assign.plan.plan import Entry
 from assign.plan.recipes import store
 from assign.plan.space import SearchSpace
-from assign.plan.stored import EXTRA_BITS, gradient_format, resident
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.tasks import Task
 from assign.training.loop import train
 from assign.training.options import TrainOptions
@@ -356,7 +356,7 @@ def test_autocast_and_several_processes_are_refused(monkeypatch):
     model, step, _, plan = made()
     with pytest.raises(PlanError, match=r"stores 'first.weight.master' as bf16\+8"), assign.autocast(model, plan):
         pass
-    monkeypatch.setattr(several, "is_several", lambda: True)
+    monkeypatch.setattr(distributed, "is_several", lambda: True)
     with pytest.raises(PlanError, match="its extra bits are in one process's optimizer"):
         step(BATCH)
     with pytest.raises(PlanError, match="its extra bits are in one process's optimizer"):

@@ -22,15 +22,15 @@ from models import (
 from assign import _torch
 from assign.errors import BudgetError, PlanError
 from assign.executor.apply import planned_step
+from assign.memory.estimate import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
 from assign.numerics.promotion import Promotion
 from assign.optim.optimizers import follow
-from assign.plan.assignment import Assignment, Entry
 from assign.plan.keys import saved_key
-from assign.plan.memory import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import get_recipe
 from assign.plan.space import SearchSpace
-from assign.plan.tensors import Buffer, Event, Role, Schedule, TensorInfo, TensorTable
-from assign.planning import search, search_table
+from assign.plan.table import Buffer, Event, Role, Schedule, TensorInfo, TensorTable
+from assign.planner import search, search_table
 from assign.strategies.goal import parse_budget
 
 

@@ -13,15 +13,15 @@ from models import GPT, MLP, ResNet, class_loss, images, tokens, vectors
 
 from assign import search
 from assign.errors import AssignError, BudgetError, PlanError
-from assign.noise.measuring import measure_noise
-from assign.plan.assignment import Entry
+from assign.memory.deltas import RunningPeak, Timeline
+from assign.memory.estimate import peak_bytes
+from assign.noise.measure import measure_noise
 from assign.plan.keys import is_saved_key
 from assign.plan.measured import Measured
-from assign.plan.memory import peak_bytes
+from assign.plan.plan import Entry
 from assign.plan.recipes import candidates_of, get_recipe, initial, save
 from assign.plan.space import Granularity, SearchSpace, parse_pins, split_names
-from assign.plan.timeline import RunningPeak, Timeline
-from assign.planning import completion, search_table
+from assign.planner import completion, search_table
 from assign.strategies.greedy import greedy
 from assign.strategies.milp import Milp
 from assign.tracing.tracer import trace

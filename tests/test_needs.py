@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from assign.executor.apply import apply, planned_step
-from assign.plan.assignment import Assignment, Entry
 from assign.plan.compute_dtype import operators
 from assign.plan.ops import FLOAT32_RESULTS, IN_16_BIT, MATRIX_PRODUCTS
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import candidates_of, get_recipe, initial, save
 from assign.plan.space import SearchSpace
-from assign.plan.tensors import Need, TensorTable
-from assign.planning import search
+from assign.plan.table import Need, TensorTable
+from assign.planner import search
 
 MIN = torch.finfo(torch.float32).min
 

@@ -11,15 +11,15 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from assign.errors import AssignError, DivergedError, PlanError
-from assign.noise import measuring
-from assign.noise.measuring import measure_noise
+from assign.formats.rows import parse_format, parse_saved
+from assign.noise import measure
+from assign.noise.instrumented_step import ProbedStep
+from assign.noise.measure import measure_noise
 from assign.noise.options import NoiseOptions
-from assign.noise.rounding import loss_scale, round_tensor
-from assign.noise.stepping import ProbedStep
+from assign.noise.perturb import loss_scale, round_tensor
 from assign.numerics.rounding import quantize
-from assign.plan.assignment import Entry
-from assign.plan.formats import parse_format, parse_saved
-from assign.plan.noise import Cell, Method, NoiseTable, Sample
+from assign.plan.noise_table import Cell, Method, NoiseTable, Sample
+from assign.plan.plan import Entry
 from assign.plan.space import SearchSpace
 
 FORMATS = ("bf16", "e4m3:pow2/e5m2:pow2", "fp(3,2,3)")
@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, method):
     model, batches, file = MLP(), [vectors() for _ in range(3)], tmp_path / "noise.json"
     options = {"options": NoiseOptions(method=method, rtol=0, seed=5)}
     whole = measure_noise(model, batches, class_loss, **options)
-    sample, asked = measuring.sample, []
+    sample, asked = measure.sample, []
 
     def dies(*arguments, **more):
         for number, each in enumerate(sample(*arguments, **more)):
@@ -135,14 +135,14 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, method):
             yield each
         asked.append(arguments)
 
-    monkeypatch.setattr(measuring, "_SECONDS", 0.0)
-    monkeypatch.setattr(measuring, "sample", dies)
+    monkeypatch.setattr(measure, "_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "sample", dies)
     with pytest.raises(Killed):
         measure_noise(model, batches, class_loss, file=file, **options)
     stored = NoiseTable.load(file)
     counts = [len(samples) for samples in stored.cells.values()]
     assert (counts.count(3), counts.count(2)) == (7, len(counts) - 7)
-    monkeypatch.setattr(measuring, "sample", lambda *rest, **more: asked.append(rest) or sample(*rest, **more))
+    monkeypatch.setattr(measure, "sample", lambda *rest, **more: asked.append(rest) or sample(*rest, **more))
     asked.clear()
     again = measure_noise(model, batches, class_loss, file=file, **options)
     assert [len(each[3]) for each in asked] == [len(counts) - 7]

@@ -10,8 +10,8 @@ from torch import nn
 
 from assign.errors import TraceError
 from assign.optim.optimizers import optimizer
-from assign.plan.assignment import Assignment
-from assign.plan.tensors import Role
+from assign.plan.plan import Assignment
+from assign.plan.table import Role
 from assign.tracing import optimizer_states
 from assign.tracing.optimizer_states import optimizer_name, read_optimizer
 

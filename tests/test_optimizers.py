@@ -14,10 +14,10 @@ from assign.executor.apply import apply
 from assign.numerics.rounding import stream_of
 from assign.optim import optimizers, updates, widening
 from assign.optim.updates import kahan_add
-from assign.plan.assignment import Entry
 from assign.plan.keys import state_key
+from assign.plan.persistent_state import resident
+from assign.plan.plan import Entry
 from assign.plan.recipes import store
-from assign.plan.stored import resident
 
 
 class Wide(nn.Module):

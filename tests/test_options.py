@@ -19,7 +19,7 @@ from assign.errors import AssignError, BudgetError, FormatError, PlanError, Stud
 from assign.noise.options import WARM_UP
 from assign.options import accept_former, help_of, nested, option, shell_of
 from assign.plan.space import Granularity
-from assign.planning import Request, search_table
+from assign.planner import Request, search_table
 from assign.strategies import METHODS, check_request
 from assign.strategies.goal import Goal
 from assign.training.trials import Settings

@@ -15,15 +15,15 @@ from shell import fails, run
 from torch import nn
 
 from assign.errors import PlanError, ReportError
-from assign.fronts import Front
-from assign.plan.assignment import Assignment, Provenance
-from assign.plan.display import human_bytes
-from assign.plan.memory import estimate
-from assign.plan.moments import moments
-from assign.plan.noise import Cell, Method, NoiseTable, Sample
-from assign.plan.stored import UpdateRounding
-from assign.plan.tensors import Role, TensorTable
-from assign.planning import search_table
+from assign.memory.estimate import estimate
+from assign.memory.profile import moments
+from assign.notebook import human_bytes
+from assign.pareto import Front
+from assign.plan.noise_table import Cell, Method, NoiseTable, Sample
+from assign.plan.persistent_state import UpdateRounding
+from assign.plan.plan import Assignment, Provenance
+from assign.plan.table import Role, TensorTable
+from assign.planner import search_table
 from assign.report.page import Report, write_report
 from assign.report.page.beside import Point, best_of, measure_of, points_of
 from assign.report.page.colours import of_formats

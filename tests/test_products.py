@@ -10,10 +10,10 @@ from assign import _torch
 from assign.executor import pipeline
 from assign.executor.apply import planned_step
 from assign.executor.passes.narrow_products import narrow_products
+from assign.formats.rows import parse_format
 from assign.numerics.promotion import Promotion
 from assign.numerics.rounding import amax_scale, decode, encode, quantize
 from assign.plan.compute_dtype import multiply_dtype, operators
-from assign.plan.formats import parse_format
 
 ops = torch.ops.assign
 

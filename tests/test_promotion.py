@@ -229,7 +229,7 @@ def test_goldens_through_the_executors(backend):
     planned(torch.tensor([1.0009765625, 1, 1, 1, 1, 1])).backward(torch.ones(len(BACKWARD)))
     assert model.weight.grad[0].item() == 1.0  # the input was rounded to 8 bits first
     high = plan_of(model, torch.ones(len(BACKWARD))).replace(
-        {key: assign.plan.assignment.Entry(HIGH, False) for key in plan.entries}
+        {key: assign.plan.plan.Entry(HIGH, False) for key in plan.entries}
     )
     planned = assign.apply(model, high, backend=backend)
     with torch.no_grad():

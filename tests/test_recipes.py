@@ -5,9 +5,9 @@ import torch.nn.functional
 from contracts import Rows, chain
 
 from assign.errors import FormatError
-from assign.plan.assignment import Entry
+from assign.plan.plan import Entry
 from assign.plan.recipes import LOSS_OPS, RECIPES, Recipe, get_recipe, initial, save
-from assign.plan.tensors import PAPER_ROLES, Role, TensorInfo, TensorTable
+from assign.plan.table import PAPER_ROLES, Role, TensorInfo, TensorTable
 
 
 def names(recipe: str, role: Role, op: str = "relu") -> tuple[str, str]:

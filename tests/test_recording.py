@@ -31,13 +31,13 @@ from torch.utils.checkpoint import checkpoint
 
 import assign
 from assign.errors import TraceError
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.report.tables import trace_table
 from assign.report.terminal import Terminal
 from assign.tracing import recording
 from assign.tracing.capture import compile_step
 from assign.tracing.functionalize import functionalize
-from assign.tracing.operators import walk
+from assign.tracing.tensor_sites import walk
 
 
 def square_loss(model, x):

@@ -10,8 +10,8 @@ from torch import nn
 
 import assign
 from assign.errors import PlanError
+from assign.memory.estimate import Replay
 from assign.optim.optimizers import follow
-from assign.plan.memory import Replay
 from assign.plan.recipes import store
 
 

@@ -13,7 +13,7 @@ from assign.executor.apply import planned_step
 from assign.executor.passes.pack import pack
 from assign.executor.passes.reuse_grids import reuse_grids
 from assign.numerics.promotion import Promotion
-from assign.plan.assignment import Assignment, Entry
+from assign.plan.plan import Assignment, Entry
 
 
 @pytest.fixture

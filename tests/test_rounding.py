@@ -20,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from assign import _torch
 from assign.errors import FormatError
-from assign.numerics import launch, rounding
-from assign.numerics.dtypes import ROUNDED, torch_dtype
-from assign.numerics.launch import use_compiled
+from assign.formats.rows import FORMATS, parse_format
+from assign.numerics import dispatch, rounding
+from assign.numerics.dispatch import use_compiled
 from assign.numerics.rounding import amax_scale, decode, encode, inline_cast, quantize
-from assign.plan.formats import FORMATS, parse_format
+from assign.numerics.torch_dtypes import ROUNDED, torch_dtype
 
 # Inductor's own imports warn, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
@@ -500,12 +500,12 @@ def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         attempts.append(1)
         raise RuntimeError("no C++ compiler\nand more text")
 
-    launch._compiled.cache_clear()
-    launch._compiler_failed.cache_clear()
+    dispatch._compiled.cache_clear()
+    dispatch._compiler_failed.cache_clear()
     monkeypatch.setattr(_torch, "compile_kernel", fail)
     yield attempts
-    launch._compiled.cache_clear()
-    launch._compiler_failed.cache_clear()
+    dispatch._compiled.cache_clear()
+    dispatch._compiler_failed.cache_clear()
 
 
 def test_without_a_compiler(broken_compiler: list[int], caplog: pytest.LogCaptureFixture) -> None:
@@ -668,8 +668,8 @@ def test_errors_say_what_to_do(call: Callable[[], Tensor], message: str) -> None
 def test_small_tensors_take_a_kernel_that_is_compiled_already(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for a compiler to round four elements, but once there is a kernel they are faster with it."""
     compiled: list[object] = []
-    kernels = launch._compiled.__wrapped__  # without what other tests compiled
-    monkeypatch.setattr(launch, "_compiled", functools.cache(kernels))
+    kernels = dispatch._compiled.__wrapped__  # without what other tests compiled
+    monkeypatch.setattr(dispatch, "_compiled", functools.cache(kernels))
     monkeypatch.setattr(_torch, "compile_kernel", lambda *_: compiled.append(1) or _fill_with_sevens)
     small, large = torch.ones(4), torch.ones(2**15)
     assert quantize(small, "fp(4,3,4)").unique() == 1.0

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import assign
-from assign import several
+from assign import distributed
 from assign.errors import PlanError, TaskError
 from assign.optim import updates
 from assign.plan.recipes import store
@@ -126,7 +126,7 @@ def trained(model, optimizer, data, accumulate=None):
 
 
 def tensors(model):
-    inner = several.unwrapped(model)
+    inner = distributed.unwrapped(model)
     found = [p.full_tensor() if isinstance(p, DTensor) else p for p in inner.parameters()]
     return [tensor.detach().clone() for tensor in [*found, *inner.buffers()]]
 
@@ -368,9 +368,9 @@ def promoted(rank, counts, shard):
         x = torch.ones(1000)
         x[: count[rank]] = 100.0
         wrapped(x).sum().backward()
-        several.dist.all_reduce = lambda *args, **kwargs: (talks.append(1), all_reduce(*args, **kwargs))
+        distributed.dist.all_reduce = lambda *args, **kwargs: (talks.append(1), all_reduce(*args, **kwargs))
         found.append([(past.step, past.key, past.overflow_ratio) for past in promotion.step()])
-        several.dist.all_reduce = all_reduce
+        distributed.dist.all_reduce = all_reduce
     return found, len(talks), promotion.plan.entries["/input"].format
 
 
@@ -577,11 +577,11 @@ def test_refusals(both, case):
 
 
 def test_one_process_alone_needs_nothing_of_it():
-    assert not several.is_several()
+    assert not distributed.is_several()
     counts = torch.ones(2)
-    assert several.sum_over_ranks(counts, None) is counts
+    assert distributed.sum_over_ranks(counts, None) is counts
     model = MLP()
-    assert several.unwrapped(model) is model
+    assert distributed.unwrapped(model) is model
 
 
 def test_training_refuses_torchrun(monkeypatch):

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from assign.executor.apply import apply, planned_step
 from assign.optim.optimizers import optimizer
-from assign.plan.assignment import Entry
-from assign.plan.tensors import Role
+from assign.plan.plan import Entry
+from assign.plan.table import Role
 
 
 class Bag(nn.Module):

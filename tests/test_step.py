@@ -11,7 +11,7 @@ from models import MLP, class_loss, vectors
 
 import assign
 from assign.errors import TraceError
-from assign.plan.tensors import TensorTable
+from assign.plan.table import TensorTable
 
 
 def adamw(parameters):
@@ -67,8 +67,8 @@ def test_a_front_measures_what_its_strategy_needs_on_a_step_only(step):
 
 def test_a_search_measures_noise_after_a_warm_up_if_an_optimizer_is_known(step, monkeypatch):
     seen = []
-    measure = assign.planning.measure_noise
-    monkeypatch.setattr(assign.planning, "measure_noise", lambda *a, **k: seen.append(measure(*a, **k)) or seen[-1])
+    measure = assign.planner.measure_noise
+    monkeypatch.setattr(assign.planner, "measure_noise", lambda *a, **k: seen.append(measure(*a, **k)) or seen[-1])
     assign.search(step, low_ratio=0.5, strategy="milp")
     assign.search(*given(step), low_ratio=0.5, strategy="milp")
     assign.search(step, low_ratio=0.5, strategy="milp", noise=assign.NoiseOptions(warm_up=1, seed=3))

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from assign import _torch
 from assign.errors import FormatError
 from assign.executor.apply import apply, planned_step
+from assign.formats.rows import parse_format
+from assign.numerics.dispatch import use_compiled
 from assign.numerics.kernels import random_bits
-from assign.numerics.launch import use_compiled
 from assign.numerics.promotion import Promotion
 from assign.numerics.rounding import amax_scale, decode, draw_seed, encode, key_of, quantize
-from assign.plan.assignment import Assignment, Entry
-from assign.plan.formats import parse_format
+from assign.plan.plan import Assignment, Entry
 
 # Inductor's own imports warn, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")

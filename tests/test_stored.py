@@ -7,12 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assign.errors import FormatError, PlanError
-from assign.plan.assignment import Assignment, Entry
-from assign.plan.formats import FORMATS, STATE_FORMATS, parse_format
+from assign.formats.rows import FORMATS, STATE_FORMATS, parse_format
 from assign.plan.keys import Part
-from assign.plan.libraries import Library, Stored, choose_library, optimizer_scratch, stored_in
-from assign.plan.recipes import store
-from assign.plan.stored import (
+from assign.plan.optimizer_backends import Library, Stored, choose_library, optimizer_scratch, stored_in
+from assign.plan.persistent_state import (
     NATIVE,
     bytes_of,
     check_rounding,
@@ -20,7 +18,9 @@ from assign.plan.stored import (
     parse_stored,
     resident,
 )
-from assign.plan.tensors import Role, Schedule, TensorInfo, TensorTable
+from assign.plan.plan import Assignment, Entry
+from assign.plan.recipes import store
+from assign.plan.table import Role, Schedule, TensorInfo, TensorTable
 
 
 def table(elements=8192, optimizer="AdamW", states=("exp_avg", "exp_avg_sq")):

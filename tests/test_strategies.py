@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assign.errors import AssignError, BudgetError, FormatError
-from assign.plan.assignment import Entry
 from assign.plan.keys import grad_key
+from assign.plan.plan import Entry
 from assign.plan.recipes import get_recipe, initial
-from assign.plan.tensors import Group, Role, TensorTable
+from assign.plan.table import Group, Role, TensorTable
 from assign.strategies import METHODS, STRATEGIES, get_method
 from assign.strategies.baselines import operator_based, uniform, uniform_in
 from assign.strategies.greedy import Order, demotion_order, greedy

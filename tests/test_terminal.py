@@ -6,7 +6,7 @@ import json
 import pytest
 from shell import fails, run
 
-from assign.plan.assignment import Assignment, Entry, Provenance
+from assign.plan.plan import Assignment, Entry, Provenance
 from assign.report.terminal import Terminal, visible
 
 EVIL = "[/] [bold red]a[/bold red] [link=http://x]b[/link] \x1b]8;;http://x\x07c\x1b[2J \x9b31m \u202ed :skull: \x00"

@@ -13,14 +13,14 @@ from test_milp import FORMATS, HFP8, all_plans
 
 import assign
 from assign.errors import BudgetError, PlanError
-from assign.plan.assignment import Entry
 from assign.plan.keys import grad_key
+from assign.plan.latency_table import TimeTable, parse_step_time
 from assign.plan.measured import Measured
-from assign.plan.noise import Cell
+from assign.plan.noise_table import Cell
+from assign.plan.plan import Entry
 from assign.plan.recipes import get_recipe
 from assign.plan.space import SearchSpace
-from assign.plan.times import TimeTable, parse_step_time
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.strategies.greedy import greedy
 from assign.strategies.milp import Milp
 

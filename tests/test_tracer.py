@@ -12,10 +12,10 @@ from models import GPT, MLP, InPlace, ResNet, class_loss, images, tokens, vector
 from torch import nn
 
 from assign.errors import PlanError, TraceError
-from assign.plan.memory import estimate
+from assign.memory.estimate import estimate
 from assign.plan.space import SearchSpace
-from assign.plan.tensors import Role, TensorTable
-from assign.planning import search_table
+from assign.plan.table import Role, TensorTable
+from assign.planner import search_table
 from assign.tracing.tracer import trace
 
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from assign.errors import DivergedError, PlanError, TaskError
+from assign.memory.estimate import peak_bytes
 from assign.numerics.promotion import THRESHOLD, PromotionOptions
-from assign.plan.assignment import Assignment, Entry
-from assign.plan.memory import peak_bytes
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import get_recipe, initial
 from assign.plan.space import SearchSpace
-from assign.plan.tensors import TensorTable
-from assign.planning import search_table
+from assign.plan.table import TensorTable
+from assign.planner import search_table
 from assign.tasks import Task, load_task
 from assign.tracing.measuring import measure_peak
 from assign.tracing.tracer import trace

@@ -22,10 +22,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from assign.errors import BudgetError, PlanError, StudyError
-from assign.plan.memory import peak_bytes
+from assign.memory.estimate import peak_bytes
 from assign.plan.quality import is_maximized
 from assign.plan.space import SearchSpace
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.tasks import Task
 from assign.tracing.tracer import trace
 from assign.training.trials import STARTS, Settings

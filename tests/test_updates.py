@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from assign.errors import FormatError
-from assign.numerics.launch import use_compiled
+from assign.numerics.dispatch import use_compiled
 from assign.optim.updates import SGD, AdamW, kahan_add
-from assign.plan.stored import COMPENSATION
+from assign.plan.persistent_state import COMPENSATION
 
 # Inductor's own imports warn, once in a process
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from assign import _torch
 from assign.numerics.blocks import decode_blocks, encode_blocks
-from assign.numerics.launch import use_compiled
+from assign.numerics.dispatch import use_compiled
 from assign.numerics.rounding import amax_scale, decode, encode, quantize
 from benchmarks import device_checks
 

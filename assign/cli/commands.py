@@ -1,6 +1,6 @@
 """All commands, registered with the application."""
 
-from assign.cli import looking, reporting, searching, studies, training, verifying
+from assign.cli import inspect, report, search, train, tune, verify
 from assign.cli.shell import app
 
-__all__ = ["app", "looking", "reporting", "searching", "studies", "training", "verifying"]
+__all__ = ["app", "inspect", "report", "search", "train", "tune", "verify"]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from assign.executor.backends import Backend
-from assign.plan.stored import UpdateRounding
+from assign.plan.persistent_state import UpdateRounding
 from assign.strategies import METHODS
 
 TaskName = Annotated[

@@ -10,8 +10,8 @@ from typer.main import get_group
 from assign.cli.shell import app, open_task, traced
 from assign.errors import TaskError
 from assign.options import option
-from assign.plan.assignment import Assignment
-from assign.plan.tensors import TensorTable
+from assign.plan.plan import Assignment
+from assign.plan.table import TensorTable
 from assign.tasks import Task, TaskOptions
 from assign.tasks.builtin import BUILTIN
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from assign.atomic_write import check_writable, is_stdout, remove_leftovers, write_whole
 from assign.cli.shell import console
 from assign.errors import OutputError
-from assign.files import check_writable, is_stdout, remove_leftovers, write_whole
 
 
 def check_outputs(

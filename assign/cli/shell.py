@@ -15,13 +15,13 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from assign.files import is_stdout
+from assign.atomic_write import is_stdout
+from assign.memory.estimate import peak_bytes
+from assign.notebook import human_bytes
 from assign.passwords import mask_argument
-from assign.plan.assignment import Assignment
-from assign.plan.display import human_bytes
-from assign.plan.memory import peak_bytes
-from assign.plan.stored import UpdateRounding
-from assign.plan.tensors import TensorTable
+from assign.plan.persistent_state import UpdateRounding
+from assign.plan.plan import Assignment
+from assign.plan.table import TensorTable
 from assign.report import tables
 from assign.report.terminal import Terminal
 from assign.tasks import Task, TaskOptions, check_device, load_task

@@ -14,26 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assign import _torch, several
+from assign import _torch, distributed
 from assign.errors import PlanError, nearest
 from assign.executor.backends import Backend, make_backend
 from assign.executor.context import Context, PassLog, Step
 from assign.executor.fit import Scope, fit
 from assign.executor.methods import methods_of, planned_method
-from assign.executor.parameters import store_parameters
+from assign.executor.parameter_storage import store_parameters
 from assign.executor.passes.mark import taps_of
 from assign.executor.pipeline import CAPTURED, run_passes
 from assign.executor.sparse import sparse_inputs, with_sparse_gradients
 from assign.executor.unused import results_behind_inputs, without_unused_gradients
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
-from assign.plan.assignment import Assignment
 from assign.plan.keys import Key, Part
-from assign.plan.stored import narrow_buffers
+from assign.plan.persistent_state import narrow_buffers
+from assign.plan.plan import Assignment
 from assign.tracing.capture import Capture, Loss, call_model, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.loaded import complete
-from assign.tracing.operators import walk
+from assign.tracing.tensor_sites import walk
 
 
 def apply(
@@ -56,7 +56,7 @@ def apply(
 
     Wrap the planned module in ``DistributedDataParallel``; in :func:`assign.data_parallel` if gradients are stored in
     another dtype than their masters; or use ``fully_shard``, before or after, if masters are in float32. See
-    :mod:`assign.several`.
+    :mod:`assign.distributed`.
 
     Args:
         model: in any floating-point dtypes. It can still be called without the plan, unless the plan has changed the
@@ -116,7 +116,7 @@ def apply(
     planned: nn.Module = _share(
         model, type(original.__name__, (original,), {**body, "__module__": original.__module__})
     )
-    if several.is_several():
+    if distributed.is_several():
         _torch.share_fsdp_state(model, planned)
     return planned
 
@@ -224,10 +224,10 @@ def planned_step(
 
 def store(model: nn.Module, plan: Assignment) -> None:
     """Make sure that the plan is the model's, and give parameters and gradients their dtypes."""
-    several.check_one_module(model)
+    distributed.check_one_module(model)
     check_parameters(model)
     _check_parameters_named(model, plan)
-    several.check_sharded(model, complete(plan, model))
+    distributed.check_sharded(model, complete(plan, model))
     store_parameters(model, plan)
 
 
@@ -278,7 +278,7 @@ def compile_planned(
         return without_unused_gradients(tapped, capture, needed) if capture.training else tapped
 
     narrow = narrow_buffers(plan.entries)
-    compiled = several.around(
+    compiled = distributed.around(
         compile_step(_plain(model, type(model)), loss, receive, buffers=narrow, whole=whole), plan
     )
 

@@ -11,7 +11,7 @@ from assign import _torch
 from assign.executor import pipeline
 from assign.executor.context import Context, PassLog
 from assign.executor.pipeline import run_passes
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 
 
 class Backend(StrEnum):

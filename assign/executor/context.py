@@ -8,10 +8,10 @@ from torch import fx
 
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
-from assign.numerics.runtime import Runtime
-from assign.plan.assignment import Assignment
+from assign.numerics.runtime_formats import Runtime
+from assign.plan.plan import Assignment
 from assign.tracing.capture import Capture
-from assign.tracing.operators import Walk
+from assign.tracing.tensor_sites import Walk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from enum import StrEnum
 
 from assign import _torch
-from assign.plan.assignment import Assignment, Entry
 from assign.plan.keys import LOSS, Key, base_key, grad_key, is_grad_key
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import get_recipe
-from assign.plan.tensors import Role
+from assign.plan.table import Role
 from assign.tracing.capture import Capture
-from assign.tracing.operators import Walk
+from assign.tracing.tensor_sites import Walk
 
 
 class Scope(StrEnum):

@@ -81,6 +81,6 @@ def _operator(node: fx.Node) -> str:
 
 def source_files(package: Path) -> list[Path]:
     """Return the files of the package whose code can change a graph: they are part of the key of Inductor's cache."""
-    folders = ("executor", "numerics", "optim", "plan", "tracing")
+    folders = ("executor", "formats", "memory", "numerics", "optim", "plan", "tracing")
     found = (path for folder in folders for path in (package / folder).rglob("*.py"))
     return sorted([*found, *package.glob("*.py")])

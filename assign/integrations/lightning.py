@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from assign.errors import PlanError
 from assign.executor.apply import autocast
 from assign.numerics.promotion import THRESHOLD, Promotion
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 
 
 class PlanCallback(pl.Callback):

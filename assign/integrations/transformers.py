@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from assign import planning
+from assign import planner
 from assign.executor.apply import autocast
 from assign.numerics.promotion import THRESHOLD, Promotion
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 
 
 class Writer(Protocol):
@@ -50,7 +50,7 @@ def search(trainer: Trainer, **asked: Any) -> Assignment:
         return made
 
     assert trainer.model is not None
-    return planning.search(trainer.model, batch, loss, optimizer=optimizer, **asked)
+    return planner.search(trainer.model, batch, loss, optimizer=optimizer, **asked)
 
 
 def _items(trainer: Trainer, batch: Any) -> Any:

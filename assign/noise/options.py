@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from assign.errors import PlanError
 from assign.options import option
-from assign.plan.noise import Method
+from assign.plan.noise_table import Method
 
 WARM_UP = 40
 """Steps of training after which noise ranks plans well; at the start it does so less (``bench_search.py``)."""

@@ -32,13 +32,13 @@ from torch import Tensor
 
 from assign import _torch
 from assign.errors import FormatError
-from assign.numerics.dtypes import ROUNDED
+from assign.formats.rows import SAVED_FORMATS, BlockFormat, Format, Shared, parse_saved
+from assign.numerics.dispatch import run_rows
 from assign.numerics.kernels import BIAS, INF, MAGNITUDE, WIDTH, bits_of, coding, random_bits_at, scaling
-from assign.numerics.launch import run_rows
 from assign.numerics.registry import register
 from assign.numerics.rounding import draw_seed, key_of
+from assign.numerics.torch_dtypes import ROUNDED
 from assign.numerics.words import join, split, word_dtype
-from assign.plan.formats import SAVED_FORMATS, BlockFormat, Format, Shared, parse_saved
 
 _SMALLEST_SCALE = 2.0**-126  # its inverse is a float32
 _PIECE, _DEVICE_PIECE = 2**20, 2**22  # elements at a time: few calls, and small temporaries where no compiler works

@@ -2,7 +2,7 @@
 
 A current scale takes a pass over the tensor before the pass that rounds it. A delayed one is known when the step
 begins, and the same pass that rounds finds out what the next steps need. What is known of a tensor is in its *history*;
-the rounding operators look it up when they run (:mod:`assign.numerics.runtime`), as they do for promotion.
+the rounding operators look it up when they run (:mod:`assign.numerics.runtime_formats`), as they do for promotion.
 
 Source: NVIDIA Transformer Engine, delayed scaling: the largest magnitude of the last steps, 1024 by default.
 """
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from assign.errors import PlanError
+from assign.formats.rows import Format, parse_format
 from assign.numerics.kernels import scaling
-from assign.plan.assignment import Assignment
-from assign.plan.formats import Format, parse_format
 from assign.plan.keys import Key, Part
+from assign.plan.plan import Assignment
 
 LENGTH = 1024
 """Steps that a history remembers. Source: Transformer Engine's default."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from assign.plan.formats import Format, Rounding, Scaling
+from assign.formats.rows import Format, Rounding, Scaling
 
 SIGN, MAGNITUDE, INF = -(1 << 31), (1 << 31) - 1, 0x7F800000  # in the bits of a float32
 WIDTH, BIAS = 23, 127  # mantissa bits and exponent bias of a float32

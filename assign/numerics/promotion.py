@@ -1,8 +1,8 @@
 """Promotion: a low tensor that overflows too often gets its high format for the rest of the training.
 
 The format of a tensor that may be promoted is in its *slot*. The rounding operators look it up there when they run
-(:mod:`assign.numerics.runtime`), and count overflow where they round. So a promotion takes effect at the next step and
-compiles nothing.
+(:mod:`assign.numerics.runtime_formats`), and count overflow where they round. So a promotion takes effect at the next
+step and compiles nothing.
 
 Where several processes train one model, what overflowed is counted over all of them: all promote the same.
 
@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from assign import several
+from assign import distributed
 from assign.errors import PlanError
+from assign.formats.rows import Format, parse_format
 from assign.options import option
-from assign.plan.assignment import Assignment, Entry
-from assign.plan.formats import Format, parse_format
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import get_recipe
-from assign.plan.tensors import Role
+from assign.plan.table import Role
 
 THRESHOLD = 0.01
 """Share of a tensor's elements that overflow at which it is promoted. Source: arXiv 2301.13464."""
@@ -235,7 +235,7 @@ class Promotion:
             counts[1, at] = torch.tensor([slot.elements for slot, _ in seen])
         for slot, _ in seen:
             slot.overflowed = None
-        overflowed, elements = several.sum_over_ranks(counts, self._group).tolist()
+        overflowed, elements = distributed.sum_over_ranks(counts, self._group).tolist()
         unknown = next((key for key, place in places.items() if elements[place] and key not in self._slots), None)
         if unknown is not None:
             raise PlanError(

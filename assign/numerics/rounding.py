@@ -16,7 +16,7 @@ has no say, and rounding itself stays pure: computed again in the backward pass,
 by another compiler, a value goes the same way, and ``torch.manual_seed`` repeats a run.
 
 Each kernel is written once, in plain torch, over a few numbers taken from the format
-(:mod:`assign.numerics.kernels`), and run by :mod:`assign.numerics.launch`.
+(:mod:`assign.numerics.kernels`), and run by :mod:`assign.numerics.dispatch`.
 """
 
 import zlib
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from assign.errors import FormatError
+from assign.formats.rows import FORMATS, Format, parse_format
 from assign.numerics.delayed import History
-from assign.numerics.dtypes import ROUNDED, dtype_name, torch_dtype
+from assign.numerics.dispatch import count_at_least, find_largest, find_scale, run, run_measured, run_scaled
 from assign.numerics.kernels import WIDTH, coding, quantizing, scaling
-from assign.numerics.launch import count_at_least, find_largest, find_scale, run, run_measured, run_scaled
 from assign.numerics.registry import register
-from assign.numerics.runtime import Runtime, current_format
-from assign.plan.formats import FORMATS, Format, parse_format
+from assign.numerics.runtime_formats import Runtime, current_format
+from assign.numerics.torch_dtypes import ROUNDED, dtype_name, torch_dtype
 
 
 def key_of(seed: Tensor, stream: int) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from assign.errors import PlanError
-from assign.numerics.dtypes import dtype_name
+from assign.formats.rows import Format
+from assign.numerics.torch_dtypes import dtype_name
 from assign.optim.beside import beside
-from assign.plan.formats import Format
 
 
 def keep_scale(parameter: Tensor, scale: Tensor) -> None:

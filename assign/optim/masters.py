@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from assign.distributed import unwrapped
 from assign.errors import PlanError
 from assign.optim.beside import beside
 from assign.optim.gradients import set_gradient
-from assign.plan.stored import EXTRA_BITS
-from assign.several import unwrapped
+from assign.plan.persistent_state import EXTRA_BITS
 
 
 def split(wide: Tensor, narrow: Tensor, extra: Tensor) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from assign.distributed import local_part, unwrapped
 from assign.errors import TaskError
-from assign.plan.stored import COMPENSATION, EXTRA_BITS
-from assign.several import local_part, unwrapped
+from assign.plan.persistent_state import COMPENSATION, EXTRA_BITS
 
 _DIRECTIONS = ("exp_avg", "momentum_buffer")
 """First moments, by the names that torch's optimizers and ours give them."""

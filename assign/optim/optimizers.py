@@ -1,9 +1,9 @@
 """Make optimizers whose states have the formats of a plan, from torch, torchao or bitsandbytes.
 
 ``assign.optimizer(torch.optim.AdamW, model, plan, lr=1e-3)`` is torch's AdamW where the plan stores everything alike,
-and another library's AdamW where it does not. Which library can keep what, :mod:`assign.plan.libraries` says; the
-states, in each library's form, :mod:`assign.optim.states` makes. The arithmetic is the library's; none of it is written
-here.
+and another library's AdamW where it does not. :mod:`assign.plan.optimizer_backends` says which library can keep what,
+and :mod:`assign.optim.states` makes the states in each library's form. The arithmetic is the library's; none of it is
+written here.
 
 ==============  ====================================================================================================
 torch           any optimizer, all in the dtype of the parameters; SGD on any native dtypes
@@ -31,19 +31,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from assign import several
+from assign import distributed
 from assign.errors import PlanError, nearest
-from assign.numerics.dtypes import torch_dtype
+from assign.numerics.torch_dtypes import torch_dtype
 from assign.optim import updates
 from assign.optim.gradients import forget_scale
 from assign.optim.gradients import widened as widened_gradient
 from assign.optim.masters import check_known, extra_bits_of, joined, load_extra_bits
 from assign.optim.states import count_changed, make_states, restore, unwrapped, widened
 from assign.optim.widening import Chance, widened_master
-from assign.plan.assignment import Assignment
 from assign.plan.keys import Key, Part, state_key
-from assign.plan.libraries import Library, Stored, choose_library, rounds_updates_itself, widen_masters
-from assign.plan.stored import (
+from assign.plan.optimizer_backends import Library, Stored, choose_library, rounds_updates_itself, widen_masters
+from assign.plan.persistent_state import (
     COMPENSATION,
     EXTRA_BITS,
     StateFormat,
@@ -55,6 +54,7 @@ from assign.plan.stored import (
     state_format,
     stored_dtype,
 )
+from assign.plan.plan import Assignment
 from assign.tracing.loaded import complete
 from assign.tracing.optimizer_states import optimizer_name
 
@@ -116,7 +116,7 @@ def follow(
     Raises:
         PlanError: as :func:`optimizer`.
     """
-    plan = complete(plan, several.unwrapped(model))
+    plan = complete(plan, distributed.unwrapped(model))
     rounding = plan.update_rounding if update_rounding is None else parse_rounding(update_rounding, where="optimizer")
     check_unsplit(rounding, plan.entries, where="optimizer")
     stored = _stored(made, model, plan)
@@ -127,7 +127,7 @@ def follow(
     try:
         chosen = _choose(name, stored.values(), library)
     except PlanError as error:
-        if any(map(several.is_sharded, stored)):
+        if any(map(distributed.is_sharded, stored)):
             error.add_note("  The parameters are sharded: elements are those in this process.")
         raise
     planned = _planned(
@@ -165,7 +165,7 @@ def _of_library(states: Mapping[str, Any], *, widened: bool = False) -> dict[str
 
 def _stored(made: Optimizer, model: nn.Module, plan: Assignment) -> dict[Tensor, Stored]:
     """What the plan stores of every parameter of the optimizer."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in several.unwrapped(model).named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in distributed.unwrapped(model).named_parameters()}
     explicit: dict[str, dict[str, StateFormat]] = {}
     for each in (Key.parse(key, plan.entries) for key in plan.entries):
         if each.part is Part.STATE:
@@ -179,7 +179,7 @@ def _stored(made: Optimizer, model: nn.Module, plan: Assignment) -> dict[Tensor,
             _check_states(made, key, given, has)
             found[parameter] = Stored(
                 key=key,
-                elements=several.local_part(parameter).numel(),
+                elements=distributed.local_part(parameter).numel(),
                 master=master_format(plan.entries, key),
                 gradient=gradient_format(plan.entries, key),
                 states={state: state_format(plan.entries, key, state) for state in has or given},
@@ -278,7 +278,7 @@ def _from_torchao(made: Optimizer) -> Optimizer:
 
 def _from_bitsandbytes(made: Optimizer) -> Optimizer:
     optim: Any = importlib.import_module("bitsandbytes.optim")  # it has no types
-    if any(several.is_sharded(parameter) for group in made.param_groups for parameter in group["params"]):
+    if any(distributed.is_sharded(parameter) for group in made.param_groups for parameter in group["params"]):
         raise PlanError(
             f"optimizer: the plan's states need bitsandbytes, whose {type(made).__name__} takes no parameters that "
             "fully_shard has sharded.\n  Allowed: torch's optimizers, torchao's Adam and AdamW; or "

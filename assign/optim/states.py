@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assign.numerics.dtypes import torch_dtype
-from assign.plan.formats import BlockFormat, Format
-from assign.plan.libraries import Library, Stored
-from assign.several import like_sharded, local_part
+from assign.distributed import like_sharded, local_part
+from assign.formats.rows import BlockFormat, Format
+from assign.numerics.torch_dtypes import torch_dtype
+from assign.plan.optimizer_backends import Library, Stored
 
 States = dict[str, Any]
 

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from assign.distributed import alike_by_chance, local_part
 from assign.errors import FormatError, nearest
-from assign.numerics.dtypes import SIXTEEN_BITS, dtype_name
+from assign.formats.rows import parse_format
 from assign.numerics.rounding import quantize
-from assign.plan.formats import parse_format
-from assign.plan.stored import COMPENSATION, UpdateRounding
-from assign.several import alike_by_chance, local_part
+from assign.numerics.torch_dtypes import SIXTEEN_BITS, dtype_name
+from assign.plan.persistent_state import COMPENSATION, UpdateRounding
 
 _BY_CHANCE = {dtype: parse_format(f"{name}:sr") for dtype, name in SIXTEEN_BITS.items()}
 _TYPES = "bfloat16, float16; float32, which is updated by the plain rule"

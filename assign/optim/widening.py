@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assign.numerics.dtypes import SIXTEEN_BITS
+from assign.distributed import alike_by_chance
 from assign.numerics.rounding import draw_seed, stream_of
+from assign.numerics.torch_dtypes import SIXTEEN_BITS
 from assign.optim.gradients import set_gradient
 from assign.optim.updates import kahan_add
-from assign.plan.stored import COMPENSATION, UpdateRounding
-from assign.several import alike_by_chance
+from assign.plan.persistent_state import COMPENSATION, UpdateRounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

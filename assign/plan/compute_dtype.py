@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-from assign.plan.assignment import Entry, format_pair
-from assign.plan.dtypes import FLOAT32, FLOAT64, ITEM_BYTES, NARROW
-from assign.plan.formats import FORMATS, LOADED, Format, Storage, loaded_format, parse_format
+from assign.formats.dtypes import FLOAT32, FLOAT64, ITEM_BYTES, NARROW
+from assign.formats.rows import FORMATS, LOADED, Format, Storage, loaded_format, parse_format
 from assign.plan.keys import saved_key
 from assign.plan.ops import CONVERSIONS, FLOAT32_PARAMETERS, INPUT, MATRIX_PRODUCTS, PLAIN_PRODUCTS, SIXTEEN_BIT, SLICE
-from assign.plan.tensors import Role, TensorInfo, TensorTable
+from assign.plan.plan import Entry, format_pair
+from assign.plan.table import Role, TensorInfo, TensorTable
 
 
 class Made(Protocol):

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from assign.plan.noise import NoiseTable
-from assign.plan.tensors import TensorTable
-from assign.plan.times import TimeTable
+from assign.plan.latency_table import TimeTable
+from assign.plan.noise_table import NoiseTable
+from assign.plan.table import TensorTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from assign.errors import FormatError, PlanError, nearest
-from assign.plan.assignment import Assignment, Entry
-from assign.plan.formats import BlockFormat, Format, loaded_format, parse_format, parse_saved
+from assign.formats.rows import BlockFormat, Format, loaded_format, parse_format, parse_saved
 from assign.plan.keys import Part, buffer_key, grad_key, master_key, saved_key, stored_grad_key
 from assign.plan.ops import EXPONENTIATED, LOSS_OPS
-from assign.plan.stored import is_narrow, is_stored, master_format, parse_stored, waiting_bytes, with_loaded
-from assign.plan.tensors import Need, Role, TensorInfo, TensorTable
+from assign.plan.persistent_state import is_narrow, is_stored, master_format, parse_stored, waiting_bytes, with_loaded
+from assign.plan.plan import Assignment, Entry
+from assign.plan.table import Need, Role, TensorInfo, TensorTable
 
 Pair = tuple[str, str]
 """Names of the high and of the low format."""

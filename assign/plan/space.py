@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from assign.errors import PlanError
+from assign.formats.rows import parse_format, parse_saved
 from assign.options import option
-from assign.plan.formats import parse_format, parse_saved
 from assign.plan.keys import Part
+from assign.plan.persistent_state import UpdateRounding, parse_rounding, parse_stored
 from assign.plan.recipes import Recipe, get_recipe
-from assign.plan.stored import UpdateRounding, parse_rounding, parse_stored
 
 
 class Granularity(StrEnum):

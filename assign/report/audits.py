@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from rich.console import Group as Rows
 from rich.console import RenderableType
 
+from assign.analysis.audit import Finding, RangeReport
+from assign.analysis.certificate import Certificate, quantiles
 from assign.optim.monitor import LostUpdates
 from assign.report.tables import new_table
-from assign.training.audit import Finding, RangeReport
-from assign.training.certificate import Certificate, quantiles
 
 
 def constants_table(found: Sequence[Finding]) -> RenderableType:

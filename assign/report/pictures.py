@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from assign.atomic_write import replacing
 from assign.errors import ComparisonError
-from assign.files import replacing
 from assign.report.terminal import visible
 from assign.training.comparison import Comparison, RunFacts, Spread, Summary, VariantRow
 

@@ -9,11 +9,11 @@ from rich.console import Group as Rows
 from rich.console import RenderableType
 from rich.table import Table
 
-from assign.plan.assignment import Assignment, Diff, Entry
-from assign.plan.display import human_bytes
-from assign.plan.moments import Moments, moments
-from assign.plan.stored import UpdateRounding
-from assign.plan.tensors import TensorTable
+from assign.memory.profile import Moments, moments
+from assign.notebook import human_bytes
+from assign.plan.persistent_state import UpdateRounding
+from assign.plan.plan import Assignment, Diff, Entry
+from assign.plan.table import TensorTable
 from assign.report.page.colours import ROLES
 from assign.report.rows import Row, formats_of, tensor_rows
 from assign.report.tables import Bar, new_table

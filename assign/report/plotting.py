@@ -4,14 +4,14 @@ import importlib
 from typing import Any
 
 from assign.errors import ReportError
-from assign.fronts import Front
-from assign.plan.assignment import Assignment
-from assign.plan.display import plot
-from assign.plan.memory import Estimate
-from assign.plan.moments import moments
-from assign.plan.noise import NoiseTable
-from assign.plan.tensors import TensorTable
-from assign.planning import search_table
+from assign.memory.estimate import Estimate
+from assign.memory.profile import moments
+from assign.notebook import plot
+from assign.pareto import Front
+from assign.plan.noise_table import NoiseTable
+from assign.plan.plan import Assignment
+from assign.plan.table import TensorTable
+from assign.planner import search_table
 from assign.report.page import figures
 from assign.report.page.beside import TRAINED, Point, points_of
 from assign.report.page.colours import BLUE, ROLES

@@ -4,12 +4,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from assign.plan.assignment import Assignment
-from assign.plan.dtypes import ITEM_BYTES
+from assign.formats.dtypes import ITEM_BYTES
+from assign.memory.profile import Moments
 from assign.plan.keys import Key, base_key, master_key, stored_grad_key
-from assign.plan.moments import Moments
-from assign.plan.noise import EXACT, Cell, NoiseTable
-from assign.plan.stored import (
+from assign.plan.noise_table import EXACT, Cell, NoiseTable
+from assign.plan.persistent_state import (
     StateFormat,
     buffer_format,
     is_stored,
@@ -18,7 +17,8 @@ from assign.plan.stored import (
     state_format,
     waiting_bytes,
 )
-from assign.plan.tensors import PAPER_ROLES, Role, TensorInfo, TensorTable
+from assign.plan.plan import Assignment
+from assign.plan.table import PAPER_ROLES, Role, TensorInfo, TensorTable
 
 _ALIVE_AS = {Role.MASTER: "parameters", Role.OPTIM_STATE: "optimizer states", Role.BUFFER: "buffers"}
 _ROUNDED = PAPER_ROLES | {Role.SAVED}

@@ -12,14 +12,14 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from assign.executor.rehearsal import Rehearsal
+from assign.executor.compiled_memory import Rehearsal
+from assign.formats.rows import FORMATS, BlockFormat, Format
+from assign.memory.estimate import Estimate
+from assign.notebook import human_bytes
 from assign.numerics.promotion import Promoted
 from assign.plan.compute_dtype import Operator
-from assign.plan.display import human_bytes
-from assign.plan.formats import FORMATS, BlockFormat, Format
-from assign.plan.memory import Estimate
-from assign.plan.noise import NoiseTable
-from assign.plan.tensors import Role, TensorTable
+from assign.plan.noise_table import NoiseTable
+from assign.plan.table import Role, TensorTable
 from assign.report.page.colours import ROLES
 from assign.training.comparison import Comparison, Spread, Summary
 from assign.training.history import TrainResult

@@ -12,10 +12,10 @@ from types import MappingProxyType
 from typing import Protocol
 
 from assign.errors import AssignError, BudgetError, nearest
-from assign.plan.assignment import Entry
+from assign.plan.plan import Entry
 from assign.plan.recipes import Recipe
 from assign.plan.space import SearchSpace
-from assign.plan.tensors import TensorTable
+from assign.plan.table import TensorTable
 from assign.strategies.baselines import as_loaded, operator_based, standalone, uniform, uniform_in
 from assign.strategies.goal import Goal, PeakBytes
 from assign.strategies.greedy import Order, greedy

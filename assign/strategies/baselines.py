@@ -3,12 +3,12 @@
 from collections.abc import Collection
 
 from assign.errors import FormatError
-from assign.plan.assignment import Entry
-from assign.plan.formats import loaded_format, parse_format
+from assign.formats.rows import loaded_format, parse_format
 from assign.plan.keys import grad_key
 from assign.plan.ops import GROUP_STARTS, INPUT
+from assign.plan.plan import Entry
 from assign.plan.recipes import Recipe, initial, store
-from assign.plan.tensors import Role, TensorInfo, TensorTable
+from assign.plan.table import Role, TensorInfo, TensorTable
 from assign.strategies.goal import Goal, PeakBytes, over_budget
 
 

@@ -11,8 +11,8 @@ from scipy.sparse import csr_array
 
 from assign.errors import BudgetError
 from assign.options import option
-from assign.plan.assignment import Entry
-from assign.plan.times import parse_step_time
+from assign.plan.latency_table import parse_step_time
+from assign.plan.plan import Entry
 
 PeakBytes = Callable[[Mapping[str, Entry]], int]
 """Peak bytes of one training step under these entries."""

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from enum import StrEnum
 
-from assign.plan.assignment import Entry
+from assign.plan.plan import Entry
 from assign.plan.recipes import Recipe, initial
-from assign.plan.tensors import Group, TensorTable
+from assign.plan.table import Group, TensorTable
 from assign.strategies.goal import Goal, PeakBytes, over_budget
 
 

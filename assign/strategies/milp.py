@@ -18,12 +18,12 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array, hstack
 
 from assign.errors import BudgetError, PlanError, nearest
-from assign.plan.assignment import Entry
-from assign.plan.formats import Format, parse_format
+from assign.formats.rows import Format, parse_format
+from assign.plan.latency_table import parse_step_time
+from assign.plan.plan import Entry
 from assign.plan.recipes import Recipe, candidates_of, save
 from assign.plan.space import Granularity
-from assign.plan.tensors import TensorTable
-from assign.plan.times import parse_step_time
+from assign.plan.table import TensorTable
 from assign.strategies.goal import Floats, Goal, Integers, PeakBytes, Timeline, over_budget
 from assign.strategies.greedy import greedy
 from assign.strategies.request import Question, Solution

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from assign.plan.assignment import Entry
 from assign.plan.measured import Measured
+from assign.plan.plan import Entry
 from assign.plan.space import SearchSpace
-from assign.plan.tensors import TensorTable
+from assign.plan.table import TensorTable
 from assign.strategies.goal import Goal, PeakBytes, Timeline
 
 Complete = Callable[[Mapping[str, Entry]], dict[str, Entry]]

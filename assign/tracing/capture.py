@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from assign import _torch
 from assign.errors import AssignError, TraceError
-from assign.numerics.dtypes import COMPUTED
+from assign.numerics.torch_dtypes import COMPUTED
 from assign.tracing.heap import Heap
 from assign.tracing.loaded import stored_otherwise
 from assign.tracing.pieces import Piece

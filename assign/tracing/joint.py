@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from assign import _torch
-from assign.plan.tensors import MARK
+from assign.plan.table import MARK
 
 aten = torch.ops.aten
 

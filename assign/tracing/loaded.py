@@ -7,11 +7,11 @@ of the model, so that copies, pickles and sharded models know it too.
 import torch
 from torch import nn
 
-from assign.numerics.dtypes import dtype_name, torch_dtype
-from assign.plan.assignment import Assignment
-from assign.plan.formats import LOADED, Format, parse_format
+from assign.formats.rows import LOADED, Format, parse_format
+from assign.numerics.torch_dtypes import dtype_name, torch_dtype
 from assign.plan.keys import master_key
-from assign.plan.stored import master_format, stored_dtype
+from assign.plan.persistent_state import master_format, stored_dtype
+from assign.plan.plan import Assignment
 
 _ATTRIBUTE = "_assign_loaded"
 

@@ -28,12 +28,12 @@ from assign.plan.ops import (
     WRITTEN_BY_NAME,
 )
 from assign.plan.precision import stays_float32
-from assign.plan.tensors import Need
+from assign.plan.table import Need
 from assign.tracing.capture import Capture
 from assign.tracing.constants import numbers_in
 from assign.tracing.functionalize import written
 from assign.tracing.joint import COMPARISONS, aten
-from assign.tracing.operators import Walk, operator_name
+from assign.tracing.tensor_sites import Walk, operator_name
 
 _MASK = 1e4
 """Magnitude from which a constant is a mask. Source: the first BERT masks with −10000, later models with more."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from assign import _torch
 from assign.errors import TraceError
-from assign.numerics.dtypes import dtype_name
+from assign.numerics.torch_dtypes import dtype_name
 from assign.plan.keys import Key, state_key
-from assign.plan.tensors import Role, TensorInfo
+from assign.plan.table import Role, TensorInfo
 from assign.tracing.allocations import Allocations
 from assign.tracing.loaded import loaded_dtypes
 

@@ -11,9 +11,9 @@ from torch import Tensor, fx, library
 
 from assign import _torch
 from assign.plan.keys import grad_key
-from assign.plan.tensors import MARK
+from assign.plan.table import MARK
 from assign.tracing.layout import Layout
-from assign.tracing.operators import Site, Walk
+from assign.tracing.tensor_sites import Site, Walk
 
 
 @library.custom_op("assign::probe", mutates_args=())

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from assign.errors import TraceError
-from assign.plan.tensors import TensorTable
+from assign.plan.table import TensorTable
 from assign.tracing.capture import Loss
 from assign.tracing.optimizer_states import OptimizerFactory
 

@@ -16,19 +16,19 @@ from torch import Tensor, fx, nn
 
 from assign import _torch
 from assign.errors import TraceError
-from assign.plan.groups import assign_groups
+from assign.plan.grouping import assign_groups
 from assign.plan.keys import Key, buffer_key, grad_key, saved_key
-from assign.plan.tensors import Buffer, Event, Need, Role, Schedule, TensorInfo
+from assign.plan.table import Buffer, Event, Need, Role, Schedule, TensorInfo
 from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
 from assign.tracing.joint import COPIES, VIEWS, is_view, origin, read_marked_outputs, tensors_in
 from assign.tracing.kept_state import kept_state
 from assign.tracing.loaded import loaded_dtypes
 from assign.tracing.needs import find_exact, find_needs
-from assign.tracing.operators import Walk, dtype_of, walk
 from assign.tracing.optimizer_states import OptimizerFactory, read_optimizer
 from assign.tracing.probes import insert_probes
 from assign.tracing.step import NOT_GIVEN, Step, check_given, refuse_more
+from assign.tracing.tensor_sites import Walk, dtype_of, walk
 from assign.tracing.workspace import kernel_scratch
 
 

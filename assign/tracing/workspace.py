@@ -22,8 +22,8 @@ from torch import Tensor, fx
 
 from assign import _torch
 from assign.errors import TraceError
-from assign.numerics.dtypes import torch_dtype
-from assign.plan.tensors import SCRATCH_DTYPES
+from assign.numerics.torch_dtypes import torch_dtype
+from assign.plan.table import SCRATCH_DTYPES
 from assign.tracing.measuring import count_bytes, measure_allocations
 
 aten = torch.ops.aten

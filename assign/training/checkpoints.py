@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from assign.atomic_write import check_writable, replacing
 from assign.errors import TaskError
-from assign.files import check_writable, replacing
 from assign.json_file import shown
 
 UNREADABLE = (

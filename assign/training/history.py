@@ -13,7 +13,7 @@ from torch import nn
 
 from assign.json_file import Count, NotNegative, Share
 from assign.numerics.promotion import Promoted
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 from assign.tasks.task import Metrics
 
 MOST_POINTS = 500

@@ -20,20 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from assign import several
+from assign import distributed
 from assign.errors import DivergedError, PlanError, TaskError
 from assign.executor.apply import apply, planned_step
+from assign.formats.rows import parse_format
+from assign.memory.estimate import peak_bytes
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promoted, Promotion
 from assign.optim.masters import widened_weights
 from assign.optim.optimizers import follow
 from assign.options import accept_former
-from assign.plan.assignment import Assignment
-from assign.plan.formats import parse_format
 from assign.plan.keys import is_grad_key
-from assign.plan.memory import peak_bytes
-from assign.plan.recipes import get_recipe, promotable
-from assign.plan.stored import (
+from assign.plan.persistent_state import (
     UpdateRounding,
     check_rounding,
     has_scaled_gradients,
@@ -42,7 +40,9 @@ from assign.plan.stored import (
     master_format,
     narrow_buffers,
 )
-from assign.plan.tensors import TensorTable
+from assign.plan.plan import Assignment
+from assign.plan.recipes import get_recipe, promotable
+from assign.plan.table import TensorTable
 from assign.tasks.batch import Batch, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
 from assign.tracing.loaded import complete, stored_otherwise
@@ -112,10 +112,10 @@ def train(
         PlanError, TraceError: as :func:`assign.apply`.
     """
     options = options or TrainOptions()
-    if several.world_size() > 1:
+    if distributed.world_size() > 1:
         raise TaskError(
-            f"train: this is one of {several.world_size()} processes, and each would train a model of its own on all "
-            "of the data.\n  Allowed: one process.\n  Start it without torchrun, or write the loop yourself, with "
+            f"train: this is one of {distributed.world_size()} processes, and each would train a model of its own on "
+            "all of the data.\n  Allowed: one process.\n  Start it without torchrun, or write the loop yourself, with "
             "DistributedDataParallel(assign.apply(model, plan))."
         )
     if options.checkpoint is not None:

@@ -7,7 +7,7 @@ from assign.errors import TaskError
 from assign.executor.backends import Backend
 from assign.numerics.promotion import PromotionOptions
 from assign.options import option
-from assign.plan.stored import UpdateRounding
+from assign.plan.persistent_state import UpdateRounding
 from assign.tasks.task import check_seed
 
 

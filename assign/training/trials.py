@@ -16,19 +16,19 @@ from pydantic import ConfigDict, TypeAdapter
 from assign.errors import PlanError, StudyError
 from assign.executor.backends import Backend
 from assign.json_file import Count, Kind
+from assign.memory.estimate import estimate, peak_bytes
 from assign.options import option
-from assign.plan.assignment import Assignment, Entry
-from assign.plan.memory import estimate, peak_bytes
+from assign.plan.persistent_state import UpdateRounding
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import initial
 from assign.plan.space import SearchSpace
-from assign.plan.stored import UpdateRounding
-from assign.plan.tensors import TensorTable
-from assign.planning import completion, search_table, summary
+from assign.plan.table import TensorTable
+from assign.planner import completion, search_table, summary
 from assign.strategies import OPTUNA, check_request
 from assign.strategies.goal import Goal, over_budget, parse_budget
 from assign.tasks import Task, check_device
 from assign.tasks.batch import move
-from assign.tracing.finiteness import non_finite
+from assign.tracing.nonfinite import non_finite
 from assign.tracing.tracer import trace
 from assign.training.history import EpochResult
 from assign.training.loop import train

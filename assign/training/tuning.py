@@ -31,10 +31,10 @@ from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from assign.errors import AssignError, StudyError, nearest
+from assign.notebook import Drawn, frame, human_bytes, table_html
 from assign.options import accept_former, option
-from assign.plan.assignment import Assignment
-from assign.plan.display import Drawn, frame, human_bytes, table_html
-from assign.plan.tensors import check_same_model
+from assign.plan.plan import Assignment
+from assign.plan.table import check_same_model
 from assign.tasks import Task
 from assign.training.database import check_storage, exclusive, explained, open_database
 from assign.training.trials import Outcome, Settings, Trainer

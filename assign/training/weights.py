@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assign.errors import TaskError, nearest
+from assign.formats.rows import Format
 from assign.optim.masters import has_extra_bits, joined_checkpoint
-from assign.plan.assignment import Assignment
-from assign.plan.formats import Format
-from assign.plan.stored import buffer_format, master_format, parameter_format
+from assign.plan.persistent_state import buffer_format, master_format, parameter_format
+from assign.plan.plan import Assignment
 from assign.tasks.task import Task
 from assign.training import checkpoints
 

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import assign
 from assign.errors import AssignError
-from assign.plan.assignment import Assignment, Entry
+from assign.formats.rows import loaded_format
 from assign.plan.compute_dtype import operators
-from assign.plan.formats import loaded_format
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import get_recipe, initial
 from benchmarks.opdb.samples import DATABASES, Sample, loss, names, samples, seed, size
 from benchmarks.zoo.try_model import said

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from assign import Promotion, planned_step
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.tasks.builtin import classification_loss
 from assign.tracing.tracer import trace
 from benchmarks.paper.models import MODELS

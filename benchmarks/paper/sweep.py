@@ -27,15 +27,15 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from assign.numerics.promotion import PromotionOptions
-from assign.plan.assignment import Assignment
-from assign.plan.tensors import TensorTable
-from assign.planning import search_table
+from assign.plan.plan import Assignment
+from assign.plan.table import TensorTable
+from assign.planner import search_table
 from assign.report.pictures import draw, picture_paths
 from assign.tasks.builtin import CIFAR_MOMENTS, photographs
 from assign.tasks.data import Images, read_cifar, read_fashion_mnist
 from assign.tasks.task import Task, TaskOptions
 from assign.tracing.tracer import trace
-from assign.training.comparing import FP32, Variant, compare
+from assign.training.compare import FP32, Variant, compare
 from assign.training.options import TrainOptions
 from benchmarks.paper.models import MODELS
 

@@ -6,10 +6,10 @@ import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from assign.plan.assignment import Entry
 from assign.plan.keys import is_saved_key
+from assign.plan.plan import Entry
 from assign.plan.recipes import NATIVE, candidates_of
-from assign.plan.tensors import Role, TensorTable
+from assign.plan.table import Role, TensorTable
 
 RUNGS = ("bf16", "e4m3:pow2/e5m2:pow2", "fp(4,1,3)/fp(5,1,10)", "fp(4,0,3)/fp(5,0,10)")
 """Formats of values and of gradients, down to two and to one significant bit, as 4 and 2 bits with a scale have."""

@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 
 from assign.plan.keys import base_key
 from assign.plan.recipes import EXPONENTIATED, LOSS_OPS
-from assign.plan.tensors import Role, TensorTable
+from assign.plan.table import Role, TensorTable
 from assign.tasks.builtin import photographs, shakespeare
 from assign.tasks.data import Images, read_fashion_mnist
 from assign.tasks.models import ResNet
 from assign.tasks.task import Metrics, Task, TaskOptions
-from assign.tracing.finiteness import non_finite
+from assign.tracing.nonfinite import non_finite
 from assign.tracing.tracer import trace
 
 HELD_OUT, _SIZE = 8, 32  # batches, and examples in each

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from assign.executor.apply import planned_step
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 from benchmarks.searches.subjects import Subject
 
 LAST = 20

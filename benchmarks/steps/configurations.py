@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from assign.executor.apply import planned_step
 from assign.optim.optimizers import follow
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 from assign.plan.space import SearchSpace
-from assign.planning import search
+from assign.planner import search
 from benchmarks.steps.workloads import Workload
 
 BASELINE = "autocast + compile"

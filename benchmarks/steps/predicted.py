@@ -19,11 +19,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from assign.executor.apply import planned_step
-from assign.executor.rehearsal import rehearse
+from assign.executor.compiled_memory import rehearse
+from assign.memory.estimate import estimate
 from assign.optim.optimizers import follow
-from assign.plan.memory import estimate
 from assign.plan.space import SearchSpace
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.tasks.models import GPT, ResNet
 from assign.tracing.measuring import measure_peak
 from assign.tracing.tracer import trace

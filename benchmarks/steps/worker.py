@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from assign import _torch
-from assign.executor.rehearsal import rehearse
-from assign.plan.assignment import Assignment
-from assign.plan.memory import estimate
+from assign.executor.compiled_memory import rehearse
+from assign.memory.estimate import estimate
+from assign.plan.plan import Assignment
 from assign.tasks.batch import move
 from assign.tracing.measuring import count_bytes, measure_peak
 from assign.tracing.tracer import trace

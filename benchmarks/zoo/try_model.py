@@ -30,11 +30,11 @@ from torch.utils import _pytree as pytree
 
 import assign
 from assign.errors import AssignError
-from assign.plan.assignment import Assignment
 from assign.plan.keys import grad_key
 from assign.plan.ops import GROUP_STARTS
+from assign.plan.plan import Assignment
 from assign.plan.recipes import get_recipe, initial
-from assign.plan.tensors import Role, TensorTable
+from assign.plan.table import Role, TensorTable
 from assign.strategies.baselines import as_loaded
 from assign.tasks.batch import tensors_in
 from assign.tracing.measuring import measure_peak

@@ -24,15 +24,17 @@ from torch import nn
 from typer.main import get_command
 
 import assign
-from assign.cli import app, looking, origin, searching
+from assign.cli import app, origin
+from assign.cli import inspect as looking
+from assign.cli import search as searching
 from assign.errors import AssignError, StudyError
-from assign.fronts import Front
-from assign.plan.assignment import Assignment, Provenance
-from assign.plan.memory import estimate
-from assign.plan.noise import Cell, Method, NoiseTable, Sample
+from assign.memory.estimate import estimate
+from assign.pareto import Front
+from assign.plan.noise_table import Cell, Method, NoiseTable, Sample
+from assign.plan.plan import Assignment, Provenance
 from assign.plan.space import SearchSpace
-from assign.plan.tensors import TensorTable
-from assign.planning import search_table
+from assign.plan.table import TensorTable
+from assign.planner import search_table
 from assign.report import pictures, tables
 from assign.report.page import page
 from assign.report.page.runs import load_runs

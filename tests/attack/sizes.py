@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import assign
-from assign.planning import search_table
+from assign.planner import search_table
 
 PLAIN = ("float32", "autocast")
 RECIPES = ("native", "native-delayed", "bf16", "fp16", "hfp8")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_rounding import assert_same
 
+from assign.formats.rows import FORMATS, SAVED_FORMATS, parse_format
 from assign.numerics.blocks import decode_blocks, encode_blocks
-from assign.numerics.launch import use_compiled
+from assign.numerics.dispatch import use_compiled
 from assign.numerics.rounding import amax_scale, decode, encode, quantize
-from assign.plan.formats import FORMATS, SAVED_FORMATS, parse_format
 
 pytestmark = [pytest.mark.attack, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")]
 

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 import assign
+from assign.memory.estimate import estimate
 from assign.noise.options import NoiseOptions
-from assign.plan.assignment import Assignment
-from assign.plan.memory import estimate
-from assign.plan.noise import NoiseTable
+from assign.plan.noise_table import NoiseTable
+from assign.plan.plan import Assignment
 from assign.plan.space import SearchSpace
-from assign.plan.tensors import TensorTable
-from assign.planning import search_table
+from assign.plan.table import TensorTable
+from assign.planner import search_table
 from assign.training.loop import train
 from assign.training.options import TrainOptions
 from assign.training.trials import Settings

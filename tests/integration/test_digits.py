@@ -2,7 +2,7 @@
 
 import pytest
 
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.tasks import TaskOptions, load_task
 from assign.tracing.tracer import trace
 from assign.training.loop import train

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from assign.errors import BudgetError
-from assign.plan.tensors import Role
-from assign.planning import search_table
+from assign.plan.table import Role
+from assign.planner import search_table
 from assign.tracing.tracer import trace
 from benchmarks.paper.models import MODELS
 

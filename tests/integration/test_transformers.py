@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from assign.executor.apply import planned_step
-from assign.planning import search_table
+from assign.planner import search_table
 from assign.tracing.tracer import trace
 
 transformers = pytest.importorskip("transformers")

@@ -8,9 +8,9 @@ from torch import Tensor, fx
 
 from assign import _torch
 from assign.executor.context import Context
+from assign.formats.rows import Storage, parse_format
 from assign.numerics import rounding
-from assign.numerics.dtypes import torch_dtype
-from assign.plan.formats import Storage, parse_format
+from assign.numerics.torch_dtypes import torch_dtype
 
 _QUANTIZE = torch.ops.assign.quantize.default
 

@@ -24,24 +24,24 @@ from torch.fx.node import map_aggregate
 
 from assign import _torch
 from assign.executor.context import Context, Step, Tap
+from assign.formats.dtypes import FLOAT32, NARROW
+from assign.formats.rows import FORMATS, LOADED, Format, parse_format
 from assign.numerics.delayed import History
-from assign.numerics.dtypes import dtype_name, torch_dtype
 from assign.numerics.promotion import Promotion, Slot
 from assign.numerics.rounding import draw_seed, stream_of
-from assign.numerics.runtime import Runtime
+from assign.numerics.runtime_formats import Runtime
+from assign.numerics.torch_dtypes import dtype_name, torch_dtype
 from assign.optim.gradients import keep_scale
-from assign.plan.assignment import Assignment, format_pair
 from assign.plan.compute_dtype import ComputeDtypes, changes_nothing
-from assign.plan.dtypes import FLOAT32, NARROW
-from assign.plan.formats import FORMATS, LOADED, Format, parse_format
 from assign.plan.keys import grad_key, saved_key
 from assign.plan.ops import ARITHMETIC, CONVERSIONS, FLOAT32_PARAMETERS
-from assign.plan.stored import gradient_format, stored_dtype
-from assign.plan.tensors import MARK, Role
+from assign.plan.persistent_state import gradient_format, stored_dtype
+from assign.plan.plan import Assignment, format_pair
+from assign.plan.table import MARK, Role
 from assign.tracing.constants import hold_numbers
 from assign.tracing.functionalize import written
 from assign.tracing.layout import Layout
-from assign.tracing.operators import (
+from assign.tracing.tensor_sites import (
     CROSSING,
     Site,
     Walk,

@@ -18,9 +18,9 @@ from torch import Tensor, fx
 
 from assign import _torch
 from assign.executor.context import Context
-from assign.numerics.products import MULTIPLE
+from assign.formats.rows import FORMATS, parse_format
+from assign.numerics.matmul import MULTIPLE
 from assign.plan.compute_dtype import is_float8
-from assign.plan.formats import FORMATS, parse_format
 from assign.tracing.joint import COPIES, describe, is_view
 
 _aten = torch.ops.aten

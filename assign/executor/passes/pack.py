@@ -17,12 +17,12 @@ from torch.fx.node import map_arg
 
 from assign import _torch
 from assign.executor.context import Context
+from assign.formats.rows import BlockFormat, Format, parse_format
 from assign.numerics.blocks import memory_order
 from assign.numerics.rounding import stream_of
-from assign.plan.assignment import Assignment
-from assign.plan.formats import BlockFormat, Format, parse_format
 from assign.plan.keys import Key, saved_key
-from assign.plan.tensors import MARK
+from assign.plan.plan import Assignment
+from assign.plan.table import MARK
 from assign.tracing.joint import describe, is_view, origin, read_marked_outputs
 
 _QUANTIZE = torch.ops.assign.quantize.default

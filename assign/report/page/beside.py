@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from assign.plan.assignment import Assignment
+from assign.plan.plan import Assignment
 from assign.plan.quality import is_maximized, pareto_front
 
 TRAINED = "trained_"

@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from assign.plan.display import human_bytes
-from assign.plan.moments import OPTIMIZER, Moments
+from assign.memory.profile import OPTIMIZER, Moments
+from assign.notebook import human_bytes
 from assign.report.page.beside import LOW_RATIO, TRAINED, Point, best_of, measure_of
 from assign.report.page.colours import BLUE, BRANCH, GREY, GRID, INK, ROLES, VERMILLION, Look
 from assign.report.rows import Row

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from assign.errors import ReportError
-from assign.fronts import Front
 from assign.json_file import Kind
-from assign.plan.assignment import Assignment
-from assign.plan.display import human_bytes
-from assign.plan.memory import Estimate, estimate
-from assign.plan.moments import Moments, moments
-from assign.plan.noise import NoiseTable
-from assign.plan.tensors import TensorTable, check_same_model
+from assign.memory.estimate import Estimate, estimate
+from assign.memory.profile import Moments, moments
+from assign.notebook import human_bytes
+from assign.pareto import Front
+from assign.plan.noise_table import NoiseTable
+from assign.plan.plan import Assignment
+from assign.plan.table import TensorTable, check_same_model
 from assign.report.page import colours, curves, figures
 from assign.report.page.beside import LOW_RATIO, measure_of, point_of, points_of
 from assign.report.page.figures import Figure

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from assign.errors import ReportError
 from assign.json_file import Count, Kind, NotNegative, Share
-from assign.plan.tensors import check_same_model
+from assign.plan.table import check_same_model
 from assign.training.comparison import Comparison, EpochFacts
 
 _FILE = Kind(

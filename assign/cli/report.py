@@ -1,0 +1,68 @@
+"""The command that writes a page about a plan."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from assign.cli.groups import expand_groups
+from assign.cli.options import Json
+from assign.cli.origin import OriginOptions, origin_of
+from assign.cli.outputs import check_outputs, write_json
+from assign.cli.shell import app, command_line, console
+from assign.memory.estimate import estimate
+from assign.pareto import Front
+from assign.plan.noise_table import NoiseTable
+from assign.plan.plan import Assignment
+from assign.report.page import Report, check_libraries, write_report
+from assign.report.page.runs import load_runs
+
+
+@app.command()
+@expand_groups
+def report(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
+    given: OriginOptions,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the page goes; - is standard output.")] = Path(
+        "report.html"
+    ),
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="What train, run or compare wrote with --json; give several."),
+    ] = None,
+    front: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A directory of plans to put this one among.")
+    ] = None,
+    noise: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What 'assign noise' found; PLAN.noise.json if it is there.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Write one page about a plan, for a browser: its memory, its tensors, its trainings. It needs no network."""
+    check_libraries()
+    check_outputs(output, json_file, inputs=[plan, given.task, noise or _noise_beside(plan), front, *(run or [])])
+    chosen = Assignment.load(plan)
+    runs = load_runs(run or [], chosen.fingerprint)
+    beside = Front.load(front) if front else None
+    found = noise or _noise_beside(plan)
+    origin = origin_of(plan, chosen, given)
+    page = Report(
+        name=str(plan),
+        plan=chosen,
+        table=origin.table(),
+        runs=runs,
+        front=beside,
+        noise=NoiseTable.load(found) if found else None,
+        command=command_line(),
+    )
+    with console.status("writing the page"):
+        write_report(output, page)
+    console.print(f"wrote {output}: open it in a browser")
+    costs = estimate(page.table, chosen)
+    write_json(json_file, {"report": str(output), **costs.to_json()})
+
+
+def _noise_beside(plan: Path) -> Path | None:
+    """Where a search puts the noise that it measures itself, if it is there."""
+    path = plan.with_name(f"{plan.stem}.noise.json")
+    return path if path.is_file() else None

@@ -1,0 +1,7 @@
+"""Number formats as rows of data, and facts about dtypes. Nothing here imports torch.
+
+============  ============================================================
+``rows``      Every format, and the parser of their names.
+``dtypes``    Bytes and formats of torch's dtypes.
+============  ============================================================
+"""

@@ -1,0 +1,511 @@
+"""Number formats: one row of data each, and the parser of their names.
+
+A *format* is the set of values that a tensor may hold; a *dtype* is what torch stores. No torch in here: dtypes
+are names. A new format is one more row of ``FORMATS``; one that only optimizer states may have, of ``STATE_FORMATS``;
+one that only copies waiting for the backward pass may have, of ``SAVED_FORMATS``; only masters, of ``MASTER_FORMATS``.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import lru_cache
+from types import MappingProxyType
+
+from assign.errors import FormatError, nearest
+from assign.formats.dtypes import FORMAT_NAMES, ITEM_BYTES
+
+
+class Rounding(StrEnum):
+    """To which neighbour a value goes: the nearer, and halfway the even one or the one away from zero; or by chance.
+
+    ``STOCHASTIC``: ``v`` between neighbours ``a < b`` goes to ``b`` with probability ``(v - a) / (b - a)``, so that its
+    mean is ``v``. Source: arXiv 1502.02551, section 3.
+    """
+
+    EVEN = "even"
+    AWAY = "away"
+    STOCHASTIC = "stochastic"
+
+
+class Scaling(StrEnum):
+    """Whether a tensor of the format carries a scale, one float32 per tensor, and which.
+
+    ``POW2``: a power of two, so that scaling rounds nothing. ``AMAX``: the largest magnitude becomes the largest value.
+    """
+
+    NONE = "none"
+    POW2 = "pow2"
+    AMAX = "amax"
+
+
+class Storage(StrEnum):
+    """How a format's values wait in memory.
+
+    ``NATIVE``: as a torch dtype, between operators too. ``PACKED``: saved copies as codes narrower than the carrier.
+    ``EMULATED``: they take the room of their carrier.
+    """
+
+    NATIVE = "native"
+    PACKED = "packed"
+    EMULATED = "emulated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """The values ``±k · 2^(E - mantissa_bits)``, ``k < 2^(mantissa_bits + 1)``, from subnormals up to ``max_value``.
+
+    Attributes:
+        name: as written in plans, e.g. ``e4m3``, ``fp(4,3,4)``, ``e4m3:sr``.
+        min_exponent: exponent of the smallest normal value.
+        max_value: largest finite value.
+        rounding: what happens between two values. It changes neither the values nor their codes.
+        delayed: the scale is that of earlier steps' magnitudes, so that this step's need not be known to begin.
+        native: the torch dtype that has exactly these values and codes, e.g. ``float8_e4m3fn``; None if there is none.
+        extra_bits: of the mantissa, those kept apart from the parameter, which is rounded to the others.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    min_exponent: int
+    max_value: float
+    rounding: Rounding = Rounding.EVEN
+    has_inf: bool = False
+    has_nan: bool = False
+    scaling: Scaling = Scaling.NONE
+    delayed: bool = False
+    native: str | None = None
+    extra_bits: int = 0
+
+    @property
+    def bits(self) -> int:
+        """Sign, exponent and mantissa."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def max_exponent(self) -> int:
+        """Exponent of the largest finite value."""
+        return math.frexp(self.max_value)[1] - 1
+
+    @property
+    def min_normal(self) -> float:
+        """Smallest positive value with a full mantissa."""
+        return math.ldexp(1.0, self.min_exponent)
+
+    @property
+    def min_subnormal(self) -> float:
+        """Smallest positive value."""
+        return math.ldexp(1.0, self.min_exponent - self.mantissa_bits)
+
+    @property
+    def overflow_threshold(self) -> float:
+        """An element overflows iff ``|x|`` reaches this: half a step beyond ``max_value``.
+
+        ``e4m3`` alone is different at the very threshold, 464: the tie goes to 448, whose mantissa is even. With
+        stochastic rounding this is where half of the elements do: see ``rounding``.
+        Source: arXiv 2301.13464.
+        """
+        return self.max_value + math.ldexp(0.5, self.max_exponent - self.mantissa_bits)
+
+    @property
+    def underflow_threshold(self) -> float:
+        """An element underflows iff ``0 < |x| <=`` this, half of ``min_subnormal``. Source: arXiv 2301.13464.
+
+        With stochastic rounding, half of the elements that lie here do.
+        """
+        return self.min_subnormal / 2
+
+    @property
+    def carrier(self) -> str:
+        """Narrowest torch float dtype in which every value, times any scale in ``scale_exponents``, is exact.
+
+        With ``AMAX`` it is so near that its code can be told: the product with the scale is rounded to the carrier.
+        """
+        if self.scaled:
+            return "bfloat16" if self.mantissa_bits <= FORMATS["bf16"].mantissa_bits else "float32"
+        if self.native == "float64":
+            return self.native
+        return next((dtype for name, dtype in _CARRIERS if FORMATS[name].contains(self)), "float32")
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a tensor of the format carries a scale."""
+        return self.scaling is not Scaling.NONE
+
+    @property
+    def code_dtype(self) -> str:
+        """Torch dtype of the codes in which saved copies wait. Beyond 16 bits, the carrier itself."""
+        if self.native in _PLAIN:
+            return self.native
+        if self.bits <= 8:
+            return "uint8"
+        return "int16" if self.bits <= 16 else "float32"
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of one code."""
+        return ITEM_BYTES[self.code_dtype]
+
+    @property
+    def storage(self) -> Storage:
+        """Native, packed or emulated."""
+        if self.native in _PLAIN:
+            return Storage.NATIVE
+        return Storage.PACKED if self.code_bytes < ITEM_BYTES[self.carrier] else Storage.EMULATED
+
+    @property
+    def scale_exponents(self) -> tuple[int, int]:
+        """Lowest and highest exponent of a scale with which every value, scaled, is exact in the carrier.
+
+        Under ``AMAX`` any number between these powers of two is a scale.
+        """
+        carrier = FORMATS["bf16" if self.carrier == "bfloat16" else "fp32"]
+        lowest = carrier.min_exponent - carrier.mantissa_bits - (self.min_exponent - self.mantissa_bits)
+        return max(lowest, FORMATS["fp32"].min_exponent), carrier.max_exponent - self.max_exponent
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether rounding to it needs random bits."""
+        return self.rounding is Rounding.STOCHASTIC
+
+    def contains(self, other: "Format") -> bool:
+        """Whether every finite value of ``other`` is a value of this format, however either is rounded to.
+
+        A scaled format contains itself alone, and only under the same scale; it is contained in whatever holds
+        its values under every allowed scale.
+
+        Examples:
+            >>> FORMATS["bf16"].contains(FORMATS["e4m3"]), FORMATS["fp16"].contains(FORMATS["bf16"])
+            (True, False)
+        """
+        if self.scaled:
+            return self == replace(other, name=self.name, rounding=self.rounding)
+        lowest, highest = other.scale_exponents if other.scaled else (0, 0)
+        return (
+            self.mantissa_bits >= other.mantissa_bits
+            and self.min_subnormal <= math.ldexp(other.min_subnormal, lowest)
+            and self.max_value >= math.ldexp(other.max_value, highest)
+        )
+
+
+_PLAIN = ("float64", "float32", "bfloat16", "float16")
+_CARRIERS = (("bf16", "bfloat16"), ("fp16", "float16"))
+
+
+def _float(
+    name: str, exponent_bits: int, mantissa_bits: int, max_value: float, *, native: str, has_inf: bool = True
+) -> Format:
+    """A row whose exponent bias is IEEE's, ``2^(e-1) - 1``, with ties to even and NaN; its name says how it scales."""
+    scaling = next((Scaling(part) for part in name.split(":") if part in list(Scaling)), Scaling.NONE)
+    return Format(
+        name=name,
+        exponent_bits=exponent_bits,
+        mantissa_bits=mantissa_bits,
+        min_exponent=2 - 2 ** (exponent_bits - 1),
+        max_value=max_value,
+        has_inf=has_inf,
+        has_nan=True,
+        scaling=scaling,
+        delayed=name.endswith(":delayed"),
+        native=native,
+    )
+
+
+# e4m3 and e5m2: OCP 8-bit Floating Point Specification (OFP8) 1.0, the same as arXiv 2209.05433, table 1; section 3
+# has the scales. Delayed scales are those of NVIDIA's Transformer Engine.
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            _float("fp32", 8, 23, math.ldexp(2 - 2**-23, 127), native="float32"),
+            _float("bf16", 8, 7, math.ldexp(2 - 2**-7, 127), native="bfloat16"),
+            _float("fp16", 5, 10, 65504.0, native="float16"),
+            *(
+                row
+                for scale in ("", ":pow2", ":amax", ":pow2:delayed", ":amax:delayed")
+                for row in (
+                    _float(f"e4m3{scale}", 4, 3, 448.0, native="float8_e4m3fn", has_inf=False),
+                    _float(f"e5m2{scale}", 5, 2, 57344.0, native="float8_e5m2"),
+                )
+            ),
+        )
+    }
+)
+"""Formats that tensors are computed in, by name: ``fp32``, ``bf16``, ``fp16``, ``e4m3``, ``e5m2``; the last two also
+with a scale, ``:pow2`` or ``:amax``, and ``:delayed`` behind either. :func:`parse_format` knows more."""
+
+
+FP64 = _float("fp64", 11, 52, math.ldexp(2 - 2**-52, 1023), native="float64")
+"""What a float64 tensor has as it is loaded. No search chooses it for another; a plan may."""
+
+LOADED: Mapping[str, Format] = MappingProxyType(
+    {dtype: {**FORMATS, "fp64": FP64}[name] for dtype, name in FORMAT_NAMES.items()}
+)
+"""The format that a tensor has as it is loaded, by its torch dtype."""
+
+
+def loaded_format(dtype: str) -> Format:
+    """The format that a tensor of a torch dtype has as it is loaded; fp32 for dtypes that no plan is for."""
+    return LOADED.get(dtype, FORMATS["fp32"])
+
+
+# Source: the 24-bit masters of FlashOptim (arXiv 2602.23349); what a code means is in assign.optim.masters.
+MASTER_FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "bf16+8": Format(
+            name="bf16+8",
+            exponent_bits=8,
+            mantissa_bits=15,
+            min_exponent=-126,
+            max_value=math.ldexp(2 - 2**-15, 127),
+            has_inf=True,
+            has_nan=True,
+            extra_bits=8,
+        )
+    }
+)
+"""Formats of masters alone: a bf16 parameter, and beside it the rest of a longer mantissa."""
+
+
+class Shared(StrEnum):
+    """What the elements of a block share, beside their codes.
+
+    ``FLOAT32``: a float32 scale. ``BF16``: a bf16 scale. ``MINIMUM``: a bf16 scale and the bf16 value of code 0.
+    ``E8M0``: a power of two, one byte; code 255 is NaN. Source: OCP Microscaling Formats (MX) 1.0, section 5.4.1.
+    """
+
+    FLOAT32 = "float32 scale"
+    BF16 = "bf16 scale"
+    MINIMUM = "bf16 scale and minimum"
+    E8M0 = "power of two (e8m0)"
+
+    @property
+    def bits(self) -> int:
+        """Per block."""
+        return {Shared.FLOAT32: 32, Shared.BF16: 16, Shared.MINIMUM: 32, Shared.E8M0: 8}[self]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockFormat:
+    """Codes of which a block shares a scale: how optimizer states and saved copies wait. Nothing computes in it.
+
+    Attributes:
+        name: as written in plans, e.g. ``dynamic8``, ``int4:block64``, ``mxfp8:sr``.
+        code: what one code stands for, in words.
+        bits: of one code.
+        block: consecutive elements that share a scale.
+        shared: what they share.
+        element: the format of a code times the scale; None where a code is an integer, or a library's affair.
+        rounding: what happens between two codes.
+    """
+
+    name: str
+    code: str
+    bits: int
+    block: int
+    shared: Shared = Shared.FLOAT32
+    element: Format | None = None
+    rounding: Rounding = Rounding.EVEN
+
+    @property
+    def bits_per_element(self) -> float:
+        """Of a code and its share of the scale."""
+        return self.bits + self.shared.bits / self.block
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, what it shares included."""
+        return (self.block * self.bits + self.shared.bits) // 8
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether rounding to it needs random bits."""
+        return self.rounding is Rounding.STOCHASTIC
+
+    def bytes_of(self, elements: int) -> int:
+        """Bytes of a tensor, scales included, the last block as long as any; tables of codes, one for all, are not."""
+        return (elements + self.block - 1) // self.block * self.block_bytes
+
+    @property
+    def rule(self) -> str:
+        """:meth:`fits` in words."""
+        return f"it takes at least {SMALLEST_BLOCKED} elements, and a whole number of blocks of {self.block}"
+
+    def fits(self, elements: int) -> bool:
+        """Whether an optimizer state may have it: large enough, and a whole number of blocks.
+
+        Source: both conditions are torchao's; bitsandbytes has the first.
+        """
+        return elements >= SMALLEST_BLOCKED and elements % self.block == 0
+
+
+SMALLEST_BLOCKED = 4096
+"""Elements of the smallest tensor that is kept in blocks. Source: arXiv 2110.02861; torchao and bitsandbytes alike."""
+
+STATE_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            # Source: arXiv 2110.02861 with blocks of 256, as torchao and bitsandbytes have them now.
+            BlockFormat(name="dynamic8", code="dynamic tree of 256 values", bits=8, block=256),
+            # Source: arXiv 2309.01507, as torchao has it.
+            BlockFormat(name="dynamic4", code="dynamic tree of 16 values; second moments linear", bits=4, block=128),
+            BlockFormat(name="e4m3:block256", code="e4m3", bits=8, block=256),
+        )
+    }
+)
+"""Formats of optimizer states alone: ``dynamic8``, ``dynamic4``, ``e4m3:block256``. The values of each are the
+library's that keeps the states."""
+
+
+def _integers(bits: int) -> BlockFormat:
+    """``2^bits`` values from the block's minimum to its maximum. Source: arXiv 2104.14129, there with blocks of 256."""
+    return BlockFormat(
+        name=f"int{bits}:block64",
+        code=f"{2**bits} values from minimum to maximum",
+        bits=bits,
+        block=64,
+        shared=Shared.MINIMUM,
+    )
+
+
+# Source: OCP Microscaling Formats (MX) 1.0, section 5.3.3.
+_E2M1 = Format(name="e2m1", exponent_bits=2, mantissa_bits=1, min_exponent=0, max_value=6.0)
+
+
+def _floats(name: str, block: int, shared: Shared, element: Format) -> BlockFormat:
+    return BlockFormat(name=name, code=element.name, bits=element.bits, block=block, shared=shared, element=element)
+
+
+SAVED_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            _floats("e4m3:block64", 64, Shared.BF16, FORMATS["e4m3"]),
+            _integers(8),
+            _integers(4),
+            _integers(2),
+            # Source: OCP Microscaling Formats (MX) 1.0, table 1.
+            _floats("mxfp8", 32, Shared.E8M0, FORMATS["e4m3"]),
+            _floats("mxfp4", 32, Shared.E8M0, _E2M1),
+        )
+    }
+)
+"""Formats of saved copies alone: ``e4m3:block64``, ``int8:block64``, ``int4:block64``, ``int2:block64``, ``mxfp8``,
+``mxfp4``. :mod:`assign.numerics.blocks` says what they mean."""
+
+_PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
+_ALLOWED = (
+    f"{', '.join(name for name in FORMATS if ':' not in name)} (e4m3 and e5m2 also with a scale: ':pow2' or ':amax', "
+    "and ':delayed' behind that), or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
+    "each but fp32 with ':sr' behind it for stochastic rounding"
+)
+_STOCHASTIC = ":sr"
+
+
+@lru_cache(maxsize=1024)
+def parse_format(name: str) -> Format:
+    """Return the format called ``name``: a row of ``FORMATS``, or ``fp(e,m,b)``; ``:sr`` rounds stochastically.
+
+    ``fp(e,m,b)`` has e exponent and m mantissa bits and is scaled by ``2^-b``; no codes are kept for inf or NaN, and
+    ties go away from zero. At ``e = 8`` the largest exponent is 127, as in the authors' code, so that float32 holds it.
+    A name with ``:sr`` behind it is the same format under another rounding. Case and blanks do not matter.
+
+    Returns:
+        The format.
+    Raises:
+        FormatError: no such format, or one whose values float32 does not hold.
+    Examples:
+        >>> parse_format("FP(4, 3, 4)").max_value
+        30.0
+        >>> parse_format("e4m3:pow2:sr").rounding
+        <Rounding.STOCHASTIC: 'stochastic'>
+
+    Source: arXiv 2301.13464, section 2, and the authors' code.
+    """
+    wanted = "".join(name.split()).lower()
+    plain = wanted.removesuffix(_STOCHASTIC)
+    fmt = _find_plain(name, plain)
+    if plain == wanted:
+        return fmt
+    if fmt.native in ("float32", "float64"):
+        raise FormatError(
+            f"{name!r}: everything is computed in fp32, so that rounding to it has nothing to choose between.\n"
+            f"  Allowed: {_ALLOWED}.\n  Choose fp32."
+        )
+    return replace(fmt, name=fmt.name + _STOCHASTIC, rounding=Rounding.STOCHASTIC)
+
+
+@lru_cache(maxsize=1024)
+def parse_saved(name: str) -> Format | BlockFormat:
+    """Return the format called ``name``, for a saved activation: of ``SAVED_FORMATS``, or any other.
+
+    Raises:
+        FormatError: as :func:`parse_format`.
+    Examples:
+        >>> parse_saved("int4:block64").bits_per_element, parse_saved("mxfp4:sr").stochastic
+        (4.5, True)
+    """
+    wanted = "".join(name.split()).lower()
+    plain = wanted.removesuffix(_STOCHASTIC)
+    if plain in SAVED_FORMATS:
+        fmt = SAVED_FORMATS[plain]
+        return fmt if plain == wanted else replace(fmt, name=wanted, rounding=Rounding.STOCHASTIC)
+    try:
+        return parse_format(name)
+    except FormatError as error:
+        also = f"For saved copies also: {', '.join(SAVED_FORMATS)}; each with ':sr' behind it or not."
+        raise FormatError(f"{error}\n  {also}") from None
+
+
+def _find_plain(name: str, wanted: str) -> Format:
+    """The format ``wanted``, for which the user wrote ``name``."""
+    if wanted in FORMATS:
+        return FORMATS[wanted]
+    if wanted == FP64.name:
+        return FP64
+    match = _PAPER_NAME.fullmatch(wanted)
+    only: tuple[tuple[Collection[str], str], ...] = (
+        (STATE_FORMATS, "optimizer states"),
+        (SAVED_FORMATS, "saved activations"),
+        (MASTER_FORMATS, "masters"),
+    )
+    for table, what in only:
+        if wanted in table:
+            raise FormatError(
+                f"{name!r} is a format of {what} alone; this is none.\n  Allowed: {_ALLOWED}.\n  Choose one of these."
+            )
+    if match is None:
+        close = nearest(wanted, [*FORMATS, "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)"])
+        meant = f" Did you mean {close}?" if close else ""
+        raise FormatError(f"{name!r} is not a number format.{meant}\n  Allowed: {_ALLOWED}.\n  Choose one of these.")
+    return _paper_format(*(int(part) for part in match.groups()))
+
+
+def _paper_format(exponent_bits: int, mantissa_bits: int, bias: int) -> Format:
+    name = f"fp({exponent_bits},{mantissa_bits},{bias})"
+    if not (2 <= exponent_bits <= 8 and 0 <= mantissa_bits <= 22):
+        raise FormatError(
+            f"{name!r} has {exponent_bits} exponent and {mantissa_bits} mantissa bits.\n  Allowed: {_ALLOWED}.\n"
+            "  Choose fewer or more bits, or fp32."
+        )
+    min_exponent = 2 - 2 ** (exponent_bits - 1)
+    max_exponent = min(2 ** (exponent_bits - 1), 127)
+    single = FORMATS["fp32"]
+    lowest, highest = max_exponent - single.max_exponent, min_exponent - single.min_exponent
+    if not lowest <= bias <= highest:
+        raise FormatError(
+            f"{name!r} reaches from 2^{min_exponent - bias} to 2^{max_exponent - bias}; float32, in which it is "
+            f"computed, from 2^{single.min_exponent} to 2^{single.max_exponent}.\n"
+            f"  Allowed for e = {exponent_bits}: {lowest} <= b <= {highest}.\n  Choose b in that range."
+        )
+    return Format(
+        name=name,
+        exponent_bits=exponent_bits,
+        mantissa_bits=mantissa_bits,
+        min_exponent=min_exponent - bias,
+        max_value=math.ldexp(2 - 2**-mantissa_bits, max_exponent - bias),
+        rounding=Rounding.AWAY,
+    )

@@ -1,0 +1,89 @@
+"""Memory over the step for charts: bytes by role and tensor at each operator.
+
+Of an operator's slots of time the one with the most bytes is its moment, so the largest moment is the peak.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from assign.memory.estimate import SLOTS, Bytes, Replay, Segment
+from assign.plan.persistent_state import UpdateRounding
+from assign.plan.plan import Entry
+from assign.plan.table import MARK, TensorTable
+
+OPTIMIZER = "step"
+"""Pass of the last moment: the optimizer's step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Every moment of one step, the optimizer's own the last.
+
+    Attributes:
+        operators: key of the one that runs, ``''`` for a sum of gradients; passes: ``forward``, ``backward``, ``step``.
+        rounds: whether the operator is the rounding of that tensor.
+        by_role: role → bytes alive at each moment; roles that never have any are left out.
+        alive: what comes and goes; a segment's start and end are moments.
+    """
+
+    operators: tuple[str, ...]
+    passes: tuple[str, ...]
+    rounds: tuple[bool, ...]
+    by_role: Mapping[str, Bytes]
+    alive: tuple[Segment, ...]
+
+    @property
+    def total(self) -> Bytes:
+        """All bytes alive at each moment."""
+        total: Bytes = np.zeros(len(self.operators), dtype=np.int64)
+        for part in self.by_role.values():
+            total = total + part
+        return total
+
+    @property
+    def peak(self) -> int:
+        """The moment with the most bytes; the first of several."""
+        return int(self.total.argmax())
+
+
+def moments(table: TensorTable, entries: Mapping[str, Entry], update_rounding: str = UpdateRounding.NEAREST) -> Moments:
+    """The moments of a step under some entries; tensors without one are fp32.
+
+    Raises:
+        PlanError: no library can keep what the entries store.
+    """
+    replay = Replay(table, entries, update_rounding)
+    events = table.schedule.events
+    slots = replay.slots[: SLOTS * len(events)].reshape(-1, SLOTS)
+    chosen = slots.argmax(axis=1) + SLOTS * np.arange(len(events))
+    alive = [*_at_moments(replay, chosen), *_lasting(replay, len(events))]
+    by_role: dict[str, Bytes] = {}
+    for segment in alive:
+        row = by_role.setdefault(segment.role, np.zeros(len(events) + 1, dtype=np.int64))
+        row[segment.start : segment.end + 1] += segment.bytes
+    return Moments(
+        operators=(*(event.op.removeprefix(MARK) for event in events), "optimizer"),
+        passes=(*("backward" if event.backward else "forward" for event in events), OPTIMIZER),
+        rounds=(*(event.op.startswith(MARK) for event in events), False),
+        by_role=by_role,
+        alive=tuple(alive),
+    )
+
+
+def _at_moments(replay: Replay, chosen: Bytes) -> list[Segment]:
+    """What comes and goes during the operators, where it is alive at the chosen slot of any."""
+    found = []
+    for each in replay.segments:
+        first = int(np.searchsorted(chosen, each.start))
+        last = int(np.searchsorted(chosen, each.end, side="right")) - 1
+        if each.bytes and first <= last:
+            found.append(Segment(start=first, end=last, bytes=each.bytes, key=each.key, role=str(each.role)))
+    return found
+
+
+def _lasting(replay: Replay, last: int) -> list[Segment]:
+    """What is alive all the time, and what only the optimizer's step adds."""
+    rows = [(0, row) for row in replay.lasting] + [(last, row) for row in replay.stepping]
+    return [Segment(start=start, end=last, bytes=size, key=key, role=role) for start, (key, role, size) in rows]

@@ -1,0 +1,78 @@
+"""Products of narrow matrices: their definition, and the registered operators that compute them.
+
+Operands that a narrow dtype holds exactly are multiplied in that dtype, with sums in float32, and the result comes out
+in the dtype that was asked for: rounded once, as by float32 arithmetic, but for the order of the sum.
+
+* *bf16*: float32 matrices whose elements bf16 holds. On CUDA a bf16 product with a float32 result; on a CPU a float32
+  product.
+* *fp8*: the codes of two 8-bit matrices and their scales, through torch's scaled product of float8 matrices.
+"""
+
+import torch
+from torch import Tensor
+
+from assign import _torch
+from assign.formats.rows import FORMATS, parse_format
+from assign.numerics.registry import register
+from assign.numerics.rounding import decode
+from assign.numerics.runtime_formats import Runtime, current_format
+from assign.numerics.torch_dtypes import torch_dtype
+
+MULTIPLE = 16
+"""Of which the sizes of fp8 products are, all but the rows of the first matrix. Source: cuBLAS's requirements."""
+
+
+def _product(
+    a: Tensor,
+    b: Tensor,
+    a_format: str,
+    b_format: str,
+    *,
+    runtime: Runtime | None = None,
+    a_key: str = "",
+    b_key: str = "",
+) -> Tensor:
+    """``a @ b`` for float32 matrices, or batches of such, on the grids of two formats."""
+    formats = current_format(a_format, runtime, a_key), current_format(b_format, runtime, b_key)
+    if not all(map(FORMATS["bf16"].contains, formats)):
+        return torch.matmul(a, b)
+    return _torch.multiply_in_bf16(a, b)
+
+
+def _scaled_product(
+    a: Tensor,
+    a_scale: Tensor,
+    a_format: str,
+    b: Tensor,
+    b_scale: Tensor,
+    b_format: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``a @ b + bias`` for the codes of two matrices; where a size turns out to be no multiple of 16, in float32."""
+    if a.shape[1] % MULTIPLE or b.shape[1] % MULTIPLE:
+        wide = [
+            decode(codes, name, scale=scale, dtype=torch.float32)
+            for codes, scale, name in ((a, a_scale, a_format), (b, b_scale, b_format))
+        ]
+        return (torch.mm(*wide) if bias is None else torch.addmm(bias.float(), *wide)).to(dtype)
+    first, second = (codes.view(_float8(name)) for codes, name in ((a, a_format), (b, b_format)))
+    return _torch.multiply_in_fp8(first, a_scale, second, b_scale, bias, dtype)
+
+
+def _float8(name: str) -> torch.dtype:
+    native = parse_format(name).native
+    assert native is not None
+    return torch_dtype(native)
+
+
+def _product_like(a: Tensor, b: Tensor, **_rest: object) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+def _scaled_like(a: Tensor, b: Tensor, dtype: torch.dtype, **_rest: object) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
+
+
+register("product", _product, _product_like)
+register("scaled_product", _scaled_product, _scaled_like)

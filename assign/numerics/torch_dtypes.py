@@ -1,0 +1,33 @@
+"""Convert between torch dtypes and their names and formats in :mod:`assign.formats.dtypes`."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+from assign.formats.dtypes import FORMAT_NAMES, NARROW
+from assign.formats.rows import LOADED, Format
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of a name, e.g. ``torch.bfloat16`` for ``bfloat16``."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a torch dtype, e.g. ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+COMPUTED = tuple(map(torch_dtype, FORMAT_NAMES))
+"""Dtypes in which operators compute: float64, float32, bfloat16 and float16."""
+
+ROUNDED: Mapping[torch.dtype, Format] = MappingProxyType(
+    {torch_dtype(name): LOADED[name] for name in ("float32", *NARROW)}
+)
+"""Dtypes of the tensors that rounding kernels take → the format with the same values."""
+
+SIXTEEN_BITS: Mapping[torch.dtype, str] = MappingProxyType({torch_dtype(name): FORMAT_NAMES[name] for name in NARROW})
+"""The dtypes of 16 bits → name of the format with the same values."""

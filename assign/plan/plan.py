@@ -1,0 +1,408 @@
+"""A plan: the format of every tensor of a training step, and its file ``plan.json``.
+
+This is the second waist of the hourglass: the search writes it, the executor obeys it. Frozen, one entry per tensor,
+human-readable JSON in and out.
+"""
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+
+from assign.errors import FormatError, PlanError, nearest
+from assign.formats.rows import LOADED, BlockFormat, Format, parse_format, parse_saved
+from assign.json_file import MOST_ELEMENTS, Kind
+from assign.notebook import Drawn, frame, human_bytes, table_html
+from assign.plan.entry import STRICT as _STRICT
+from assign.plan.entry import Entry as Entry
+from assign.plan.keys import Key, Part, base_key, grad_key, is_saved_key, saved_key
+from assign.plan.persistent_state import (
+    UpdateRounding,
+    check_stored,
+    check_unsplit,
+    parse_rounding,
+    parse_stored,
+    with_loaded,
+)
+from assign.plan.table import TensorTable
+
+VERSION = 1
+"""Version of the file that this package writes, under the key ``assign_plan``."""
+
+_FILE = Kind(name="plan", error=PlanError, advice="Give the file that a search wrote, or search again.")
+
+_NAMED = 3  # keys named in an error message before "and n more"
+
+
+def format_pair(entries: Mapping[str, Entry], key: str) -> tuple[Format, Format] | None:
+    """Formats of tensor ``key`` and of its gradient; None where no entry names it.
+
+    A frozen weight has no gradient: its own format stands for both.
+    """
+    if key not in entries:
+        return None
+    gradient = entries.get(grad_key(key), entries[key])
+    return parse_format(entries[key].format), parse_format(gradient.format)
+
+
+def _check_estimate(estimate: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Check the numbers of a plan's estimate that comparing plans uses; the others are only displayed."""
+    peak = estimate.get("peak_bytes", 0)
+    if not isinstance(peak, int) or isinstance(peak, bool) or not 0 <= peak <= MOST_ELEMENTS:
+        raise ValueError("peak_bytes must be a whole number of bytes, 0 or more")
+    for name in ("noise", "low_ratio"):
+        value = estimate.get(name, 0)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} must be a number, 0 or more")
+    return estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a plan comes from. Nothing reads it back to decide anything.
+
+    Attributes:
+        command: what the user ran.
+        versions: package → version, of those that matter to the numbers.
+        seed: seed of the search, None where it used none.
+        estimate: what the memory model says of the plan, by name with unit, e.g. ``peak_bytes``.
+        created: time in ISO 8601, '' where unknown.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    strategy: str = ""
+    estimate: Annotated[dict[str, JsonValue], AfterValidator(_check_estimate)] = field(default_factory=dict)
+    created: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diff:
+    """How two assignments differ.
+
+    Attributes:
+        only_here, only_there: keys that only one of them has.
+        changed: key → (entry here, entry there).
+        update_rounding: of both, here first; None if it is the same.
+    """
+
+    only_here: tuple[str, ...]
+    only_there: tuple[str, ...]
+    changed: dict[str, tuple[Entry, Entry]]
+    update_rounding: tuple[UpdateRounding, UpdateRounding] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.only_here or self.only_there or self.changed or self.update_rounding)
+
+
+class _PlanFile(BaseModel):
+    """A plan: the number format of every tensor of a training step."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, title="assign plan")
+
+    assign_plan: Literal[1] = Field(description="version of this file's layout")
+    recipe: str = Field(description="name of the recipe that the formats were chosen from")
+    fingerprint: str = Field(description="of the model that the plan was made for")
+    provenance: Provenance = Field(default_factory=Provenance)
+    loaded: dict[str, str] = Field(default_factory=dict, description="weight → the format in which it was loaded")
+    update_rounding: UpdateRounding = Field(
+        default=UpdateRounding.NEAREST, strict=False, description="how updates of 16-bit masters are rounded"
+    )
+    tensors: dict[str, Entry] = Field(description="tensor's key → its format")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment(Drawn):
+    """Format of every tensor of one model's training step: a plan.
+
+    Attributes:
+        entries: key → entry, for every tensor in the paper's four roles. Keys of saved copies, masters, stored
+            gradients and optimizer states may stand here too; where they do not, a saved copy follows its activation,
+            and what is stored between steps is as it was loaded (see :mod:`assign.plan.persistent_state`).
+        recipe: name of the one whose formats they are.
+        fingerprint: of the model that the assignment is for.
+        provenance: where it comes from.
+        loaded: of the weights whose masters have entries, those that were loaded in another format than fp32. A plan
+            has changed their dtype already where it is applied again, as to a model that was saved under it.
+        update_rounding: how updates of 16-bit masters are rounded, as in ``assign.optimizer``.
+
+    Raises:
+        PlanError: an entry names a format that does not exist, or that is not for what it names; or there is no such
+            rounding.
+    Examples:
+        ```python
+        plan.save("plan.json")
+        plan = assign.Assignment.load("plan.json")
+        print(plan.entries["0.weight"].format, plan.provenance.command)
+        ```
+    """
+
+    entries: Mapping[str, Entry]
+    recipe: str
+    fingerprint: str
+    provenance: Provenance = field(default_factory=Provenance)
+    loaded: Mapping[str, str] = field(default_factory=dict)
+    update_rounding: UpdateRounding = UpdateRounding.NEAREST
+
+    def __post_init__(self) -> None:
+        entries = {key: Entry(self._canonical(key, entry.format), entry.low) for key, entry in self.entries.items()}
+        object.__setattr__(self, "entries", entries)
+        self._refuse_delayed_copies()
+        check_stored(entries)
+        self._check_loaded()
+        object.__setattr__(self, "update_rounding", parse_rounding(self.update_rounding, where="the plan"))
+        check_unsplit(self.update_rounding, entries, where="the plan")
+
+    def _check_loaded(self) -> None:
+        allowed = [fmt.name for fmt in LOADED.values()]
+        for key, name in self.loaded.items():
+            if name not in allowed:
+                raise PlanError(
+                    f"the weight {key!r} is said to be loaded as {name!r}. Allowed: {', '.join(allowed)}. Search again."
+                )
+
+    def _refuse_delayed_copies(self) -> None:
+        """A copy in a format of its own is made of what this step computed: there is no step before to ask."""
+        for key, entry in self.entries.items():
+            own = self.entries.get(base_key(key))
+            if own is None or not is_saved_key(key) or entry.format == own.format:
+                continue
+            fmt = parse_saved(entry.format)
+            if isinstance(fmt, Format) and fmt.delayed:
+                raise PlanError(
+                    f"{key!r} is assigned {entry.format!r}, its activation {own.format!r}: a saved copy in a format of "
+                    f"its own takes its scale from its own values.\n  Choose {entry.format.replace(':delayed', '')!r}."
+                )
+
+    def _canonical(self, key: str, name: str) -> str:
+        parts = Key.parse(key, self.entries)
+        try:
+            if parts.is_of_weight or parts.part is Part.BUFFER:
+                return parse_stored(name, parts.part).name
+            return (parse_saved(name) if parts.part is Part.SAVED else parse_format(name)).name
+        except FormatError as error:
+            raise PlanError(f"{key!r} is assigned the format {name!r}: {error}") from error
+
+    def format_of(self, key: str) -> Format:
+        """Return the format of a tensor of the step itself; those of stored ones: :mod:`assign.plan.persistent_state`.
+
+        Raises:
+            PlanError: the assignment has no such key.
+        """
+        entry = self.entries.get(key)
+        if entry is None:
+            close = nearest(key, self.entries)
+            hint = f" Nearest: {close}." if close else ""
+            raise PlanError(f"the plan has no entry for {key!r} among its {len(self.entries)}.{hint}")
+        return parse_format(entry.format)
+
+    def saved_format(self, key: str) -> Format | BlockFormat:
+        """Return the format in which activation ``key`` is saved for the backward pass.
+
+        It is the activation's own, unless the assignment has an entry ``<key>.saved``.
+        """
+        explicit = self.entries.get(saved_key(key))
+        return parse_saved(explicit.format) if explicit else self.format_of(key)
+
+    def replace(self, entries: Mapping[str, Entry]) -> "Assignment":
+        """The same assignment with these entries changed or added."""
+        return dataclasses.replace(self, entries={**self.entries, **entries})
+
+    def with_loaded(self, loaded: Mapping[str, str]) -> "Assignment":
+        """The same assignment, with an entry for each master that it leaves as it is loaded in another dtype than fp32.
+
+        Args:
+            loaded: weight → name of the format in which it is loaded.
+        """
+        entries = with_loaded(self.entries, loaded)
+        return self if entries is self.entries else dataclasses.replace(self, entries=entries)
+
+    def with_update_rounding(self, update_rounding: str | None, *, where: str = "the plan") -> "Assignment":
+        """Return the same assignment with updates rounded in another way; None: as it is.
+
+        Args:
+            update_rounding: ``nearest``, ``stochastic`` or ``kahan``.
+            where: what the error calls the place that asked for it.
+        Raises:
+            PlanError: there is no such rounding, or masters with extra bits take what it would lose.
+        """
+        if update_rounding is None:
+            return self
+        chosen = parse_rounding(update_rounding, where=where)
+        check_unsplit(chosen, self.entries, where=where)
+        return dataclasses.replace(self, update_rounding=chosen)
+
+    def with_provenance(self, provenance: Provenance) -> "Assignment":
+        """The same assignment, said to come from elsewhere."""
+        return dataclasses.replace(self, provenance=provenance)
+
+    def diff(self, other: "Assignment") -> Diff:
+        """What changes on the way from this assignment to ``other``."""
+        here, there = self.entries, other.entries
+        return Diff(
+            only_here=tuple(key for key in here if key not in there),
+            only_there=tuple(key for key in there if key not in here),
+            changed={key: (here[key], there[key]) for key in here if key in there and here[key] != there[key]},
+            update_rounding=None
+            if self.update_rounding == other.update_rounding
+            else (self.update_rounding, other.update_rounding),
+        )
+
+    def check_covers(self, keys: Collection[str], *, where: str, buffers: Collection[str] = ()) -> None:
+        """Make sure that this is a plan for the tensors ``keys``, the paper's tensors of a model.
+
+        An entry for a saved copy, or for what is stored, is in place if ``keys`` has the tensor it belongs to.
+
+        Args:
+            keys: of the tensors that must have an entry.
+            where: what to call this assignment, e.g. the path of its file.
+            buffers: names of the buffers that may have entries.
+        Raises:
+            PlanError: a tensor has no entry, or an entry no tensor.
+        """
+        wanted = set(keys)
+        missing = [key for key in keys if key not in self.entries]
+        extra = [key for key in self.entries if not _belongs(key, wanted, buffers)]
+        if not missing and not extra:
+            return
+        lines = [f"{where} does not fit this model."]
+        if missing:
+            lines.append(f"It has no entry for {len(missing)} of the model's {len(wanted)} tensors:")
+            lines += _named(missing, extra or self.entries, "nearest in the plan")
+        if extra:
+            lines.append(f"It has entries for {len(extra)} tensors that the model does not have:")
+            lines += _named(extra, missing or wanted, "nearest in the model")
+        lines.append("Use the plan with the model it was made for, or search a plan for this model.")
+        raise PlanError("\n  ".join(lines))
+
+    def check_fits(self, table: TensorTable, *, where: str) -> None:
+        """Check that this is a plan for the model of a table.
+
+        Args:
+            table: of the model.
+            where: name of this plan in the error, e.g. the path of its file.
+        Raises:
+            PlanError: a tensor has no entry, or an entry no tensor.
+        """
+        self.check_covers([info.key for info in table.paper_tensors], where=where, buffers=table.buffers)
+
+    def to_pandas(self) -> Any:
+        """A frame with a row for each entry: key, format, low. Needs pandas."""
+        rows = ({"key": key, "format": entry.format, "low": entry.low} for key, entry in self.entries.items())
+        return frame(rows, ["key", "format", "low"])
+
+    def _repr_html_(self) -> str:
+        """The formats and how many tensors each has, for a notebook."""
+        counts = Counter(entry.format for entry in self.entries.values())
+        rows = [((name, f"{count:,}"), count / len(self.entries)) for name, count in counts.most_common()]
+        facts = self.provenance.estimate
+        peak = facts.get("peak_bytes")
+        words = "" if not isinstance(peak, (int, float)) else f", predicted peak {human_bytes(peak)}"
+        return table_html(
+            f"plan for {len(self.entries)} tensors, recipe {self.recipe}{words}", ["format", "tensors"], rows
+        )
+
+    def to_json(self) -> str:
+        """The file's text: one line per tensor, in the order of the entries."""
+        head = {
+            "assign_plan": VERSION,
+            "recipe": self.recipe,
+            "fingerprint": self.fingerprint,
+            "provenance": dataclasses.asdict(self.provenance),
+            **({"loaded": dict(self.loaded)} if self.loaded else {}),
+            **({"update_rounding": self.update_rounding} if self.update_rounding != UpdateRounding.NEAREST else {}),
+        }
+        rows = [
+            f"    {json.dumps(key)}: {json.dumps({'format': entry.format, 'low': entry.low})}"
+            for key, entry in self.entries.items()
+        ]
+        tensors = "{\n" + ",\n".join(rows) + "\n  }" if rows else "{}"
+        return json.dumps(head, indent=2, allow_nan=False).removesuffix("\n}") + f',\n  "tensors": {tensors}\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "the plan") -> Self:
+        """Read the text of a plan's file.
+
+        Args:
+            text: JSON, as :meth:`to_json` writes it.
+            where: what to call it in an error, e.g. the path of the file.
+        Raises:
+            PlanError: it is not JSON, not a plan, from a newer version, or names an unknown format.
+        """
+        _check_version(_FILE.parse(text, where), where)
+        file = _FILE.validate(_SCHEMA, text, where)
+        try:
+            return cls(
+                entries=file.tensors,
+                recipe=file.recipe,
+                fingerprint=file.fingerprint,
+                provenance=file.provenance,
+                loaded=file.loaded,
+                update_rounding=file.update_rounding,
+            )
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from error
+
+    @staticmethod
+    def schema() -> dict[str, Any]:
+        """JSON schema of a plan's file."""
+        return _PlanFile.model_json_schema()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to ``path``; whoever reads meanwhile sees the old file or the new one, never a half.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
+        _FILE.write(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the plan at ``path``.
+
+        Raises:
+            PlanError: there is no such file, or :meth:`from_json` refuses it.
+        """
+        return cls.from_json(_FILE.read(path), where=str(path))
+
+
+Plan = Assignment
+"""The name that users know an assignment by."""
+
+_SCHEMA = TypeAdapter(_PlanFile)
+
+
+def _belongs(key: str, wanted: Collection[str], buffers: Collection[str]) -> bool:
+    parts = Key.parse(key, wanted)
+    named = {Part.SAVED: wanted, Part.BUFFER: buffers}.get(parts.part, ())
+    return key in wanted or parts.is_of_weight or parts.name in named
+
+
+def _named(keys: Sequence[str], others: Iterable[str], title: str) -> list[str]:
+    lines = []
+    for key in keys[:_NAMED]:
+        close = nearest(key, others)
+        lines.append(f"  {key!r}" + (f" ({title}: {close})" if close else ""))
+    if len(keys) > _NAMED:
+        lines.append(f"  and {len(keys) - _NAMED} more")
+    return lines
+
+
+def _check_version(data: Any, where: str) -> None:
+    if not isinstance(data, dict) or "assign_plan" not in data:
+        found = "no key 'assign_plan'" if isinstance(data, dict) else f"a {type(data).__name__} at the top"
+        raise PlanError(f"{where} is JSON but not a plan: it has {found}. Give the file that a search wrote.")
+    version = data["assign_plan"]
+    if version == VERSION and isinstance(version, int) and not isinstance(version, bool):
+        return
+    newer = isinstance(version, (int, float)) and version > VERSION
+    advice = "Upgrade this package to read it." if newer else "Search again to make a new one."
+    raise PlanError(f"{where} is a plan of version {version!r}; this package reads version {VERSION}. {advice}")
