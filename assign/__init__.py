@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from assign.executor.apply import apply, autocast, planned_step
     from assign.executor.compiled_memory import Rehearsal, rehearse
     from assign.executor.latency import measure_times
-    from assign.formats.rows import FORMATS, Format, parse_format
+    from assign.formats.parsing import parse_format
+    from assign.formats.rows import FORMATS, Format
     from assign.memory.estimate import Estimate, estimate
     from assign.noise.measure import measure_noise
     from assign.noise.options import NoiseOptions

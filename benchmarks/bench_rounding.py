@@ -37,7 +37,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from assign.formats.rows import parse_format
+from assign.formats.parsing import parse_format
 from assign.numerics.rounding import quantize
 from benchmarks import facts
 

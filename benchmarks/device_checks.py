@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from assign import _torch
 from assign.executor.apply import planned_step
-from assign.formats.rows import FORMATS, SAVED_FORMATS, Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS, SAVED_FORMATS, Format
 from assign.numerics.blocks import decode_blocks, encode_blocks
 from assign.numerics.dispatch import use_compiled
 from assign.numerics.promotion import Promotion

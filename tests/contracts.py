@@ -8,7 +8,7 @@ import pytest
 from scipy.sparse import csr_array
 
 from assign.errors import BudgetError
-from assign.formats.rows import parse_format
+from assign.formats.parsing import parse_format
 from assign.plan.grouping import assign_groups
 from assign.plan.keys import grad_key
 from assign.plan.plan import Entry

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from assign.formats.rows import parse_saved
+from assign.formats.parsing import parse_saved
 from assign.plan.keys import is_saved_key
 from assign.plan.plan import Assignment, Entry
 from benchmarks import bench_search

@@ -19,8 +19,9 @@ from assign import _torch
 from assign.errors import FormatError
 from assign.executor import pipeline
 from assign.executor.apply import apply, planned_step
-from assign.formats.rows import SAVED_FORMATS, parse_saved
-from assign.memory.estimate import Replay
+from assign.formats.parsing import parse_saved
+from assign.formats.rows import SAVED_FORMATS
+from assign.memory.replay import Replay
 from assign.numerics import blocks
 from assign.numerics.blocks import block_format, decode_blocks, encode_blocks, memory_order
 from assign.numerics.dispatch import use_compiled

@@ -12,7 +12,8 @@ import pytest
 
 from assign.errors import FormatError
 from assign.formats import rows
-from assign.formats.rows import FORMATS, Format, Rounding, Scaling, Storage, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS, Format, Rounding, Scaling, Storage
 
 LISTED = ["bf16", "fp16", "e4m3", "e5m2", "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)", "fp(2,1,0)", "fp(3,0,-2)", "fp(8,7,0)"]
 LISTED += ["fp(5,10,0)", "fp(5,9,1)", "fp(2,0,-3)", "fp(7,3,-63)", "fp(7,8,64)"]

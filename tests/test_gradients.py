@@ -13,7 +13,7 @@ import assign
 from assign import distributed
 from assign.errors import PlanError
 from assign.executor.apply import planned_step
-from assign.formats.rows import parse_format
+from assign.formats.parsing import parse_format
 from assign.memory.estimate import estimate
 from assign.numerics.rounding import amax_scale, quantize
 from assign.optim.gradients import widened

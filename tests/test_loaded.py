@@ -12,7 +12,7 @@ from torch import nn
 import assign
 from assign.errors import PlanError, TraceError
 from assign.formats.rows import ITEM_BYTES
-from assign.memory.estimate import Replay
+from assign.memory.replay import Replay
 from assign.noise.options import NoiseOptions
 from assign.plan.persistent_state import resident
 from assign.plan.space import SearchSpace

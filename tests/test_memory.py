@@ -22,7 +22,8 @@ from models import (
 from assign import _torch
 from assign.errors import BudgetError, PlanError
 from assign.executor.apply import planned_step
-from assign.memory.estimate import Replay, aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
+from assign.memory.estimate import aggregate_bytes, estimate, low_ratio, low_ratio_bits, peak_bytes
+from assign.memory.replay import Replay
 from assign.numerics.promotion import Promotion
 from assign.optim.optimizers import follow
 from assign.plan.keys import saved_key

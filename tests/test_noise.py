@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from assign.errors import AssignError, DivergedError, PlanError
-from assign.formats.rows import parse_format, parse_saved
+from assign.formats.parsing import parse_format, parse_saved
 from assign.noise import measure
 from assign.noise.instrumented_step import ProbedStep
 from assign.noise.measure import measure_noise

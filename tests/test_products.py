@@ -10,7 +10,7 @@ from assign import _torch
 from assign.executor import pipeline
 from assign.executor.apply import planned_step
 from assign.executor.passes.narrow_products import narrow_products
-from assign.formats.rows import parse_format
+from assign.formats.parsing import parse_format
 from assign.numerics.promotion import Promotion
 from assign.numerics.rounding import amax_scale, decode, encode, quantize
 from assign.plan.compute_dtype import multiply_dtype, operators

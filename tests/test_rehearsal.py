@@ -10,7 +10,7 @@ from torch import nn
 
 import assign
 from assign.errors import PlanError
-from assign.memory.estimate import Replay
+from assign.memory.replay import Replay
 from assign.optim.optimizers import follow
 from assign.plan.recipes import store
 

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from assign import _torch
 from assign.errors import FormatError
-from assign.formats.rows import FORMATS, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS
 from assign.numerics import dispatch, rounding
 from assign.numerics.dispatch import use_compiled
 from assign.numerics.rounding import amax_scale, decode, encode, inline_cast, quantize

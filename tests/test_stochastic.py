@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from assign import _torch
 from assign.errors import FormatError
 from assign.executor.apply import apply, planned_step
-from assign.formats.rows import parse_format
+from assign.formats.parsing import parse_format
 from assign.numerics.dispatch import use_compiled
 from assign.numerics.kernels import random_bits
 from assign.numerics.promotion import Promotion

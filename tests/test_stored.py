@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assign.errors import FormatError, PlanError
-from assign.formats.rows import FORMATS, STATE_FORMATS, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS, STATE_FORMATS
 from assign.plan.keys import Part
 from assign.plan.optimizer_backends import Library, Stored, choose_library, optimizer_scratch, stored_in
 from assign.plan.persistent_state import (

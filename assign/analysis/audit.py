@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assign.errors import FormatError, TaskError
-from assign.formats.rows import Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import Format
 from assign.numerics.rounding import quantize
 from assign.numerics.torch_dtypes import SIXTEEN_BITS
 from assign.plan.keys import state_key

@@ -17,7 +17,8 @@ from assign.cli.shell import app, console, open_task, traced
 from assign.errors import AssignError
 from assign.executor.backends import Backend
 from assign.executor.compiled_memory import Rehearsal, log_passes, rehearse
-from assign.formats.rows import FORMATS, SAVED_FORMATS, BlockFormat, parse_saved
+from assign.formats.parsing import parse_saved
+from assign.formats.rows import FORMATS, SAVED_FORMATS, BlockFormat
 from assign.memory.estimate import estimate as estimate_plan
 from assign.plan.compute_dtype import operators
 from assign.plan.plan import Assignment

@@ -19,7 +19,7 @@ from assign.errors import TraceError
 from assign.executor.apply import compile_planned, first_lasting, store
 from assign.executor.backends import Backend, make_backend
 from assign.executor.context import PassChange
-from assign.memory.estimate import Replay
+from assign.memory.replay import Replay
 from assign.plan.plan import Assignment
 from assign.plan.table import TensorTable
 from assign.tracing.allocations import Allocations

@@ -22,7 +22,8 @@ from assign import _torch
 from assign.errors import PlanError
 from assign.executor.apply import compile_planned, store
 from assign.executor.backends import Backend, make_backend
-from assign.formats.rows import Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import Format
 from assign.options import accept_former
 from assign.plan.keys import base_key, grad_key
 from assign.plan.latency_table import TimeTable

@@ -1,7 +1,8 @@
 """Number formats as rows of data, and facts about dtypes. Nothing here imports torch.
 
-============  ============================================================
-``rows``      Every format, and the parser of their names.
-``dtypes``    Bytes and formats of torch's dtypes.
-============  ============================================================
+=============  ============================================================
+``rows``       Every format.
+``parsing``    The parser of their names.
+``dtypes``     Bytes and formats of torch's dtypes.
+=============  ============================================================
 """

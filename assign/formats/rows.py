@@ -1,4 +1,4 @@
-"""Number formats: one row of data each, and the parser of their names.
+"""Number formats: one row of data each.
 
 A *format* is the set of values that a tensor may hold; a *dtype* is what torch stores. No torch in here: dtypes
 are names. A new format is one more row of ``FORMATS``; one that only optimizer states may have, of ``STATE_FORMATS``;
@@ -6,14 +6,11 @@ one that only copies waiting for the backward pass may have, of ``SAVED_FORMATS`
 """
 
 import math
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import lru_cache
 from types import MappingProxyType
 
-from assign.errors import FormatError, nearest
 from assign.formats.dtypes import FORMAT_NAMES, ITEM_BYTES
 
 
@@ -234,7 +231,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
     }
 )
 """Formats that tensors are computed in, by name: ``fp32``, ``bf16``, ``fp16``, ``e4m3``, ``e5m2``; the last two also
-with a scale, ``:pow2`` or ``:amax``, and ``:delayed`` behind either. :func:`parse_format` knows more."""
+with a scale, ``:pow2`` or ``:amax``, and ``:delayed`` behind either. :mod:`assign.formats.parsing` knows more."""
 
 
 FP64 = _float("fp64", 11, 52, math.ldexp(2 - 2**-52, 1023), native="float64")
@@ -395,117 +392,3 @@ SAVED_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
 )
 """Formats of saved copies alone: ``e4m3:block64``, ``int8:block64``, ``int4:block64``, ``int2:block64``, ``mxfp8``,
 ``mxfp4``. :mod:`assign.numerics.blocks` says what they mean."""
-
-_PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
-_ALLOWED = (
-    f"{', '.join(name for name in FORMATS if ':' not in name)} (e4m3 and e5m2 also with a scale: ':pow2' or ':amax', "
-    "and ':delayed' behind that), or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
-    "each but fp32 with ':sr' behind it for stochastic rounding"
-)
-_STOCHASTIC = ":sr"
-
-
-@lru_cache(maxsize=1024)
-def parse_format(name: str) -> Format:
-    """Return the format called ``name``: a row of ``FORMATS``, or ``fp(e,m,b)``; ``:sr`` rounds stochastically.
-
-    ``fp(e,m,b)`` has e exponent and m mantissa bits and is scaled by ``2^-b``; no codes are kept for inf or NaN, and
-    ties go away from zero. At ``e = 8`` the largest exponent is 127, as in the authors' code, so that float32 holds it.
-    A name with ``:sr`` behind it is the same format under another rounding. Case and blanks do not matter.
-
-    Returns:
-        The format.
-    Raises:
-        FormatError: no such format, or one whose values float32 does not hold.
-    Examples:
-        >>> parse_format("FP(4, 3, 4)").max_value
-        30.0
-        >>> parse_format("e4m3:pow2:sr").rounding
-        <Rounding.STOCHASTIC: 'stochastic'>
-
-    Source: arXiv 2301.13464, section 2, and the authors' code.
-    """
-    wanted = "".join(name.split()).lower()
-    plain = wanted.removesuffix(_STOCHASTIC)
-    fmt = _find_plain(name, plain)
-    if plain == wanted:
-        return fmt
-    if fmt.native in ("float32", "float64"):
-        raise FormatError(
-            f"{name!r}: everything is computed in fp32, so that rounding to it has nothing to choose between.\n"
-            f"  Allowed: {_ALLOWED}.\n  Choose fp32."
-        )
-    return replace(fmt, name=fmt.name + _STOCHASTIC, rounding=Rounding.STOCHASTIC)
-
-
-@lru_cache(maxsize=1024)
-def parse_saved(name: str) -> Format | BlockFormat:
-    """Return the format called ``name``, for a saved activation: of ``SAVED_FORMATS``, or any other.
-
-    Raises:
-        FormatError: as :func:`parse_format`.
-    Examples:
-        >>> parse_saved("int4:block64").bits_per_element, parse_saved("mxfp4:sr").stochastic
-        (4.5, True)
-    """
-    wanted = "".join(name.split()).lower()
-    plain = wanted.removesuffix(_STOCHASTIC)
-    if plain in SAVED_FORMATS:
-        fmt = SAVED_FORMATS[plain]
-        return fmt if plain == wanted else replace(fmt, name=wanted, rounding=Rounding.STOCHASTIC)
-    try:
-        return parse_format(name)
-    except FormatError as error:
-        also = f"For saved copies also: {', '.join(SAVED_FORMATS)}; each with ':sr' behind it or not."
-        raise FormatError(f"{error}\n  {also}") from None
-
-
-def _find_plain(name: str, wanted: str) -> Format:
-    """The format ``wanted``, for which the user wrote ``name``."""
-    if wanted in FORMATS:
-        return FORMATS[wanted]
-    if wanted == FP64.name:
-        return FP64
-    match = _PAPER_NAME.fullmatch(wanted)
-    only: tuple[tuple[Collection[str], str], ...] = (
-        (STATE_FORMATS, "optimizer states"),
-        (SAVED_FORMATS, "saved activations"),
-        (MASTER_FORMATS, "masters"),
-    )
-    for table, what in only:
-        if wanted in table:
-            raise FormatError(
-                f"{name!r} is a format of {what} alone; this is none.\n  Allowed: {_ALLOWED}.\n  Choose one of these."
-            )
-    if match is None:
-        close = nearest(wanted, [*FORMATS, "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)"])
-        meant = f" Did you mean {close}?" if close else ""
-        raise FormatError(f"{name!r} is not a number format.{meant}\n  Allowed: {_ALLOWED}.\n  Choose one of these.")
-    return _paper_format(*(int(part) for part in match.groups()))
-
-
-def _paper_format(exponent_bits: int, mantissa_bits: int, bias: int) -> Format:
-    name = f"fp({exponent_bits},{mantissa_bits},{bias})"
-    if not (2 <= exponent_bits <= 8 and 0 <= mantissa_bits <= 22):
-        raise FormatError(
-            f"{name!r} has {exponent_bits} exponent and {mantissa_bits} mantissa bits.\n  Allowed: {_ALLOWED}.\n"
-            "  Choose fewer or more bits, or fp32."
-        )
-    min_exponent = 2 - 2 ** (exponent_bits - 1)
-    max_exponent = min(2 ** (exponent_bits - 1), 127)
-    single = FORMATS["fp32"]
-    lowest, highest = max_exponent - single.max_exponent, min_exponent - single.min_exponent
-    if not lowest <= bias <= highest:
-        raise FormatError(
-            f"{name!r} reaches from 2^{min_exponent - bias} to 2^{max_exponent - bias}; float32, in which it is "
-            f"computed, from 2^{single.min_exponent} to 2^{single.max_exponent}.\n"
-            f"  Allowed for e = {exponent_bits}: {lowest} <= b <= {highest}.\n  Choose b in that range."
-        )
-    return Format(
-        name=name,
-        exponent_bits=exponent_bits,
-        mantissa_bits=mantissa_bits,
-        min_exponent=min_exponent - bias,
-        max_value=math.ldexp(2 - 2**-mantissa_bits, max_exponent - bias),
-        rounding=Rounding.AWAY,
-    )

@@ -1,7 +1,8 @@
 """Predict the memory of a training step from its table. Nothing here imports torch.
 
 ==============  ============================================================
-``estimate``    Replay the schedule of a step under a plan.
+``estimate``    Bytes and low ratio of a step under a plan.
+``replay``      The schedule of a step under a plan.
 ``deltas``      What changes of entries change in bytes.
 ``profile``     Bytes by moment and tensor, for pictures.
 ==============  ============================================================

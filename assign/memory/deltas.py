@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy.sparse import csr_array
 
-from assign.memory.estimate import Bytes, Replay, Segment, changes_of, converts, copies_in, jumps_of
+from assign.memory.replay import Bytes, Replay, Segment, changes_of, converts, copies_in, jumps_of
 from assign.plan.keys import base_key, saved_key
 from assign.plan.persistent_state import UpdateRounding
 from assign.plan.plan import Entry

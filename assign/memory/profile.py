@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from assign.memory.estimate import SLOTS, Bytes, Replay, Segment
+from assign.memory.replay import SLOTS, Bytes, Replay, Segment
 from assign.plan.persistent_state import UpdateRounding
 from assign.plan.plan import Entry
 from assign.plan.table import MARK, TensorTable

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from assign.errors import DivergedError
-from assign.formats.rows import parse_saved
+from assign.formats.parsing import parse_saved
 from assign.noise.instrumented_step import ProbedStep, Result
 from assign.noise.perturb import largest_gradient, loss_scale, round_tensor
 from assign.noise.relu_flips import flip_factor, root_mean_square

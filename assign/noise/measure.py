@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assign.errors import PlanError, TraceError
-from assign.formats.rows import parse_format, parse_saved
+from assign.formats.parsing import parse_format, parse_saved
 from assign.noise.estimators import sample
 from assign.noise.instrumented_step import ProbedStep
 from assign.noise.options import NoiseOptions

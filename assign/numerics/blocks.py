@@ -32,7 +32,8 @@ from torch import Tensor
 
 from assign import _torch
 from assign.errors import FormatError
-from assign.formats.rows import SAVED_FORMATS, BlockFormat, Format, Shared, parse_saved
+from assign.formats.parsing import parse_saved
+from assign.formats.rows import SAVED_FORMATS, BlockFormat, Format, Shared
 from assign.numerics.dispatch import run_rows
 from assign.numerics.kernels import BIAS, INF, MAGNITUDE, WIDTH, bits_of, coding, random_bits_at, scaling
 from assign.numerics.registry import register

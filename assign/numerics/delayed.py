@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from assign.errors import PlanError
-from assign.formats.rows import Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import Format
 from assign.numerics.kernels import scaling
 from assign.plan.keys import Key, Part
 from assign.plan.plan import Assignment

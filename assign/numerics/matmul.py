@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from assign import _torch
-from assign.formats.rows import FORMATS, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS
 from assign.numerics.registry import register
 from assign.numerics.rounding import decode
 from assign.numerics.runtime_formats import Runtime, current_format

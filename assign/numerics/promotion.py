@@ -19,7 +19,8 @@ from torch import Tensor
 
 from assign import distributed
 from assign.errors import PlanError
-from assign.formats.rows import Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import Format
 from assign.options import option
 from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import get_recipe

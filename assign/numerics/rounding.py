@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from assign.errors import FormatError
-from assign.formats.rows import FORMATS, Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS, Format
 from assign.numerics.delayed import History
 from assign.numerics.dispatch import count_at_least, find_largest, find_scale, run, run_measured, run_scaled
 from assign.numerics.kernels import WIDTH, coding, quantizing, scaling

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from assign import _torch
-from assign.formats.rows import Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import Format
 
 if TYPE_CHECKING:
     from assign.numerics.delayed import History

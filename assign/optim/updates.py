@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from assign.distributed import alike_by_chance, local_part
 from assign.errors import FormatError, nearest
-from assign.formats.rows import parse_format
+from assign.formats.parsing import parse_format
 from assign.numerics.rounding import quantize
 from assign.numerics.torch_dtypes import SIXTEEN_BITS, dtype_name
 from assign.plan.persistent_state import COMPENSATION, UpdateRounding

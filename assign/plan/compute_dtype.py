@@ -27,7 +27,8 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from assign.formats.dtypes import FLOAT32, FLOAT64, ITEM_BYTES, NARROW
-from assign.formats.rows import FORMATS, LOADED, Format, Storage, loaded_format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS, LOADED, Format, Storage, loaded_format
 from assign.plan.keys import saved_key
 from assign.plan.ops import CONVERSIONS, FLOAT32_PARAMETERS, INPUT, MATRIX_PRODUCTS, PLAIN_PRODUCTS, SIXTEEN_BIT, SLICE
 from assign.plan.plan import Entry, format_pair

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from assign.errors import FormatError, PlanError, nearest
-from assign.formats.rows import parse_saved
+from assign.formats.parsing import parse_saved
 from assign.json_file import Count, Kind, NotNegative, shown
 from assign.notebook import SHOWN, Drawn, frame, table_html
 from assign.plan.keys import Key, Part

@@ -6,7 +6,8 @@ from enum import StrEnum
 
 from assign.errors import PlanError
 from assign.formats.dtypes import ITEM_BYTES
-from assign.formats.rows import FORMATS, BlockFormat, Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS, BlockFormat, Format
 from assign.plan.entry import Entry
 from assign.plan.keys import grad_key, state_key
 from assign.plan.persistent_state import (

@@ -20,14 +20,8 @@ from typing import Protocol
 
 from assign.errors import FormatError, PlanError, nearest
 from assign.formats.dtypes import ITEM_BYTES
-from assign.formats.rows import (
-    FORMATS,
-    MASTER_FORMATS,
-    STATE_FORMATS,
-    BlockFormat,
-    Format,
-    parse_format,
-)
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS, MASTER_FORMATS, STATE_FORMATS, BlockFormat, Format
 from assign.plan.entry import Entry
 from assign.plan.keys import Key, Part, buffer_key, master_key, state_key, stored_grad_key
 from assign.plan.table import Role, TensorInfo, TensorTable

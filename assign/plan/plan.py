@@ -15,7 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from assign.errors import FormatError, PlanError, nearest
-from assign.formats.rows import LOADED, BlockFormat, Format, parse_format, parse_saved
+from assign.formats.parsing import parse_format, parse_saved
+from assign.formats.rows import LOADED, BlockFormat, Format
 from assign.json_file import MOST_ELEMENTS, Kind
 from assign.notebook import Drawn, frame, human_bytes, table_html
 from assign.plan.entry import STRICT as _STRICT

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from assign.errors import FormatError, PlanError, nearest
-from assign.formats.rows import BlockFormat, Format, loaded_format, parse_format, parse_saved
+from assign.formats.parsing import parse_format, parse_saved
+from assign.formats.rows import BlockFormat, Format, loaded_format
 from assign.plan.keys import Part, buffer_key, grad_key, master_key, saved_key, stored_grad_key
 from assign.plan.ops import EXPONENTIATED, LOSS_OPS
 from assign.plan.persistent_state import is_narrow, is_stored, master_format, parse_stored, waiting_bytes, with_loaded

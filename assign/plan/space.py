@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from assign.errors import PlanError
-from assign.formats.rows import parse_format, parse_saved
+from assign.formats.parsing import parse_format, parse_saved
 from assign.options import option
 from assign.plan.keys import Part
 from assign.plan.persistent_state import UpdateRounding, parse_rounding, parse_stored

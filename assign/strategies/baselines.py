@@ -3,7 +3,8 @@
 from collections.abc import Collection
 
 from assign.errors import FormatError
-from assign.formats.rows import loaded_format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import loaded_format
 from assign.plan.keys import grad_key
 from assign.plan.ops import GROUP_STARTS, INPUT
 from assign.plan.plan import Entry

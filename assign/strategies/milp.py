@@ -18,7 +18,8 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array, hstack
 
 from assign.errors import BudgetError, PlanError, nearest
-from assign.formats.rows import Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import Format
 from assign.plan.latency_table import parse_step_time
 from assign.plan.plan import Entry
 from assign.plan.recipes import Recipe, candidates_of, save

@@ -7,7 +7,8 @@ of the model, so that copies, pickles and sharded models know it too.
 import torch
 from torch import nn
 
-from assign.formats.rows import LOADED, Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import LOADED, Format
 from assign.numerics.torch_dtypes import dtype_name, torch_dtype
 from assign.plan.keys import master_key
 from assign.plan.persistent_state import master_format, stored_dtype

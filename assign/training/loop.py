@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from assign import distributed
 from assign.errors import DivergedError, PlanError, TaskError
 from assign.executor.apply import apply, planned_step
-from assign.formats.rows import parse_format
+from assign.formats.parsing import parse_format
 from assign.memory.estimate import peak_bytes
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promoted, Promotion

@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_rounding import assert_same
 
-from assign.formats.rows import FORMATS, SAVED_FORMATS, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS, SAVED_FORMATS
 from assign.numerics.blocks import decode_blocks, encode_blocks
 from assign.numerics.dispatch import use_compiled
 from assign.numerics.rounding import amax_scale, decode, encode, quantize

@@ -8,7 +8,8 @@ from torch import Tensor, fx
 
 from assign import _torch
 from assign.executor.context import Context
-from assign.formats.rows import Storage, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import Storage
 from assign.numerics import rounding
 from assign.numerics.torch_dtypes import torch_dtype
 

@@ -25,7 +25,8 @@ from torch.fx.node import map_aggregate
 from assign import _torch
 from assign.executor.context import Context, Step, Tap
 from assign.formats.dtypes import FLOAT32, NARROW
-from assign.formats.rows import FORMATS, LOADED, Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS, LOADED, Format
 from assign.numerics.delayed import History
 from assign.numerics.promotion import Promotion, Slot
 from assign.numerics.rounding import draw_seed, stream_of

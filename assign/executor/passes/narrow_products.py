@@ -18,7 +18,8 @@ from torch import Tensor, fx
 
 from assign import _torch
 from assign.executor.context import Context
-from assign.formats.rows import FORMATS, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS
 from assign.numerics.matmul import MULTIPLE
 from assign.plan.compute_dtype import is_float8
 from assign.tracing.joint import COPIES, describe, is_view

@@ -17,7 +17,8 @@ from torch.fx.node import map_arg
 
 from assign import _torch
 from assign.executor.context import Context
-from assign.formats.rows import BlockFormat, Format, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import BlockFormat, Format
 from assign.numerics.blocks import memory_order
 from assign.numerics.rounding import stream_of
 from assign.plan.keys import Key, saved_key

@@ -16,7 +16,8 @@ from torch import fx
 
 from assign import _torch
 from assign.executor.context import Context
-from assign.formats.rows import Scaling, parse_format
+from assign.formats.parsing import parse_format
+from assign.formats.rows import Scaling
 from assign.tracing.joint import COPIES, is_view
 
 _QUANTIZE = torch.ops.assign.quantize.default

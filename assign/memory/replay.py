@@ -1,0 +1,506 @@
+"""Replay the schedule of a training step under a plan: when each buffer is alive, and how many bytes it takes.
+
+Every buffer is a segment of time and a number of bytes; the peak is the largest sum of what is alive. The rules of
+:mod:`assign.plan.compute_dtype` say in which dtype each operator computes, so the segments are those of the real graph.
+
+Time has four slots per operator: decoding what it reads, widening what it reads, the run itself, and behind it the
+narrowing of what it made and the encoding of what it was the last to read.
+"""
+
+import copy
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from assign.formats.dtypes import FLOAT32, ITEM_BYTES
+from assign.formats.parsing import parse_saved
+from assign.formats.rows import LOADED, Format
+from assign.plan.compute_dtype import ComputeDtypes, changes_nothing, is_narrowed
+from assign.plan.keys import base_key, is_grad_key, saved_key
+from assign.plan.ops import CONVERSIONS, FLOAT32_INSIDE, SLICE
+from assign.plan.optimizer_backends import optimizer_scratch, stored_in
+from assign.plan.persistent_state import (
+    UpdateRounding,
+    buffers,
+    gradient_format,
+    master_format,
+    resident,
+    stored_dtype,
+    waiting_bytes,
+    with_loaded,
+)
+from assign.plan.plan import Entry
+from assign.plan.table import MARK, Buffer, Event, Role, TensorTable
+
+SLOTS = 4
+"""Slots of time of one event."""
+
+
+def _decoding(number: int) -> int:
+    return SLOTS * number
+
+
+def _widening(number: int) -> int:
+    return SLOTS * number + 1
+
+
+def _running(number: int) -> int:
+    return SLOTS * number + 2
+
+
+def _behind(number: int) -> int:
+    return SLOTS * number + 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Bytes alive from slot ``start`` to slot ``end``, both included."""
+
+    start: int
+    end: int
+    bytes: int
+    key: str
+    role: str
+
+
+Bytes = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def changes_of(segments: Iterable[Segment], events: int) -> Bytes:
+    """Bytes that each slot of a step has more than the one before it: ``[slots + 1]``."""
+    change = np.zeros(SLOTS * events + 1, dtype=np.int64)
+    for slot, size in jumps_of(segments).items():
+        change[slot] += size
+    return change
+
+
+def jumps_of(segments: Iterable[Segment]) -> dict[int, int]:
+    """Return {slot: change in bytes from the slot before}; slots without a change are left out."""
+    jumps: dict[int, int] = defaultdict(int)
+    for segment in segments:
+        if segment.end >= segment.start:
+            jumps[max(segment.start, 0)] += segment.bytes
+            jumps[segment.end + 1] -= segment.bytes
+    return jumps
+
+
+def converts(event: Event, table: TensorTable) -> bool:
+    """Whether an event is nothing but the user's conversion of a tensor, or of its gradient, to another dtype."""
+    if len(event.reads) != 1 or len(event.writes) != 1 or event.op.startswith(MARK):
+        return False
+    before, after = (table.schedule.buffers[buffer] for buffer in (*event.reads, *event.writes))
+    row = table.by_key.get(event.op)
+    if before.dtype == after.dtype or before.elements != after.elements:
+        return False
+    return {before.dtype, after.dtype} <= LOADED.keys() and (row is None or row.op in CONVERSIONS)
+
+
+def copies_in(event: Event, table: TensorTable) -> list[tuple[int, int]]:
+    """Buffers of a tensor that a forward event reads, each with one of a copy of it that the event makes."""
+    if event.backward or event.op.startswith(MARK):
+        return []
+    buffers = table.schedule.buffers
+    held = ((copied, buffers[copied].holds) for copied in event.writes)
+    return [(s, copied) for copied, key in held for s in event.reads if key and buffers[s].holds == key]
+
+
+def _by_source(alias: Mapping[int, int | None]) -> dict[int | None, list[int]]:
+    """Return {buffer: its aliases, which share its memory}."""
+    twins: dict[int | None, list[int]] = defaultdict(list)
+    for buffer, source in alias.items():
+        twins[source].append(buffer)
+    return dict(twins)
+
+
+class Replay:
+    """The schedule of a table under some entries; tensors without one are as they were loaded."""
+
+    def __init__(
+        self,
+        table: TensorTable,
+        entries: Mapping[str, Entry],
+        update_rounding: str = UpdateRounding.NEAREST,
+        promotable: Mapping[str, Format] = MappingProxyType({}),
+    ) -> None:
+        self.table = table
+        self.schedule = table.schedule
+        self.entries = with_loaded(entries, table.loaded)
+        self.segments: list[Segment] = []
+        self.saved_bytes = 0
+        self._kept_buffers = frozenset(self.schedule.kept)
+        self._promotable = promotable
+        self._dtypes = ComputeDtypes.of_table(table, entries, promotable)
+        self._narrowed = is_narrowed(table, entries)
+        self._update_rounding = update_rounding
+        self._resident = resident(table, entries, update_rounding)
+        self._buffer_bytes, widened = buffers(table, entries)
+        self._apart = self._find_apart()
+        self._reads = self._index_reads()
+        self._alias = self._find_aliases(self.schedule.events)
+        self._twins = _by_source(self._alias)
+        self._copies = self._index_copies()
+        self._spans = [self._replay_event(number, event) for number, event in enumerate(self.schedule.events)]
+        forward = sum(not event.backward for event in self.schedule.events)
+        self._add(0, _behind(forward - 1), widened, "buffers in float32", "scratch")
+
+    def _find_apart(self) -> frozenset[str]:
+        """Operators that compute in several steps, in float32 between them whatever they are asked for."""
+        rows = self.table.by_key
+        inside = [e.op for e in self.schedule.events if e.op in rows and rows[e.op].op in FLOAT32_INSIDE]
+        forward = Counter(e.op for e in self.schedule.events if not e.backward)
+        return frozenset(op for op in inside if forward[op] > 1)
+
+    def _index_reads(self) -> dict[int, list[int]]:
+        reads: dict[int, list[int]] = defaultdict(list)
+        for number, event in enumerate(self.schedule.events):
+            for buffer in event.reads:
+                reads[buffer].append(number)
+        return reads
+
+    def _index_copies(self) -> dict[int, list[int]]:
+        """Buffer of a tensor → copies of it in another dtype or layout: made again in the backward pass, from it."""
+        copies: dict[int, list[int]] = defaultdict(list)
+        for event in self.schedule.events if self._narrowed else ():
+            for source, copied in copies_in(event, self.table):
+                if not self._is_rounded_copy(self.schedule.buffers[copied]):
+                    copies[source].append(copied)
+        return copies
+
+    # ---- which buffers are one ------------------------------------------------------------------------------------
+
+    def _find_aliases(self, events: Iterable[Event]) -> dict[int, int | None]:
+        """Marks and conversions that change nothing: their result is their source (None: a parameter or the batch)."""
+        alias: dict[int, int | None] = {}
+        for event in events:
+            if not event.writes or not self._changes_nothing(event):
+                continue
+            source = event.reads[0] if event.reads else None
+            alias[event.writes[0]] = alias.get(source, source) if source is not None else None
+        return alias
+
+    def _changes_nothing(self, event: Event) -> bool:
+        if event.op.startswith(MARK):
+            return self._is_identity(event.op.removeprefix(MARK), backward=event.backward)
+        if not converts(event, self.table):
+            return False
+        before, after = (self.schedule.buffers[buffer] for buffer in (*event.reads, *event.writes))
+        compute = self._dtypes.compute(event.op)
+        return self._dtype(before, Event(op="", backward=event.backward), compute, False) == self._dtype(
+            after, event, compute, False
+        )
+
+    def _is_identity(self, key: str, *, backward: bool) -> bool:
+        """Whether a mark changes nothing: a parameter's reads its master, and makes the gradient that is stored."""
+        if not self._is_weight(key):
+            return self._dtypes.is_identity(key, backward=backward)
+        carrier, fmt = self._dtypes.carrier(key), self._dtypes.formats(key)[backward]
+        outside = self._kept(key) if backward else stored_dtype(master_format(self.entries, key))
+        return carrier == outside and changes_nothing(fmt, carrier)
+
+    def _is_weight(self, key: str) -> bool:
+        info = self.table.by_key.get(key)
+        return info is not None and info.role is Role.WEIGHT
+
+    def _kept(self, key: str) -> str:
+        """Dtype in which the gradient of ``key`` leaves its mark."""
+        if self._is_weight(key):
+            return stored_dtype(gradient_format(self.entries, key))
+        return self._dtypes.compute(key)
+
+    def _readers(self, buffer: int) -> list[int]:
+        family = [buffer, *self._twins.get(buffer, ())]
+        copies = [copied for b in family for copied in self._copies.get(b, ())]
+        again = [n for copied in copies for n in self._readers(copied) if self.schedule.events[n].backward]
+        return sorted({*again, *(n for b in family for n in self._reads.get(b, ()))})
+
+    # ---- segments ---------------------------------------------------------------------------------------------------
+
+    def _replay_event(self, number: int, event: Event) -> slice:
+        """Which segments became of an event."""
+        first = len(self.segments)
+        op = event.op.removeprefix(MARK)
+        is_mark = event.op.startswith(MARK)
+        compute = self._dtypes.compute(op)
+        for buffer in event.writes:
+            if buffer not in self._alias:
+                self._live(buffer, number, event, compute, is_mark)
+        self._add(_running(number), _running(number), event.scratch_in(compute), op, "scratch")
+        if not is_mark:
+            for buffer in event.reads:
+                info = self.schedule.buffers[buffer]
+                if self._is_converted(info, event):
+                    size = info.elements * ITEM_BYTES[compute]
+                    self._add(_widening(number), _running(number), size, info.holds, "scratch")
+        return slice(first, len(self.segments))
+
+    def _is_converted(self, info: Buffer, event: Event) -> bool:
+        """Whether the event reads a copy of the buffer in a wider dtype."""
+        if not info.holds or is_grad_key(info.holds) or event.op not in self.table.by_key:
+            return False
+        if self._dtypes.as_written(event.op) or self.table.by_key[event.op].op in CONVERSIONS:
+            return False
+        return self._lives_in(info) != self._dtypes.compute(event.op)
+
+    def _lives_in(self, info: Buffer) -> str:
+        """Dtype of a buffer that holds a forward tensor, or a copy of it that the user converted to another dtype."""
+        return self._dtypes.read_as(info.holds, info.dtype)
+
+    def _last_slot(self, info: Buffer, number: int) -> int:
+        """Slot in which a buffer last read by event ``number`` goes; before it runs, if it reads a converted copy."""
+        converted = self._is_converted(info, self.schedule.events[number])
+        return _widening(number) if converted else _running(number)
+
+    def _live(self, buffer: int, number: int, event: Event, compute: str, is_mark: bool) -> None:
+        info = self.schedule.buffers[buffer]
+        key, role = self._owner(info, event)
+        size = self._size(info, event, compute, is_mark)
+        readers = self._readers(buffer)
+        end = len(self.schedule.events) - 1 if buffer in self._kept_buffers else max(readers, default=number)
+        if any(twin in self._kept_buffers for twin in self._twins.get(buffer, ())):
+            end, role = len(self.schedule.events) - 1, Role.WEIGHT_GRAD
+        start = self._convert(info, number, event, compute, is_mark)
+        later = [n for n in readers if self.schedule.events[n].backward]
+        if event.backward or not later:
+            known = info if info.holds else replace(info, holds=self._held_by(buffer))
+            self._add(start, max(self._last_slot(known, end), start), size, key, role)
+            return
+        last = max((n for n in readers if not self.schedule.events[n].backward), default=number)
+        held = "" if self._is_rounded_copy(info) else self._held_by(buffer)
+        if event.op in self._apart and (held == event.op or self._is_part(held)):
+            held = ""
+        is_copy = converts(event, self.table) or not self._marks(buffer, event)
+        moved = self._narrowed and held != "" and is_copy
+        if moved or (is_mark and self._is_source_resident(held)):
+            self._add(start, self._last_slot(info, last), size, key, role)
+            self._add(_decoding(later[0]), self._last_slot(info, later[-1]), size, key, role)
+            return
+        waiting = self._packed(held, info) if held else None
+        if waiting is None or waiting >= size:
+            self.saved_bytes += size
+            self._add(start, _running(last), size, key, role)
+            self._add(_behind(last), self._last_slot(info, later[-1]), size, key, Role.SAVED)
+            return
+        self.saved_bytes += waiting
+        self._add(start, _behind(last), size, key, role)
+        self._add(_behind(last), _decoding(later[0]), waiting, key, Role.SAVED)
+        self._add(_decoding(later[0]), self._last_slot(info, later[-1]), size, key, role)
+
+    def _is_rounded_copy(self, info: Buffer) -> bool:
+        """Whether a buffer is what the user converted a tensor to, in fewer bits: it is kept for its own sake."""
+        own = ITEM_BYTES.get(self._dtypes.loaded(info.holds), 0)
+        return info.holds in self.table.by_key and ITEM_BYTES.get(info.dtype, own) < own
+
+    def _held_by(self, buffer: int) -> str:
+        for b in (buffer, *self._twins.get(buffer, ())):
+            held: str = self.schedule.buffers[b].holds
+            if held:
+                return held
+        return ""
+
+    def _is_part(self, key: str) -> bool:
+        """Whether it is a view of a part of another tensor, which is not kept for its sake."""
+        row = self.table.by_key.get(key)
+        return row is not None and row.op == SLICE and self._is_identity(key, backward=False)
+
+    def _marks(self, buffer: int, event: Event) -> bool:
+        """Whether the buffer is the tensor itself, not a copy in another layout."""
+        return event.op.startswith(MARK) or buffer in self._twins
+
+    def _is_source_resident(self, key: str) -> bool:
+        info = self.table.by_key.get(key)
+        return info is not None and info.op in ("parameter", "input")
+
+    def _packed(self, key: str, info: Buffer) -> int | None:
+        """Bytes of the saved copy, its scale included; None where the value is saved as it is."""
+        if self._is_identity(key, backward=False):
+            return None
+        explicit = self.entries.get(saved_key(key))
+        fmt = parse_saved(explicit.format) if explicit else self._dtypes.formats(key)[0]
+        return waiting_bytes(fmt, info.elements)
+
+    def _owner(self, info: Buffer, event: Event) -> tuple[str, str]:
+        if info.holds:
+            forward = base_key(info.holds)
+            row = self.table.by_key.get(info.holds) or self.table.by_key.get(forward)
+            return info.holds, row.role if row else "scratch"
+        return event.op.removeprefix(MARK), "scratch"
+
+    def _size(self, info: Buffer, event: Event, compute: str, is_mark: bool) -> int:
+        return info.elements * ITEM_BYTES.get(self._dtype(info, event, compute, is_mark), 1)
+
+    def _dtype(self, info: Buffer, event: Event, compute: str, is_mark: bool) -> str:
+        if info.dtype not in LOADED or (event.op == "" and not info.holds):
+            return info.dtype
+        if is_grad_key(info.holds):
+            forward = base_key(info.holds)
+            return self._kept(forward) if is_mark else self._dtypes.carrier(forward)
+        if not is_mark and not info.holds and self._dtypes.as_written(event.op):
+            return info.dtype
+        if not event.backward and event.op in self.table.by_key and converts(event, self.table):
+            return compute
+        if event.op in self._apart:
+            return info.dtype if self._dtypes.as_written(event.op) else FLOAT32
+        if info.holds:
+            return self._lives_in(info)
+        return FLOAT32 if info.part else compute
+
+    def _convert(self, info: Buffer, number: int, event: Event, compute: str, is_mark: bool) -> int:
+        """A gradient that is made in one dtype and kept in another is there twice for a moment.
+
+        Returns the slot in which the kept one appears: behind the operator if it is converted, else with it.
+        """
+        if not is_grad_key(info.holds) or not event.backward:
+            return _running(number)
+        carrier = self._dtypes.carrier(base_key(info.holds))
+        made = carrier if is_mark or event.op == "" else compute
+        kept = self._kept(base_key(info.holds)) if is_mark else carrier
+        gradient = self._dtypes.formats(base_key(info.holds))[1]
+        rounded = not is_mark or not changes_nothing(gradient, carrier)
+        if made == kept or not rounded:
+            return _running(number)
+        done = _behind(self._last_of_operator(number))  # autograd converts once the whole operator is done
+        self._add(_running(number), done, info.elements * ITEM_BYTES[made], info.holds, "scratch")
+        return done
+
+    def _last_of_operator(self, number: int) -> int:
+        events = self.schedule.events
+        while number + 1 < len(events) and (events[number + 1].op, events[number + 1].backward) == (
+            events[number].op,
+            events[number].backward,
+        ):
+            number += 1
+        return number
+
+    def _add(self, start: int, end: int, size: int, key: str, role: str) -> None:
+        self.segments.append(Segment(start=start, end=end, bytes=size, key=key, role=role))
+
+    # ---- a part of the step -----------------------------------------------------------------------------------------
+
+    def of_events(self, numbers: Iterable[int]) -> list[Segment]:
+        """Segments that became of these events."""
+        return [segment for number in numbers for segment in self.segments[self._spans[number]]]
+
+    def replay_events(
+        self, entries: Mapping[str, Entry], numbers: Iterable[int], marks: Iterable[int]
+    ) -> list[Segment]:
+        """What :meth:`of_events` would be under other entries; ``marks``: all events that may alias their buffers."""
+        return [segment for found in self.replay_each(entries, numbers, marks) for segment in found]
+
+    def replay_each(
+        self, entries: Mapping[str, Entry], numbers: Iterable[int], marks: Iterable[int]
+    ) -> list[list[Segment]]:
+        """As :meth:`replay_events`, event by event."""
+        twin = copy.copy(self)
+        twin.entries, twin.segments = with_loaded(entries, self.table.loaded), []
+        twin._dtypes = ComputeDtypes.of_table(self.table, entries, self._promotable)
+        twin._alias = twin._find_aliases(self.schedule.events[number] for number in marks)
+        twin._twins = _by_source(twin._alias)
+        spans = [twin._replay_event(number, self.schedule.events[number]) for number in numbers]
+        return [twin.segments[span] for span in spans]
+
+    def is_narrowed_alike(self, entries: Mapping[str, Entry], change: Mapping[str, Entry]) -> bool:
+        """Return whether saved activations are packed under ``entries`` if and only if they are packed now.
+
+        Args:
+            entries: all entries, those of ``change`` included.
+            change: the entries that differ.
+        """
+        if self._narrowed and any(entry.format != "fp32" for entry in change.values()):
+            return True
+        return is_narrowed(self.table, entries) == self._narrowed
+
+    # ---- the answer -------------------------------------------------------------------------------------------------
+
+    @property
+    def resident_bytes(self) -> int:
+        """Masters, buffers, batch and optimizer states: alive all the time."""
+        s, stored = self.schedule, self._resident
+        return stored.parameters + self._buffer_bytes + s.batch_bytes + stored.states
+
+    @cached_property
+    def optimizer_scratch_bytes(self) -> int:
+        """What the optimizer's step allocates for a moment.
+
+        Raises:
+            PlanError: no library can keep what the plan stores.
+        """
+        return optimizer_scratch(self.schedule, stored_in(self.table, self.entries), self._update_rounding)
+
+    @property
+    def optimizer_peak_bytes(self) -> int:
+        """What is alive while the optimizer steps."""
+        return self.resident_bytes + self._resident.gradients + self.optimizer_scratch_bytes
+
+    @cached_property
+    def slots(self) -> Bytes:
+        """Bytes alive in each slot, without the optimizer's step: ``SLOTS`` of an event, one behind the last."""
+        alive: Bytes = np.cumsum(changes_of(self.segments, len(self.schedule.events))) + self.resident_bytes
+        return alive
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest number of bytes alive at any moment of the step."""
+        return max(int(self.slots.max(initial=0)), self.optimizer_peak_bytes)
+
+    @property
+    def _peak_slot(self) -> int | None:
+        return int(self.slots.argmax()) if int(self.slots.max(initial=0)) >= self.optimizer_peak_bytes else None
+
+    @property
+    def peak_at(self) -> str:
+        """Operator that runs at the peak."""
+        if self._peak_slot is None:
+            return "optimizer"
+        event = self.schedule.events[min(self._peak_slot // SLOTS, len(self.schedule.events) - 1)]
+        return event.op.removeprefix(MARK) + (" (backward)" if event.backward else " (forward)")
+
+    @property
+    def lasting(self) -> tuple[tuple[str, str, int], ...]:
+        """What is alive all the time: (key, role, bytes)."""
+        s, stored = self.schedule, self._resident
+        found = [(name, "parameters", size) for name, size in stored.masters.items()]
+        found += [(name, "optimizer states", size) for name, size in stored.optimizer_states.items()]
+        found += [("buffers", "buffers", self._buffer_bytes), ("batch", "batch", s.batch_bytes)]
+        found += [("unused", "parameters", stored.others[0]), ("unused", "optimizer states", stored.others[2])]
+        return tuple(row for row in found if row[2])
+
+    @property
+    def stepping(self) -> tuple[tuple[str, str, int], ...]:
+        """What is alive beside it while the optimizer steps: (key, role, bytes)."""
+        stored = self._resident
+        found = [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]
+        found.append(("unused", str(Role.WEIGHT_GRAD), stored.others[1]))
+        found.append(("optimizer scratch", "scratch", self.optimizer_scratch_bytes))
+        return tuple(row for row in found if row[2])
+
+    @property
+    def alive(self) -> tuple[tuple[str, str, int], ...]:
+        """What is alive at the peak: (key, role, bytes), largest first."""
+        slot = self._peak_slot
+        passing: Iterable[tuple[str, str, int]] = self.stepping
+        if slot is not None:
+            passing = ((x.key, str(x.role), x.bytes) for x in self.segments if x.start <= slot <= x.end and x.bytes)
+        return tuple(sorted((*self.lasting, *passing), key=lambda row: -row[2]))
+
+    @property
+    def by_role(self) -> dict[str, int]:
+        """Bytes alive at the peak by role."""
+        sums: dict[str, int] = defaultdict(int)
+        for _, role, size in self.alive:
+            sums[role] += size
+        return dict(sums)
+
+    @property
+    def timeline(self) -> tuple[tuple[str, str, int], ...]:
+        """(operator, pass, bytes alive) for every operator, the optimizer's step last."""
+        rows = [
+            (e.op.removeprefix(MARK), "backward" if e.backward else "forward", int(self.slots[_running(n)]))
+            for n, e in enumerate(self.schedule.events)
+            if not e.op.startswith(MARK)
+        ]
+        return (*rows, ("optimizer", "step", self.optimizer_peak_bytes))
