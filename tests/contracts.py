@@ -1,5 +1,6 @@
 """Hand-written tables, the two CIFAR models of the paper's accounting, and what every strategy keeps to."""
 
+import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,7 +13,7 @@ from assign.formats.parsing import parse_format
 from assign.plan.grouping import assign_groups
 from assign.plan.keys import grad_key
 from assign.plan.plan import Entry
-from assign.plan.recipes import RECIPES, Recipe, initial
+from assign.plan.recipes import RECIPES, Recipe, get_recipe, initial
 from assign.plan.table import Role, TensorInfo, TensorTable
 from assign.strategies import MILP, STRATEGIES, Strategy
 from assign.strategies.milp import Milp
@@ -257,3 +258,13 @@ class StrategyContract:
         for goal in ({}, {"low_ratio": 1.5}, {"low_ratio": float("nan")}, {"budget_bytes": 0}):
             with pytest.raises(BudgetError):
                 strategy(table, recipe=recipe, peak_bytes=AllAtOnce(table), **goal)
+
+
+HFP8 = get_recipe("hfp8")
+FORMATS = ("fp32", "bf16", "fp(3,2,3)")
+
+
+def all_plans(table, formats):
+    keys = [row.key for row in table.paper_tensors]
+    for names in itertools.product(formats, repeat=len(keys)):
+        yield {key: Entry(name, name != formats[0]) for key, name in zip(keys, names, strict=True)}

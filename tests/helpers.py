@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 from models import class_loss
+from torch import Tensor
 
 from assign.executor.passes.pack import pack
 from assign.plan.plan import Assignment, Entry
@@ -71,3 +72,15 @@ def measured_peak(model, batch, step, optimizer):
 def packed_channels_last(joint, context):
     """The packing as it is where Inductor lays images out channels-last."""
     return pack(joint, dataclasses.replace(context, channels_last=True))
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal bit for bit, the signs of zeros too; one NaN is as good as another."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    if actual.is_floating_point():
+        nan = expected.isnan()
+        assert torch.equal(actual.isnan(), nan)
+        bits = torch.int32 if actual.dtype == torch.float32 else torch.int16
+        actual, expected = actual[~nan].view(bits), expected[~nan].view(bits)
+    assert torch.equal(actual, expected)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rounding import assert_same
+from helpers import assert_same
 
 from assign.formats.parsing import parse_format
 from assign.formats.rows import FORMATS, SAVED_FORMATS

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from contracts import LOSSY, TABLES, AllAtOnce, GroupByGroup, chain, made_up_noise
+from contracts import FORMATS, HFP8, LOSSY, TABLES, AllAtOnce, GroupByGroup, all_plans, chain, made_up_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import GPT, MLP, ResNet, class_loss, images, tokens, vectors
@@ -26,9 +26,6 @@ from assign.strategies.greedy import greedy
 from assign.strategies.milp import Milp
 from assign.tracing.tracer import trace
 
-HFP8 = get_recipe("hfp8")
-FORMATS = ("fp32", "bf16", "fp(3,2,3)")
-
 
 def solve(table, timeline, **options):
     goal = {name: options.pop(name) for name in ("budget_bytes", "low_ratio") if name in options}
@@ -36,12 +33,6 @@ def solve(table, timeline, **options):
     strategy = Milp(noise=made_up_noise, timeline=timeline, on_solution=solutions.append, **options)
     plan = strategy(table, recipe=recipe, peak_bytes=timeline, **goal)
     return plan, solutions[0]
-
-
-def all_plans(table, formats):
-    keys = [row.key for row in table.paper_tensors]
-    for names in itertools.product(formats, repeat=len(keys)):
-        yield {key: Entry(name, name != formats[0]) for key, name in zip(keys, names, strict=True)}
 
 
 class Waves(AllAtOnce):

@@ -13,7 +13,7 @@ from helpers import all_low, traced
 from models import GPT, MLP, class_loss, tokens, vectors
 
 import assign
-from assign.numerics import products  # noqa: F401 - registers the operator
+from assign.numerics import matmul  # noqa: F401 - registers the operator
 
 STEPS = 3
 
@@ -122,7 +122,7 @@ def test_a_plain_thread_beside_emulated_products_computes_what_it_does_alone():
 
 
 PROCESS = """
-import sys; sys.path.insert(0, sys.argv[1])
+import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + "/executor"]
 import torch
 from helpers import all_low, traced
 from models import MLP, class_loss, vectors
@@ -139,7 +139,7 @@ torch.save(train(model, step, batch), sys.argv[2])
 @pytest.mark.slow
 def test_two_processes_with_one_cache_compute_the_same(tmp_path):
     paths = [tmp_path / f"{number}.pt" for number in range(2)]
-    commands = [[sys.executable, "-c", PROCESS, str(Path(__file__).parent), str(path)] for path in paths]
+    commands = [[sys.executable, "-c", PROCESS, str(Path(__file__).parents[1]), str(path)] for path in paths]
     processes = [subprocess.Popen(command) for command in commands]
     assert [process.wait() for process in processes] == [0, 0]
     first, second = (torch.load(path, weights_only=True) for path in paths)

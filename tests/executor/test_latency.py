@@ -7,9 +7,8 @@ import zlib
 
 import pytest
 import torch
-from contracts import AllAtOnce, chain, made_up_noise
+from contracts import FORMATS, HFP8, AllAtOnce, all_plans, chain, made_up_noise
 from models import MLP, class_loss, vectors
-from test_milp import FORMATS, HFP8, all_plans
 
 import assign
 from assign.errors import BudgetError, PlanError

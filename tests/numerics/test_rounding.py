@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from helpers import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, library
@@ -57,18 +58,6 @@ def ties(name: str) -> Tensor:
         points = np.concatenate([grid, (grid[1:] + grid[:-1]) / 2]).astype(np.float32)
         points = np.concatenate([points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, np.float32(0))])
     return torch.from_numpy(np.concatenate([points, -points]))
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Equal bit for bit, the signs of zeros too; one NaN is as good as another."""
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    if actual.is_floating_point():
-        nan = expected.isnan()
-        assert torch.equal(actual.isnan(), nan)
-        bits = torch.int32 if actual.dtype == torch.float32 else torch.int16
-        actual, expected = actual[~nan].view(bits), expected[~nan].view(bits)
-    assert torch.equal(actual, expected)
 
 
 def expected_of(x: Tensor, name: str, saturate: bool) -> Tensor:

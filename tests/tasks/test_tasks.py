@@ -22,7 +22,7 @@ from assign.errors import TaskError
 from assign.tasks import BUILTIN, Task, TaskOptions, load_task
 from assign.tasks.data import Batches, random_crop, read_cifar, read_fashion_mnist
 
-REAL_ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar10-test.npz"
+REAL_ARCHIVE = Path(__file__).parents[3] / "shared" / "data" / "cifar10-test.npz"
 RNG = np.random.default_rng(0)
 
 

@@ -19,7 +19,7 @@ from assign.errors import StudyError
 from assign.training.database import exclusive, explained, open_database
 from assign.training.tuning import StudyOptions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 OPEN_AND_CLAIM = """
 import sys, time, warnings
@@ -45,7 +45,7 @@ print(*mine)
 def start(code, *arguments, **options):
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/training")))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

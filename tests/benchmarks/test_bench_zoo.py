@@ -12,7 +12,7 @@ from benchmarks import bench_zoo
 from benchmarks.zoo import sizes
 from benchmarks.zoo.build import LIBRARIES, names
 
-WORKER = Path(__file__).parents[1] / "benchmarks" / "zoo" / "try_model.py"
+WORKER = Path(__file__).parents[2] / "benchmarks" / "zoo" / "try_model.py"
 
 
 @pytest.mark.slow
