@@ -108,7 +108,7 @@ def sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def alike_by_chance(device: torch.device) -> Iterator[None]:
+def synchronized_rng(device: torch.device) -> Iterator[None]:
     """Within the context, all processes draw the same random numbers; behind it each goes on with its own.
 
     All processes enter it together.
@@ -165,7 +165,7 @@ def check_sharded(model: nn.Module, plan: Assignment) -> None:
         _check_masters(name, module, plan)
 
 
-def around(compiled: Callable[..., Any], plan: Assignment) -> Callable[..., Any]:
+def wrap_distributed(compiled: Callable[..., Any], plan: Assignment) -> Callable[..., Any]:
     """``call(module, *args)`` → ``compiled(*args)``, with what DDP and FSDP2 need around it.
 
     Raises (when called):

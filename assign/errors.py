@@ -59,7 +59,7 @@ class DivergedError(AssignError):
     """Training whose loss is no longer a finite number."""
 
 
-def nearest(word: str, allowed: Iterable[str], limit: int = 3) -> str:
+def suggest(word: str, allowed: Iterable[str], limit: int = 3) -> str:
     """Names in ``allowed`` that look like ``word``, as text for an error message ('' if none does)."""
     close = difflib.get_close_matches(word, list(allowed), n=limit, cutoff=0.4)
     return ", ".join(repr(str(name)) for name in close)

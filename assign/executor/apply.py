@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from assign import _torch, distributed
-from assign.errors import PlanError, nearest
+from assign.errors import PlanError, suggest
 from assign.executor.backends import Backend, make_backend
 from assign.executor.context import Context, PassLog, Step
 from assign.executor.fit import Scope, fit
@@ -278,7 +278,7 @@ def compile_planned(
         return without_unused_gradients(tapped, capture, needed) if capture.training else tapped
 
     narrow = narrow_buffers(plan.entries)
-    compiled = distributed.around(
+    compiled = distributed.wrap_distributed(
         compile_step(_plain(model, type(model)), loss, receive, buffers=narrow, whole=whole), plan
     )
 
@@ -319,7 +319,7 @@ def _device_type(model: nn.Module) -> str:
 
 def _graph_backend(plan: Assignment, backend: str, log: PassLog | None) -> _torch.GraphBackend:
     if backend not in list(Backend):
-        near = nearest(backend, Backend)
+        near = suggest(backend, Backend)
         raise PlanError(
             f"apply: backend {backend!r} is not known{f', did you mean {near}' if near else ''}. "
             f"Choose one of: {', '.join(Backend)}."
@@ -341,7 +341,7 @@ def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
     if gone or (planned and len(unread) == len(names)):
         name = (gone or unread)[0]
         others = names if gone else planned
-        near = nearest(name, others)
+        near = suggest(name, others)
         who = "is in the plan but not in the model" if gone else "is in the model but not in the plan"
         raise PlanError(
             f"apply: this plan belongs to another model: parameter {name!r} {who}"

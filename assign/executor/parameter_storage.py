@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from assign.errors import PlanError, nearest
+from assign.errors import PlanError, suggest
 from assign.numerics.torch_dtypes import torch_dtype
 from assign.optim.masters import extra_bits_of, forget_extra_bits, is_split, note_loaded, store_split
 from assign.optim.states import count_changed
@@ -78,7 +78,7 @@ def _stored_buffers(model: nn.Module, plan: Assignment) -> list[tuple[torch.Tens
 
 def _check_buffer(name: str, named: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     if name not in named:
-        close = nearest(name, named)
+        close = suggest(name, named)
         raise PlanError(
             f"apply: the plan stores the buffer {name!r}, which the model does not have"
             f"{f'; nearest: {close}' if close else ''}.\n  Use the plan's own model, or leave the entry out."

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from functools import lru_cache
 
-from assign.errors import FormatError, nearest
+from assign.errors import FormatError, suggest
 from assign.formats.rows import (
     FORMATS,
     FP64,
@@ -100,7 +100,7 @@ def _find_plain(name: str, wanted: str) -> Format:
                 f"{name!r} is a format of {what} alone; this is none.\n  Allowed: {_ALLOWED}.\n  Choose one of these."
             )
     if match is None:
-        close = nearest(wanted, [*FORMATS, "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)"])
+        close = suggest(wanted, [*FORMATS, "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)"])
         meant = f" Did you mean {close}?" if close else ""
         raise FormatError(f"{name!r} is not a number format.{meant}\n  Allowed: {_ALLOWED}.\n  Choose one of these.")
     return _paper_format(*(int(part) for part in match.groups()))

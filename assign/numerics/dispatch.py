@@ -119,7 +119,7 @@ def run_measured(
     """``work`` with a scale known before, and what the next one follows from, in one pass where that compiles.
 
     Returns:
-        The result, and the bits of the largest magnitude in ``x``, int32 without axes, as :func:`find_largest` gives.
+        The result, and the bits of the largest magnitude in ``x``, int32 without axes, as :func:`amax_bits` gives.
     """
     count = _lanes(x, dtype)
     result = torch.empty_like(x, dtype=dtype) if out is None else out
@@ -138,7 +138,7 @@ def run_measured(
 
         if _ran_compiled(x, kernel, compiled):
             return result, measured
-    measured = find_largest(x)
+    measured = amax_bits(x)
     return run(work, x, scale, dtype, out=result), measured
 
 
@@ -154,10 +154,10 @@ def find_scale(scaler: Scaler, x: Tensor) -> Tensor:
         kernel = _compiled_scale(scaler.kernel, x.dtype, count, x.device)
         if _ran_compiled(x, kernel, lambda: kernel(_words(x, x.numel(), count), *numbers, scale)):
             return scale
-    return scaler.kernel(find_largest(x), (*scaler.ints, *scaler.floats))
+    return scaler.kernel(amax_bits(x), (*scaler.ints, *scaler.floats))
 
 
-def find_largest(x: Tensor) -> Tensor:
+def amax_bits(x: Tensor) -> Tensor:
     """The bits of the largest finite magnitude in ``x``, int32 without axes: 0 where there is none."""
     if not x.numel():
         return torch.zeros((), dtype=torch.int32, device=x.device)

@@ -29,7 +29,7 @@ from assign.errors import FormatError
 from assign.formats.parsing import parse_format
 from assign.formats.rows import FORMATS, Format
 from assign.numerics.delayed import History
-from assign.numerics.dispatch import count_at_least, find_largest, find_scale, run, run_measured, run_scaled
+from assign.numerics.dispatch import amax_bits, count_at_least, find_scale, run, run_measured, run_scaled
 from assign.numerics.kernels import WIDTH, coding, quantizing, scaling
 from assign.numerics.registry import register
 from assign.numerics.runtime_formats import Runtime, current_format
@@ -134,7 +134,7 @@ def _scale(x: Tensor, format: str, *, runtime: Runtime | None = None, key: str =
     history = _history(runtime, key)
     if history is None:
         return find_scale(scaling(parse_format(format)), x)
-    history.record(find_largest(x))
+    history.record(amax_bits(x))
     return _known_scale(history, x)
 
 

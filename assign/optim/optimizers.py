@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assign import distributed
-from assign.errors import PlanError, nearest
+from assign.errors import PlanError, suggest
 from assign.numerics.torch_dtypes import torch_dtype
 from assign.optim import updates
 from assign.optim.gradients import forget_scale
@@ -206,7 +206,7 @@ def _states_of(made: Optimizer, group: Mapping[str, Any]) -> tuple[str, ...] | N
 def _check_states(made: Optimizer, key: str, given: Collection[str], has: tuple[str, ...] | None) -> None:
     wrong = [state for state in given if has is not None and state not in has]
     if wrong and has is not None:
-        close = nearest(wrong[0], has)
+        close = suggest(wrong[0], has)
         raise PlanError(
             f"optimizer: the plan stores {state_key(key, wrong[0])!r}, but {type(made).__name__} with these options "
             f"keeps {', '.join(has) or 'no states'}{f' (nearest: {close})' if close else ''}. "

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from assign.distributed import alike_by_chance, local_part
-from assign.errors import FormatError, nearest
+from assign.distributed import local_part, synchronized_rng
+from assign.errors import FormatError, suggest
 from assign.formats.parsing import parse_format
 from assign.numerics.rounding import quantize
 from assign.numerics.torch_dtypes import SIXTEEN_BITS, dtype_name
@@ -131,7 +131,7 @@ class _Optimizer16(Optimizer):
     def _chance(self) -> contextlib.AbstractContextManager[None]:
         by_chance = any(group["rounding"] == UpdateRounding.STOCHASTIC for group in self.param_groups)
         device = next(parameter.device for group in self.param_groups for parameter in group["params"])
-        return alike_by_chance(device) if by_chance else contextlib.nullcontext()
+        return synchronized_rng(device) if by_chance else contextlib.nullcontext()
 
     def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
         if parameter.grad is not None and parameter.grad.is_sparse:
@@ -307,7 +307,7 @@ def _known(rounding: UpdateRounding | str) -> str:
     """The rounding as a plain text, which a ``state_dict`` holds and ``torch.load`` lets pass."""
     allowed = [each.value for each in UpdateRounding]
     if rounding not in allowed:
-        close = nearest(str(rounding), allowed)
+        close = suggest(str(rounding), allowed)
         raise FormatError(
             f"{rounding!r} is not a way to round a weight update{f', did you mean {close}?' if close else '.'}\n"
             f"  Allowed: {', '.join(allowed)}.\n  Choose one of these."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assign.distributed import alike_by_chance
+from assign.distributed import synchronized_rng
 from assign.numerics.rounding import draw_seed, stream_of
 from assign.numerics.torch_dtypes import SIXTEEN_BITS
 from assign.optim.gradients import set_gradient
@@ -33,7 +33,7 @@ class Chance:
     @classmethod
     def draw(cls, device: torch.device) -> "Chance":
         """Draw the seed of a step from torch's generator, the same in all processes."""
-        with alike_by_chance(device):
+        with synchronized_rng(device):
             return cls(seed=draw_seed(device))
 
     def round(self, value: Tensor, dtype: torch.dtype, key: str) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from assign.errors import FormatError, PlanError, nearest
+from assign.errors import FormatError, PlanError, suggest
 from assign.formats.parsing import parse_saved
 from assign.json_file import Count, Kind, NotNegative, shown
 from assign.notebook import SHOWN, Drawn, frame, table_html
@@ -233,7 +233,7 @@ class NoiseTable(Drawn):
         samples = self.cells.get(Cell(key, parse_saved(format_name).name))
         if not samples:
             formats = sorted({cell.format for cell in self.cells if cell.key == key})
-            close = nearest(key, {cell.key for cell in self.cells})
+            close = suggest(key, {cell.key for cell in self.cells})
             known = f"measured for it: {', '.join(formats)}" if formats else f"nearest: {close or 'none'}"
             raise PlanError(
                 f"the noise of {key!r} in {format_name} was not measured; {known}.\n"

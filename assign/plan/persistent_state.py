@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from assign.errors import FormatError, PlanError, nearest
+from assign.errors import FormatError, PlanError, suggest
 from assign.formats.dtypes import ITEM_BYTES
 from assign.formats.parsing import parse_format
 from assign.formats.rows import FORMATS, MASTER_FORMATS, STATE_FORMATS, BlockFormat, Format
@@ -212,7 +212,7 @@ def parse_rounding(update_rounding: str, *, where: str) -> UpdateRounding:
         PlanError: there is none; names ``where`` it was asked for.
     """
     if update_rounding not in list(UpdateRounding):
-        close = nearest(update_rounding, UpdateRounding)
+        close = suggest(update_rounding, UpdateRounding)
         raise PlanError(
             f"{where}: update_rounding {update_rounding!r} is not known{f', did you mean {close}?' if close else '.'} "
             f"Choose one of: {', '.join(UpdateRounding)}."

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
-from assign.errors import FormatError, PlanError, nearest
+from assign.errors import FormatError, PlanError, suggest
 from assign.formats.parsing import parse_format, parse_saved
 from assign.formats.rows import LOADED, BlockFormat, Format
 from assign.json_file import MOST_ELEMENTS, Kind
@@ -200,7 +200,7 @@ class Assignment(Drawn):
         """
         entry = self.entries.get(key)
         if entry is None:
-            close = nearest(key, self.entries)
+            close = suggest(key, self.entries)
             hint = f" Nearest: {close}." if close else ""
             raise PlanError(f"the plan has no entry for {key!r} among its {len(self.entries)}.{hint}")
         return parse_format(entry.format)
@@ -390,7 +390,7 @@ def _belongs(key: str, wanted: Collection[str], buffers: Collection[str]) -> boo
 def _named(keys: Sequence[str], others: Iterable[str], title: str) -> list[str]:
     lines = []
     for key in keys[:_NAMED]:
-        close = nearest(key, others)
+        close = suggest(key, others)
         lines.append(f"  {key!r}" + (f" ({title}: {close})" if close else ""))
     if len(keys) > _NAMED:
         lines.append(f"  and {len(keys) - _NAMED} more")

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from assign.errors import FormatError, PlanError, nearest
+from assign.errors import FormatError, PlanError, suggest
 from assign.formats.parsing import parse_format, parse_saved
 from assign.formats.rows import BlockFormat, Format, loaded_format
 from assign.plan.keys import Part, buffer_key, grad_key, master_key, saved_key, stored_grad_key
@@ -172,7 +172,7 @@ def get_recipe(name: str) -> Recipe:
         FormatError: there is none.
     """
     if name not in RECIPES:
-        close = nearest(name, RECIPES)
+        close = suggest(name, RECIPES)
         raise FormatError(
             f"there is no recipe {name!r}; choose from {', '.join(sorted(RECIPES))}"
             + (f". Did you mean {close}?" if close else ".")

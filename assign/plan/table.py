@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 import networkx
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
 
-from assign.errors import AssignError, PlanError, nearest
+from assign.errors import AssignError, PlanError, suggest
 from assign.formats.dtypes import ITEM_BYTES
 from assign.formats.rows import loaded_format
 from assign.json_file import MOST_ELEMENTS, Count, Kind, shown, twice
@@ -433,4 +433,4 @@ def _schedule_problem(schedule: Schedule) -> str:
 
 
 def _close(dtype: str) -> str:
-    return f"; nearest: {nearest(shown(dtype), ITEM_BYTES) or 'none'}"
+    return f"; nearest: {suggest(shown(dtype), ITEM_BYTES) or 'none'}"

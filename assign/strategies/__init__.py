@@ -11,7 +11,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
-from assign.errors import AssignError, BudgetError, nearest
+from assign.errors import AssignError, BudgetError, suggest
 from assign.plan.plan import Entry
 from assign.plan.recipes import Recipe
 from assign.plan.space import SearchSpace
@@ -160,7 +160,7 @@ def get_method(name: str) -> Method:
         AssignError: there is none.
     """
     if name not in METHODS:
-        close = nearest(name, METHODS)
+        close = suggest(name, METHODS)
         raise AssignError(
             f"there is no strategy {name!r}; choose from {', '.join(sorted(METHODS))}"
             + (f". Did you mean {close}?" if close else ".")

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array, hstack
 
-from assign.errors import BudgetError, PlanError, nearest
+from assign.errors import BudgetError, PlanError, suggest
 from assign.formats.parsing import parse_format
 from assign.formats.rows import Format
 from assign.plan.latency_table import parse_step_time
@@ -221,7 +221,7 @@ def _pinned(
         fmt = parse_format(name)
         matched = [key for key in candidates if fnmatch.fnmatchcase(key, pattern)]
         if not matched:
-            close = nearest(pattern, candidates)
+            close = suggest(pattern, candidates)
             raise PlanError(
                 f"the pin {pattern}={name} matches none of the {len(candidates)} tensors; nearest: {close or 'none'}.\n"
                 "  Allowed: keys as 'assign trace' lists them, with * and ?. Mend the pattern, or leave it out."

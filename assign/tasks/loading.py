@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from assign.errors import AssignError, TaskError, nearest
+from assign.errors import AssignError, TaskError, suggest
 from assign.tasks.builtin import BUILTIN
 from assign.tasks.task import Task, TaskOptions
 
@@ -46,7 +46,7 @@ def load_task(spec: str, options: TaskOptions | None = None) -> Task:
     target, _, function = spec.rpartition(":") if ":" in spec else (spec, "", "")
     is_file = target.endswith(".py") or "/" in target or os.path.isfile(target.replace("\0", ""))
     if not is_file and not function:
-        near = nearest(spec, BUILTIN)
+        near = suggest(spec, BUILTIN)
         raise TaskError(
             f"there is no task {spec!r}{f', did you mean {near}' if near else ''}. "
             f"Built-in: {', '.join(BUILTIN)}. Your own: path/to/file.py:function or package.module:function."
@@ -139,7 +139,7 @@ def _find_function(module: ModuleType, target: str, name: str) -> Callable[..., 
                 f"{target}: say which function makes the task, {target}:{example}; without it, 'task' is called, "
                 f"and there is none. {there}"
             )
-        near = nearest(name, functions)
+        near = suggest(name, functions)
         raise TaskError(f"{target} has no function {name!r}{f', did you mean {near}' if near else ''}. {there}")
     if not inspect.isfunction(found) and not callable(found):
         what = "a Task; wrap it in a function" if isinstance(found, Task) else f"a {type(found).__name__}"
@@ -195,4 +195,4 @@ def _broken(where: str, error: BaseException) -> TaskError:
 def _nearest_files(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
-    return nearest(path.name, (file.name for file in path.parent.glob("*.py")))
+    return suggest(path.name, (file.name for file in path.parent.glob("*.py")))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from assign.errors import AssignError, ComparisonError, nearest
+from assign.errors import AssignError, ComparisonError, suggest
 from assign.executor.backends import Backend
 from assign.memory.estimate import estimate
 from assign.numerics.promotion import PromotionOptions
@@ -221,7 +221,7 @@ def _check(variants: Sequence[Variant], seeds: Sequence[int], options: TrainOpti
         )
     backend = options.backend
     if backend not in list(Backend):
-        near = nearest(backend, Backend)
+        near = suggest(backend, Backend)
         raise ComparisonError(
             f"compare: backend {backend!r} is not known{f', did you mean {near}' if near else ''}. "
             f"Choose one of: {', '.join(Backend)}."

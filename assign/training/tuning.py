@@ -30,7 +30,7 @@ from optuna.storages import RDBStorage
 from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from assign.errors import AssignError, StudyError, nearest
+from assign.errors import AssignError, StudyError, suggest
 from assign.notebook import Drawn, frame, human_bytes, table_html
 from assign.options import accept_former, option
 from assign.plan.plan import Assignment
@@ -120,7 +120,7 @@ class StudyOptions:
                 f"tune: {self.trials} trials by {self.workers} workers are asked for. Give at least one of each."
             )
         if self.sampler is not None and self.sampler not in SAMPLERS:
-            close = nearest(self.sampler, SAMPLERS)
+            close = suggest(self.sampler, SAMPLERS)
             raise StudyError(
                 f"tune: there is no sampler {self.sampler!r}{f', did you mean {close}' if close else ''}. "
                 f"Choose one of: {', '.join(SAMPLERS)}."

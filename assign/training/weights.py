@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from assign.errors import TaskError, nearest
+from assign.errors import TaskError, suggest
 from assign.formats.rows import Format
 from assign.optim.masters import has_extra_bits, joined_checkpoint
 from assign.plan.persistent_state import buffer_format, master_format, parameter_format
@@ -44,7 +44,7 @@ def load_weights(path: Path, model: nn.Module, optimizer: Optimizer | None = Non
         if optimizer is not None and states is not None:
             optimizer.load_state_dict(states)
     except FileNotFoundError as error:
-        close = nearest(path.name, (file.name for file in path.parent.glob("*"))) if path.parent.is_dir() else ""
+        close = suggest(path.name, (file.name for file in path.parent.glob("*"))) if path.parent.is_dir() else ""
         raise TaskError(
             f"there is no checkpoint {path}{f'; nearest: {close}' if close else ''}. "
             "Give a file that 'assign train --checkpoint' or torch.save(model.state_dict(), …) wrote."
