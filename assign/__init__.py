@@ -148,7 +148,7 @@ _PLACES = MappingProxyType(
         "Plan": "assign.plan.plan",
         "FORMATS": "assign.formats.rows",
         "Format": "assign.formats.rows",
-        "parse_format": "assign.formats.rows",
+        "parse_format": "assign.formats.parsing",
         "Estimate": "assign.memory.estimate",
         "estimate": "assign.memory.estimate",
         "NoiseTable": "assign.plan.noise_table",
