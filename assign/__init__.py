@@ -30,31 +30,21 @@ package below names its modules.
 
 import importlib
 import importlib.util
+import warnings
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from assign.analysis.audit import audit_constants, audit_range
-    from assign.analysis.certificate import certify
-    from assign.distributed import data_parallel
     from assign.errors import AssignError
     from assign.executor.apply import apply, autocast, planned_step
-    from assign.executor.compiled_memory import Rehearsal, rehearse
+    from assign.executor.compiled_memory import rehearse
     from assign.executor.latency import measure_times
-    from assign.formats.parsing import parse_format
-    from assign.formats.rows import FORMATS, Format
     from assign.memory.estimate import Estimate, estimate
     from assign.noise.measure import measure_noise
     from assign.noise.options import NoiseOptions
-    from assign.numerics.delayed import DelayedScales
     from assign.numerics.promotion import Promotion, PromotionOptions
-    from assign.numerics.rounding import quantize
-    from assign.optim.masters import widened_weights
-    from assign.optim.monitor import LostUpdates
-    from assign.optim.optimizers import optimizer, widened_state_dict
+    from assign.optim.optimizers import optimizer
     from assign.pareto import Front, search_front
-    from assign.plan.latency_table import TimeTable
-    from assign.plan.measured import Measured
     from assign.plan.noise_table import NoiseTable
     from assign.plan.plan import Assignment, Plan
     from assign.plan.recipes import RECIPES
@@ -63,7 +53,6 @@ if TYPE_CHECKING:
     from assign.planner import search
     from assign.report.page import write_report
     from assign.report.plotting import plot
-    from assign.strategies import STRATEGIES
     from assign.tasks import Task
     from assign.tracing.step import Step
     from assign.tracing.tracer import trace
@@ -75,53 +64,37 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "FORMATS",
     "RECIPES",
-    "STRATEGIES",
     "AssignError",
     "Assignment",
-    "DelayedScales",
     "Estimate",
-    "Format",
     "Front",
-    "LostUpdates",
-    "Measured",
     "NoiseOptions",
     "NoiseTable",
     "Plan",
     "Promotion",
     "PromotionOptions",
-    "Rehearsal",
     "SearchSpace",
     "Step",
     "StudyOptions",
     "Task",
     "TensorTable",
-    "TimeTable",
     "TrainOptions",
     "apply",
-    "audit_constants",
-    "audit_range",
     "autocast",
-    "certify",
     "compare",
-    "data_parallel",
     "estimate",
     "measure_noise",
     "measure_times",
     "optimizer",
-    "parse_format",
     "planned_step",
     "plot",
-    "quantize",
     "rehearse",
     "search",
     "search_front",
     "trace",
     "train",
     "tune",
-    "widened_state_dict",
-    "widened_weights",
     "write_report",
 ]
 
@@ -131,46 +104,30 @@ _PLACES = MappingProxyType(
         "apply": "assign.executor.apply",
         "autocast": "assign.executor.apply",
         "planned_step": "assign.executor.apply",
-        "Rehearsal": "assign.executor.compiled_memory",
         "rehearse": "assign.executor.compiled_memory",
         "measure_times": "assign.executor.latency",
         "Front": "assign.pareto",
         "search_front": "assign.pareto",
         "measure_noise": "assign.noise.measure",
-        "DelayedScales": "assign.numerics.delayed",
         "Promotion": "assign.numerics.promotion",
-        "quantize": "assign.numerics.rounding",
-        "widened_weights": "assign.optim.masters",
-        "LostUpdates": "assign.optim.monitor",
         "optimizer": "assign.optim.optimizers",
-        "widened_state_dict": "assign.optim.optimizers",
         "Assignment": "assign.plan.plan",
         "Plan": "assign.plan.plan",
-        "FORMATS": "assign.formats.rows",
-        "Format": "assign.formats.rows",
-        "parse_format": "assign.formats.parsing",
         "Estimate": "assign.memory.estimate",
         "estimate": "assign.memory.estimate",
         "NoiseTable": "assign.plan.noise_table",
         "RECIPES": "assign.plan.recipes",
         "TensorTable": "assign.plan.table",
-        "TimeTable": "assign.plan.latency_table",
         "search": "assign.planner",
         "plot": "assign.report.plotting",
         "write_report": "assign.report.page",
-        "data_parallel": "assign.distributed",
-        "STRATEGIES": "assign.strategies",
         "Task": "assign.tasks",
         "trace": "assign.tracing.tracer",
-        "audit_constants": "assign.analysis.audit",
-        "audit_range": "assign.analysis.audit",
-        "certify": "assign.analysis.certificate",
         "compare": "assign.training.compare",
         "train": "assign.training.loop",
         "tune": "assign.training.tuning",
         "NoiseOptions": "assign.noise.options",
         "PromotionOptions": "assign.numerics.promotion",
-        "Measured": "assign.plan.measured",
         "SearchSpace": "assign.plan.space",
         "Step": "assign.tracing.step",
         "TrainOptions": "assign.training.options",
@@ -179,8 +136,37 @@ _PLACES = MappingProxyType(
 )
 """Name → the module that defines it, imported when the name is first used: torch alone takes seconds."""
 
+_MOVED = MappingProxyType(
+    {
+        "audit_constants": "assign.analysis",
+        "audit_range": "assign.analysis",
+        "certify": "assign.analysis",
+        "data_parallel": "assign.distributed",
+        "Rehearsal": "assign.executor.compiled_memory",
+        "FORMATS": "assign.formats",
+        "Format": "assign.formats",
+        "parse_format": "assign.formats",
+        "DelayedScales": "assign.numerics",
+        "quantize": "assign.numerics",
+        "LostUpdates": "assign.optim",
+        "widened_state_dict": "assign.optim",
+        "widened_weights": "assign.optim",
+        "TimeTable": "assign.plan.latency_table",
+        "Measured": "assign.plan.measured",
+        "STRATEGIES": "assign.strategies",
+    }
+)
+"""Names that this package had in version 0.1 → the module that has them now."""
+
 
 def __getattr__(name: str) -> Any:
+    if name in _MOVED:
+        warnings.warn(
+            f"assign.{name} will be removed in the next version. Write {_MOVED[name]}.{name}.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(_MOVED[name]), name)
     if name in _PLACES:
         found = getattr(importlib.import_module(_PLACES[name]), name)
     elif not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is not None:

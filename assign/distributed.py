@@ -190,7 +190,7 @@ def wrap_distributed(compiled: Callable[..., Any], plan: Assignment) -> Callable
                 f"{gradient_format(plan.entries, narrow).name}, and DDP reduces gradients in buckets of "
                 f"{master_format(plan.entries, narrow).name}.\n"
                 "  Allowed: gradients stored as their masters are; or DDP without buckets.\n"
-                "  Use assign.data_parallel(planned) in the place of DistributedDataParallel(planned)."
+                "  Use assign.distributed.data_parallel(planned) in the place of DistributedDataParallel(planned)."
             )
         shards = _shards(module)
         if not shards:

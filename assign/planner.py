@@ -98,8 +98,8 @@ def search(
         low_ratio: share of elements in low formats, 0 to 1. Give ``budget``, ``low_ratio``, or both.
         max_step_time: with ``milp``: limit on a forward and backward pass, as :func:`assign.measure_times` predicts it:
             seconds, ``"200ms"``, or ``"1.3x"`` of the time with all tensors in their high formats.
-        strategy: ``greedy`` or another name in ``assign.STRATEGIES``; ``milp``, which minimizes noise; or, without a
-            goal, ``as-loaded``, ``operator``, ``operator-prime`` or ``standalone``.
+        strategy: ``greedy`` or another name in ``assign.strategies.STRATEGIES``; ``milp``, which minimizes noise; or,
+            without a goal, ``as-loaded``, ``operator``, ``operator-prime`` or ``standalone``.
         optimizer: ``optimizer(parameters)`` → torch optimizer, whose states are counted. Default: none are counted.
         space: what may be chosen for every tensor, or the name of a recipe.
         noise: with ``milp``: the result of :func:`assign.measure_noise`, or how to measure it. Its seed is also that of

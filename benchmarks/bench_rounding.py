@@ -1,6 +1,6 @@
 """Does rounding run near the speed of memory, and does it agree with others where the definitions do?
 
-Claim: ``assign.quantize`` of 10 million float32 takes at most 3 times a plain copy and a fifth of QPyTorch's
+Claim: ``assign.numerics.quantize`` of 10 million float32 takes at most 3 times a plain copy and a fifth of QPyTorch's
 time, for any ``fp(e,m,b)``.
 
 Method: every contender makes a new tensor from the same one; they take turns, round after round in one process, so

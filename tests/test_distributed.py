@@ -222,7 +222,7 @@ def test_an_fp32_plan_is_plain_ddp(both, name):
 def narrow_gradients(rank, accumulate):
     plan = plan_of("resnet", "bf16", gradients="bf16")
     planned = assign.apply(made("resnet"), plan, backend="eager")
-    ddp = assign.data_parallel(planned)
+    ddp = assign.distributed.data_parallel(planned)
     found = trained(ddp, momentum(ddp, plan), batches("resnet", rank), accumulate=ddp.no_sync if accumulate else None)
     return parameters_in(found, planned), [p.grad for p in ddp.parameters()]
 
@@ -238,7 +238,7 @@ def test_ddp_with_gradients_stored_in_16_bit(both, accumulate):
 
 def buffers(rank):
     planned = assign.apply(made("resnet"), plan_of("resnet", "bf16", gradients="bf16"), backend="eager")
-    ddp = assign.data_parallel(planned)
+    ddp = assign.distributed.data_parallel(planned)
     planned.get_buffer("bn.running_mean").fill_(float(rank))
     with torch.no_grad():
         ddp.eval()(images()[0])
@@ -466,7 +466,7 @@ def monitored(rank):
     for wrap in (sharded_root, DDP):
         model = wrap(assign.apply(made("gpt"), plan, backend="eager"))
         optimizer = assign.optimizer(torch.optim.SGD, model, plan, lr=1e-3)
-        with assign.LostUpdates(model, optimizer) as lost:
+        with assign.optim.LostUpdates(model, optimizer) as lost:
             trained(model, optimizer, batches("gpt", rank))
         shares.append(lost.shares)
     return shares
@@ -557,7 +557,7 @@ def momentum_of(parameters, case):
 
 REFUSALS = {
     "ddp first": ("is a DistributedDataParallel", "DistributedDataParallel(assign.apply(model, plan))"),
-    "buckets": ("'tokens.weight' as bf16", "buckets of fp32", "assign.data_parallel(planned)"),
+    "buckets": ("'tokens.weight' as bf16", "buckets of fp32", "assign.distributed.data_parallel(planned)"),
     "narrow gradients": ("gradient of 'tokens.weight' as bf16", "its master as fp32", "'tokens.weight.grad.stored'"),
     "narrow gradients, sharded later": ("gradient of 'tokens.weight' as bf16", "its master as fp32"),
     "masters": ("'tokens.weight' as bf16", "torch.float32 already", "fully_shard(assign.apply(model, plan))"),

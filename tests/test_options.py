@@ -1,6 +1,7 @@
 """Options that are declared once: former keywords, the help of the shell, and the objects that commands get."""
 
 import contextlib
+import importlib
 import inspect
 import re
 import warnings
@@ -292,3 +293,11 @@ def test_a_hidden_field_says_so() -> None:
     assert shell_of(Outer.__dataclass_fields__["hidden"]).hidden
     assert nested(Outer.__dataclass_fields__["inner"]) is Inner
     assert nested(Outer.__dataclass_fields__["name"]) is None
+
+
+def test_names_that_moved_warn_and_work():
+    assert len(assign.__all__) <= 32
+    for name, module in assign._MOVED.items():
+        assert name not in assign.__all__
+        with pytest.warns(FutureWarning, match=rf"assign\.{name} will be removed .* Write {re.escape(module)}\.{name}"):
+            assert getattr(assign, name) is getattr(importlib.import_module(module), name)

@@ -103,7 +103,7 @@ def audit_constants(
     Examples:
         ```python
         optimizer = adamw(model.parameters())
-        found = assign.audit_constants(model, optimizer, format="fp16", action="return")
+        found = assign.analysis.audit_constants(model, optimizer, format="fp16", action="return")
         for each in found:
             print(each.where, each.name, each.why, each.advice)
         ```

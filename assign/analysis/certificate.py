@@ -87,7 +87,7 @@ def certify(
     Examples:
         ```python
         planned = assign.apply(model, plan, backend="eager")
-        print(assign.certify(model, planned, [batch[0]]).certified_share)
+        print(assign.analysis.certify(model, planned, [batch[0]]).certified_share)
         ```
     """
     parts = []

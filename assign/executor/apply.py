@@ -50,12 +50,12 @@ def apply(
     The result shares the parameters, their names and the ``state_dict`` of ``model``. If the plan stores masters,
     gradients or buffers in another dtype, those of ``model`` are converted, rounded to nearest. For masters in
     ``bf16+8`` the ``state_dict`` holds the bf16 part and that of the optimizer the rest:
-    :func:`assign.widened_weights` joins them. Code that is called outside the module, such as a loss on its output,
-    runs as usual; entries under ``loss/`` require :func:`planned_step`. Optimizer states follow the plan with
+    :func:`assign.optim.widened_weights` joins them. Code that is called outside the module, such as a loss on its
+    output, runs as usual; entries under ``loss/`` require :func:`planned_step`. Optimizer states follow the plan with
     :func:`assign.optimizer`. Sparse gradients of embeddings stay sparse (:mod:`assign.executor.sparse`).
 
-    Wrap the planned module in ``DistributedDataParallel``; in :func:`assign.data_parallel` if gradients are stored in
-    another dtype than their masters; or use ``fully_shard``, before or after, if masters are in float32. See
+    Wrap the planned module in ``DistributedDataParallel``; in :func:`assign.distributed.data_parallel` if gradients are
+    stored in another dtype than their masters; or use ``fully_shard``, before or after, if masters are in float32. See
     :mod:`assign.distributed`.
 
     Args:

@@ -6,3 +6,8 @@
 ``dtypes``     Bytes and formats of torch's dtypes.
 =============  ============================================================
 """
+
+from assign.formats.parsing import parse_format
+from assign.formats.rows import FORMATS, Format
+
+__all__ = ["FORMATS", "Format", "parse_format"]

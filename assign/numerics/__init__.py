@@ -16,5 +16,7 @@
 """
 
 from assign.numerics import blocks, matmul, rounding
+from assign.numerics.delayed import DelayedScales
+from assign.numerics.rounding import quantize
 
-__all__ = ["blocks", "matmul", "rounding"]
+__all__ = ["DelayedScales", "blocks", "matmul", "quantize", "rounding"]

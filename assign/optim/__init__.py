@@ -12,6 +12,9 @@
 ================  ============================================================
 """
 
+from assign.optim.masters import widened_weights
+from assign.optim.monitor import LostUpdates
+from assign.optim.optimizers import widened_state_dict
 from assign.optim.updates import SGD, AdamW
 
-__all__ = ["SGD", "AdamW"]
+__all__ = ["SGD", "AdamW", "LostUpdates", "widened_state_dict", "widened_weights"]

@@ -155,7 +155,7 @@ def widened_weights(model: nn.Module, planned: Optimizer) -> dict[str, Tensor]:
     """Return the model's ``state_dict`` in float32, extra bits of masters included, for use without a plan.
 
     Nothing is lost: float32 holds every value of the narrower formats. Load it with
-    ``plain.load_state_dict(assign.widened_weights(model, optimizer))``.
+    ``plain.load_state_dict(assign.optim.widened_weights(model, optimizer))``.
 
     Args:
         model: after :func:`assign.apply`.

@@ -41,7 +41,7 @@ class LostUpdates:
         ```python
         half = nn.Sequential(nn.Linear(64, 10)).bfloat16()
         optimizer = assign.optim.SGD(half.parameters(), lr=1e-3, rounding="kahan")
-        with assign.LostUpdates(half, optimizer) as lost:
+        with assign.optim.LostUpdates(half, optimizer) as lost:
             loss(half, (batch[0].bfloat16(), batch[1])).backward()
             optimizer.step()
         print(lost.share, lost.shares)

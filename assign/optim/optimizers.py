@@ -143,7 +143,7 @@ def widened_state_dict(planned: Optimizer) -> dict[str, Any]:
     """Return the optimizer's ``state_dict`` in float32 with torch's names, for an optimizer of ``torch.optim``.
 
     Nothing is lost: float32 holds every value of the narrower formats. Extra bits of masters are no state of a plain
-    optimizer: :func:`assign.widened_weights` has them.
+    optimizer: :func:`assign.optim.widened_weights` has them.
     """
     packed = planned.state_dict()
     states = {number: widened(unwrapped(state)) for number, state in packed["state"].items()}
@@ -408,8 +408,8 @@ class _Planned(Optimizer):
             raise PlanError(
                 f"load_state_dict: what is loaded has extra bits of the master of {stored.key!r}, which the plan "
                 f"stores as {stored.master.name}.\n  Allowed: states with extra bits for masters in bf16+8.\n"
-                "  Load assign.widened_state_dict(optimizer), and assign.widened_weights(model, optimizer) into the "
-                "float32 model; or leave the bits out: load_state_dict(state, lossy=True)."
+                "  Load assign.optim.widened_state_dict(optimizer), and assign.optim.widened_weights(model, optimizer) "
+                "into the float32 model; or leave the bits out: load_state_dict(state, lossy=True)."
             )
         beside = self.assign_beside(parameter)
         if COMPENSATION in beside and COMPENSATION in saved:

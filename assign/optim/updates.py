@@ -220,7 +220,8 @@ class AdamW(_Optimizer16):
     """``torch.optim.AdamW`` for parameters in 16 bits.
 
     Both moments are kept in the parameter's dtype and rounded to nearest, so that in bf16 a ``beta2`` above 0.998 never
-    lets the second moment fall, and in fp16 an ``eps`` below 6e-5 loses its bits: ``assign.audit_constants`` says so.
+    lets the second moment fall, and in fp16 an ``eps`` below 6e-5 loses its bits. ``assign.analysis.audit_constants``
+    warns of both.
     With ``nearest`` the weight decay is rounded on its own, as torch does, and then nearly always lost; else it is a
     part of the update.
 

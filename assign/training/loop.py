@@ -107,7 +107,7 @@ def train(
         Loss, metrics, seconds, measured and predicted peak, promotions, and the course of the training.
     Raises:
         TaskError: the task does not keep to its interface, several processes train, or the checkpoint or the weights
-            cannot be used, for example because the plan's masters cannot represent them (see ``assign.audit_range``).
+            cannot be used, for example because the masters cannot represent them (see ``assign.analysis.audit_range``).
         DivergedError: the loss is not finite, and ``raise_on_divergence`` is set.
         PlanError, TraceError: as :func:`assign.apply`.
     """

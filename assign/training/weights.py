@@ -62,7 +62,7 @@ def _join(
     if optimizer is None:
         raise TaskError(
             "its masters have extra bits in the state of its optimizer, by the order of its parameters, and there is "
-            "no optimizer to say that order. Give one, or a file with assign.widened_weights(model, optimizer)."
+            "no optimizer to say that order. Give one, or a file with assign.optim.widened_weights(model, optimizer)."
         )
     names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -106,7 +106,9 @@ def test_takes_effect_at_the_next_step_alone_and_is_kept_in_its_new_width(backen
             values.append(planned(x)[0].item())
         promotion.step()
     # at first the input saturates at 30, and so the product does not overflow before the second step
-    expected = [assign.quantize(torch.tensor(value).asinh(), LOW).item() for value in (30.0, 30.0, 100.0, 100.0)]
+    expected = [
+        assign.numerics.quantize(torch.tensor(value).asinh(), LOW).item() for value in (30.0, 30.0, 100.0, 100.0)
+    ]
     assert [past.key for past in promotion.promoted] == ["/input", "/mul"]
     assert values == expected
     assert codes == [[torch.uint8], [torch.uint8], [torch.int16], [torch.int16]]
@@ -189,7 +191,7 @@ def test_state_is_taken_over():
     with torch.no_grad():
         x *= 20
         values = [assign.apply(model, plan, backend="eager", promotion=p)(x)[0].item() for p in (first, second, third)]
-    assert values == [assign.quantize(torch.tensor(1000.0).asinh(), LOW).item()] * 3
+    assert values == [assign.numerics.quantize(torch.tensor(1000.0).asinh(), LOW).item()] * 3
 
 
 def test_what_cannot_be():

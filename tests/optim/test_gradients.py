@@ -131,7 +131,7 @@ def test_hooks_and_closures_see_whole_steps():
 
     assert optimizer.step(closure) > optimizer.step(closure)
     assert calls == [4, 4]
-    watched = assign.LostUpdates(model, optimizer)
+    watched = assign.optim.LostUpdates(model, optimizer)
     trained(step, optimizer, 2)
     assert watched.to_json()["steps"] == 2
     assert len(watched.shares) == 4

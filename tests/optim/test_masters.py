@@ -162,7 +162,7 @@ def test_a_step_is_that_of_the_library_on_the_joined_master(name):
             assert torch.equal(parameter, narrow)
             assert torch.equal(optimizer.state[parameter][EXTRA_BITS], extra)
             assert parameter.dtype is torch.bfloat16
-    mine, theirs = (assign.widened_state_dict(each)["state"] for each in (optimizer, plain))
+    mine, theirs = (assign.optim.widened_state_dict(each)["state"] for each in (optimizer, plain))
     assert all(mine[n].keys() == theirs[n].keys() for n in theirs)
     assert all(torch.equal(mine[n][k], v) for n in theirs for k, v in theirs[n].items() if isinstance(v, torch.Tensor))
 
@@ -189,7 +189,7 @@ def test_updates_that_bf16_loses_are_kept(master, ends_at):
     plan = everything(table, "fp32").replace(store(table, master=master))
     step = planned_step(model, loss, plan, backend="eager")
     optimizer = assign.optimizer(torch.optim.SGD, model, plan, **plain)
-    with assign.LostUpdates(model, optimizer) as lost:
+    with assign.optim.LostUpdates(model, optimizer) as lost:
         for _ in range(100):
             optimizer.zero_grad()
             step(batch).backward()
@@ -277,7 +277,7 @@ def test_from_float32_to_24_bits_and_back():
     plain = MLP()
     plain.load_state_dict(widened_weights(model, optimizer))
     wider = torch.optim.AdamW(plain.parameters())
-    wider.load_state_dict(assign.widened_state_dict(optimizer))
+    wider.load_state_dict(assign.optim.widened_state_dict(optimizer))
     assert wider.state[plain.first.weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
     assign.apply(plain, plan, backend="eager")  # and to 24 bits again: nothing is lost
     again = follow(adamw(plain.parameters()), plain, plan)

@@ -140,7 +140,7 @@ def test_a_second_moment_in_bf16_does_not_decay(format_name, decays):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
         optimizer.step()
-        moments.append(assign.widened_state_dict(optimizer)["state"][0]["exp_avg_sq"].mean().item())
+        moments.append(assign.optim.widened_state_dict(optimizer)["state"][0]["exp_avg_sq"].mean().item())
     assert moments[-1] == pytest.approx(moments[0] * (0.999**50 if decays else 1), rel=1e-3)
 
 
@@ -318,7 +318,7 @@ def test_widens_into_torchs_own_optimizer_and_back(name):
     kind, formats, library, _ = KEPT[name]
     model, optimizer, _, _ = made(kind, library=library, **formats)
     train(model, optimizer, steps=3)
-    wide = assign.widened_state_dict(optimizer)
+    wide = assign.optim.widened_state_dict(optimizer)
     plain = Wide()
     cls, options = kind
     theirs = cls(plain.parameters(), **options)
@@ -361,13 +361,13 @@ def test_what_would_be_rounded_is_refused_unless_asked_for():
     saved = plain.state_dict()
     for library in ("torchao", "bitsandbytes"):
         _, narrow, _, _ = made(ADAMW, states="dynamic8", library=library)
-        before = copy.deepcopy(assign.widened_state_dict(narrow)["state"])
+        before = copy.deepcopy(assign.optim.widened_state_dict(narrow)["state"])
         with pytest.raises(PlanError, match=r"'fc\.weight\.optim\.exp_avg' would be rounded in \d+ of its 8192"):
             narrow.load_state_dict(saved)
-        for number, state in assign.widened_state_dict(narrow)["state"].items():
+        for number, state in assign.optim.widened_state_dict(narrow)["state"].items():
             assert all(torch.equal(value, before[number][key]) for key, value in state.items())
         narrow.load_state_dict(saved, lossy=True)
-        for number, state in assign.widened_state_dict(narrow)["state"].items():
+        for number, state in assign.optim.widened_state_dict(narrow)["state"].items():
             for key, value in state.items():
                 wanted = saved["state"][number][key]
                 assert (value - wanted).norm() <= 0.05 * wanted.norm()

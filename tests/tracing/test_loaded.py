@@ -168,7 +168,7 @@ def test_searches_narrow_a_bf16_model_and_never_widen_it(strategy):
     plan = assign.search(model, batch, loss, low_ratio=0.5, strategy=strategy, optimizer=adamw)
     rows = traced(model, batch, loss).by_key
     for key, entry in plan.entries.items():
-        assert assign.parse_format(entry.format).bits <= 8 * ITEM_BYTES[rows[key].dtype]
+        assert assign.formats.parse_format(entry.format).bits <= 8 * ITEM_BYTES[rows[key].dtype]
     assert any(entry.low for entry in plan.entries.values())
     assert not any(key.endswith(".master") for key in plan.entries)
 
