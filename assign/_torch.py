@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from torch import fx, library, nn
+from torch._C import DispatchKey
 from torch._C._dynamo.eval_frame import reset_code
 from torch._decomp import decompositions, get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
@@ -36,6 +37,7 @@ from torch._functorch.partitioners import default_partition, min_cut_remateriali
 from torch._guards import TracingContext, tracing
 from torch._library.opaque_object import get_opaque_type_name, is_opaque_type, register_opaque_type
 from torch._opaque_base import OpaqueBase
+from torch._ops import resolve_key
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
@@ -395,6 +397,42 @@ def inductor_backend(
             return instead(graph, inputs)
 
     return receive
+
+
+@functools.cache
+def _without_gradient_on_meta() -> tuple[Any, ...]:
+    """Operators made of others that torch does not take apart on the ``meta`` device while it traces.
+
+    They have a function of their own for ``meta``, so Python's dispatcher looks no further and finds no derivative.
+    """
+    cpu, meta, parts = DispatchKey.AutogradCPU, DispatchKey.AutogradMeta, DispatchKey.CompositeImplicitAutograd
+    packets = (getattr(torch.ops.aten, name) for name in dir(torch.ops.aten))
+    overloads = (getattr(each, name) for each in packets if hasattr(each, "overloads") for name in each.overloads())
+
+    def resolved(operator: Any, key: DispatchKey) -> Any:
+        try:
+            return resolve_key(operator, key)
+        except (NotImplementedError, RuntimeError):  # it has no kernel there, or is no operator
+            return None
+
+    return tuple(each for each in overloads if resolved(each, cpu) == parts and resolved(each, meta) == meta)
+
+
+@contextlib.contextmanager
+def gradients_on_meta() -> Iterator[None]:
+    """Within the context, graphs of tensors on the ``meta`` device have the backward pass that they have elsewhere."""
+    operators = _without_gradient_on_meta()
+    for each in operators:
+        each.py_kernels[DispatchKey.AutogradMeta] = functools.partial(
+            each._op_dk, DispatchKey.CompositeImplicitAutograd
+        )
+        each._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for each in operators:
+            each.py_kernels.pop(DispatchKey.AutogradMeta, None)
+            each._dispatch_cache.clear()
 
 
 def lays_channels_last(graph: fx.GraphModule) -> bool:

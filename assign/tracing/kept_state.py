@@ -33,5 +33,5 @@ def kept_state(model: nn.Module) -> Iterator[None]:
             container.extend(content) if isinstance(container, list) else container.update(content)
         for (module, name, buffer), value in zip(buffers, values, strict=True):
             setattr(module, name, buffer)
-            if buffer.layout != torch.strided or not torch.equal(buffer, value):
+            if not buffer.is_meta and (buffer.layout != torch.strided or not torch.equal(buffer, value)):
                 buffer.copy_(value)

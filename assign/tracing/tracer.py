@@ -5,6 +5,7 @@ The model is captured with its loss as one graph, a probe stands at every tensor
 partitioner decide what the backward pass does and which values are saved for it. The traced graph is the one that runs.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import operator
@@ -152,7 +153,9 @@ class _Recorder:
         insert_probes(capture.graph, self.walked)
         if not any(_requires_grad(value) for value in capture.inputs):
             raise TraceError("trace: no parameter of the model requires a gradient. Unfreeze one, or train nothing.")
-        _torch.eager_backend(self._partition, lambda graph, _: graph)(capture.graph, capture.inputs)
+        on_meta = any(isinstance(value, Tensor) and value.device.type == "meta" for value in capture.inputs)
+        with _torch.gradients_on_meta() if on_meta else contextlib.nullcontext():
+            _torch.eager_backend(self._partition, lambda graph, _: graph)(capture.graph, capture.inputs)
         self.buffers = dict(_updated_buffers(capture))
         return lambda *_: examples
 

@@ -1,5 +1,6 @@
 """The table against what is known of the model, and the errors a user meets."""
 
+import dataclasses
 import importlib
 import json
 
@@ -7,8 +8,8 @@ import networkx
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import measured_peak, sgd, traced
-from models import GPT, MLP, InPlace, ResNet, class_loss, images, tokens, vectors
+from helpers import adamw, measured_peak, sgd, traced
+from models import GPT, MLP, MODELS, InPlace, ResNet, class_loss, images, tokens, vectors
 from torch import nn
 
 from assign.errors import PlanError, TraceError
@@ -306,3 +307,20 @@ def test_a_table_of_an_earlier_version_has_the_scratch_it_had():
     data["schedule"]["events"][number]["scratch"] = [400, 200]
     event = TensorTable.from_json(data).schedule.events[number]
     assert [event.scratch_in(dtype) for dtype in ("float32", "bfloat16", "float16")] == [400, 200, 200]
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet", "own function", "explicit dtypes"])
+def test_a_model_on_the_meta_device_has_the_tensors_that_it_has_elsewhere(name):
+    """Backward pass and saved activations too; scratch memory of kernels is measured on a CPU alone.
+
+    Not models with attention, for which a CPU has a kernel that saves less than the operators that it is made of.
+    """
+    make, make_batch = MODELS[name]
+    here = traced(make(), make_batch(), optimizer=adamw)
+    with torch.device("meta"):
+        there = traced(make(), make_batch(), optimizer=adamw)
+    assert there.tensors == here.tensors
+    assert there.schedule.buffers == here.schedule.buffers
+    assert there.schedule.kept == here.schedule.kept
+    plain = [[dataclasses.replace(each, scratch=()) for each in table.schedule.events] for table in (there, here)]
+    assert plain[0] == plain[1]
