@@ -146,7 +146,7 @@ def is_tangent(node: fx.Node) -> bool:
 
 
 def is_in_neither(node: fx.Node) -> bool:
-    """Whether torch does not say in which pass a node of a joint graph runs."""
+    """Whether torch has not set in which pass a node of a joint graph runs."""
     return "partitioner_tag" not in node.meta
 
 
@@ -777,7 +777,7 @@ def sync_buffers(ddp: Any, _inputs: Any) -> None:
 def is_reduced_in_buckets() -> bool:
     """Whether this runs in the forward pass of a ``DistributedDataParallel`` whose buckets have the parameters' dtypes.
 
-    A ``DistributedDataParallel`` that reduces each gradient separately is not detected, as intended.
+    The result is False for a ``DistributedDataParallel`` that reduces each gradient separately.
     """
     return nn.parallel.DistributedDataParallel._active_ddp_module is not None
 

@@ -42,7 +42,7 @@ def world_size() -> int:
 
 
 def data_parallel(planned: nn.Module, **options: Any) -> DistributedDataParallel:
-    """Wrap a model whose plan stores gradients in another dtype than their masters in ``DistributedDataParallel``.
+    """Wrap a planned model in ``DistributedDataParallel`` if gradients and masters are stored in different dtypes.
 
     The buckets of DDP have the parameters' dtypes and reject such gradients. DDP therefore reduces each gradient
     separately, in the gradient's own dtype, without buckets. ``no_sync`` and buffers work as usual. For other plans,

@@ -106,7 +106,8 @@ class DelayedScales:
         """Restore the state from :meth:`state_dict`, of a training under the same plan.
 
         Raises:
-            PlanError: the state has a tensor whose scale is not delayed under this plan.
+            PlanError: the state has a tensor whose scale is not delayed under this plan, or not one column for each
+                tensor.
         """
         for key in state["keys"]:
             if key not in self._formats:

@@ -177,7 +177,7 @@ class Promotion:
     def scalars(self) -> dict[str, float]:
         """Return values to log: the number of promoted tensors, and the largest and mean share at the last measurement.
 
-        A promoted tensor is no longer measured.
+        A promoted tensor is not counted from the next measurement on.
         """
         shares = list(self.overflow.values()) or [0.0]
         return {
@@ -191,7 +191,11 @@ class Promotion:
         return {"steps": self._steps, "promoted": [asdict(past) for past in self.promoted]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state from :meth:`state_dict` of a promotion of the same plan."""
+        """Restore the state from :meth:`state_dict` of a promotion of the same plan.
+
+        Raises:
+            PlanError: the state promotes a tensor that is not in this plan.
+        """
         past = tuple(Promoted(**saved) for saved in state["promoted"])
         for each in past:
             if each.key not in self._start.entries or type(each.step) is not int:

@@ -135,7 +135,7 @@ def _is_mask(value: Any) -> bool:
 
 
 def _find_singular(walked: Walk) -> set[str]:
-    """Return keys of tensors that an operator with a pole reads, and of the tensors from which scalars make these."""
+    """Return keys of tensors that an operator with a pole reads, and of tensors that differ from these by scalars."""
     by_key = {site.key: site for site in walked.sites}
     found: set[str] = set()
     for node in walked.labels:
@@ -153,7 +153,7 @@ def _find_singular(walked: Walk) -> set[str]:
 
 
 def _find_angles(walked: Walk) -> set[str]:
-    """Return keys of the arguments of periodic operators, and of tensors from which sums and products make these."""
+    """Return keys of the arguments of periodic operators, and of the tensors from which arithmetic makes these."""
     by_key = {site.key: site for site in walked.sites}
     waiting = [key for site in walked.sites if site.op in PERIODIC for key in site.inputs]
     found: set[str] = set()

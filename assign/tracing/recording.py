@@ -94,10 +94,10 @@ class Recorder:
         """Run the step once, piece by piece.
 
         Args:
-            args: of the loss, after the model.
-            kwargs: of the loss.
+            args: arguments of the loss after the model.
+            kwargs: keyword arguments of the loss.
         Returns:
-            What the loss returns.
+            The result of the loss.
         """
         if not self.whole:
             return _Recording(self, args, kwargs).result()
@@ -618,7 +618,7 @@ class _WholeRecording(_Recording):
     """One run of a step that is recorded as one graph; values that the code needs are computed in addition to it."""
 
     def _end_piece(self, reason: str) -> None:
-        """Record that a piece would end here and which tensors the code holds; the next piece has drawn nothing yet."""
+        """Record that a piece would end here and which tensors the code holds; reset ``draws`` for the next piece."""
         self.recorder.reasons.setdefault(place(), reason)
         self.pending.held |= {x.node for x in self.pending.alive()}
         self.pending.draws = False
@@ -627,7 +627,7 @@ class _WholeRecording(_Recording):
         return list({id(x): x for x in returned}.values())
 
     def _on_leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Ignore autograd calls on a tensor (``requires_grad_``, hooks): they change neither names nor sizes."""
+        """Ignore hooks, and ``requires_grad_`` on a deferred tensor: they change neither names nor sizes."""
         x = args[0]
         if func.__name__ == "requires_grad_" and not isinstance(x, Deferred):
             return plain(func, args, kwargs)

@@ -107,7 +107,7 @@ class Walk:
         labels: node → operator key, for every node that computes.
         float32: nodes that the user's code converts to float32, and nodes computed from them up to the next matrix
             product or to the conversion that ends it.
-        back: those conversions that end it.
+        back: the conversions that end such a computation.
         dtypes: dtypes of values that have keys. Includes float64 only if a parameter is float64; otherwise float64 in
             the middle of a step is the user's own choice and stays.
     """

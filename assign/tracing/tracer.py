@@ -47,8 +47,9 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
             counted. For an optimizer whose states cannot be found, such as LBFGS, none are counted and a warning is
             issued. A parameter that this loss does not use has neither states nor a gradient.
     Returns:
-        The table of all tensors, in order of execution, with what :func:`assign.estimate` needs to predict memory. It
-        also refers to the model, the batch, the loss and the optimizer: functions that take these take it instead.
+        The table of all tensors, in order of execution, with the data from which :func:`assign.estimate` predicts
+        memory. It also refers to the model, the batch, the loss and the optimizer: functions that take these accept it
+        instead.
     Raises:
         TraceError: the step cannot be captured, the loss is not a scalar, the optimizer cannot be made, or, on a CPU,
             another profiler is running.

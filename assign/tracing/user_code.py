@@ -31,7 +31,7 @@ class UserCode:
         return self._stack[-1] if self._stack else None
 
     def _path(self, module: nn.Module) -> str | None:
-        """Return the path of a called module; if layers share it, the path in the calling module."""
+        """Return the path of a called module; if layers share it, its path in the calling module."""
         names = self._paths.get(id(module))
         if names is None:
             return self.module

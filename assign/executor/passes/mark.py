@@ -93,7 +93,7 @@ class _Mark(torch.autograd.Function):
         tap: Tensor | None,
         scale_tap: Tensor | None,
     ) -> Tensor:
-        ctx.set_materialize_grads(False)  # without an incoming gradient, the mark returns none
+        ctx.set_materialize_grads(False)  # without an incoming gradient, the mark returns None
         ctx.how, ctx.runtime, ctx.has_tap = how, runtime, tap is not None
         ctx.gradient_dtype = x.dtype if tap is None else tap.dtype
         ctx.save_for_backward(seed)
@@ -443,7 +443,7 @@ class _Marker:
         return self.seeds[graph.graph]
 
     def _runtime(self, graph: fx.GraphModule) -> fx.Node:
-        """The input that holds what changes between steps: the last one; in a body, one more placeholder."""
+        """Return the input for what changes between steps: the last input of the graph; in a body, a placeholder."""
         if graph.graph not in self.runtimes:
             if graph is self.capture.graph:
                 self.runtimes[graph.graph] = _torch.add_input(graph, "assign_runtime")

@@ -60,7 +60,7 @@ def narrow_products(joint: fx.GraphModule, context: Context) -> fx.GraphModule:
     for node in [n for n in graph.nodes if n.target in (_aten.mm.default, _aten.addmm.default, _aten.bmm.default)]:
         matrices = [argument for argument in node.args if isinstance(argument, fx.Node)][-2:]
         operands = [_operand(matrix) for matrix in matrices]
-        if node.kwargs or None in operands:  # the product of a model has no factors of the sum
+        if node.kwargs or None in operands:  # beta or alpha of addmm, which a model's product does not have
             continue
         found: list[_Operand] = [each for each in operands if each is not None]
         done += _multiply_codes(graph, node, found) or _multiply_in_bf16(graph, node, matrices, found)
