@@ -85,7 +85,7 @@ class Site:
 
     @property
     def dtype(self) -> str:
-        """Return dtype of the tensor in the model as it was loaded."""
+        """Return the dtype of the tensor in the model as it was loaded."""
         return dtype_of(self.value)
 
     @property

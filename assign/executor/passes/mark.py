@@ -253,12 +253,12 @@ class _Marker:
         graph.recompile()
 
     def _loaded(self, node: fx.Node) -> str:
-        """Return dtype of a node's value in the model as it was loaded."""
+        """Return the dtype of a node's value in the model as it was loaded."""
         value = self.walked.values.get(node)
         return dtype_of(value) if isinstance(value, Tensor) else FLOAT32
 
     def _now(self, node: fx.Node) -> str:
-        """Return dtype of a node's value under the plan."""
+        """Return the dtype of a node's value under the plan."""
         return self.dtypes.get(node) or self._loaded(node)
 
     def _mark_operator(self, graph: fx.GraphModule, node: fx.Node) -> None:
