@@ -1,4 +1,4 @@
-"""Use private names of torch: the only module that does, and the one to check for a new torch release.
+"""Use private names of torch. This is the only module that does, and the one to check for a new torch release.
 
 Written against torch 2.11 to 2.13.
 """
@@ -72,34 +72,34 @@ Graphs = tuple[fx.GraphModule, fx.GraphModule]
 GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 CaptureError = TorchDynamoException
-"""What Dynamo raises when it cannot capture a function as one graph."""
+"""Exception that Dynamo raises when it cannot capture a function as one graph."""
 
 VALUES_MISSING = (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
-"""What it raises where a size or a branch depends on values."""
+"""Exceptions that Dynamo raises if a size or a branch depends on values."""
 
 CAPTURE_FAILURES = (TorchDynamoException, *VALUES_MISSING)
 """Exceptions that Dynamo raises or passes on if it cannot capture a function as one graph."""
 
 GRAPH_BREAKS = (Unsupported, UserError, TorchRuntimeError)
-"""Those among them that are about the user's code."""
+"""The ``CAPTURE_FAILURES`` that concern the user's code."""
 
 SET_GRAD_MODE = torch._C._set_grad_enabled
-"""The function that a captured graph calls where ``torch.no_grad`` or ``torch.enable_grad`` begins or ends."""
+"""The function that a captured graph calls at the beginning and end of ``torch.no_grad`` or ``torch.enable_grad``."""
 
 CHECKPOINT_OP = torch.ops.higher_order.tag_activation_checkpoint
 """The operator that a ``torch.utils.checkpoint`` block becomes: ``(body, *args)``."""
 
 
 def fake_value(node: fx.Node) -> Any:
-    """Value without data that Dynamo attached to a node it captured, or None."""
+    """Return the value without data that Dynamo attached to a captured node, or None."""
     return node.meta.get("example_value")
 
 
 def has_sizes_from_data(graph: fx.GraphModule) -> bool:
     """Whether the shape of a tensor in a captured graph depends on values.
 
-    Nobody knows it then, or only because the user's code compares it with a known one later, which AOTAutograd does not
-    see when it makes the tensor.
+    Such a shape is unknown, or known only because the user's code later compares it with a known one, which AOTAutograd
+    does not see when it makes the tensor.
     """
     tensors = ((node, fake_value(node)) for node in graph.graph.nodes)
     return any(
@@ -109,12 +109,12 @@ def has_sizes_from_data(graph: fx.GraphModule) -> bool:
 
 
 def joint_value(node: fx.Node) -> Any:
-    """Value without data of a node of a joint, forward or backward graph, or None."""
+    """Return the value without data of a node of a joint, forward or backward graph, or None."""
     return node.meta.get("val")
 
 
 def without_data(values: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Within the context, what is made has no data, where ``values``, a graph's, have none."""
+    """Within the context, new tensors have no data if ``values``, taken from a graph, have none."""
     found = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     return contextlib.nullcontext() if found is None else found
 
@@ -148,17 +148,17 @@ def is_tangent(node: fx.Node) -> bool:
 
 
 def is_in_neither(node: fx.Node) -> bool:
-    """Whether torch does not say in which pass a node of a joint graph runs."""
+    """Whether torch has not set in which pass a node of a joint graph runs."""
     return "partitioner_tag" not in node.meta
 
 
 def set_backward(node: fx.Node, backward: bool) -> None:
-    """Say in which pass a node added to a joint graph runs."""
+    """Set in which pass a node added to a joint graph runs."""
     node.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"
 
 
 def pin_backward(node: fx.Node) -> None:
-    """Say that a node added to a joint graph must run in the backward pass, whatever a partitioner finds cheaper."""
+    """Make a node added to a joint graph run in the backward pass, regardless of what a partitioner finds cheaper."""
     node.meta["partitioner_tag"] = "must_be_in_backward"
 
 
@@ -168,16 +168,15 @@ def is_recomputed(node: fx.Node) -> bool:
 
 
 def forget_recompute(node: fx.Node) -> None:
-    """Take a node out of the user's checkpointed region."""
+    """Remove a node from the user's checkpointed region."""
     node.meta.pop("recompute", None)
     node.meta.pop("ac_graph_id", None)
 
 
 def compiled_nodes(x: Any) -> list[tuple[Any, int]]:
-    """The autograd nodes of compiled graphs nearest to ``x``, each with the number of the result there.
+    """Return the autograd nodes of compiled graphs nearest to ``x``, each with the index of the result there.
 
-    A view of a result has an autograd node of its own before that of the graph, and so has a tensor into which a graph
-    has written.
+    A view of a result has its own autograd node before that of the graph. So has a tensor that a graph has written to.
     """
     known = isinstance(x, torch.Tensor) and x.grad_fn is not None
     edges: list[tuple[Any, int]] = [(x.grad_fn, x.output_nr)] if known else []
@@ -194,45 +193,46 @@ def compiled_nodes(x: Any) -> list[tuple[Any, int]]:
 
 
 def gradient_edge(x: torch.Tensor) -> tuple[Any, int]:
-    """What tells the gradient of ``x`` from others; :func:`edge_of` says the same of an entry of ``next_functions``.
+    """Return what identifies the gradient of ``x``; :func:`edge_of` returns it for an entry of ``next_functions``.
 
-    For a leaf it is the tensor's ``id``: ``torch.autograd.graph.get_gradient_edge`` takes microseconds for each.
+    For a leaf it is the tensor's ``id``, because ``torch.autograd.graph.get_gradient_edge`` takes microseconds for
+    each.
     """
     return (id(x), 0) if x.grad_fn is None else (x.grad_fn, x.output_nr)
 
 
 def edge_of(entry: tuple[Any, int]) -> tuple[Any, int]:
-    """What :func:`gradient_edge` says of the tensor behind an entry of an autograd node's ``next_functions``."""
+    """Return the :func:`gradient_edge` of the tensor of an entry of an autograd node's ``next_functions``."""
     return (id(entry[0].variable), 0) if hasattr(entry[0], "variable") else entry
 
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
-    """Result of an autograd function that makes one tensor; torch's own ``apply`` has no types."""
+    """Return the result of an autograd function that makes one tensor; torch's own ``apply`` has no types."""
     run: Callable[..., Any] = function.apply
     return cast(torch.Tensor, run(*args))
 
 
 def source_of(node: fx.Node, position: int = 0) -> fx.Node:
-    """The node that is a node's argument at ``position``."""
+    """Return the node that is the argument of ``node`` at ``position``."""
     source = node.args[position]
     assert isinstance(source, fx.Node)
     return source
 
 
 def output_of(graph: fx.GraphModule) -> fx.Node:
-    """The output node of a graph."""
+    """Return the output node of a graph."""
     return cast(fx.Node, next(node for node in graph.graph.nodes if node.op == "output"))
 
 
 def body_of(graph: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
-    """The graph inside a checkpointed block."""
+    """Return the graph inside a checkpointed block."""
     body = graph.get_submodule(str(source_of(node).target))
     assert isinstance(body, fx.GraphModule)
     return body
 
 
 def nodes_without_grad(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of a captured graph that run under ``torch.no_grad``."""
+    """Return the nodes of a captured graph that run under ``torch.no_grad``."""
     found, enabled = set(), True
     for node in graph.nodes:
         if node.target is SET_GRAD_MODE:
@@ -243,7 +243,7 @@ def nodes_without_grad(graph: fx.Graph) -> set[fx.Node]:
 
 
 def enable_grad_around(graph: fx.Graph, node: fx.Node) -> None:
-    """Run a node that stands in a region without gradients as if it stood outside."""
+    """Run a node in a region without gradients as if it were outside that region."""
     with graph.inserting_before(node):
         graph.call_function(SET_GRAD_MODE, (True,))
     with graph.inserting_after(node):
@@ -251,24 +251,24 @@ def enable_grad_around(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def label(node: fx.Node, text: str) -> None:
-    """Attach a text to a captured node; the joint graph's nodes made from it carry it, forward and backward."""
+    """Attach a text to a captured node; nodes of the joint graph made from it have the same text, in both passes."""
     node.meta["custom"] = {**node.meta.get("custom", {}), "assign": text}
 
 
 def label_of(node: fx.Node) -> str:
-    """Text attached by :func:`label` to the captured node behind this one, ``''`` if none."""
+    """Return the text that :func:`label` attached to the captured node from which this one was made; ``''`` if none."""
     custom = node.meta.get("custom") or {}
     return cast(str, custom.get("assign", ""))
 
 
 def module_path(node: fx.Node) -> str:
-    """Dynamo's path of the innermost module whose forward made the node, ``''`` outside every module."""
+    """Return Dynamo's path of the innermost module whose forward made the node; ``''`` outside every module."""
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack.values()))[0]) if stack else ""
 
 
 def make_dense_output(example: Any) -> Any:
-    """A real zero tensor with the shape of a captured output, for a graph that is never run."""
+    """Return a real zero tensor with the shape of a captured output, for a graph that is never run."""
     if isinstance(example, torch.Tensor):
         shape = [int(size) for size in example.shape]
         return torch.zeros((), dtype=example.dtype, device=example.device).expand(shape)
@@ -276,17 +276,17 @@ def make_dense_output(example: Any) -> Any:
 
 
 def reshape_views(graph: fx.Graph) -> None:
-    """Let a graph that is run node by node copy where it would take a view that is not there.
+    """Replace views by reshapes, which copy if no view is possible, in a graph that is run node by node.
 
-    Some kernels lay their results out otherwise than the same operators on tensors without data, by which torch has
-    chosen between a view and a copy.
+    Torch chooses between a view and a copy by operators on tensors without data, but some kernels use another layout
+    for their results.
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
 
 
 def run_boxed(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Run a graph node by node, every value freed at its last use, the inputs included."""
+    """Return a function that runs a graph node by node and frees every value, inputs included, after its last use."""
     reshape_views(graph.graph)
     graph.graph.set_codegen(_BoxedCodeGen())
     graph.recompile()
@@ -298,7 +298,7 @@ def run_boxed(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., An
 
 
 def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    """Tell AOTAutograd that a function takes its arguments as one list, which it empties."""
+    """Mark a function for AOTAutograd as taking its arguments as one list, which it empties."""
     setattr(run, "_boxed_call", True)  # noqa: B010  a plain assignment to a function's attribute has no type
     return run
 
@@ -334,11 +334,11 @@ def eager_backend(
     partition: Callable[[fx.GraphModule, Callable[[fx.GraphModule], Graphs]], Graphs],
     compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]] = run_boxed,
 ) -> GraphBackend:
-    """A backend for Dynamo that runs the partitioned graphs as they are.
+    """Return a Dynamo backend that runs the partitioned graphs as they are.
 
     Args:
         partition: ``(joint graph, split) -> (forward, backward)``; ``split`` is torch's default partitioner.
-        compiler: what becomes of each graph.
+        compiler: compiles each graph.
     """
 
     def partition_fn(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Graphs:
@@ -355,16 +355,17 @@ def inductor_backend(
     passes: Sequence[Path],
     compiler: Callable[..., Callable[..., Any]] | None = None,
 ) -> GraphBackend:
-    """A backend for Dynamo that compiles the partitioned graphs with Inductor.
+    """Return a Dynamo backend that compiles the partitioned graphs with Inductor.
 
     Args:
         partition: as for :func:`eager_backend`.
         inline: edits each graph in place, right before Inductor lowers it.
-        identity: what the two do beside what their code says; it and the code are part of the key of Inductor's cache.
+        identity: text for what ``partition`` and ``inline`` depend on besides their code; both are part of Inductor's
+            cache key.
         passes: the files with that code.
-        compiler: what becomes of each graph in place of Inductor's code; takes what :func:`program_of` takes.
+        compiler: compiles each graph instead of Inductor; takes the arguments of :func:`program_of`.
     """
-    from torch._inductor.compile_fx import compile_fx  # here: it takes a second to import, and eager never needs it
+    from torch._inductor.compile_fx import compile_fx  # here: the import takes a second, and eager never needs it
     from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files
 
     key = get_hash_for_files(tuple(map(str, passes)), extra=identity).hex()
@@ -373,7 +374,7 @@ def inductor_backend(
         def uuid(self) -> str:
             return key
 
-        def __reduce__(self) -> tuple[type[str], tuple[str]]:  # pickled only to make a key of Inductor's cache
+        def __reduce__(self) -> tuple[type[str], tuple[str]]:  # pickled only for Inductor's cache key
             return str, (key,)
 
     class Partitioner(Keyed, CustomPartitionerFn):
@@ -436,23 +437,23 @@ def gradients_on_meta() -> Iterator[None]:
 
 
 def lays_channels_last(graph: fx.GraphModule) -> bool:
-    """Whether Inductor keeps the images of a graph channels-last, whatever layout they have when it is traced."""
+    """Whether Inductor lays out the images of a graph channels-last, regardless of their layout during tracing."""
     from torch._inductor.graph import GraphLowering
 
     return bool(GraphLowering.decide_layout_opt(graph, is_inference=False))
 
 
 class _Written(Exception):
-    """Inductor has written its program: what follows would only compile it."""
+    """Inductor has written its program; the following steps would only compile it."""
 
 
 def program_of(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> str:
-    """The Python program that Inductor writes for a graph: which buffers it makes, runs kernels on, and drops.
+    """Return the Python program that Inductor writes for a graph: which buffers it makes, runs kernels on, and drops.
 
     Args:
-        graph: in aten operators, as the compiler of one graph takes it.
-        inputs: the graph's inputs, in their order; tensors without data will do.
-        options: as Inductor's own compiler of one graph takes them.
+        graph: in aten operators, as passed to the compiler of one graph.
+        inputs: the graph's inputs, in order; tensors without data are enough.
+        options: options of Inductor's own compiler of one graph.
     """
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -477,7 +478,7 @@ def program_of(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> 
 
 
 class _NoKernels:
-    """In place of what compiles the kernels of a program: each is a function, or has a ``run``, that does nothing."""
+    """Replacement of the kernel compiler of a program: each kernel is, or has a ``run`` that is, an empty function."""
 
     def __getattr__(self, _name: str) -> Callable[..., Any]:
         return lambda *_args, **_kwargs: self
@@ -487,9 +488,9 @@ class _NoKernels:
 
 
 def load_program(program: str) -> Callable[[list[Any]], Sequence[Any]]:
-    """A program of :func:`program_of`, for tensors without data: a function of their list, which it empties.
+    """Return a program of :func:`program_of` as a function that runs without data.
 
-    It makes and drops every buffer, and runs no kernel.
+    The function takes a list of tensors, which it empties. It makes and drops every buffer, and runs no kernel.
     """
     names: dict[str, Any] = {"__name__": "rehearsed"}
     with mock.patch("torch._inductor.async_compile.AsyncCompile", _NoKernels):
@@ -503,7 +504,7 @@ def load_program(program: str) -> Callable[[list[Any]], Sequence[Any]]:
 
 
 def report_strides(results: Sequence[Any]) -> None:
-    """Say how the results of a forward graph lie, as Inductor does: its backward graph is compiled for that."""
+    """Report the strides of the results of a forward graph, as Inductor does: its backward graph depends on them."""
     context = TracingContext.try_get()
     if context is not None and context.output_strides is not None:
         context.output_strides.extend(each.stride() if isinstance(each, torch.Tensor) else None for each in results)
@@ -518,14 +519,14 @@ def _reinterpret(tensor: torch.Tensor, size: Any, stride: Any, offset: int) -> t
 
 
 def changed_inputs() -> tuple[int, ...]:
-    """Positions of the inputs that a graph changes in place; asked for when AOT autograd has just taken it."""
+    """Return the positions of the inputs that a graph changes in place; valid right after AOTAutograd received it."""
     context = TracingContext.try_get()
     found: Any = context.fw_metadata if context else None
     return () if found is None else tuple(found.mutated_inp_runtime_indices)
 
 
 def trace_inline(function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
-    """Graph of ``function`` on values without data, in Inductor's own set of operators."""
+    """Return the graph of ``function`` on values without data, in Inductor's own set of operators."""
     from torch._inductor.decomposition import select_decomp_table
 
     with without_data(args):
@@ -540,17 +541,19 @@ def writes_triton(device: torch.device) -> bool:
 def compile_kernel(
     function: Callable[..., None], examples: Sequence[torch.Tensor], varying: int
 ) -> Callable[..., None]:
-    """Inductor's code for a function that writes its result into one of its arguments, without guards around it.
+    """Return Inductor's code for a function that writes its result into one of its arguments, without guards.
 
-    A call costs a few microseconds, where one through ``torch.compile`` looks up guards first. So the caller must see
-    to what guards see to: dtypes and device of the examples, and below 2^31 elements. Arguments may be the same tensor.
+    A call takes a few microseconds, while ``torch.compile`` checks guards first. The caller must therefore ensure what
+    guards ensure: dtypes and devices as in the examples, and fewer than 2^31 elements. Arguments may be the same
+    tensor.
 
     Args:
         function: takes as many tensors as there are examples, and returns nothing.
-        examples: arguments; the first axis of the first ``varying`` has the same length, and any length will do later.
-        varying: how many of the examples, from the first on, may have any length of their first axis.
+        examples: arguments; the first axes of the first ``varying`` examples have the same length, and calls may use
+            any length.
+        varying: number of leading examples whose first axis may have any length.
     """
-    from torch._inductor import config as inductor_config  # here: it takes a second to import
+    from torch._inductor import config as inductor_config  # here: the import takes a second
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
@@ -567,11 +570,11 @@ def compile_kernel(
             )
             for index, example in enumerate(examples)
         ]
-        with mode, enable_python_dispatcher():  # for lengths that are symbols
+        with mode, enable_python_dispatcher():  # for symbolic lengths
             graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*fakes)
         output_of(graph).args = ((),)
         graph.recompile()
-        # Triton makes one operation, rounded once, of a product and the sum behind it, unless it shall do as eager does
+        # Triton fuses a product and the following sum, and rounds once, unless it must match eager
         options = {"emulate_precision_casts": True} if writes_triton(examples[0].device) else {}
         with tracing(TracingContext(mode)), inductor_config.patch(options):
             compiled: Any = compile_fx_inner(graph, fakes)
@@ -583,15 +586,16 @@ def compile_kernel(
 
 
 def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
-    """``torch.compile`` of a module as one graph, with a backend of ours; logging and recurrent layers do not break it.
+    """Return ``torch.compile`` of a module as one graph with our backend; logging and recurrent layers do not break it.
 
-    Compiled code is freed with ``step``; by default Dynamo keeps the backend, and so the model, until
-    ``torch._dynamo.reset()``. Here Dynamo gets only a weak reference: the caller must keep ``backend`` alive while it
-    calls the result. ``step.forward`` must have a code object of its own, because the code is reset at the end.
+    Compiled code is freed with ``step``. By default Dynamo keeps the backend, and with it the model, until
+    ``torch._dynamo.reset()``; here Dynamo gets only a weak reference, so the caller must keep ``backend`` alive while
+    it calls the result. ``step.forward`` must have its own code object, because the code is reset at the end.
 
-    One graph within ``DistributedDataParallel`` too, where Dynamo would cut it at the buckets. A hook that a module
-    gets or loses later makes a new graph; by default Dynamo would not look. ``requires_grad_(True)`` in the middle of a
-    step, as behind a frozen embedding, asks for a gradient that no parameter gets; it says nothing here.
+    The step is one graph within ``DistributedDataParallel`` too, where Dynamo would split it at the buckets. If a
+    module later gets or loses a hook, a new graph is made; by default Dynamo would not check. ``requires_grad_(True)``
+    in the middle of a step, for example after a frozen embedding, asks for a gradient that no parameter gets; it is
+    ignored here.
     """
     received = weakref.ref(backend)
 
@@ -621,16 +625,16 @@ def compile_step(step: nn.Module, backend: GraphBackend) -> Callable[..., Any]:
 
 
 def _forget_backend(backend: GraphBackend) -> None:
-    """Remove our backend from the list that ``torch._dynamo.reset()`` goes through: it has no state to reset."""
+    """Remove our backend from the list that ``torch._dynamo.reset()`` resets: it has no state to reset."""
     for key, known in list(cached_backends.items()):
         if getattr(known, "compiler_fn", known) is backend:
             cached_backends.pop(key, None)
 
 
 def unrolled_lstm() -> contextlib.AbstractContextManager[Any]:
-    """Within the context, AOTAutograd takes recurrent layers apart as for training.
+    """Within the context, AOTAutograd decomposes recurrent layers as for training.
 
-    oneDNN's layer would be for inference, and torch takes every layer for that whose input needs no gradient.
+    Otherwise it uses oneDNN's layer, which is for inference, for every layer whose input needs no gradient.
     """
     layer = decompositions.one_layer_lstm
     return mock.patch.object(decompositions, "select_one_layer_lstm_function", return_value=layer)
@@ -640,21 +644,21 @@ _REQUIRES_GRAD = TensorVariable.method_requires_grad_
 
 
 def _ignore_requires_grad(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-    """Dynamo's ``Tensor.requires_grad_``, which leaves what the graph itself makes as it is."""
+    """Run Dynamo's ``Tensor.requires_grad_``, but leave tensors made by the graph itself unchanged."""
     return _REQUIRES_GRAD(self, tx, *args, **kwargs) if self.source else self
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:
-    """Return a number that only this storage has while it lives, also on the meta device, where no address tells."""
+    """Return a number that identifies a storage while it is alive, also on the meta device, which has no addresses."""
     number: int = storage._cdata
     return number
 
 
 def multiply_in_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return ``a @ b`` of float32 matrices, or batches of such, whose elements bf16 holds, summed in float32.
+    """Return ``a @ b`` of float32 matrices, or batches of matrices, whose elements bf16 holds, summed in float32.
 
-    On a CPU the product is in float32: torch multiplies there in bf16 with a float32 result only under a setting of the
-    whole process, which would change other threads' products.
+    On a CPU the product is in float32. There, torch multiplies in bf16 with a float32 result only under a setting of
+    the whole process, which would change the products of other threads.
     """
     if a.device.type != "cuda":
         return torch.matmul(a, b)
@@ -675,13 +679,13 @@ def multiply_in_fp8(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``a @ b + bias`` of float8 matrices with a scale each; sums in float32, the result rounded once."""
+    """Return ``a @ b + bias`` of float8 matrices with one scale each, summed in float32 and rounded once."""
     columns = b.t().contiguous().t()  # cuBLAS reads the second matrix by columns
     return torch._scaled_mm(a.contiguous(), columns, a_scale, b_scale, bias=bias, out_dtype=dtype)
 
 
 def memory_changes(profiler: torch.profiler.profile) -> list[int]:
-    """Bytes that a finished profiler saw allocated (positive) and freed, in order of time.
+    """Return the bytes that a finished profiler saw allocated (positive) and freed (negative), in order of time.
 
     Its public interfaces give sums per operator; only the raw events are a timeline.
     """
@@ -691,42 +695,42 @@ def memory_changes(profiler: torch.profiler.profile) -> list[int]:
 
 
 def inner_exception(error: BaseException) -> BaseException:
-    """The exception that our own backend raised inside Dynamo, or ``error`` itself."""
+    """Return the exception that our own backend raised inside Dynamo, or ``error`` itself."""
     if isinstance(error, BackendCompilerFailed):
         return cast(BaseException, error.inner_exception)
     return error
 
 
 def copy_fake_value(source: fx.Node, target: fx.Node) -> None:
-    """Let a captured node have the value without data of another."""
+    """Copy the value without data of one captured node to another."""
     target.meta["example_value"] = source.meta["example_value"]
 
 
 def replaced_parameters(
     model: nn.Module, tensors: Mapping[str, torch.Tensor]
 ) -> contextlib.AbstractContextManager[None]:
-    """Within the context, the module has these tensors in the place of its parameters; tied ones stay tied.
+    """Within the context, replace the module's parameters by these tensors; tied parameters stay tied.
 
-    ``torch.func.functional_call`` does the same around a call of the module alone; a loss may call any part of it.
+    ``torch.func.functional_call`` does the same for one call of the module; a loss may call any part of it.
     """
     replaced = stateless._reparametrize_module(model, dict(tensors), tie_weights=True)
     return cast(contextlib.AbstractContextManager[None], replaced)
 
 
 def is_wrapper(value: Any) -> bool:
-    """Whether a value is a tensor of a wrapper subclass, as those of quantized weights are; not one without data."""
+    """Whether a value is a tensor of a wrapper subclass, such as a quantized weight; a tensor without data is none."""
     return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
 def is_foreign(target: Any) -> bool:
-    """Whether an operator is not torch's own, or has a body of its own."""
+    """Whether an operator is not torch's own, or has its own body."""
     if isinstance(target, torch._ops.HigherOrderOperator):
         return True
     return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims")
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold the data of ``tensor``: itself, or what a wrapper subclass or a sparse tensor keeps."""
+    """Return the tensors that hold the data of ``tensor``: itself, or those in a wrapper subclass or sparse tensor."""
     if tensor.layout == torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -740,7 +744,7 @@ def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def add_input(graph: fx.GraphModule, name: str) -> fx.Node:
-    """One more input of a captured graph, behind its others, as if Dynamo had found it."""
+    """Return one more input of a captured graph, added after the others as if Dynamo had found it."""
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
     with graph.graph.inserting_after(last):
         added = graph.graph.placeholder(name)
@@ -749,14 +753,14 @@ def add_input(graph: fx.GraphModule, name: str) -> fx.Node:
 
 
 def register_opaque(kind: type) -> None:
-    """Let operators take objects of a class as arguments, and graphs as inputs."""
+    """Allow operators to take objects of a class as arguments, and graphs to take them as inputs."""
     register_opaque_type(kind, typ="reference")
 
 
 def schema_of(function: Callable[..., Any], mutates: Sequence[str]) -> str:
-    """Return the schema of an operator, from the annotations of its function.
+    """Return the schema of an operator, made from the annotations of its function.
 
-    As ``torch.library.infer_schema``, which knows no optional object of a registered class.
+    Like ``torch.library.infer_schema``, which does not support optional objects of a registered class.
     """
     signature = inspect.signature(function, eval_str=True)
     objects: dict[str, str] = {}
@@ -777,7 +781,7 @@ def schema_of(function: Callable[..., Any], mutates: Sequence[str]) -> str:
 
 
 def drop_input(graph: fx.GraphModule, added: fx.Node) -> None:
-    """Take out what :func:`add_input` added, once the graph is compiled."""
+    """Remove an input that :func:`add_input` added, once the graph is compiled."""
     for user in list(added.users):
         user.args = tuple(value for value in user.args if value is not added)
         user.kwargs = {name: value for name, value in user.kwargs.items() if value is not added}
@@ -789,9 +793,9 @@ def drop_input(graph: fx.GraphModule, added: fx.Node) -> None:
 
 @contextlib.contextmanager
 def reducer_by_parameter() -> Iterator[None]:
-    """Within the context, a new ``DistributedDataParallel`` reduces each gradient by itself, in its own dtype.
+    """Within the context, a new ``DistributedDataParallel`` reduces each gradient separately, in its own dtype.
 
-    It is meant for compiled autograd; its other effects on the compiler are taken back.
+    The setting is meant for compiled autograd; its other effects on the compiler are undone.
     """
     from torch._inductor import config as inductor_config
 
@@ -800,9 +804,9 @@ def reducer_by_parameter() -> Iterator[None]:
 
 
 def sync_buffers(ddp: Any, _inputs: Any) -> None:
-    """Give every process the first one's buffers; a forward pre-hook for ``DistributedDataParallel``.
+    """Copy the buffers of the first process to every process; a forward pre-hook for ``DistributedDataParallel``.
 
-    It does so by itself, if it is to, but not under :func:`reducer_by_parameter`.
+    ``DistributedDataParallel`` does this itself if configured to, but not under :func:`reducer_by_parameter`.
     """
     if ddp._check_sync_bufs_pre_fwd():
         ddp._sync_buffers()
@@ -811,20 +815,20 @@ def sync_buffers(ddp: Any, _inputs: Any) -> None:
 def is_reduced_in_buckets() -> bool:
     """Whether this runs in the forward pass of a ``DistributedDataParallel`` whose buckets have the parameters' dtypes.
 
-    It leaves nothing to find where it reduces each gradient by itself.
+    The result is False for a ``DistributedDataParallel`` that reduces each gradient separately.
     """
     return nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
 def fsdp_state(module: nn.Module) -> Any:
-    """What FSDP2 keeps of a module that ``fully_shard`` was called on; None of another."""
+    """Return FSDP2's state of a module on which ``fully_shard`` was called; None for any other module."""
     from torch.distributed.fsdp._fully_shard._fsdp_state import _get_module_fsdp_state
 
     return _get_module_fsdp_state(module)
 
 
 def share_fsdp_state(model: nn.Module, twin: nn.Module) -> None:
-    """Let FSDP2 know ``twin``, which shares its ``__dict__`` with ``model``, if it knows ``model``."""
+    """Register ``twin``, which shares its ``__dict__`` with ``model``, with FSDP2 if ``model`` is registered."""
     from torch.distributed._composable_state import _insert_module_state
 
     state = fsdp_state(model)
@@ -833,18 +837,18 @@ def share_fsdp_state(model: nn.Module, twin: nn.Module) -> None:
 
 
 def fsdp_has_root(module: nn.Module) -> bool:
-    """Whether another module than this one will reduce its gradients; known once that has begun its forward pass."""
+    """Whether another module than this one reduces its gradients; known once that module has begun its forward pass."""
     return fsdp_state(module)._is_root is False
 
 
 def fsdp_policy(module: nn.Module) -> Any:
-    """The ``MixedPrecisionPolicy`` of a module that ``fully_shard`` was called on."""
+    """Return the ``MixedPrecisionPolicy`` of a module on which ``fully_shard`` was called."""
     return fsdp_state(module)._mp_policy
 
 
 @contextlib.contextmanager
 def hidden_fsdp_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the context, the modules are without the hooks of FSDP2, which Dynamo cannot capture."""
+    """Within the context, remove the hooks of FSDP2, which Dynamo cannot capture, from the modules."""
     names = ("_forward_pre_hooks", "_forward_hooks")
     found = [(module.__dict__, name, module.__dict__[name]) for module in modules for name in names]
     for attributes, name, hooks in found:
@@ -862,7 +866,7 @@ def _is_of_fsdp(hook: Any) -> bool:
 
 
 def fsdp_forward(module: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call ``function`` between the hooks of FSDP2 around a module's forward pass; just call it if there are none."""
+    """Call ``function`` between FSDP2's hooks of a module's forward pass; without such hooks, only call it."""
     state = fsdp_state(module)
     if state is None:
         return function(*args, **kwargs)
@@ -876,7 +880,7 @@ Modes = tuple[Any, ...]
 ENTER_AUTOCAST, EXIT_AUTOCAST = autocast_mode._enter_autocast, autocast_mode._exit_autocast
 NO_AUTOCAST: Modes = ()
 OWN_FILES = tuple(f"{Path(each).parent}{os.sep}" for each in (torch.__file__, __file__))
-"""Beginnings of the paths of torch's own files and of this package's."""
+"""Path prefixes of torch's own files and of this package's files."""
 
 _APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]  # torch declares no class method
 _GENERATOR = {
@@ -887,7 +891,7 @@ _GENERATOR = {
 
 
 def autocast_modes() -> Modes:
-    """Arguments of :data:`ENTER_AUTOCAST` for the autocast region that the code is in; empty outside of one."""
+    """Return arguments of :data:`ENTER_AUTOCAST` for the current autocast region; empty outside of one."""
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
             return device, torch.get_autocast_dtype(device), True, torch.is_autocast_cache_enabled()
@@ -902,7 +906,10 @@ def without_autocast() -> Iterator[None]:
 
 
 def as_if_compiling(compiling: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """Within the context, ``torch.compiler.is_compiling()`` says so: libraries then take the branch made for graphs."""
+    """Within the context, set the value of ``torch.compiler.is_compiling()``.
+
+    If it is true, libraries take the branch that they have for graphs.
+    """
     return mock.patch.object(torch.compiler, "_is_compiling_flag", compiling)
 
 
@@ -912,12 +919,12 @@ def recorded_functions(
     checkpointed: Callable[[], contextlib.AbstractContextManager[None]],
     before_seeding: Callable[[str], None],
 ) -> Iterator[None]:
-    """Within the context, autograd functions are given to ``apply``, and checkpointed blocks run in ``checkpointed()``.
+    """Within the context, pass autograd functions to ``apply``, and run checkpointed blocks in ``checkpointed()``.
 
     Args:
-        apply: takes the class, positional and keyword arguments; returns None for what torch shall do as usual.
+        apply: takes the class, positional and keyword arguments; returns None if torch should handle the call as usual.
         checkpointed: makes the context in which a checkpointed block runs, a new one for each block.
-        before_seeding: is called with the name of a function that reads or sets the state of torch's generator.
+        before_seeding: called with the name of a function that reads or sets the state of torch's generator.
     """
 
     def replaced(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -948,7 +955,7 @@ def recorded_functions(
 
 @contextlib.contextmanager
 def plain_functions() -> Iterator[None]:
-    """Within :func:`recorded_functions`, a context without it: what is compiled has torch's own functions."""
+    """Return a context inside :func:`recorded_functions` that restores torch's own functions, for compilation."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(_APPLY)))
         for (home, name), function in _GENERATOR.items():
@@ -971,7 +978,7 @@ class AppliedFunction:
 class OutsideFunction(AppliedFunction):
     """The stand-in, in the graph of a whole step, for an operator that runs outside every piece.
 
-    What it reads waits for its backward pass, which makes a gradient of each. Its results have the sizes of
+    Its inputs are saved for its backward pass, which makes a gradient for each of them. Its results have the sizes of
     ``results``, and no values.
     """
 
@@ -992,12 +999,12 @@ class OutsideFunction(AppliedFunction):
 
 
 def stand_in_block_of(node: fx.Node, neighbour: fx.Node) -> None:
-    """Put a node that was added to a captured graph into the checkpointed block of another."""
+    """Move a node that was added to a captured graph into the checkpointed block of another node."""
     node.meta |= {name: neighbour.meta[name] for name in ("recompute", "ac_graph_id") if name in neighbour.meta}
 
 
 def ask_recompute(node: fx.Node, region: int) -> None:
-    """Say that a captured node stands in the checkpointed block with this number."""
+    """Mark a captured node as part of the checkpointed block with this number."""
     node.meta["recompute"] = torch_checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
     node.meta["ac_graph_id"] = region
 
@@ -1011,12 +1018,12 @@ SizeGuard = Callable[[Sequence[torch.Tensor]], bool]
 
 
 def symbolic_mode() -> FakeTensorMode:
-    """A mode for tensors without data some sizes of which are symbols (:func:`symbolic`)."""
+    """Return a mode for tensors without data that may have symbolic sizes (:func:`symbolic`)."""
     return FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True, static_shapes=True)
 
 
 def symbolic(mode: FakeTensorMode, x: torch.Tensor, dynamic: Sequence[int], name: str) -> FakeTensor:
-    """``x`` without data, with symbols for the sizes of its axes in ``dynamic``."""
+    """Return ``x`` without data, with symbols for the sizes of the axes in ``dynamic``."""
     if not dynamic:
         return mode.from_tensor(x)
     kinds = [DimDynamic.DYNAMIC if axis in dynamic else DimDynamic.STATIC for axis in range(x.dim())]
@@ -1025,7 +1032,7 @@ def symbolic(mode: FakeTensorMode, x: torch.Tensor, dynamic: Sequence[int], name
 
 
 def as_example(mode: FakeTensorMode, x: FakeTensor, like: torch.Tensor) -> torch.Tensor:
-    """``x`` in the dtype of ``like``, with a gradient or a history of operators if that has one."""
+    """Return ``x`` in the dtype of ``like``; like that tensor, it is a leaf, requires a gradient or has a history."""
     if (x.dtype, x.requires_grad, x.is_leaf) == (like.dtype, like.requires_grad, like.is_leaf):
         return x
     with mode, torch.enable_grad():
@@ -1046,10 +1053,10 @@ def attach_examples(graph: fx.Graph, values: dict[fx.Node, Any], mode: FakeTenso
 
 
 def size_guard(mode: FakeTensorMode, examples: Sequence[Any]) -> SizeGuard | None:
-    """What compiling with symbols for sizes has assumed of them; None if nothing.
+    """Return a check of the assumptions on sizes that compiling with symbolic sizes has made; None if there are none.
 
     Args:
-        mode: the mode of those fake tensors, whose symbols it knows.
+        mode: the mode of the fake tensors, which knows their symbols.
         examples: arguments of the compiled function; those with symbols are fake tensors.
     """
     places = [place for place, x in enumerate(examples) if isinstance(x, FakeTensor)]
@@ -1060,22 +1067,22 @@ def size_guard(mode: FakeTensorMode, examples: Sequence[Any]) -> SizeGuard | Non
 
 
 RECOMPILE_LIMIT = "torch._dynamo.config.recompile_limit"
-"""Where a user sets :func:`recompile_limit`."""
+"""The setting that :func:`recompile_limit` returns."""
 
 
 def recompile_limit() -> int:
-    """How many times Dynamo compiles one piece of code before it gives up."""
+    """Return how many times Dynamo compiles one piece of code before it stops compiling it."""
     return int(dynamo_config.recompile_limit)
 
 
 def wrapper_like(kind: type[torch.Tensor], example: torch.Tensor) -> Any:
-    """A tensor of class ``kind`` with the shape and dtype of ``example`` and no memory."""
+    """Return a tensor of class ``kind`` with the shape and dtype of ``example`` and no memory."""
     make: Any = torch.Tensor._make_wrapper_subclass
     return make(kind, example.size(), strides=example.stride(), dtype=example.dtype, device=example.device)
 
 
 def without_subclasses() -> contextlib.AbstractContextManager[Any]:
-    """Within the context, torch functions take tensors of every class as plain ones."""
+    """Within the context, torch functions treat tensors of every class as plain tensors."""
     return cast(contextlib.AbstractContextManager[Any], torch._C.DisableTorchFunctionSubclass())
 
 
@@ -1085,18 +1092,18 @@ def is_plain() -> bool:
 
 
 def without_functions() -> contextlib.AbstractContextManager[Any]:
-    """Within the context, no mode and no class of tensors sees torch functions."""
+    """Within the context, no mode and no tensor class intercepts torch functions."""
     return cast(contextlib.AbstractContextManager[Any], torch._C.DisableTorchFunction())
 
 
 def memory_of(x: torch.Tensor) -> int:
-    """A number for the memory behind a tensor; the same for all views of it."""
+    """Return a number that identifies the memory of a tensor; it is the same for all views of the tensor."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
     return id(x) if wrapped or not is_strided(x) else storage_id(x.untyped_storage())
 
 
 def is_strided(x: torch.Tensor) -> bool:
-    """Whether a tensor has its elements in one memory, as no sparse one has."""
+    """Whether the elements of a tensor are in one memory, unlike those of a sparse tensor."""
     return x.layout == torch.strided and not x.is_nested
 
 
@@ -1106,7 +1113,7 @@ def is_method(function: Any) -> bool:
 
 
 def is_inlined(function: Any) -> bool:
-    """Whether Dynamo would write what a Python function of torch's does into a graph, and not the function."""
+    """Whether Dynamo would trace into a Python function of torch instead of recording a call of it."""
     if not isinstance(function, types.FunctionType):
         return False
     return is_method(function) or trace_rules.lookup(function) is not TorchInGraphFunctionVariable
@@ -1114,7 +1121,7 @@ def is_inlined(function: Any) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def unchecked(function: types.FunctionType) -> Callable[..., Any]:
-    """A copy of a Python function of torch's that does its work itself and asks no ``__torch_function__``."""
+    """Return a copy of a Python function of torch that does its work directly, without ``__torch_function__``."""
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     scope = {**function.__globals__, **dict.fromkeys(names, lambda *_: False)}
     cells = function.__closure__
@@ -1124,5 +1131,5 @@ def unchecked(function: types.FunctionType) -> Callable[..., Any]:
 
 
 def decomposition(operator: Any) -> Callable[..., Any] | None:
-    """Differentiable operators that do what a fused one does, as one function; None if torch has none."""
+    """Return a function that computes a fused operator with differentiable ones; None if torch has none."""
     return get_decompositions([operator]).get(operator)

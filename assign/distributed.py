@@ -1,8 +1,8 @@
 """Train one planned model in several processes, with DDP or FSDP2.
 
-A planned model is one graph, and what waits for the whole of a graph waits here: gradients are there, and reduced, when
-the whole backward pass is over; what ``fully_shard`` sharded, in whatever parts, is gathered before the forward pass
-and stays so up to then. Between two steps parameters, gradients and optimizer states are sharded as usual.
+A planned model is one graph, so some work is done only at its ends. Gradients exist, and are reduced, when the whole
+backward pass is over. Parameters that ``fully_shard`` sharded, in whatever parts, are gathered before the forward pass
+and stay gathered until then. Between two steps, parameters, gradients and optimizer states are sharded as usual.
 """
 
 import contextlib
@@ -37,20 +37,22 @@ def is_several() -> bool:
 
 
 def world_size() -> int:
-    """How many processes train together: those of the group, or those that ``torchrun`` says it has started."""
+    """Return the number of processes that train together: those of the group, or those that ``torchrun`` started."""
     return dist.get_world_size() if is_several() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def data_parallel(planned: nn.Module, **options: Any) -> DistributedDataParallel:
-    """Wrap a model in ``DistributedDataParallel`` whose plan stores gradients in another dtype than their masters.
+    """Wrap a planned model in ``DistributedDataParallel`` if gradients and masters are stored in different dtypes.
 
-    DDP's buckets have the parameters' dtypes and refuse such gradients; so here DDP reduces each gradient by itself, in
-    the gradient's own dtype, without buckets. ``no_sync`` and buffers are as usual. For other plans
-    ``DistributedDataParallel`` itself is the faster way.
+    The buckets of DDP have the parameters' dtypes and reject such gradients. DDP therefore reduces each gradient
+    separately, in the gradient's own dtype, without buckets. ``no_sync`` and buffers work as usual. For other plans,
+    plain ``DistributedDataParallel`` is faster.
 
     Args:
         planned: from :func:`assign.apply`.
-        options: of ``DistributedDataParallel``.
+        options: options of ``DistributedDataParallel``.
+    Returns:
+        The wrapped model.
     """
     with _torch.reducer_by_parameter():
         wrapped = DistributedDataParallel(planned, **options)
@@ -59,25 +61,25 @@ def data_parallel(planned: nn.Module, **options: Any) -> DistributedDataParallel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside a ``DistributedDataParallel``, or the module itself."""
+    """Return the module inside a ``DistributedDataParallel``, or the module itself."""
     inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     return inner
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The part of a ``DTensor`` that is in this process, in the same memory; a plain tensor as it is."""
+    """Return the part of a ``DTensor`` that is in this process, in the same memory; a plain tensor as it is."""
     sharded: Any = tensor
     part: Tensor = sharded.to_local() if is_sharded(tensor) else tensor
     return part
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``, of which each process has a part."""
-    return hasattr(tensor, "to_local")  # the class takes half a second to import
+    """Whether a tensor is a ``DTensor``, of which each process has a part."""
+    return hasattr(tensor, "to_local")  # importing the class takes half a second
 
 
 def like_sharded(part: Tensor, tensor: Tensor) -> Tensor:
-    """A ``DTensor``, sharded as ``tensor`` is, of which ``part`` is here; ``part`` itself beside a plain tensor."""
+    """Return a ``DTensor``, sharded like ``tensor``, whose local part is ``part``; if ``tensor`` is plain, ``part``."""
     if not is_sharded(tensor):
         return part
     from torch.distributed.tensor import DTensor
@@ -94,10 +96,10 @@ def like_sharded(part: Tensor, tensor: Tensor) -> Tensor:
 
 
 def sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of every process's ``counts``; they themselves where there is one process.
+    """Return the sum of ``counts`` over all processes; ``counts`` itself if there is one process.
 
     Args:
-        counts: of the same shape and dtype in all.
+        counts: of the same shape and dtype in all processes.
         group: None for all processes.
     """
     if not is_several():
@@ -109,9 +111,9 @@ def sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 @contextlib.contextmanager
 def synchronized_rng(device: torch.device) -> Iterator[None]:
-    """Within the context, all processes draw the same random numbers; behind it each goes on with its own.
+    """Within the context, all processes draw the same random numbers. Afterwards each restores its own RNG state.
 
-    All processes enter it together.
+    All processes must enter the context together.
     """
     if not is_several():
         yield
@@ -124,15 +126,15 @@ def synchronized_rng(device: torch.device) -> Iterator[None]:
 
 
 def _device(group: dist.ProcessGroup | None) -> str:
-    """Where the group's collectives find their tensors."""
+    """Return the device type on which the group's collectives expect their tensors."""
     return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
 
 
 def check_one_module(model: nn.Module) -> None:
-    """Refuse a model that is wrapped already.
+    """Reject a model that is wrapped already.
 
     Raises:
-        PlanError: says the other order.
+        PlanError: names the other order.
     """
     if isinstance(model, DistributedDataParallel):
         raise PlanError(
@@ -142,7 +144,7 @@ def check_one_module(model: nn.Module) -> None:
 
 
 def check_sharded(model: nn.Module, plan: Assignment) -> None:
-    """Refuse what FSDP2 cannot keep, or what would undo the plan.
+    """Reject plans that FSDP2 cannot store, and FSDP2 settings that would undo the plan.
 
     Raises:
         PlanError: names the first module or parameter.
@@ -166,7 +168,7 @@ def check_sharded(model: nn.Module, plan: Assignment) -> None:
 
 
 def wrap_distributed(compiled: Callable[..., Any], plan: Assignment) -> Callable[..., Any]:
-    """``call(module, *args)`` → ``compiled(*args)``, with what DDP and FSDP2 need around it.
+    """Return ``call(module, *args)``, which runs ``compiled(*args)`` with the checks and hooks that DDP and FSDP2 need.
 
     Raises (when called):
         PlanError: DDP or FSDP2 as they are set up cannot train what the plan stores.
@@ -214,7 +216,7 @@ def _refuse_split(plan: Assignment) -> None:
 
 
 def _gathering(module: nn.Module, shards: dict[str, Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """``compiled`` with the parameters of all shards whole; FSDP2's hooks at the module itself see to what follows."""
+    """Return ``compiled`` with the parameters of all shards gathered; FSDP2's hooks at the module do the rest."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         inner = [shard for shard in shards.values() if shard is not module]
@@ -238,22 +240,22 @@ def _whole(shards: list[Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        if not torch.is_grad_enabled():  # no backward pass will do it
+        if not torch.is_grad_enabled():  # no backward pass will reshard
             for shard in shards:
                 shard.reshard()
 
 
 def _shards(model: nn.Module) -> dict[str, Any]:
-    """The parts of a model that ``fully_shard`` was called on, itself included, by path."""
+    """Return the parts of a model on which ``fully_shard`` was called, possibly the model itself, by path."""
     if not is_several():
         return {}
-    from torch.distributed.fsdp import FSDPModule  # here: it takes half a second to import
+    from torch.distributed.fsdp import FSDPModule  # here: the import takes half a second
 
     return {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
 
 
 def _narrow_gradient(plan: Assignment) -> str | None:
-    """The first parameter whose gradient the plan stores in another dtype than its master."""
+    """Return the first parameter whose gradient the plan stores in another dtype than its master."""
     keys = (Key.parse(key, plan.entries) for key in plan.entries)
     weights = (key.name for key in keys if key.part in (Part.MASTER, Part.STORED_GRADIENT))
     formats = ((key, gradient_format(plan.entries, key), master_format(plan.entries, key)) for key in weights)
@@ -284,7 +286,7 @@ def _check_policy(name: str, module: nn.Module) -> None:
 
 
 def _check_masters(name: str, module: nn.Module, plan: Assignment) -> None:
-    """``fully_shard`` keeps the parameters of a part, without those of parts within it, in one dtype."""
+    """Check that a sharded part has masters of one format: ``fully_shard`` stores its own parameters in one dtype."""
     within = [part for part in _shards(module).values() if part is not module]
     others = {parameter for part in within for parameter in part.parameters()}
     own = [key for key, p in module.named_parameters(prefix=name) if p not in others and p.requires_grad]

@@ -2,15 +2,15 @@
 
 =======================  ============================================================
 ``apply``                The entry points.
-``pipeline``             Runs the graph ``passes`` in order, and logs them.
-``context``              What the passes need to know.
+``pipeline``             Run the graph ``passes`` in order, and log them.
+``context``              Information that the passes need.
 ``backends``             Eager, and compiled by Inductor.
-``fit``                  Does the plan fit the captured step?
-``parameter_storage``    Store parameters as the plan says.
+``fit``                  Check the plan against the captured step.
+``parameter_storage``    Store parameters in the dtypes of the plan.
 ``methods``              Methods of a planned model.
 ``unused``               Parameters without a gradient.
 ``sparse``               Sparse gradients.
-``compiled_memory``      Peak of a compiled step.
-``latency``              Seconds of each choice.
+``compiled_memory``      Peak memory of a compiled step.
+``latency``              Seconds of each candidate.
 =======================  ============================================================
 """

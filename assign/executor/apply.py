@@ -1,8 +1,8 @@
-"""Apply a plan to a model: same module, parameters and ``state_dict``, another arithmetic.
+"""Apply a plan to a model: the module, its parameters and its ``state_dict`` stay the same, the arithmetic changes.
 
-The planned module shares its ``__dict__`` with the user's: same class by ``isinstance``, same parameters, same training
-flag. Only calling it differs: the call is captured, marked, packed and compiled, once per shape and mode, as
-``torch.compile`` does.
+The planned module shares its ``__dict__`` with the user's module: it is of the same class by ``isinstance``, and has
+the same parameters and training flag. Only calling it differs: the call is captured, marked, packed and compiled, once
+per shape and mode, as ``torch.compile`` does.
 """
 
 import contextlib
@@ -49,24 +49,24 @@ def apply(
 
     The result shares the parameters, their names and the ``state_dict`` of ``model``. If the plan stores masters,
     gradients or buffers in another dtype, those of ``model`` are converted, rounded to nearest. For masters in
-    ``bf16+8`` the ``state_dict`` holds the bf16 part and that of the optimizer the rest:
-    :func:`assign.optim.widened_weights` joins them. Code that is called outside the module, such as a loss on its
-    output, runs as usual; entries under ``loss/`` require :func:`planned_step`. Optimizer states follow the plan with
+    ``bf16+8``, the model's ``state_dict`` holds the bf16 part and the optimizer's ``state_dict`` the other 8 bits;
+    :func:`assign.optim.widened_weights` joins them. Code that is called outside the module, such as a loss on its output,
+    runs as usual; entries under ``loss/`` require :func:`planned_step`. Optimizer states follow the plan with
     :func:`assign.optimizer`. Sparse gradients of embeddings stay sparse (:mod:`assign.executor.sparse`).
 
-    Wrap the planned module in ``DistributedDataParallel``; in :func:`assign.distributed.data_parallel` if gradients are
-    stored in another dtype than their masters; or use ``fully_shard``, before or after, if masters are in float32. See
-    :mod:`assign.distributed`.
+    For several processes, wrap the planned module in ``DistributedDataParallel``, or in :func:`assign.distributed.data_parallel` if
+    gradients are stored in another dtype than their masters. If masters are in float32, ``fully_shard`` also works,
+    called before or after this function. See :mod:`assign.distributed`.
 
     Args:
         model: in any floating-point dtypes. It can still be called without the plan, unless the plan has changed the
             dtype of its parameters or buffers.
         plan: for this model.
         backend: ``inductor`` (compiled, fast) or ``eager`` (no compiler needed, exact memory, slower rounding).
-        promotion: made for ``plan``: tensors that overflow too often get their high format back.
+        promotion: made for ``plan``; changes tensors that overflow too often to their high format.
         scales: histories of delayed scales. Default: new ones.
         log_passes: called with a :class:`assign.executor.context.PassChange` for each graph pass, whenever a graph is
-            captured: what it added and removed.
+            captured; says what the pass added and removed.
     Returns:
         A module of the same class as ``model``.
     Raises:
@@ -122,9 +122,9 @@ def apply(
 
 
 class _PlannedClasses(dict[tuple[int, int, str], tuple[Assignment, Promotion | None, type]]):
-    """Classes that :func:`autocast` made for a model, kept in the model, which they refer to: both are freed together.
+    """Classes that :func:`autocast` made for a model, stored in that model; they and the model are freed together.
 
-    A copy of the model, or a pickle, gets an empty dict in its place.
+    A copy of the model, or a pickle, gets an empty dict instead.
     """
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
@@ -140,7 +140,7 @@ def autocast(
     A second context with the same model, plan and promotion reuses the compiled code.
 
     Args:
-        model: its class is another one within the context; as for :func:`apply`.
+        model: as for :func:`apply`; its class is replaced within the context.
         plan: as for :func:`apply`.
         backend: as for :func:`apply`.
         promotion: as for :func:`apply`.
@@ -177,7 +177,7 @@ def autocast(
 
 
 def first_lasting(plan: Assignment) -> str | None:
-    """Key of the first master, gradient or buffer stored narrowly: there applying the plan changes the model."""
+    """Return the key of the first narrow master, gradient or buffer; applying the plan changes it in the model."""
     narrow = (key for key, entry in plan.entries.items() if entry.format != "fp32")
     return next((key for key in narrow if Key.parse(key, plan.entries).is_in_model), None)
 
@@ -198,7 +198,7 @@ def planned_step(
     reduces only gradients of modules that are called through it: use :func:`apply` there.
 
     Args:
-        model: as for :func:`apply`; its class stays as it is.
+        model: as for :func:`apply`; its class does not change.
         loss: ``loss(model, batch)`` → scalar tensor.
         plan: as for :func:`apply`.
         backend: as for :func:`apply`.
@@ -223,7 +223,7 @@ def planned_step(
 
 
 def store(model: nn.Module, plan: Assignment) -> None:
-    """Make sure that the plan is the model's, and give parameters and gradients their dtypes."""
+    """Check that the plan belongs to the model, and convert parameters and gradients to the dtypes of the plan."""
     distributed.check_one_module(model)
     check_parameters(model)
     _check_parameters_named(model, plan)
@@ -243,10 +243,11 @@ def compile_planned(
     whole: bool = False,
     log: PassLog | None = None,
 ) -> Callable[..., Any]:
-    """``call(module, …)`` → ``loss(model, …)`` under the plan; ``module`` is what the user calls.
+    """Return ``call(module, …)``, which computes ``loss(module, …)`` under the plan; ``module`` is what the user calls.
 
-    What the plan stores must be so in the model already; ``graph_backend`` is :func:`make_backend`'s. With ``whole``,
-    the step is one graph in any case, as ``compile_step`` says. ``log`` is called with the change of each graph pass.
+    The model must already store its parameters as the plan says (:func:`store`). ``graph_backend`` comes from
+    :func:`make_backend`. With ``whole``, the step is one graph in any case, see ``compile_step``. ``log`` is called
+    with the change of each graph pass.
     """
     if promotion is not None and not promotion.watches(plan):
         raise PlanError(
@@ -272,7 +273,7 @@ def compile_planned(
         examples = [*(tap.detach().requires_grad_() for tap in all_taps(capture.inputs)), *live]
         run = with_sparse_gradients(graph_backend(capture.graph, [*capture.inputs, *examples]), sparse)
         added = [*(node for tap in taps for node in tap.nodes), *(node for node, _ in step.runtime)]
-        for node in added:  # Dynamo counts the inputs of its graph once more
+        for node in added:  # Dynamo counts the inputs of its graph again
             _torch.drop_input(capture.graph, node)
         tapped = (lambda *inputs: run(*inputs, *all_taps(inputs), *live)) if added else run
         return without_unused_gradients(tapped, capture, needed) if capture.training else tapped
@@ -284,14 +285,14 @@ def compile_planned(
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         delayed.begin(torch.is_grad_enabled())
-        with torch.autocast(_device_type(model), enabled=False):  # the plan decides, not an autocast around it
+        with torch.autocast(_device_type(model), enabled=False):  # the plan decides, not a surrounding autocast
             return compiled(module, *args, **kwargs)
 
     return call
 
 
 def _share(model: nn.Module, kind: type) -> Any:
-    """An object of class ``kind`` whose state is the model's own."""
+    """Return an object of class ``kind`` that shares the model's state."""
     twin: Any = object.__new__(kind)
     object.__setattr__(twin, "__dict__", model.__dict__)
     return twin
@@ -303,7 +304,7 @@ def _plain(model: nn.Module, kind: type) -> nn.Module:
 
 
 def _calling(kind: type[nn.Module], name: str) -> Callable[..., Any]:
-    """The method ``name``, as a function."""
+    """Return the method ``name`` as a function."""
     method: Callable[..., Any] = getattr(kind, name)
     return lambda model, *args, **kwargs: method(model, *args, **kwargs)
 
@@ -328,9 +329,9 @@ def _graph_backend(plan: Assignment, backend: str, log: PassLog | None) -> _torc
 
 
 def _check_parameters_named(model: nn.Module, plan: Assignment) -> None:
-    """Early, before anything is captured: every parameter of the model stands in the plan and the other way round.
+    """Check, before capture, that every parameter of the model is in the plan and the other way round.
 
-    A plan without any is for a model whose parameters are read outside every captured piece.
+    A plan without any parameter is valid: its model reads its parameters outside every captured piece.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
     keys = {text: Key.parse(text, plan.entries) for text in plan.entries}

@@ -15,7 +15,7 @@ from assign.plan.plan import Assignment
 
 
 class Backend(StrEnum):
-    """How a plan runs."""
+    """How a plan is run."""
 
     EAGER = "eager"
     INDUCTOR = "inductor"
@@ -30,9 +30,9 @@ def make_backend(
     """Return a Dynamo backend for graphs that are marked with ``plan``.
 
     Args:
-        plan: whose entries the packing follows.
-        backend: what runs.
-        compiler: what becomes of each graph, in place of the backend's own.
+        plan: the plan whose entries the packing follows.
+        backend: how the graphs run.
+        compiler: compiles each graph, instead of the backend's own compiler.
         log: called with the change of each graph pass.
     """
     compiled = backend is Backend.INDUCTOR

@@ -1,8 +1,8 @@
 """Predict the memory of a compiled step: Inductor writes its programs, and they run without data.
 
-Which values Inductor fuses away, which buffers it uses again and in which order it computes, only Inductor knows. So it
-is asked: it writes the program of each pass as it would for training, and stops before kernels are compiled. The
-program then runs on tensors that have no data, its kernels do nothing, and what it makes and drops is counted.
+Only Inductor knows which values it fuses away, which buffers it reuses and in which order it computes. It therefore
+writes the program of each pass as for training, and stops before kernels are compiled. The program then runs on tensors
+that have no data, and its kernels do nothing. The bytes that it allocates and frees are counted.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ class Rehearsal:
     """Predicted memory of one compiled step.
 
     Attributes:
-        peak_bytes: alive at the worst moment of the step, masters, states, buffers and the batch included.
-        peak_in: where that moment is: ``forward``, ``backward`` or ``optimizer``.
-        forward_bytes: what the forward pass makes, at its worst moment.
+        peak_bytes: peak memory of the step, including masters, optimizer states, buffers and the batch.
+        peak_in: pass of the peak: ``forward``, ``backward`` or ``optimizer``.
+        forward_bytes: peak of what the forward pass allocates.
         saved_bytes: saved activations, the loss included.
-        backward_bytes: the worst moment of the backward pass: saved activations, temporary tensors, gradients.
+        backward_bytes: peak of the backward pass: saved activations, temporary tensors and gradients.
     """
 
     peak_bytes: int
@@ -56,21 +56,21 @@ def rehearse(
 ) -> Rehearsal:
     """Predict the memory of one step under ``plan`` that Inductor compiles. Nothing is computed.
 
-    It takes some seconds: Inductor runs without its compilers. Memory that kernels of libraries allocate is counted
-    as in :mod:`assign.tracing.workspace`.
+    It takes some seconds: Inductor runs without its compilers. Memory that kernels of libraries allocate is counted as
+    in :mod:`assign.tracing.workspace`.
 
     Args:
         model: as for :func:`assign.trace`. If the plan stores some of it narrowly, a copy is used. Or the result of
-            :func:`assign.trace`, in place of model, batch, loss and table: ``rehearse(step, plan=plan)``.
+            :func:`assign.trace`, instead of model, batch, loss and table: ``rehearse(step, plan=plan)``.
         batch: argument of ``loss``.
         loss: ``loss(model, batch)`` → scalar tensor.
         plan: for this model.
-        table: of the same model, batch and loss, traced with the optimizer, whose step is part of the peak.
+        table: of the same model, batch and loss, traced with the optimizer, whose step is included in the peak.
     Returns:
-        Bytes of the compiled step and where its peak is reached.
+        Bytes of the compiled step and the pass of its peak.
     Raises:
         PlanError: the plan is for another model.
-        TraceError: as for :func:`assign.trace`; or an argument is missing, or is given beside a traced step.
+        TraceError: as for :func:`assign.trace`; or an argument is missing, or is given with a traced step.
     """
     if isinstance(model, Step):
         refuse_more("rehearse", batch=batch, loss=loss, table=table)
@@ -116,7 +116,7 @@ def log_passes(
         batch: argument of ``loss``.
         loss: ``loss(model, batch)`` → scalar tensor.
         plan: for this model.
-        backend: what the graphs are made for.
+        backend: the backend for which the graphs are made.
     Returns:
         One entry for each pass and graph.
     Raises:
@@ -145,7 +145,7 @@ def _stop(*_args: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Program:
-    """What runs in place of one graph; values by the names that both graphs have for them."""
+    """A program that runs instead of one graph; both graphs use the same names for values."""
 
     arguments: tuple[str, ...]
     examples: Sequence[Any]
@@ -161,7 +161,7 @@ class _Programs:
         self._backward: _Program | None = None
 
     def receive(self, graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-        """In place of Inductor's compiler of one graph."""
+        """Write and load the program of one graph, instead of Inductor's compiler."""
         arguments = tuple(node.name for node in graph.graph.find_nodes(op="placeholder"))
         outputs: Any = _torch.output_of(graph).args[0]
         results = tuple(node.name if isinstance(node, fx.Node) else "" for node in outputs)
@@ -177,7 +177,7 @@ class _Programs:
         return _torch.boxed(_stop)
 
     def run(self) -> tuple[int, int, int]:
-        """Bytes of the forward pass at its worst, of what it leaves behind, of the backward pass at its worst."""
+        """Return the peak bytes of the forward pass, the bytes that it saves, and the peak bytes of the backward."""
         if self._forward is None or self._backward is None:
             raise TraceError("rehearse: the loss does not use the model, or no parameter of it requires a gradient.")
         with _torch.without_data(self._forward.examples):

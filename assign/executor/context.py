@@ -1,4 +1,4 @@
-"""What the graph passes need to know of the plan and of the step."""
+"""Information about the plan and the step that the graph passes need."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ from assign.tracing.tensor_sites import Walk
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassChange:
-    """What one pass changed in one graph.
+    """The changes that one pass made in one graph.
 
     Attributes:
         graph: ``captured``, ``joint``, ``forward``, ``backward``, or ``lowered`` by Inductor.
-        name: of the pass.
-        nodes: how many the graph has now.
-        added: operators that it has more often than before, and how often.
-        removed: operators that it has less often.
+        name: name of the pass.
+        nodes: number of nodes after the pass.
+        added: operators that occur more often than before, and by how much.
+        removed: operators that occur less often than before, and by how much.
     """
 
     graph: str
@@ -38,17 +38,17 @@ class PassChange:
 
 
 PassLog = Callable[[PassChange], None]
-"""What is called with the change of each graph pass."""
+"""Function that is called with the change of each graph pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tap:
-    """One more input of a marked graph, behind its others: for the gradient of a parameter.
+    """One more input of a marked graph, after its others: for the gradient of a parameter.
 
     Attributes:
-        nodes: the input; two where the gradient has a scale, which is the second.
-        position: of the parameter among the inputs.
-        dtype: of the gradient.
+        nodes: the input; two if the gradient has a scale, which is the second.
+        position: position of the parameter among the inputs.
+        dtype: dtype of the gradient.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -58,12 +58,12 @@ class Tap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A captured step with names for its tensors, and what changes its formats while it trains.
+    """A captured step with names for its tensors, and the objects that change its formats during training.
 
     Attributes:
-        taps: inputs that the marked graph has behind its others.
-        runtime: behind these, the last one: what promotion and delayed scales change. Empty if nothing of the graph
-            is changed so.
+        taps: inputs that the marked graph has after its other inputs.
+        runtime: the last input, after the taps, with the formats and scales that promotion and delayed scaling change.
+            Empty if they change nothing in the graph.
     """
 
     capture: Capture
@@ -76,11 +76,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What the graph passes need to know.
+    """Information that the graph passes need.
 
     Attributes:
         plan: with an entry for every tensor that is trained.
-        channels_last: images will be laid out so when the graph runs.
+        channels_last: whether images are laid out channels-last when the graph runs.
         step: for passes on the captured step, which add taps to it.
         log: called with the change of each pass.
     """

@@ -1,7 +1,7 @@
 """Check whether a plan fits a captured step, and handle the differences from the planned step.
 
-A training loop may run other parts of a model than the plan's step did: another head, a second call, a method, a
-parameter that was frozen. Such differences are told from a plan of another model by the paths of modules.
+A training loop may run other parts of a model than the planned step: another head, a second call, a method, a parameter
+that was frozen. The paths of modules distinguish such differences from a plan of another model.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from assign.tracing.tensor_sites import Walk
 
 
 class Scope(StrEnum):
-    """What is captured: a whole step with its loss, one call of the model, or one call of another of its methods."""
+    """The captured code: a whole step with its loss, one call of the model, or one call of another of its methods."""
 
     STEP = "step"
     CALL = "call"
@@ -29,16 +29,16 @@ def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> dict[
     """Check that a plan fits a captured training step.
 
     Parameters that were frozen when the plan was made get the recipe's high format for their gradients. Tensors of a
-    module that the plan does not know, or of a method that it does not know, are not narrowed. Both are said in a
-    warning. Entries of modules that this step does not run, and of a second call that is not in this graph, wait for
-    another step. A step whose code looks at values may take another branch than the planned step did, or call an
-    operator more often or less often: what is new is not narrowed. What is computed of the batch alone may have other
-    tensors, or none: the batch may come in another dtype.
+    module, or of a method, that the plan does not know are not narrowed. A warning reports both. Entries of modules
+    that this step does not run, and of a second call that is not in this graph, are kept for another step. A step whose
+    code looks at values may take another branch than the planned step, or call an operator more or less often: new
+    tensors are not narrowed. Tensors computed from the batch alone may differ, because the batch may come in another
+    dtype.
 
     Returns:
         Entries for the gradients of parameters that were frozen when the plan was made.
     Raises:
-        PlanError: a tensor has no entry, or an entry no tensor, for another reason: names the nearest keys.
+        PlanError: for another reason, a tensor has no entry or an entry has no tensor; names the nearest keys.
     """
     frozen = {name for node, name in capture.parameters.items() if not _torch.fake_value(node).requires_grad}
     keys = [site.key for site in walked.sites]
@@ -76,7 +76,7 @@ def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> dict[
 def _waits(key: str, frozen: Iterable[str], run: Iterable[str], scope: Scope) -> bool:
     """Whether an entry may be without a tensor in this step."""
     parts = Key.of_step(key)
-    if not parts.is_activation:  # names of parameters have been compared before
+    if not parts.is_activation:  # names of parameters were compared before
         return parts.name in frozen or scope is not Scope.STEP or parts.module not in run
     outside = scope is not Scope.STEP and (parts.module in ("", LOSS) or parts.is_repeated)
     return outside or parts.module not in run or parts.is_input

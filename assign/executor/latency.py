@@ -1,9 +1,9 @@
-"""Measure the seconds of every node of a step in each format that its tensors may have.
+"""Measure the seconds of every node of a step in each candidate format of its tensors.
 
-All tensors take the first of their formats, then all the second, and so on; the packed graphs run node by node, as in
-the eager backend. A node's seconds go to the tensor it is labelled with: forward to the tensor, backward to its
-gradient, what packs and unpacks a copy to the tensor whose copy it is. So an operator that computes in another dtype
-because of its neighbours' formats is counted as if these had changed along with it.
+All tensors take the first of their formats, then all take the second, and so on; the packed graphs run node by node, as
+in the eager backend. The seconds of a node are added to the tensor in its label: forward nodes to the tensor, backward
+nodes to its gradient, and nodes that pack and unpack a saved activation to the tensor itself. An operator that computes
+in another dtype because of its neighbours' formats is therefore counted as if the neighbours had changed along with it.
 """
 
 import copy
@@ -37,7 +37,7 @@ from assign.tracing.step import NOT_GIVEN, Step
 from assign.tracing.tracer import as_step
 
 REPEATS = 5
-"""Timed steps for each format; of every node the median counts."""
+"""Timed steps for each format; the median over them is used for every node."""
 
 _ROUNDING = (torch.ops.assign.quantize.default, torch.ops.assign.scale_quantize.default)
 _UNPACKING = (torch.ops.assign.decode.default, torch.ops.assign.decode_blocks.default)
@@ -57,20 +57,21 @@ def measure_times(
     """Measure the seconds of a forward and backward pass, by tensor and format.
 
     Args:
-        model: it is not changed: a copy runs; or the result of :func:`assign.trace`, in place of all three.
+        model: a copy of it runs, it is not changed; or the result of :func:`assign.trace`, instead of model, batch and
+            loss.
         batch: argument of ``loss``.
         loss: ``loss(model, batch)`` → scalar tensor.
-        space: its formats are timed for each tensor, those of saved activations with all tensors in the first of their
-            formats; or the name of a recipe.
-        non_finite: keys of activations that are saved in none of these.
+        space: its formats are timed for each tensor; formats of saved activations are timed with all tensors in their
+            first format. Or the name of a recipe.
+        non_finite: keys of activations for which no format of saved activations is timed.
         repeats: timed steps for each format, after one that is not timed.
         clock: function that returns seconds.
     Returns:
-        Seconds of each choice, and of the rest of the step.
+        Seconds of each candidate, and of the rest of the step.
     Raises:
         PlanError: ``repeats`` is less than 1.
         FormatError: a format does not exist.
-        TraceError: as :func:`assign.trace`; or a traced step and a batch or loss are given.
+        TraceError: as for :func:`assign.trace`; or a batch or loss is given with a traced step.
     """
     if repeats < 1:
         raise PlanError(f"times: {repeats} timed steps are asked for; give 1 or more.")
@@ -101,7 +102,7 @@ def measure_times(
 
 
 def _passes(candidates: Mapping[str, Sequence[Format]], pins: Mapping[str, str]) -> list[dict[str, Format]]:
-    """A format for every tensor: the first of all, the second of all, …; and the pins."""
+    """Return a format for every tensor in each pass: the first formats, the second formats, …; at the end the pins."""
     places = max(map(len, candidates.values()), default=0)
     passes = [{key: each[min(place, len(each) - 1)] for key, each in candidates.items()} for place in range(places)]
     pinned = {key: parse_format(name) for pattern, name in pins.items() for key in fnmatch.filter(candidates, pattern)}
@@ -115,7 +116,7 @@ def _time_step(
     repeats: int,
     clock: Callable[[], float],
 ) -> dict[str, float]:
-    """Seconds by key, those of nodes without one under ``''``."""
+    """Return seconds by key; those of nodes without a key are under ``''``."""
     model = copy.deepcopy(traced.model)
     store(model, plan)
     timers: list[_Timer] = []
@@ -165,7 +166,7 @@ def _key_of(node: fx.Node, keys: frozenset[str]) -> str:
 
 
 def _restores(node: fx.Node) -> bool:
-    """Whether a backward node makes a forward value once more: a copy unpacked, or an input's mark computed again."""
+    """Whether a backward node restores a forward value: by unpacking it, or by computing an input's mark again."""
     maker = _torch.source_of(node) if node.target is operator.getitem else node
     if maker.target not in _ROUNDING:
         return maker.target in _UNPACKING

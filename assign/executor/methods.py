@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from assign import _torch
 
 _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning")
-"""Packages whose modules have methods for the training loop and not for the model's computation."""
+"""Packages whose modules have methods for the training loop, not for the model's computation."""
 
 
 def methods_of(kind: type[nn.Module]) -> Iterator[str]:
-    """Names of the methods that compute: public, of the model's own classes, and no detour to calling the model."""
+    """Yield the names of methods that compute: public, of the model's own classes, and not calling the model."""
     seen = set(dir(nn.Module))
     for each in kind.__mro__:
         own = issubclass(each, nn.Module) and each.__module__.partition(".")[0] not in _FRAMEWORKS
@@ -30,11 +30,11 @@ def methods_of(kind: type[nn.Module]) -> Iterator[str]:
 def planned_method(
     name: str, plain: Callable[[nn.Module], nn.Module], compiled: Callable[[], Callable[..., Any]]
 ) -> Callable[..., Any]:
-    """The method ``name`` of a planned model: under the plan where it is given a tensor, else the plain one.
+    """Return the method ``name`` of a planned model: under the plan if an argument is a tensor, else the plain method.
 
     Args:
-        name: of the method, which the plain model has too.
-        plain: the model without the plan.
+        name: name of the method, which the plain model has too.
+        plain: returns the model without the plan.
         compiled: makes the method under the plan, as a function of the planned model and the arguments.
     Returns:
         A function for the body of the planned model's class.
@@ -50,7 +50,7 @@ def planned_method(
 
 
 def _calls_itself(function: FunctionType) -> bool:
-    """Whether a method calls the model (``self(x)``), which is planned already; True where its source is not there."""
+    """Whether a method calls the model (``self(x)``), which is planned already; True if its source is not available."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):

@@ -17,16 +17,16 @@ from assign.tracing.loaded import complete, note_loaded_dtypes
 
 
 def master_dtype(plan: Assignment, key: str) -> torch.dtype:
-    """Dtype of the parameter ``key`` itself."""
+    """Return the dtype of the parameter ``key`` itself."""
     return torch_dtype(stored_dtype(master_format(plan.entries, key)))
 
 
 def store_parameters(model: nn.Module, plan: Assignment) -> None:
-    """Give the model's parameters the dtypes of their masters, rounded to nearest; its gradients and buffers theirs.
+    """Convert the model's parameters to the dtypes of their masters, rounded to nearest, and its gradients and buffers.
 
     The extra bits of a master are kept for the optimizer (:mod:`assign.optim.masters`).
 
-    From then on the model refuses a ``state_dict`` whose values it cannot hold. Doing it twice changes nothing.
+    Afterwards the model rejects a ``state_dict`` with values that it cannot hold. A second call changes nothing.
 
     Raises:
         PlanError: the plan stores a buffer that the model does not have, or that is not in float32; or extra bits of a
@@ -65,7 +65,7 @@ def _check_trained(split: Collection[str], named: Mapping[str, nn.Parameter]) ->
 
 
 def _stored_buffers(model: nn.Module, plan: Assignment) -> list[tuple[torch.Tensor, torch.dtype]]:
-    """The buffers that the plan has entries for, with the dtypes that it gives them."""
+    """Return the buffers that have entries in the plan, with their dtypes in the plan."""
     named = dict(model.named_buffers())
     found = []
     keys = (Key.parse(key, plan.entries) for key in plan.entries)
@@ -105,7 +105,7 @@ def _store(parameter: nn.Parameter, dtype: torch.dtype, gradient_dtype: torch.dt
 
 
 def _refuse_loss(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse what ``load_state_dict`` would round without a word; a hook that knows nothing but the model."""
+    """Reject values that ``load_state_dict`` would round silently; a hook that refers to the model only."""
     named: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     given = {name: state_dict.get(prefix + name) for name in named}
     found = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}

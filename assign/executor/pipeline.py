@@ -29,7 +29,7 @@ JOINT: Sequence[Pass] = (pack, narrow_products)
 """Passes on the joint graph of forward and backward pass."""
 
 JOINT_COMPILED: Sequence[Pass] = (*JOINT, reuse_grids, keep_in_backward)
-"""The same where Inductor compiles what comes of it."""
+"""Passes on the joint graph if Inductor compiles the result."""
 
 PARTITIONED: Sequence[Pass] = (fuse_scales,)
 """Passes on the forward and on the backward graph."""
@@ -42,10 +42,10 @@ def run_passes(graph: fx.GraphModule, passes: Sequence[Pass], context: Context, 
     """Run passes one after the other.
 
     Args:
-        graph: it is edited in place.
+        graph: edited in place.
         passes: one of the sequences of this module.
-        context: what they need to know; its log is told of each pass.
-        name: of the graph, for the log.
+        context: information for the passes; its log is called for each pass.
+        name: name of the graph, for the log.
     Returns:
         The graph.
     """
@@ -67,7 +67,7 @@ def run_passes(graph: fx.GraphModule, passes: Sequence[Pass], context: Context, 
 
 
 def _count(graph: fx.GraphModule) -> Counter[str]:
-    """Operators of a graph, bodies of checkpointed blocks included, and how often each occurs."""
+    """Return how often each operator of a graph occurs, bodies of checkpointed blocks included."""
     modules = (module for module in graph.modules() if isinstance(module, fx.GraphModule))
     return Counter(_operator(node) for module in modules for node in module.graph.nodes)
 
@@ -80,7 +80,7 @@ def _operator(node: fx.Node) -> str:
 
 
 def source_files(package: Path) -> list[Path]:
-    """Return the files of the package whose code can change a graph: they are part of the key of Inductor's cache."""
+    """Return the files of the package whose code can change a graph: they are part of Inductor's cache key."""
     folders = ("executor", "formats", "memory", "numerics", "optim", "plan", "tracing")
     found = (path for folder in folders for path in (package / folder).rglob("*.py"))
     return sorted([*found, *package.glob("*.py")])

@@ -1,8 +1,8 @@
 """Keep sparse gradients of embeddings sparse, as in plain PyTorch.
 
-A joint graph knows dense gradients only, so that for a moment in the backward pass the gradient is dense; of it the
-rows are kept that are not all zero. Plain PyTorch also keeps a row that was looked up and whose gradient is zero, and
-does not yet add up the rows of one index. A gradient that a plan stores in another dtype than its parameter is dense.
+A joint graph has dense gradients only, so the gradient is dense for a moment in the backward pass; then only the rows
+that are not all zero are kept. Plain PyTorch also keeps a row that was looked up and whose gradient is zero, and does
+not yet add up the rows of one index. A gradient that a plan stores in another dtype than its parameter is dense.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ from assign.tracing.functionalize import is_sparse
 
 
 def sparse_inputs(capture: Capture) -> list[int]:
-    """Positions of the inputs of a graph, not yet marked, whose gradients the user's code makes sparse."""
+    """Return the positions of the inputs of an unmarked graph whose gradients the user's code makes sparse."""
     inputs = capture.graph.graph.find_nodes(op="placeholder")
     return [place for place, node in enumerate(inputs) if node in capture.parameters and is_sparse(node)]
 
 
 def with_sparse_gradients(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
-    """``run``, whose backward pass gives sparse gradients to the inputs at ``places``."""
+    """Return ``run`` with a backward pass that gives sparse gradients to the inputs at ``places``."""
     if not places:
         return run
 

@@ -1,9 +1,9 @@
 """Leave ``.grad`` of parameters that a backward pass does not reach unchanged, as in plain PyTorch.
 
-A captured graph has one backward pass for all its results: where the loss reads only some of them, it would give zeros
-to inputs that only the others have a gradient of, and weight decay or momentum would then move parameters, also those
-of an earlier graph that made the input. A hook on the graph's autograd node sees which results have a gradient, and
-takes the zeros away.
+A captured graph has one backward pass for all its results. If the loss reads only some of them, it would give zero
+gradients to inputs that only the other results depend on. Weight decay or momentum would then change parameters, also
+those of an earlier graph that made the input. A hook on the graph's autograd node sees which results have a gradient,
+and removes the zeros.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,14 +21,15 @@ from assign.tracing.layout import views_through
 def without_unused_gradients(
     run: Callable[..., Sequence[Any]], capture: Capture, needed: Sequence[frozenset[int]]
 ) -> Callable[..., Sequence[Any]]:
-    """``run``, whose backward pass gives no gradient to an input that only unused results depend on.
+    """Return ``run`` with a backward pass that gives no gradient to an input on which only unused results depend.
 
     Args:
-        run: of a captured graph: its inputs → its results.
-        capture: the captured graph: its inputs are what ``run`` takes.
+        run: function of a captured graph: its inputs → its results.
+        capture: the captured graph, whose inputs ``run`` takes.
         needed: for each input, the positions of the results that depend on it (see :func:`results_behind_inputs`).
     Returns:
-        ``run`` itself where every input lies behind every result, and no other graph can leave all of them unused.
+        A function like ``run``; ``run`` itself if every result depends on every input and no other graph can leave all
+            results unused.
     """
     floating = [
         position
@@ -56,9 +57,9 @@ def without_unused_gradients(
 
 
 def results_behind_inputs(graph: fx.GraphModule) -> list[frozenset[int]]:
-    """For each input of a captured graph, the positions of the results that have a gradient of it.
+    """Return, for each input of a captured graph, the positions of the results whose gradient reaches it.
 
-    Where the input at position p, changed in place by the graph, has one, -1 - p is among them.
+    If the graph changes the input at position p in place and its new value has a gradient, -1 - p is included.
     """
     without_grad = _torch.nodes_without_grad(graph.graph)
     reached: dict[fx.Node, set[int]] = {}
@@ -68,7 +69,7 @@ def results_behind_inputs(graph: fx.GraphModule) -> list[frozenset[int]]:
         if isinstance(node, fx.Node):
             reached.setdefault(node, set()).add(position)
     for node in reversed(graph.graph.nodes):
-        if written(node) is not None:  # later nodes read what it writes through the tensor that it writes into
+        if written(node) is not None:  # later nodes read the written values through the tensor that it writes to
             for target in views_through(node)[1:]:
                 reached.setdefault(node, set()).update(reached.get(target, ()))
                 if target.op == "placeholder":
@@ -81,7 +82,7 @@ def results_behind_inputs(graph: fx.GraphModule) -> list[frozenset[int]]:
 
 
 def _counts(node: fx.Node) -> bool:
-    """Whether the value of a node is known and made of integers or truth values."""
+    """Whether the value of a node is known and consists of integers or booleans."""
     value = _torch.fake_value(node)
     return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
@@ -93,11 +94,11 @@ def _inputs(graph: fx.GraphModule) -> list[fx.Node]:
 def _drop_zeros(
     made: Mapping[int, Any], behind: Mapping[tuple[Any, int], frozenset[int]], earlier: Collection[Any]
 ) -> None:
-    """Let a graph's autograd node return None for inputs none of whose results has a gradient.
+    """Make a graph's autograd node return None for inputs if none of the results that depend on them has a gradient.
 
     Args:
-        made: the graph's results by position, and by negative numbers the inputs that it has changed.
-        behind: the positions of the results that have a gradient of an input, by its edge.
+        made: the graph's results by position, and the inputs that it has changed by negative numbers.
+        behind: edge of an input → the positions of the results whose gradient reaches it.
         earlier: autograd nodes of graphs that made the inputs.
     """
     numbers: dict[int, int] = {}
@@ -121,6 +122,6 @@ def _drop_zeros(
 
 
 def _through_tap(function: Any, behind: Mapping[tuple[Any, int], frozenset[int]]) -> frozenset[int] | None:
-    """The positions for the parameter that a tap reads; None if the autograd node is no tap."""
+    """Return the positions for the parameter that a tap reads; None if the autograd node is no tap."""
     edges = [] if function is None else [edge for edge in function.next_functions if edge[0] is not None]
     return behind.get(_torch.edge_of(edges[0])) if len(edges) == 1 and hasattr(edges[0][0], "variable") else None

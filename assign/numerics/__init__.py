@@ -1,15 +1,15 @@
-"""Rounding, and arithmetic on rounded values, as operators ``torch.ops.assign``, registered by this import.
+"""Rounding, and arithmetic on rounded values, as operators ``torch.ops.assign``, which this import registers.
 
 =====================  ============================================================
 ``rounding``           Quantize, encode and decode.
 ``kernels``            The arithmetic, written once in plain torch.
-``dispatch``           How it runs: compiled, or piece by piece.
-``words``              Two 16-bit values in one word.
+``dispatch``           Run a kernel compiled, or operator by operator.
+``words``              Several narrow elements in one word.
 ``blocks``             Formats with a scale for each block.
 ``matmul``             Matrix products of rounded values.
-``promotion``          Tensors that overflow get their high format.
+``promotion``          Change tensors that overflow to their high format.
 ``delayed``            Scales from earlier steps.
-``runtime_formats``    Both, as an input of a graph.
+``runtime_formats``    Formats and scales that change, as a graph input.
 ``registry``           Operators that graphs keep as one node.
 ``torch_dtypes``       Torch's dtypes by name.
 =====================  ============================================================

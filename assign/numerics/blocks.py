@@ -1,26 +1,30 @@
 """Block formats: operators that pack saved activations into a few bits per element.
 
-The elements of a tensor, in an order of its axes that the caller gives (that of its memory, for speed), are cut into
-blocks. What stands for a tensor is one flat uint8 tensor: the codes of all blocks, then what each block shares. The
+The elements of a tensor, in an order of its axes that the caller gives (memory order, for speed), are split into
+blocks. The encoded tensor is one flat uint8 tensor: the codes of all blocks, then the shared values of all blocks. The
 last block is filled up with copies of the last element. The codes of a block are those of its elements at even places,
-then of those at odd ones. With fewer than 8 bits, byte ``j`` of its ``w`` bytes holds the codes at the places ``j``,
+then of those at odd places. With fewer than 8 bits, byte ``j`` of its ``w`` bytes holds the codes at the places ``j``,
 ``j + w``, ``j + 2w``, … of this order, lowest bits first.
 
-* Integers: ``x ≈ minimum + code · scale``. The minimum is rounded down to bf16, and then the scale up: nothing is
-  clipped, and every error is at most half a step of the block's range so widened (by chance: less than a whole one).
-* ``e4m3:block64``: ``x ≈ element · scale``, the scale rounded up to bf16, so that nothing is clipped.
-* ``mxfp8``, ``mxfp4``: the power of two is the largest one in the block over the largest one that an element has, and
-  elements beyond the largest value saturate (OCP MX 1.0, section 6.3); by chance it is the smallest with which none is.
-* No scale is below 2^-126 (mx: 2^-127). Zeros are exact, but in a block of integers with values below zero.
-* A block with a value that is not finite, or of integers whose range float32 does not hold, comes back all NaN. What
-  16 bits do not hold any more comes back as their largest number; beyond 2^127, float32 may come back infinite.
-* With ``:sr`` the mean of what comes back is the value itself, to 2^-22 of it. As in
-  :mod:`assign.numerics.rounding` chance is a function of a seed, of a number for the tensor, and of the element's
-  place, here in the order given. A graph that had no seed draws one where it begins: what it draws later, for
-  dropout, is then something else.
+* Integers: ``x ≈ minimum + code · scale``. The minimum is rounded down to bf16, and then the scale is rounded up:
+  nothing is clipped, and the noise is at most half a step of this widened range (with stochastic rounding: less than
+  one step).
+* ``e4m3:block64``: ``x ≈ element · scale``, with the scale rounded up to bf16, so that nothing is clipped.
+* ``mxfp8``, ``mxfp4``: the scale is the largest power of two in the block divided by the largest power of two of an
+  element, and elements beyond the largest value saturate (OCP MX 1.0, section 6.3). With stochastic rounding it is the
+  smallest power of two with which no element saturates.
+* No scale is below 2^-126 (mx: 2^-127). Zeros are exact, except in a block of integers with values below zero.
+* A block with a value that is not finite, or of integers whose range float32 does not hold, is decoded to all NaN. A
+  value that 16 bits do not hold is decoded to the largest number of the dtype; beyond 2^127, float32 may be decoded to
+  infinity.
+* With ``:sr`` the mean of the decoded value is the value itself, to 2^-22 of it. As in :mod:`assign.numerics.rounding`,
+  stochastic rounding is a function of a seed, of a stream number for the tensor, and of the element's place, here in
+  the given order. A graph without a seed draws one at its beginning, which changes the random numbers that it draws
+  later, for example for dropout.
 
 Kernels are plain torch in float32, run piece by piece. They read and write two elements of bfloat16 or float32 in one
-word, the even one and the odd one, each a lane: see :mod:`assign.numerics.words`. float16 is widened before.
+word, the even one and the odd one, each in a lane: see :mod:`assign.numerics.words`. float16 is converted to float32
+first.
 """
 
 import functools
@@ -42,18 +46,18 @@ from assign.numerics.torch_dtypes import ROUNDED
 from assign.numerics.words import join, split, word_dtype
 
 _SMALLEST_SCALE = 2.0**-126  # its inverse is a float32
-_PIECE, _DEVICE_PIECE = 2**20, 2**22  # elements at a time: few calls, and small temporaries where no compiler works
+_PIECE, _DEVICE_PIECE = 2**20, 2**22  # elements at a time: few calls, and small temporaries if no compiler works
 
 Kernel = Callable[..., None]
 Lanes = Sequence[Tensor]
-"""Elements of blocks at even places, and at odd ones: float32 [n, block / 2] each."""
+"""Elements of blocks at even places and at odd places: float32 [n, block / 2] each."""
 
 
-# ---- x in steps of what a block shares, zero where that is not finite; and this, as integers [n] to be stored
+# ---- x divided by the shared scale (0 if that is not finite), and the shared values as integers [n] to be stored
 
 
 def _round_up(x: Tensor) -> Tensor:
-    """To bf16, for positive ``x``."""
+    """Round positive ``x`` up to bf16."""
     return ((x.view(torch.int32) + 0xFFFF) & -(1 << 16)).view(torch.float32)
 
 
@@ -63,14 +67,14 @@ def _round_down(x: Tensor) -> Tensor:
 
 
 def _round_nearest(x: Tensor) -> Tensor:
-    """To bf16, ties to even; what is not beyond its largest value."""
+    """Round to bf16, ties to even, for values that are not beyond its largest value."""
     bits = x.view(torch.int32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -(1 << 16)
     return torch.where(x != x, bits_of(torch.nan), rounded).view(torch.float32)  # a NaN's bits may all be set
 
 
 def _as_bf16(x: Tensor, finite: Tensor) -> Tensor:
-    """The bits of bf16 values that are in float32; NaN where not finite."""
+    """Return the bits of bf16 values that are stored in float32; NaN where not finite."""
     return torch.where(finite, x.view(torch.int32), bits_of(torch.nan)) >> 16
 
 
@@ -79,9 +83,10 @@ def _from_bf16(stored: Tensor) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """``1 / scale`` of bf16 values that are in float32, to nearest. Triton divides float32 approximately.
+    """Return ``1 / scale``, rounded to nearest, of bf16 values that are stored in float32.
 
-    It divides float64 exactly; its result is never near a tie, as no inverse of 8 bits has a long run of equal bits.
+    Triton divides float32 approximately but float64 exactly. The result is never near a tie, because no inverse of 8
+    bits has a long run of equal bits.
     """
     return scale.double().reciprocal().float() if _torch.writes_triton(scale.device) else scale.reciprocal()
 
@@ -93,7 +98,7 @@ def _steps(lanes: Iterable[Tensor], inverse: Tensor, finite: Tensor) -> Lanes:
 def _share_range(lanes: Lanes, levels: int) -> tuple[Lanes, Lanes]:
     low, high = functools.reduce(torch.minimum, lanes).amin(1), functools.reduce(torch.maximum, lanes).amax(1)
     known = high - low < torch.inf
-    # what compiled code may do otherwise: the sign of a zero among zeros of both, and the bits of a NaN
+    # compiled code may give another sign of zero, if there are zeros of both signs, and other bits of a NaN
     low, high = _round_down(torch.where(known & (low != 0), low, 0.0)), torch.where(known, high, torch.inf)
     scale = _round_up(((high - low) * (1 / levels)).clamp(min=_SMALLEST_SCALE))
     finite = scale < torch.inf
@@ -102,7 +107,7 @@ def _share_range(lanes: Lanes, levels: int) -> tuple[Lanes, Lanes]:
 
 
 def _largest(lanes: Lanes) -> Tensor:
-    """The bits of the largest magnitude of each block."""
+    """Return the bits of the largest magnitude of each block."""
     return functools.reduce(torch.maximum, (x.abs() for x in lanes)).amax(1).view(torch.int32) & MAGNITUDE
 
 
@@ -128,7 +133,7 @@ def _from_power(stored: Tensor) -> Tensor:
     return torch.where(code == _NAN_POWER, bits_of(torch.nan), bits).view(torch.float32)
 
 
-# ---- codes of steps, as int32; ``random``: 31 random bits each, None to nearest
+# ---- codes of steps, as int32; ``random``: 31 random bits each; None rounds to nearest
 
 
 def _whole(steps: Tensor, random: Tensor | None) -> Tensor:
@@ -143,7 +148,10 @@ def _integers(steps: Tensor, levels: int, random: Tensor | None) -> Tensor:
 
 
 def _elements(steps: Tensor, element: Format, random: Tensor | None) -> Tensor:
-    """Sign | exponent | mantissa; beyond the largest value it is that. The codes of an exponent follow those below."""
+    """Return the codes of steps as sign | exponent | mantissa; steps beyond the largest value saturate.
+
+    The codes of an exponent follow those of the exponent below it, so a carry of the mantissa is correct.
+    """
     shift = WIDTH - element.mantissa_bits
     bits = steps.view(torch.int32)
     magnitude = bits & MAGNITUDE
@@ -161,9 +169,10 @@ def _elements(steps: Tensor, element: Format, random: Tensor | None) -> Tensor:
 
 @functools.cache
 def _encoder(fmt: BlockFormat, dtype: torch.dtype) -> Kernel:
-    """``(words [n, block / 2], codes [n, 1 or 2, bytes], shared int32 [n] each, key)``: writes all but the words.
+    """Return ``encode(words [n, block / 2], codes [n, 1 or 2, bytes], shared int32 [n] each, key)``.
 
-    The key, for chance, is int64 [3]: two words as in :mod:`assign.numerics.rounding`, and the first element's place.
+    It writes all arguments except the words. The key is for stochastic rounding, int64 [3]: two words as in
+    :mod:`assign.numerics.rounding`, and the place of the first element.
     """
     levels, count = (1 << fmt.bits) - 1, 8 // fmt.bits
     element = fmt.element
@@ -198,13 +207,13 @@ def _encoder(fmt: BlockFormat, dtype: torch.dtype) -> Kernel:
 
 
 def _cut(lanes: Lanes, count: int) -> Lanes:
-    """Parts of lanes, the codes of ``count`` of which share bytes; whole lanes where codes have 8 bits."""
+    """Split lanes into parts, so that the codes of ``count`` parts share bytes; with 8-bit codes, lanes stay whole."""
     return [part for lane in lanes for part in lane.reshape(lane.shape[0], max(count // 2, 1), -1).unbind(1)]
 
 
 @functools.cache
 def _decoder(fmt: BlockFormat, dtype: torch.dtype) -> Kernel:
-    """``(words [n, block / 2], codes [n, 1 or 2, bytes], shared float32 [n] each)``: writes the words."""
+    """Return ``decode(words [n, block / 2], codes [n, 1 or 2, bytes], shared float32 [n] each)``; writes the words."""
     mask = (1 << fmt.bits) - 1
     limit = torch.finfo(dtype).max
 
@@ -226,14 +235,14 @@ def _decoder(fmt: BlockFormat, dtype: torch.dtype) -> Kernel:
     return decode
 
 
-# ---- running them
+# ---- running the kernels
 
 
 _STORED = {Shared.BF16: (1, torch.int16), Shared.MINIMUM: (2, torch.int16), Shared.E8M0: (1, torch.uint8)}
 
 
 def _parts(codes: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
-    """Views as integers: codes [blocks, 1, bytes], of 8 bits [blocks, 2, bytes / 2]; shared [1 or 2, blocks]."""
+    """Return integer views of codes: [blocks, 1, bytes], 8-bit ones [blocks, 2, bytes / 2]; shared [1 or 2, blocks]."""
     blocks, width = codes.numel() // fmt.block_bytes, fmt.block * fmt.bits // 8
     rows = 2 if fmt.bits == 8 else 1
     count, dtype = _STORED[fmt.shared]
@@ -244,7 +253,7 @@ def _parts(codes: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
 def _run(
     make: Callable[..., Kernel], fmt: BlockFormat, flat: Tensor, parts: Sequence[Tensor], key: Tensor | None
 ) -> None:
-    """A kernel on all blocks of ``flat``, which it writes if it decodes, and of what belongs to them."""
+    """Run a kernel on all blocks of ``flat``, which a decoder writes, and on the parts that belong to them."""
     whole = flat.numel() // fmt.block * fmt.block
     _run_blocks(make, fmt, flat[:whole], parts, key, first=0)
     left = flat[whole:]
@@ -258,7 +267,7 @@ def _run(
 def _run_blocks(
     make: Callable[..., Kernel], fmt: BlockFormat, flat: Tensor, parts: Sequence[Tensor], key: Tensor | None, first: int
 ) -> None:
-    """The same on whole blocks, of which the first begins at element number ``first`` of the tensor."""
+    """Run a kernel on whole blocks; the first block begins at element number ``first`` of the tensor."""
     size = (_DEVICE_PIECE if _torch.writes_triton(flat.device) else _PIECE) // fmt.block * fmt.block
     dtype = torch.float32 if flat.dtype == torch.float16 else flat.dtype
     kernel = make(fmt, dtype)
@@ -297,7 +306,7 @@ def _encode_blocks(x: Tensor, format: str, order: list[int], seed: Tensor | None
 def _decode_blocks(codes: Tensor, format: str, size: list[int], order: list[int], dtype: torch.dtype) -> Tensor:
     fmt = block_format(format)
     x = torch.empty_permuted(size, order, dtype=dtype, device=codes.device)
-    whole = codes.contiguous() if codes.storage_offset() % 2 == 0 else codes.clone()  # bf16 begins at even bytes
+    whole = codes.contiguous() if codes.storage_offset() % 2 == 0 else codes.clone()  # bf16 values begin at even bytes
     packed, stored = _parts(whole, fmt)
     shared = _from_power(stored) if fmt.shared is Shared.E8M0 else _from_bf16(stored)
     _run(_decoder, fmt, x.permute(order).view(-1), (packed, *shared), None)
@@ -316,11 +325,11 @@ register("encode_blocks", _encode_blocks, _codes_of)
 register("decode_blocks", _decode_blocks, _values_of)
 
 
-# ---- for people, with their arguments checked
+# ---- public functions, which check their arguments
 
 
 def block_format(name: str) -> BlockFormat:
-    """The row of ``SAVED_FORMATS`` called ``name``, with ``:sr`` behind it or not.
+    """Return the row of ``SAVED_FORMATS`` called ``name``, with or without ``:sr``.
 
     Raises:
         FormatError: there is none.
@@ -335,13 +344,13 @@ def block_format(name: str) -> BlockFormat:
 
 
 def memory_order(x: Tensor) -> list[int]:
-    """The axes of ``x`` from that of the longest stride to that of the shortest."""
+    """Return the axes of ``x`` from the longest stride to the shortest."""
     strides = x.stride()
     return sorted(range(x.dim()), key=lambda axis: -strides[axis])
 
 
 def encode_blocks(x: Tensor, format: str, *, seed: Tensor | None = None) -> Tensor:
-    """The codes of ``x`` in blocks along its memory, with what the blocks share.
+    """Return the codes of ``x`` in blocks along its memory, and the values that the blocks share.
 
     >>> codes = encode_blocks(torch.arange(64.0), "int4:block64")
     >>> codes.shape, decode_blocks(codes, "int4:block64", torch.empty(64)).view(8, 8)[0].tolist()
@@ -349,7 +358,7 @@ def encode_blocks(x: Tensor, format: str, *, seed: Tensor | None = None) -> Tens
 
     Args:
         x: any shape; float32, bfloat16 or float16.
-        format: of ``SAVED_FORMATS``.
+        format: name in ``SAVED_FORMATS``.
         seed: as for :func:`assign.numerics.rounding.quantize`.
     Returns:
         uint8 [``bytes_of(x.numel())``].
@@ -366,8 +375,14 @@ def encode_blocks(x: Tensor, format: str, *, seed: Tensor | None = None) -> Tens
 
 
 def decode_blocks(codes: Tensor, format: str, like: Tensor) -> Tensor:
-    """What :func:`encode_blocks` made codes of: a fresh tensor with shape, dtype and order of memory of ``like``.
+    """Return the values of codes from :func:`encode_blocks`.
 
+    Args:
+        codes: uint8, from :func:`encode_blocks`.
+        format: the format of the codes.
+        like: a tensor with the shape, dtype and memory order of the result.
+    Returns:
+        A new tensor.
     Raises:
         FormatError: an unknown format, a dtype that does not fit, or codes of another format or shape.
     """

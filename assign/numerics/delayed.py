@@ -1,8 +1,8 @@
 """Delayed scaling: scales from the largest magnitudes of earlier steps.
 
-A current scale takes a pass over the tensor before the pass that rounds it. A delayed one is known when the step
-begins, and the same pass that rounds finds out what the next steps need. What is known of a tensor is in its *history*;
-the rounding operators look it up when they run (:mod:`assign.numerics.runtime_formats`), as they do for promotion.
+A current scale needs a pass over the tensor before the pass that rounds it. A delayed scale is known when the step
+begins, and the pass that rounds also measures what later steps need. The measurements of a tensor are in its *history*.
+The rounding operators look it up when they run (:mod:`assign.numerics.runtime_formats`), as they do for promotion.
 
 Source: NVIDIA Transformer Engine, delayed scaling: the largest magnitude of the last steps, 1024 by default.
 """
@@ -22,15 +22,15 @@ from assign.plan.keys import Key, Part
 from assign.plan.plan import Assignment
 
 LENGTH = 1024
-"""Steps that a history remembers. Source: Transformer Engine's default."""
+"""Number of steps in a history. Source: Transformer Engine's default."""
 
 
 @dataclass(slots=True, kw_only=True)
 class History:
-    """What is known of the magnitudes of one tensor.
+    """Measured magnitudes of one tensor.
 
     Attributes:
-        largest: bits of the largest magnitude that this step has seen, int32 without axes.
+        largest: bits of the largest magnitude measured in this step, int32 without axes.
     """
 
     key: str
@@ -40,23 +40,23 @@ class History:
 
     @property
     def scale(self) -> Tensor | None:
-        """Float32 without axes, for this step; None before the first one is over: it takes its own."""
+        """Return the scale for this step, float32 without axes; None in the first step, which computes its own."""
         return self.owner.scales.get(self.key)
 
     def record(self, largest: Tensor) -> None:
-        """What the rounding of this step saw; a second look, as checkpointing takes it, sees the same."""
+        """Record the largest magnitude that this step rounded; recompute measures the same value again."""
         if self.owner.recording:
             self.largest = largest
 
 
 class DelayedScales:
-    """Largest magnitudes of earlier steps, from which delayed scales are computed, in one training.
+    """Largest magnitudes of earlier steps, from which delayed scales are computed, for one training.
 
-    ``assign.apply`` and ``assign.planned_step`` make their own where none is given. Give one to keep it: to go on from
-    a checkpoint with the scales that were, or to run a model in two ways with one history.
+    ``assign.apply`` and ``assign.planned_step`` create their own unless one is passed. Pass one to keep it: to resume
+    from a checkpoint with the earlier scales, or to run a model in two ways with one history.
 
     Args:
-        length: steps that count.
+        length: number of steps that count.
     Raises:
         PlanError: ``length`` is below 1.
     """
@@ -73,10 +73,10 @@ class DelayedScales:
         self._formats = {key: fmt for key, fmt in formats.items() if fmt.delayed}
         self._histories: dict[str, History] = {}
         self._keys: list[str] = []
-        self._past: Tensor | None = None  # bits of the largest magnitudes, [steps, keys], the last step first
+        self._past: Tensor | None = None  # bits of the largest magnitudes, [steps, keys], last step first
 
     def history(self, key: str) -> History | None:
-        """That of the tensor ``key``; None if its scale is not delayed."""
+        """Return the history of the tensor ``key``; None if its scale is not delayed."""
         if key not in self._formats:
             return None
         if key not in self._histories:
@@ -84,7 +84,7 @@ class DelayedScales:
         return self._histories[key]
 
     def begin(self, training: bool) -> None:
-        """A step begins: its scales follow from the steps before. Without ``training`` nothing is recorded in it."""
+        """Begin a step: compute its scales from earlier steps. With ``training=False`` the step records nothing."""
         self.recording = training
         self._remember()
         if self._past is None:
@@ -98,15 +98,16 @@ class DelayedScales:
             }
 
     def state_dict(self) -> dict[str, Any]:
-        """The keys of the tensors seen; the bits of their largest magnitudes, int32 [steps, keys], last step first."""
+        """Return the keys of the measured tensors and the bits of their amax, int32 [steps, keys], last step first."""
         self._remember()
         return {"keys": list(self._keys), "past": self._past}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, of a training under the same plan.
+        """Restore the state from :meth:`state_dict`, of a training under the same plan.
 
         Raises:
-            PlanError: the state has a tensor whose scale is not delayed under this plan.
+            PlanError: the state has a tensor whose scale is not delayed under this plan, or not one column for each
+                tensor.
         """
         for key in state["keys"]:
             if key not in self._formats:
@@ -121,7 +122,7 @@ class DelayedScales:
         self._keys, self._past = keys, past
 
     def _remember(self) -> None:
-        """Put what the last step saw before what is known; a tensor that it did not see says nothing."""
+        """Add the measurements of the last step to the past ones; a tensor that it did not measure gets 0."""
         seen = {key: each.largest for key, each in self._histories.items() if each.largest is not None}
         if not seen:
             return

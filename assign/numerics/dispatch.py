@@ -1,7 +1,8 @@
-"""Run a kernel: compiled, with numbers of the format as run-time tensors, or operator by operator.
+"""Run a kernel: compiled, with the numbers of the format as run-time tensors, or operator by operator.
 
-One compilation per kernel and pair of dtypes serves every format. On a CPU narrow elements go several to a word (see
-:mod:`assign.numerics.words`). Where no compiler works a run is slower, and its results are the same bit for bit.
+One compilation per kernel and pair of dtypes serves every format. On a CPU, several narrow elements are processed in
+one word (see :mod:`assign.numerics.words`). Without a working compiler, runs are slower and the results are bitwise the
+same.
 """
 
 import functools
@@ -20,20 +21,21 @@ from assign import _torch
 from assign.numerics.kernels import Scale, Scaler, Work, inverse_power, largest, power_of_two
 from assign.numerics.words import join, lanes, split, word_dtype
 
-_WORTH_COMPILING = 2**14  # elements; below that nobody waits for a compiler, but takes what there is
+_WORTH_COMPILING = 2**14  # elements; smaller tensors only use code that is compiled already
 _MOST = 2**31 - 1  # elements: compiled code may count them in 32 bits
-_PIECE = 2**16  # elements at a time without one: temporaries stay in the processor's cache
-_DEVICE_PIECE = 2**22  # the same where every launch costs
+_PIECE = 2**16  # elements at a time without a compiler: temporaries stay in the processor's cache
+_DEVICE_PIECE = 2**22  # the same on a GPU, where every launch has a cost
 
 _choice: ContextVar[bool | None] = ContextVar("assign_use_compiled", default=None)
 
 
 @contextmanager
 def use_compiled(choice: bool | None) -> Iterator[None]:
-    """Choose inside this context: True compiles at every size and raises if that fails; False runs op by op.
+    """Choose how kernels run inside this context.
 
-    None, the default, compiles for large tensors and falls back, with one logged warning, where no compiler works.
-    The results are the same bit for bit.
+    True compiles at every size and raises if that fails. False runs operator by operator. None, the default, compiles
+    for large tensors and, where no compiler works, logs one warning and runs operator by operator. The results are
+    bitwise the same.
     """
     token = _choice.set(choice)
     try:
@@ -52,21 +54,23 @@ def run(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``work`` on every element of ``x``: a tensor of ``dtype``, in the layout of ``x`` where that is dense.
+    """Apply ``work`` to every element of ``x``.
 
     Args:
         work: the kernel and its numbers.
         x: any shape and layout.
         scale: float32, one element. None: 1.
-        dtype: of the result.
-        key: int64 [2], what the random bits of a stochastic kernel are made from.
-        out: where to put the result, ``x`` itself if need be; None: a fresh tensor.
+        dtype: dtype of the result.
+        key: int64 [2], from which the random bits of a stochastic kernel are made.
+        out: tensor for the result, possibly ``x`` itself; None: a new tensor.
+    Returns:
+        A tensor of ``dtype``, in the layout of ``x`` if ``x`` is dense.
     """
     result = torch.empty_like(x, dtype=dtype) if out is None else out
     if not x.numel():
         return result
     count = _lanes(x, dtype) if key is None else 1
-    in_order = key is None or x.is_contiguous()  # random bits go by the place in the shape, not in memory
+    in_order = key is None or x.is_contiguous()  # random bits depend on the place in the shape, not in memory
     if not in_order or not _is_dense(x) or x.stride() != result.stride() or result.storage_offset() % count:
         return result.copy_(run(work, x.contiguous(), scale, dtype, key))
     keys = () if key is None else (key,)
@@ -93,7 +97,11 @@ def run(
 def run_scaled(
     work: Work, scaler: Scaler, x: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``work`` with the scale that :func:`find_scale` gives, in one call where that compiles: result and scale."""
+    """Apply ``work`` with the scale from :func:`find_scale`, in one compiled call if possible.
+
+    Returns:
+        The result and the scale.
+    """
     count = _lanes(x, dtype)
     result = torch.empty_like(x, dtype=dtype) if out is None else out
     scale = torch.empty((), dtype=torch.float32, device=x.device)
@@ -116,14 +124,14 @@ def run_scaled(
 def run_measured(
     work: Work, x: Tensor, scale: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``work`` with a scale known before, and what the next one follows from, in one pass where that compiles.
+    """Apply ``work`` with a known scale and measure the amax for the next scale, in one compiled pass if possible.
 
     Returns:
-        The result, and the bits of the largest magnitude in ``x``, int32 without axes, as :func:`amax_bits` gives.
+        The result, and the bits of the largest magnitude in ``x``, int32 without axes, as :func:`amax_bits` returns.
     """
     count = _lanes(x, dtype)
     result = torch.empty_like(x, dtype=dtype) if out is None else out
-    one_kernel = not _torch.writes_triton(x.device)  # Triton's may be two, of which one overwrites x before the other
+    one_kernel = not _torch.writes_triton(x.device)  # Triton's second kernel may read an overwritten x
     if _is_in_words(x, result, count) and (one_kernel or out is None):
         measured = torch.empty((), dtype=torch.int32, device=x.device)
         known = _scale_of(work, scale, x.device) or (scale, scale)
@@ -144,7 +152,7 @@ def run_measured(
 
 @torch.no_grad()
 def find_scale(scaler: Scaler, x: Tensor) -> Tensor:
-    """The scale for ``x``, float32 without axes: 1 where no element is finite and not zero."""
+    """Return the scale for ``x``, float32 without axes: 1 if no element is both finite and nonzero."""
     if not x.numel():
         return torch.ones((), dtype=torch.float32, device=x.device)
     count = _lanes(x)
@@ -158,7 +166,7 @@ def find_scale(scaler: Scaler, x: Tensor) -> Tensor:
 
 
 def amax_bits(x: Tensor) -> Tensor:
-    """The bits of the largest finite magnitude in ``x``, int32 without axes: 0 where there is none."""
+    """Return the bits of the largest finite magnitude in ``x``, int32 without axes: 0 if there is none."""
     if not x.numel():
         return torch.zeros((), dtype=torch.int32, device=x.device)
     return _largest_of(_pieces(_flat(x if _is_dense(x) else x.clone())))
@@ -166,7 +174,7 @@ def amax_bits(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def count_at_least(x: Tensor, threshold: float) -> Tensor:
-    """How many magnitudes in ``x`` reach ``threshold``: int64 without axes."""
+    """Return how many magnitudes in ``x`` are at least ``threshold``: int64 without axes."""
     count = torch.zeros((), dtype=torch.int64, device=x.device)
     if not x.numel():
         return count
@@ -181,11 +189,11 @@ def count_at_least(x: Tensor, threshold: float) -> Tensor:
 
 @torch.no_grad()
 def run_rows(kernel: Callable[..., None], tensors: Sequence[Tensor], *rest: Tensor) -> None:
-    """``kernel(*tensors, *rest)``, which writes into some of ``tensors``: compiled once for any number of their rows.
+    """Run ``kernel(*tensors, *rest)``, which writes to some of ``tensors``, compiled once for any number of rows.
 
     Args:
-        kernel: one function for each set of dtypes, lengths of rows and shapes of the rest; it stays in memory.
-        tensors: with one length of the first axis, few enough rows for temporaries of their size not to matter.
+        kernel: one function for each set of dtypes, row lengths and shapes of ``rest``; it stays in memory.
+        tensors: the length of the first axis is the same for all; it must be small enough for temporaries of this size.
         rest: tensors of fixed shapes, which have no rows.
     """
     first = tensors[0]
@@ -194,14 +202,14 @@ def run_rows(kernel: Callable[..., None], tensors: Sequence[Tensor], *rest: Tens
         kernel(*tensors, *rest)
 
 
-# ---- what is compiled: functions that write into their second argument, for any length of the first two
+# ---- compiled functions: they write into an argument and accept any length of the varying arguments
 
 
-_LENGTH = 4096  # of the examples
+_LENGTH = 4096  # length of the example tensors
 
 
 class _Lazy:
-    """A function compiled at its first call, for the dtypes, the device and the count of numbers found there."""
+    """A function compiled at its first call, for the dtypes, the device and the number of constants in that call."""
 
     def __init__(self, function: Callable[..., None], varying: int) -> None:
         self._function, self._varying = function, varying
@@ -220,11 +228,11 @@ class _Lazy:
 
 
 class _Words(NamedTuple):
-    """What a kernel reads and writes.
+    """Input and output dtypes of a kernel.
 
     Attributes:
         lanes: elements in a word.
-        exact: ``target`` holds every result as it is; else it is rounded.
+        exact: whether ``target`` holds every result exactly; otherwise results are rounded.
     """
 
     source: torch.dtype
@@ -304,7 +312,7 @@ def _compiler_failed(device_type: str) -> threading.Event:
 
 
 def _ran_compiled(x: Tensor, kernel: _Lazy, run: Callable[[], None]) -> bool:
-    """Whether compiled code was wanted for ``x`` and ``run``, which calls ``kernel``, went through."""
+    """Whether compiled code was wanted for ``x`` and ``run``, which calls ``kernel``, succeeded."""
     choice, failed = _choice.get(), _compiler_failed(x.device.type)
     worth_it = kernel.ready or (x.numel() >= _WORTH_COMPILING and not failed.is_set())
     if not (choice or (choice is None and worth_it)) or x.numel() > _MOST:
@@ -355,9 +363,9 @@ def _scale_of(work: Work, scale: Tensor | None, device: torch.device) -> Scale |
 
 
 def _is_exact(scale: Tensor | None, dtype: torch.dtype, count: int) -> bool:
-    """Whether ``dtype`` holds the product of a format's value and ``scale`` as it is: a power of two.
+    """Whether ``dtype`` holds the product of a format's value and ``scale`` exactly, as it does for powers of two.
 
-    Without words it does not matter, since torch's own conversion rounds; then the scale's value is not looked at.
+    Without words it does not matter, because torch's own conversion rounds; then the value of the scale is not read.
     """
     if scale is None or count == 1 or dtype != torch.bfloat16:
         return True
@@ -365,7 +373,7 @@ def _is_exact(scale: Tensor | None, dtype: torch.dtype, count: int) -> bool:
 
 
 def _is_in_words(x: Tensor, result: Tensor, count: int) -> bool:
-    """Whether both have their elements in the same order, in whole words."""
+    """Whether both tensors have their elements in the same order, in whole words."""
     whole = x.numel() > 0 and x.numel() % count == 0 and result.storage_offset() % count == 0
     return whole and _is_dense(x) and x.stride() == result.stride()
 
@@ -375,14 +383,14 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """A dense tensor as one axis, in the order of its memory; no view, whose base would make Dynamo compile again."""
+    """Return a dense tensor with one axis, in memory order. Not a view, whose base would make Dynamo recompile."""
     return _words(x, x.numel(), 1)
 
 
 def _words(x: Tensor, number: int, count: int) -> Tensor:
-    """The first ``number`` elements of a dense tensor in the order of its memory, ``count`` to a word.
+    """Return the first ``number`` elements of a dense tensor in memory order, ``count`` to a word.
 
-    Of a tensor that begins within a word it is a copy, to be read only.
+    If the tensor begins within a word, the result is a copy, which must only be read.
     """
     size = x.dtype.itemsize * count
     place = x.storage_offset() * x.dtype.itemsize

@@ -1,7 +1,7 @@
 """Arithmetic of rounding and encoding in plain torch, one function for each kernel.
 
-Float32 arithmetic and float32 bits only. The numbers are Python's, which become constants of a graph, or 0-dim tensors,
-so that one compilation serves every ``fp(e,m,b)``.
+All arithmetic is float32 and all bits are those of float32. The numbers are either Python numbers, which become
+constants of a graph, or 0-dim tensors, so that one compilation serves every ``fp(e,m,b)``.
 """
 
 import functools
@@ -20,33 +20,34 @@ WIDTH, BIAS = 23, 127  # mantissa bits and exponent bias of a float32
 
 
 def bits_of(value: float) -> int:
-    """The bits of ``value`` as a float32."""
+    """Return the bits of ``value`` as a float32."""
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 def largest(x: Tensor) -> Tensor:
-    """The bits of the largest finite magnitude, int32 without axes; 0 where there is none.
+    """Return the bits of the largest finite magnitude, int32 without axes; 0 if there is none.
 
-    One infinity or NaN, which may well stand behind a ``where``, must not take the scale of all other elements.
+    Infinities and NaN are ignored: one of them, possibly discarded later by a ``where``, must not set the scale of all
+    other elements.
     """
     bits = x.to(torch.float32).view(torch.int32) & MAGNITUDE
     return torch.where(bits < INF, bits, 0).amax()
 
 
 def power_of_two(magnitude: Tensor, limits: Sequence[Any]) -> Tensor:
-    """The smallest power of two with which ``magnitude``, bits of a float32, lands within a format's largest value."""
+    """Return the smallest power-of-two scale that brings ``magnitude`` (float32 bits) within a format's maximum."""
     carry, highest_value, lowest, highest = limits
     exponent = (((magnitude + carry) >> WIDTH) - highest_value).clamp(lowest, highest)
     return torch.where(magnitude == 0, bits_of(1.0), (exponent + BIAS) << WIDTH).view(torch.float32)
 
 
 def inverse_power(scale: Tensor) -> Tensor:
-    """The inverse of a power of two, exactly: its exponent with the other sign."""
+    """Return the exact inverse of a power of two: its exponent with the sign reversed."""
     return ((2 * BIAS << WIDTH) - scale.view(torch.int32)).view(torch.float32)
 
 
 def share_of(magnitude: Tensor, limits: Sequence[Any]) -> Tensor:
-    """The scale with which ``magnitude``, bits of a float32, lands on a format's largest value."""
+    """Return the scale that maps ``magnitude``, bits of a float32, to a format's largest value."""
     inverse, lowest, highest = limits
     value = magnitude.view(torch.float32)
     return torch.where(magnitude == 0, 1.0, (value * inverse).clamp(lowest, highest))
@@ -62,27 +63,27 @@ class Scaler(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def scaling(fmt: Format) -> Scaler:
-    """How the scale of a tensor follows from its largest magnitude; 1 where that is zero."""
+    """Return how the scale of a tensor follows from its largest magnitude; the scale is 1 if that is zero."""
     if fmt.scaling is Scaling.AMAX:
         return Scaler(share_of, (), (1 / fmt.max_value, *(math.ldexp(1.0, each) for each in fmt.scale_exponents)))
     limit = bits_of(fmt.max_value)
     mantissa = (1 << WIDTH) - 1
-    # the exponent of the magnitude less that of max_value, and one more if its mantissa is the larger
+    # exponent of the magnitude minus that of max_value, plus one if its mantissa is larger
     return Scaler(power_of_two, (mantissa - (limit & mantissa), limit >> WIDTH, *fmt.scale_exponents), ())
 
 
 class Scale(NamedTuple):
-    """A scale without axes and its inverse: kernels do not divide, which compilers for GPUs do approximately."""
+    """A scale without axes and its inverse. Kernels do not divide, because compilers for GPUs divide approximately."""
 
     value: Tensor
     inverse: Tensor
 
 
 def _quantize_by_sum(x: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tensor:
-    """Round where ``step · 2^23`` is a float32: adding and subtracting it leaves multiples of ``step``, ties to even.
+    """Round by adding and subtracting ``step · 2^23``, where this is a float32: the result is a multiple of ``step``.
 
-    ``step`` belongs to the element's exponent, held between the format's lowest and highest, so that subnormals and
-    overflow need no path of their own. A tie that went down to even goes ``away``.
+    Ties go to even. ``step`` belongs to the element's exponent, clamped to the exponents of the format, so that
+    subnormals and overflow need no separate path. ``away`` corrects a tie that was rounded down to even.
     """
     lowest, highest, lift, away, maximum, overflow = numbers
     x = x.to(torch.float32)
@@ -96,7 +97,7 @@ def _quantize_by_sum(x: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> 
 
 
 def _quantize_by_bits(x: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tensor:
-    """Round where the format has float32's lowest exponent: then its steps, subnormals included, are bits to cut."""
+    """Round by cutting float32 bits, for a format with float32's lowest exponent, including its subnormals."""
     half, even, shift, mask, maximum, overflow = numbers
     x = x.to(torch.float32)
     bits = (x if scale is None else x * scale.inverse).view(torch.int32)
@@ -109,9 +110,10 @@ def _quantize_by_bits(x: Tensor, scale: Scale | None, numbers: Sequence[Any]) ->
 
 
 def _encode(x: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tensor:
-    """Codes, as int32, of values on the grid. A subnormal's code is how many steps it has: the last bits of a sum.
+    """Return the codes, as int32, of values on the grid.
 
-    Half a step is added before bits are cut: a scale that is no power of two leaves values a little beside the grid.
+    The code of a subnormal is its number of steps: the last bits of a sum. Half a step is added before bits are cut,
+    because a scale that is no power of two leaves values slightly off the grid.
     """
     half, shift, offset, min_normal, magic_bits, top_code, nan_code, sign, magic = numbers
     value = x.to(torch.float32) if scale is None else x.to(torch.float32) * scale.inverse
@@ -124,7 +126,7 @@ def _encode(x: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tensor:
 
 
 def _decode(codes: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tensor:
-    """Values, as float32, of codes."""
+    """Return the values, as float32, of codes."""
     shift, offset, first_normal, inf_code, first_nan, sign, step = numbers
     codes = codes.to(torch.int32)
     code = codes & (sign - 1)
@@ -133,7 +135,7 @@ def _decode(codes: Tensor, scale: Scale | None, numbers: Sequence[Any]) -> Tenso
     value = torch.where(code == inf_code, math.inf, value)
     value = torch.where(code >= first_nan, math.nan, value)
     value = value if scale is None else value * scale.value
-    negative = (value.view(torch.int32) ^ SIGN).view(torch.float32)  # some compilers take -value for 0 - value: 0 for 0
+    negative = (value.view(torch.int32) ^ SIGN).view(torch.float32)  # some compilers use 0 - value for -value: +0 for 0
     return torch.where((codes & sign) != 0, negative, value)
 
 
@@ -141,9 +143,9 @@ _WORD = (1 << 32) - 1
 
 
 def _mix(word: Tensor) -> Tensor:
-    """A bijection of 32-bit words that spreads every bit over all others. int64 throughout: no product overflows.
+    """Map 32-bit words one to one so that every bit affects all others. int64 throughout: no product overflows.
 
-    Source: github.com/skeeto/hash-prospector, the two-round function of lowest bias; its second factor less ``2^32``.
+    Source: github.com/skeeto/hash-prospector, the two-round function of lowest bias; its second factor minus ``2^32``.
     """
     word = ((word ^ (word >> 16)) * 0x21F0AAAD) & _WORD
     word = ((word ^ (word >> 15)) * (0xD35A2D97 - (1 << 32))) & _WORD
@@ -151,25 +153,32 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def random_bits(count: int, key: Tensor, first: int) -> Tensor:
-    """int32 [count], 31 random bits each: those of the elements ``first``, ``first + 1``, … under ``key``, int64 [2].
+    """Return 31 random bits for each of the elements ``first``, ``first + 1``, … under ``key``.
 
-    A function of key and index alone, whoever runs it and in whatever pieces. Both words of the key go in behind a
-    mixing of their own: two streams that share a seed are no shifts of one another.
+    The bits depend only on key and index, not on device or splitting. Each word of the key enters before its own mixing
+    step, so that two streams with the same seed are not shifts of one another.
+
+    Args:
+        count: number of elements.
+        key: int64 [2].
+        first: index of the first element.
+    Returns:
+        int32 [count].
     """
     return random_bits_at(torch.arange(count, dtype=torch.int64, device=key.device) + first, key)
 
 
 def random_bits_at(index: Tensor, key: Tensor) -> Tensor:
-    """The same of the elements of these numbers, int64 of any shape."""
+    """Return the bits of :func:`random_bits` for the elements with these indices, int64 of any shape."""
     word = _mix((index ^ key[0]) & _WORD)
     return (_mix((word + (index >> 32) + key[1]) & _WORD) >> 1).to(torch.int32)
 
 
 def _quantize_by_chance(x: Tensor, scale: Scale | None, numbers: Sequence[Any], key: Tensor, first: int = 0) -> Tensor:
-    """Round stochastically a dense tensor of one axis whose first element is number ``first``.
+    """Round stochastically a dense tensor of one axis whose first element has index ``first``.
 
-    Above ``min_normal`` a step is one bit of a float32: add random bits below it and cut, which is exact. Below, where
-    the step is a constant, the fraction of a step is compared with a random one of 31 bits.
+    Above ``min_normal``, a step is one bit of a float32: random bits are added below it and cut, which is exact. Below,
+    where the step is a constant, the fraction of a step is compared with a random fraction of 31 bits.
     """
     mask, min_normal, maximum, overflow, raised, finer, coarser, lowered = numbers
     random = random_bits(x.shape[0], key, first)
@@ -199,7 +208,7 @@ def _propagating_nonfinite(kernel: Callable[..., Tensor]) -> Callable[..., Tenso
 
 
 class Work(NamedTuple):
-    """A kernel and its numbers; ``unit`` times the scale is the scale that it must be given."""
+    """A kernel and its numbers; the kernel must be given the scale times ``unit``."""
 
     kernel: Callable[..., Tensor]
     ints: tuple[int, ...]
@@ -208,16 +217,16 @@ class Work(NamedTuple):
 
 
 def _unit_exponent(fmt: Format) -> int:
-    """Exponent of a unit small enough for ``step · 2^23`` to stay finite; 0 for all usual formats."""
+    """Return the exponent of a unit small enough for ``step · 2^23`` to stay finite; 0 for all usual formats."""
     return 0 if fmt.max_exponent + WIDTH - fmt.mantissa_bits <= BIAS else 24
 
 
 @functools.lru_cache(maxsize=1024)
 def quantizing(fmt: Format, saturate: bool) -> Work:
-    """The kernel that rounds to ``fmt`` and its numbers; overflow becomes the largest value or infinity.
+    """Return the kernel that rounds to ``fmt`` and its numbers; overflow becomes the largest value or infinity.
 
-    A delayed scale may be too small for one step, which is no reason to lose it: it saturates. But where overflow would
-    have been infinite, infinities become NaN, so that they are not lost either.
+    A delayed scale may be too small for one step. Its format therefore saturates instead of losing the step; if
+    overflow would have been infinite, non-finite inputs become NaN, so that they are not lost either.
     """
     if fmt.delayed and not saturate:
         work = quantizing(fmt, True)
@@ -240,29 +249,29 @@ def quantizing(fmt: Format, saturate: bool) -> Work:
 
 def _quantizing_by_chance(fmt: Format, saturate: bool) -> Work:
     limit = bits_of(fmt.max_value)
-    plain = fmt.min_exponent == 1 - BIAS  # subnormals are float32's own: bits to cut, like any other's
+    plain = fmt.min_exponent == 1 - BIAS  # subnormals are those of float32: their bits are cut like all others
     lowest = 0 if plain else fmt.min_exponent
     ints = (-(1 << (WIDTH - fmt.mantissa_bits)), 0 if plain else bits_of(fmt.min_normal), limit)
-    # a step may be too small for a float32 to hold its inverse: there and back in two products each
+    # a step may be too small for its inverse to be a float32: each direction takes two products
     floats = (2.0**-lowest, 2.0**fmt.mantissa_bits, 2.0**-fmt.mantissa_bits, 2.0**lowest)
     return Work(_quantize_by_chance, (*ints, limit if saturate else INF), floats, 1.0)
 
 
 @functools.lru_cache(maxsize=1024)
 def coding(fmt: Format) -> tuple[Work, Work]:
-    """Encoder and decoder."""
+    """Return encoder and decoder."""
     unit = _unit_exponent(fmt) if fmt.min_exponent > 1 - BIAS else 0
     shift = WIDTH - fmt.mantissa_bits
     lowest = fmt.min_exponent - unit
     offset = (lowest + BIAS - 1) << fmt.mantissa_bits
-    plain = not offset  # subnormals are float32's own: their bits are cut like any other's
+    plain = not offset  # subnormals are those of float32: their bits are cut like all others
     magic = math.ldexp(1.0, lowest + shift)
     min_normal = 0 if plain else bits_of(math.ldexp(1.0, lowest))
     max_code = (bits_of(math.ldexp(fmt.max_value, -unit)) >> shift) - offset
     top_code = max_code + fmt.has_inf
     sign = 1 << (fmt.bits - 1)
     nan_code = sign - 1 if fmt.has_nan else max_code
-    # int16 has the sign bit of a 16-bit code for its own: below zero, not beyond its range
+    # the sign bit of a 16-bit code is the sign bit of int16: the code is negative, not out of range
     ints = (
         (1 << shift) >> 1,
         shift,

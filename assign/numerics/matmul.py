@@ -1,11 +1,11 @@
 """Products of narrow matrices: their definition, and the registered operators that compute them.
 
-Operands that a narrow dtype holds exactly are multiplied in that dtype, with sums in float32, and the result comes out
-in the dtype that was asked for: rounded once, as by float32 arithmetic, but for the order of the sum.
+Operands that a narrow dtype holds exactly are multiplied in that dtype, with sums in float32. The result has the
+requested dtype and is rounded once, as with float32 arithmetic; only the order of the sum may differ.
 
-* *bf16*: float32 matrices whose elements bf16 holds. On CUDA a bf16 product with a float32 result; on a CPU a float32
-  product.
-* *fp8*: the codes of two 8-bit matrices and their scales, through torch's scaled product of float8 matrices.
+* *bf16*: float32 matrices whose elements bf16 holds. On CUDA it is a bf16 product with a float32 result; on a CPU, a
+  float32 product.
+* *fp8*: the codes of two 8-bit matrices and their scales, multiplied by torch's scaled product of float8 matrices.
 """
 
 import torch
@@ -20,7 +20,7 @@ from assign.numerics.runtime_formats import Runtime, current_format
 from assign.numerics.torch_dtypes import torch_dtype
 
 MULTIPLE = 16
-"""Of which the sizes of fp8 products are, all but the rows of the first matrix. Source: cuBLAS's requirements."""
+"""All sizes of fp8 products, except the rows of the first matrix, are multiples of it. Source: required by cuBLAS."""
 
 
 def _product(
@@ -33,7 +33,7 @@ def _product(
     a_key: str = "",
     b_key: str = "",
 ) -> Tensor:
-    """``a @ b`` for float32 matrices, or batches of such, on the grids of two formats."""
+    """Return ``a @ b`` for float32 matrices, or batches of matrices, on the grids of two formats."""
     formats = current_format(a_format, runtime, a_key), current_format(b_format, runtime, b_key)
     if not all(map(FORMATS["bf16"].contains, formats)):
         return torch.matmul(a, b)
@@ -50,7 +50,7 @@ def _scaled_product(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``a @ b + bias`` for the codes of two matrices; where a size turns out to be no multiple of 16, in float32."""
+    """Return ``a @ b + bias`` for the codes of two matrices; in float32 if a size is not a multiple of 16."""
     if a.shape[1] % MULTIPLE or b.shape[1] % MULTIPLE:
         wide = [
             decode(codes, name, scale=scale, dtype=torch.float32)

@@ -1,10 +1,10 @@
 """Promotion: a low tensor that overflows too often gets its high format for the rest of the training.
 
 The format of a tensor that may be promoted is in its *slot*. The rounding operators look it up there when they run
-(:mod:`assign.numerics.runtime_formats`), and count overflow where they round. So a promotion takes effect at the next
-step and compiles nothing.
+(:mod:`assign.numerics.runtime_formats`), and count overflow where they round. A promotion therefore takes effect at the
+next step and compiles nothing.
 
-Where several processes train one model, what overflowed is counted over all of them: all promote the same.
+If several processes train one model, overflow is counted over all of them, so all make the same promotions.
 
 Source: arXiv 2301.13464, section 4 (precision promotion).
 """
@@ -27,7 +27,7 @@ from assign.plan.recipes import get_recipe
 from assign.plan.table import Role
 
 THRESHOLD = 0.01
-"""Share of a tensor's elements that overflow at which it is promoted. Source: arXiv 2301.13464."""
+"""Share of overflowing elements at which a tensor is promoted. Source: arXiv 2301.13464."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class PromotionOptions:
         every: Steps between two measurements of overflow. Default: the recipe's own. 0: promote nothing.
         threshold: Share of overflowing elements at which a tensor is promoted.
     Raises:
-        PlanError: ``every`` is negative, or ``threshold`` no share above 0 and up to 1.
+        PlanError: ``every`` is negative, or ``threshold`` is not above 0 and at most 1.
     """
 
     every: int | None = field(default=None, metadata=option("--promote-every", former=("promote_every",)))
@@ -58,7 +58,7 @@ class Promoted:
     """One promotion.
 
     Attributes:
-        step: the training step, from 1, at which the overflow was seen; the new format holds from the next on.
+        step: the training step, from 1, at which the overflow was seen; the new format applies from the next step.
         overflow_ratio: share of the elements at or beyond ``Format.overflow_threshold``.
     """
 
@@ -83,32 +83,32 @@ class Slot:
 
     @property
     def format(self) -> Format:
-        """The one in force."""
+        """Return the current format."""
         return self.high if self.promoted else self.low
 
     def record(self, overflowed: Tensor, elements: int) -> None:
-        """What the last rounding saw."""
+        """Record the overflow that the last rounding counted."""
         self.overflowed, self.elements = overflowed, elements
 
 
 class Promotion:
-    """Return low tensors that overflow to their high format. Call :meth:`step` after each optimizer step.
+    """Changes low tensors that overflow to their high format. Call :meth:`step` after each optimizer step.
 
-    Give it to everything that runs one plan in one training: ``apply(model, plan, promotion=promotion)``. Where
-    ``torch.distributed`` is initialised, :meth:`step` is for all processes of the group to call.
+    Pass it to everything that runs one plan in one training: ``apply(model, plan, promotion=promotion)``. If
+    ``torch.distributed`` is initialised, all processes of the group must call :meth:`step`.
 
     Attributes:
-        plan: as promoted so far.
+        plan: the plan with all promotions so far.
         promoted: every promotion, in order.
-        overflow: of each tensor that was looked at last, the share that overflowed, over all processes.
+        overflow: for each tensor in the last measurement, the share that overflowed, over all processes.
         every, threshold: as given, or the recipe's own.
 
     Args:
-        every: steps between two measurements, the first step being one; None: the recipe's own; 0: never.
+        every: steps between two measurements, of which the first step is one; None: the recipe's own; 0: never.
         threshold: share of overflowing elements at which a tensor is promoted.
         group: the processes that train the model together; None: all of them.
     Raises:
-        PlanError: ``every`` is negative, or ``threshold`` no share above 0 and up to 1.
+        PlanError: ``every`` is negative, or ``threshold`` is not above 0 and at most 1.
     Examples:
         ```python
         plan = assign.search(model, batch, loss, space="hfp8", low_ratio=1.0)
@@ -141,11 +141,11 @@ class Promotion:
         self._steps = 0
 
     def watches(self, plan: Assignment) -> bool:
-        """Whether ``plan`` is the one this promotion was made for, or what has become of it."""
+        """Whether ``plan`` is the plan of this promotion, before or after its promotions."""
         return plan.entries in (self._start.entries, self.plan.entries)
 
     def slot(self, key: str, role: Role, op: str) -> Slot | None:
-        """The slot of a forward tensor; None where it will not be promoted."""
+        """Return the slot of a forward tensor; None if it cannot be promoted."""
         if key not in self._slots:
             entry = self._start.entries[key]
             high = self._recipe.promotion(role, op, entry) if self.every else None
@@ -158,7 +158,7 @@ class Promotion:
         return self._slots[key]
 
     def step(self) -> tuple[Promoted, ...]:
-        """Promote what overflowed too often in the last forward pass; returns that."""
+        """Promote the tensors that overflowed too often in the last forward pass, and return these promotions."""
         self._looked = self._measures()
         self._steps += 1
         found = self._found() if self._looked else ()
@@ -171,13 +171,13 @@ class Promotion:
 
     @property
     def overflow_max(self) -> float | None:
-        """The largest share that overflowed in the last forward pass; None where nothing was looked at in it."""
+        """Return the largest share that overflowed in the last forward pass; None if nothing was measured in it."""
         return max(self.overflow.values(), default=None) if self._looked else None
 
     def scalars(self) -> dict[str, float]:
-        """What to log: how many tensors were promoted, and the largest and mean share at the last look.
+        """Return values to log: the number of promoted tensors, and the largest and mean share at the last measurement.
 
-        A tensor that was promoted overflows no more, and counts no more from the next look on.
+        A promoted tensor is not counted from the next measurement on.
         """
         shares = list(self.overflow.values()) or [0.0]
         return {
@@ -187,11 +187,15 @@ class Promotion:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What going on needs, as plain data."""
+        """Return the state that resuming needs, as plain data."""
         return {"steps": self._steps, "promoted": [asdict(past) for past in self.promoted]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a promotion of the same plan."""
+        """Restore the state from :meth:`state_dict` of a promotion of the same plan.
+
+        Raises:
+            PlanError: the state promotes a tensor that is not in this plan.
+        """
         past = tuple(Promoted(**saved) for saved in state["promoted"])
         for each in past:
             if each.key not in self._start.entries or type(each.step) is not int:
@@ -223,9 +227,9 @@ class Promotion:
         )
 
     def _ratios(self) -> dict[str, float]:
-        """Of each tensor rounded since the last look, in any process, the share that overflowed.
+        """Return, for each tensor rounded since the last measurement in any process, the share that overflowed.
 
-        All processes send as many numbers, whatever each of them has run.
+        All processes send the same number of values, regardless of which tensors they have rounded.
         """
         places = {key: place for place, key in enumerate(sorted(self._start.entries))}
         counts = torch.zeros(2, len(places), dtype=torch.int64)

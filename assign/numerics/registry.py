@@ -13,14 +13,14 @@ from assign import _torch
 def register(
     name: str, function: Callable[..., Any], fake: Callable[..., Any], mutates: str = "", draws: bool = False
 ) -> None:
-    """Make ``function`` the operator ``assign::name``, on every device.
+    """Register ``function`` as the operator ``assign::name``, on every device.
 
     Args:
         name: without the namespace.
-        function: annotated, as ``torch.library.infer_schema`` wants it.
-        fake: what comes out, without data: called with the same arguments, by name.
-        mutates: the argument that it writes into.
-        draws: it draws from torch's generator.
+        function: annotated as ``torch.library.infer_schema`` requires.
+        fake: returns the result without data; called with the same arguments, by name.
+        mutates: name of the argument that it writes to.
+        draws: whether it draws from torch's generator.
     """
     schema = _torch.schema_of(function, (mutates,) if mutates else ())
     tags = [torch.Tag.flexible_layout, *([torch.Tag.nondeterministic_seeded] if draws else [])]

@@ -1,22 +1,24 @@
 """Round to a format, compute scales, encode and decode: definitions and registered operators.
 
-Meaning, the same on every device and torch release, whatever their own casts do:
+The results are the same on every device and torch release, whatever their own casts do:
 
-* NaN stays NaN and −0 stays −0; less than half of the smallest subnormal becomes a zero of its sign;
-* beyond the format, inf included: ``saturate`` gives ±``max_value`` (forward tensors), otherwise ±inf (backward
-  tensors, so that the loss scaler sees it); ``fp32`` changes nothing;
+* NaN stays NaN and −0 stays −0; a value below half of the smallest subnormal becomes a zero of its sign;
+* a value beyond the format, inf included, becomes ±``max_value`` with ``saturate`` (forward tensors), otherwise ±inf
+  (backward tensors, so that the loss scaler sees it); ``fp32`` changes nothing;
 * ``x ≈ q · scale``, with ``q`` on the format's grid;
-* to a stochastic format a value between two neighbours goes to either, so that its mean stays: exactly, and to 2^-31
-  of the smallest subnormal below ``min_normal``. A value on the grid stays where it is. Overflow is as if the format
-  went on: between ``max_value`` and the next value a share goes up, and what does overflows as above.
+* a stochastic format rounds a value between two neighbours to either of them, so that its mean is the value: exactly,
+  or to 2^-31 of the smallest subnormal below ``min_normal``. A value on the grid stays as it is. Overflow is rounded as
+  if the format continued: a value between ``max_value`` and the next value is rounded up with some probability, and
+  then overflows as above.
 
-Stochastic rounding is a function of a *seed*, drawn from torch's generator where the graph begins, of a number for the
-tensor, and of the element's place in the tensor's shape. So what draws is one small operator, in whose order a compiler
-has no say, and rounding itself stays pure: computed again in the backward pass, in other pieces, in another layout or
-by another compiler, a value goes the same way, and ``torch.manual_seed`` repeats a run.
+Stochastic rounding is a function of a *seed*, which is drawn from torch's generator at the beginning of the graph, of a
+stream number for the tensor, and of the element's place in the tensor's shape. Only one small operator draws random
+numbers, so a compiler cannot change their order, and rounding itself is pure: a value is rounded to the same result if
+it is computed again in the backward pass, in other pieces, in another layout or by another compiler.
+``torch.manual_seed`` makes a run repeatable.
 
-Each kernel is written once, in plain torch, over a few numbers taken from the format
-(:mod:`assign.numerics.kernels`), and run by :mod:`assign.numerics.dispatch`.
+Each kernel is written once, in plain torch, over a few numbers taken from the format (:mod:`assign.numerics.kernels`),
+and run by :mod:`assign.numerics.dispatch`.
 """
 
 import zlib
@@ -37,18 +39,18 @@ from assign.numerics.torch_dtypes import ROUNDED, dtype_name, torch_dtype
 
 
 def key_of(seed: Tensor, stream: int) -> Tensor:
-    """The two words that random bits are made from: int64 [2]."""
+    """Return the two words from which random bits are made: int64 [2]."""
     seed = seed.reshape(())
     return torch.stack((seed & 0xFFFFFFFF, (seed >> 32) + stream))
 
 
 def stream_of(key: str) -> int:
-    """A number for the tensor ``key``: which random bits it has under a seed that others share."""
+    """Return the stream number of the tensor ``key``: it selects its random bits under a seed shared with others."""
     return zlib.crc32(key.encode())
 
 
 def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
-    """To a torch dtype by torch's own cast, which rounds these three right, and then to ``dtype``."""
+    """Convert to the format with torch's own cast, which rounds these three dtypes correctly, and then to ``dtype``."""
     result = torch.empty_like(x, dtype=torch_dtype(fmt.code_dtype)).copy_(x)
     if saturate and fmt.mantissa_bits < WIDTH:
         result.clamp_(-fmt.max_value, fmt.max_value)
@@ -56,10 +58,10 @@ def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
 
 
 def inline_cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
-    """``assign::quantize`` to a dtype of torch's, as plain operators with constants: a compiler fuses these.
+    """Return ``assign::quantize`` to a torch dtype as plain operators with constants, which a compiler can fuse.
 
-    To a 16-bit ``dtype`` it is a cast. As under autocast, Inductor then hands operators that it fuses the value as it
-    was before. In float32 it is arithmetic on bits: a cast to 16 bits and back, Inductor would leave out everywhere.
+    To a 16-bit ``dtype`` it is a cast. As under autocast, Inductor then passes the unrounded value to operators that it
+    fuses. In float32 it is arithmetic on bits, because Inductor would remove a cast to 16 bits and back.
     """
     if fmt.native == "float32":
         return x.to(dtype)
@@ -69,7 +71,7 @@ def inline_cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> T
     return work.kernel(x, None, (*work.ints, *work.floats)).to(dtype)
 
 
-# ---- registered operators: strides as ``empty_like`` gives them; what changes between steps is in ``runtime``
+# ---- registered operators: strides are those of ``empty_like``; ``runtime`` holds what changes between steps
 
 
 def _quantize(
@@ -102,7 +104,7 @@ def _quantize_in_place(
 
 
 def _watched_format(x: Tensor, name: str, runtime: Runtime | None, key: str) -> Format:
-    """Return the format in force, once overflow is counted where promotion asks for that."""
+    """Return the current format, after counting overflow if promotion measures this tensor."""
     fmt = current_format(name, runtime, key)
     slot = runtime.slots.get(key) if runtime is not None else None
     if slot and slot.measuring:
@@ -143,14 +145,14 @@ def _history(runtime: Runtime | None, key: str) -> History | None:
 
 
 def _known_scale(history: History, x: Tensor) -> Tensor:
-    """A fresh copy of the scale for this step."""
+    """Return a new copy of the scale for this step."""
     return find_scale(scaling(history.format), x) if history.scale is None else history.scale.clone()
 
 
 def _scale_quantize(
     x: Tensor, format: str, saturate: bool, dtype: torch.dtype, *, runtime: Runtime | None = None, key: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """``scale`` and ``quantize`` with it, in one pass: result and scale. Not for stochastic formats."""
+    """Compute the scale and quantize with it in one pass; return result and scale. Not for stochastic formats."""
     return _scale_and_round(x, parse_format(format), saturate, dtype, _history(runtime, key), None)
 
 
@@ -219,7 +221,7 @@ register("decode", _decode, lambda codes, dtype, **_: _like(codes, dtype))
 register("seed", _seed, lambda device: torch.empty((), dtype=torch.int64, device=device), draws=True)
 
 
-# ---- the same for people, with their arguments checked
+# ---- public functions, which check their arguments
 
 
 def quantize(
@@ -231,19 +233,21 @@ def quantize(
     dtype: torch.dtype | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Round ``x / scale`` to a value of ``fmt``, as the format says, and multiply by ``scale``.
+    """Round ``x / scale`` to a value of ``fmt``, with the rounding mode of ``fmt``, and multiply by ``scale``.
 
     Args:
         x: any shape; float32, bfloat16 or float16.
         fmt: a format or its name.
-        scale: float32, one element, as ``amax_scale`` gives it; with one that is no power of two, ``x / scale`` and the
+        scale: float32, one element, as returned by ``amax_scale``. If it is no power of two, ``x / scale`` and the
             product with ``scale`` are rounded too. None: 1, or for a scaled format ``amax_scale(x, fmt)``.
-        saturate: what beyond ±``fmt.max_value`` becomes, inf included: that limit, or else ±inf. NaN stays NaN.
-        dtype: of the result; it must hold every value of ``fmt``. None: that of ``x`` if it does, else the carrier.
-        seed: int64, one element, not negative: which way a stochastic format rounds. None: ``draw_seed``, so that
-            ``torch.manual_seed`` says it. Formats that round to nearest take no notice of it.
+        saturate: whether values beyond ±``fmt.max_value``, inf included, become that limit; otherwise they become ±inf.
+            NaN stays NaN.
+        dtype: dtype of the result; it must hold every value of ``fmt``. None: that of ``x`` if it does, else the
+            carrier.
+        seed: int64, one element, not negative: the seed of a stochastic format. None: ``draw_seed``, which follows
+            ``torch.manual_seed``. Formats that round to nearest ignore it.
     Returns:
-        A fresh tensor, of the shape of ``x`` and, where ``x`` is dense, of its strides.
+        A new tensor, of the shape of ``x`` and, if ``x`` is dense, of its strides.
     Raises:
         FormatError: an unknown format, or a dtype, scale or seed that does not fit.
     Examples:
@@ -266,19 +270,19 @@ def quantize(
 
 
 def draw_seed(device: torch.device | str = "cpu") -> Tensor:
-    """A seed for stochastic rounding, from torch's generator of ``device``: int64 without axes, there."""
+    """Return a seed for stochastic rounding from torch's generator of ``device``: int64 without axes, on ``device``."""
     seed: Tensor = torch.ops.assign.seed(torch.device(device))
     return seed
 
 
 def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
-    """The scale with which ``x`` fills the format.
+    """Return the scale with which ``x`` fills the format.
 
-    Under ``amax`` the largest magnitude over ``fmt.max_value``; under ``pow2`` the smallest power of two with which it
-    lands within ``fmt.max_value``, so that scaling rounds nothing. It is held within ``fmt.scale_exponents``:
-    only magnitudes in the last binade of bfloat16 can then overflow. Elements that are not finite do not count: they
-    saturate, or stay NaN. Where none is finite and not zero: 1. Where the format's scale is delayed, it is that of a
-    first step, which knows of none before.
+    With ``amax`` scaling it is the largest magnitude divided by ``fmt.max_value``. With ``pow2`` scaling it is the
+    smallest power of two that brings the largest magnitude within ``fmt.max_value``, so that scaling rounds nothing.
+    The scale is clamped to ``fmt.scale_exponents``: only magnitudes in the last binade of bfloat16 can then overflow.
+    Elements that are not finite are ignored: they saturate, or stay NaN. If no element is both finite and nonzero, the
+    scale is 1. For a format with delayed scaling, the scale is that of a first step, which has no earlier steps.
 
     Args:
         x: any shape; float32, bfloat16 or float16.
@@ -298,17 +302,18 @@ def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
 
 
 def encode(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None) -> Tensor:
-    """The codes, sign | exponent | mantissa, of values that ``quantize`` returned for the same ``fmt`` and ``scale``.
+    """Return the codes of values that ``quantize`` returned for the same ``fmt`` and ``scale``.
 
-    Lossless for every value of the format. Inf and NaN in a format that has no such code become ±``max_value``,
-    as in any cast that saturates; values off the grid go to the nearest code.
+    A code is sign | exponent | mantissa. Encoding is lossless for every value of the format. Inf and NaN in a format
+    that has no such code become ±``max_value``, as in any cast that saturates; values off the grid become the nearest
+    code.
 
     Args:
         x: any shape; float32, bfloat16 or float16.
         fmt: a format or its name.
         scale: as given to ``quantize``; a scaled format needs it.
     Returns:
-        Shape and strides as ``quantize`` has them; dtype ``fmt.code_dtype``.
+        Shape and strides as in the result of ``quantize``; dtype ``fmt.code_dtype``.
     Raises:
         FormatError: an unknown format, a dtype or scale that does not fit, a scale that is missing.
     Source: OCP OFP8 1.0 (e4m3, e5m2); arXiv 2301.13464 (fp(e,m,b)).
@@ -322,13 +327,13 @@ def encode(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None) -> Tens
 def decode(
     codes: Tensor, fmt: Format | str, *, scale: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The values behind ``encode``'s codes.
+    """Return the values of the codes that ``encode`` returned.
 
     Args:
         codes: any shape; dtype ``fmt.code_dtype``.
         fmt: the format of the codes, or its name.
         scale: as given to ``encode``.
-        dtype: of the result; it must hold every value of ``fmt``. None: the format's carrier.
+        dtype: dtype of the result; it must hold every value of ``fmt``. None: the format's carrier.
     Raises:
         FormatError: an unknown format, a dtype or scale that does not fit, a scale that is missing.
     """

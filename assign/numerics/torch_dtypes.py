@@ -27,7 +27,7 @@ COMPUTED = tuple(map(torch_dtype, FORMAT_NAMES))
 ROUNDED: Mapping[torch.dtype, Format] = MappingProxyType(
     {torch_dtype(name): LOADED[name] for name in ("float32", *NARROW)}
 )
-"""Dtypes of the tensors that rounding kernels take → the format with the same values."""
+"""Dtype of a tensor that rounding kernels accept → format with the same values."""
 
 SIXTEEN_BITS: Mapping[torch.dtype, str] = MappingProxyType({torch_dtype(name): FORMAT_NAMES[name] for name in NARROW})
-"""The dtypes of 16 bits → name of the format with the same values."""
+"""16-bit dtype → name of the format with the same values."""

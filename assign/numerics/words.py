@@ -1,9 +1,9 @@
 """Store several narrow elements in one integer word.
 
-A compiler for CPUs turns arithmetic on 32-bit elements into vectors. From elements of 16 bits it makes loops over
-buffers in memory, and none at all from 16-bit integers. So a kernel may take its elements several to a word, one lane
-at a time, each as the float32 or int32 that it is: the same arithmetic, at about five times the speed. Lanes are in the
-order of memory, lowest bits first.
+A CPU compiler vectorizes arithmetic on 32-bit elements. For 16-bit floating-point elements it makes loops over buffers
+in memory, and 16-bit integers it does not vectorize at all. A kernel can therefore read several elements from one word,
+one lane at a time, each as a float32 or int32: the arithmetic is the same, at about five times the speed. Lanes are in
+memory order, lowest bits first.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ _WORDS = {4: torch.int32, 8: torch.int64}
 
 
 def lanes(*dtypes: torch.dtype) -> int:
-    """How many elements share a word where a kernel reads and writes tensors of ``dtypes``; 1: each has its own.
+    """Return how many elements share a word if a kernel reads and writes tensors of ``dtypes``; 1: each has its own.
 
-    float16 has no lanes: its values are not bits of a float32.
+    float16 has no lanes, because its bits are not the upper bits of a float32.
     """
     if torch.float16 in dtypes or not any(dtype in _NARROW for dtype in dtypes):
         return 1
@@ -26,12 +26,12 @@ def lanes(*dtypes: torch.dtype) -> int:
 
 
 def word_dtype(dtype: torch.dtype, count: int) -> torch.dtype:
-    """The integers that hold ``count`` elements of ``dtype`` each."""
+    """Return the integer dtype that holds ``count`` elements of ``dtype``."""
     return _WORDS[dtype.itemsize * count] if count > 1 else dtype
 
 
 def split(words: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
-    """The lanes of ``words``: values as float32, codes as int32."""
+    """Return the lanes of ``words``: values as float32, codes as int32."""
     if count == 1:
         return [words]
     halves = [words] if words.dtype == torch.int32 else [words.to(torch.int32), (words >> 32).to(torch.int32)]
@@ -44,12 +44,12 @@ def split(words: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
 
 
 def join(values: Sequence[Tensor], dtype: torch.dtype, *, exact: bool = True) -> Tensor:
-    """The words whose lanes are ``values``.
+    """Return the words whose lanes are ``values``.
 
     Args:
-        values: one tensor for each lane, as :func:`split` gives them: values as float32, codes as int32.
-        dtype: of a lane.
-        exact: ``dtype`` holds every value as it is. Else values become the nearest bfloat16, ties to even.
+        values: one tensor for each lane, as :func:`split` returns them: values as float32, codes as int32.
+        dtype: dtype of a lane.
+        exact: whether ``dtype`` holds every value exactly. Otherwise values become the nearest bfloat16, ties to even.
     """
     if len(values) == 1:
         return values[0]
@@ -72,7 +72,7 @@ def _bits(value: Tensor) -> Tensor:
 
 
 def _bits_of_nearest(value: Tensor) -> Tensor:
-    """Bits of a float32 of which the upper 16 are those of the nearest bfloat16; of a NaN its own."""
+    """Return float32 bits whose upper 16 are those of the nearest bfloat16; a NaN keeps its own bits."""
     bits = value.view(torch.int32)
     rounded = bits + (0x7FFF + ((bits >> 16) & 1))
     return torch.where((bits & 0x7FFFFFFF) > 0x7F800000, bits, rounded)

@@ -3,12 +3,12 @@
 ======================  ============================================================
 ``tracer``              The entry point, :func:`assign.trace`.
 ``step``                The table, with the model, the batch and the loss.
-``capture``             The step as one graph, by Dynamo.
+``capture``             The step as one graph, captured by Dynamo.
 ``recording``           The step as several graphs, where its code needs values.
-``pieces``              These graphs, and what they hand on to each other.
+``pieces``              These graphs, and what they pass on to each other.
 ``deferred``            Tensors whose values are not known yet.
 ``pending``             The piece that is being recorded.
-``torch_functions``     Which functions of torch need values.
+``torch_functions``     Functions of torch that need values.
 ``user_code``           Lines of the user's code.
 ``sizes``               Sizes that are numbers in tensors.
 ``kept_state``          Leave the model unchanged.

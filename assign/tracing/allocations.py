@@ -10,18 +10,18 @@ from assign import _torch
 from assign.tracing.joint import tensors_in
 
 Scratch = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
-"""``(operator, arguments, keyword arguments, result)`` → bytes that its kernel has for itself while it runs."""
+"""``(operator, arguments, keyword arguments, result)`` → bytes of scratch memory that its kernel uses while it runs."""
 
 
 class Allocations(_torch.TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
-    """While the mode is on, what operators make is counted; what is dropped later is taken off.
+    """A mode that counts the bytes that operators allocate, minus those that are freed.
 
     Attributes:
-        now: bytes alive, of those made under the mode.
-        peak: the most at any operator, its scratch included; may be set back.
+        now: bytes alive, of tensors made under the mode.
+        peak: the maximum at any operator, its scratch memory included; may be reset.
     """
 
-    supports_higher_order_operators = True  # a checkpointed block's operators that draw random numbers are such
+    supports_higher_order_operators = True  # random operators of a checkpointed block are higher-order
 
     def __init__(self, scratch: Scratch = lambda *_: 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types

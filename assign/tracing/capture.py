@@ -1,12 +1,12 @@
 """Capture model and loss as one graph with Dynamo, and explain errors to the user.
 
-The graph that Dynamo hands over has torch-level operators (``conv2d``, ``relu``, …), with the path of the module and
-the line of the user's code on every node. Parameters and buffers are its inputs, told apart by identity.
+The graph from Dynamo has torch-level operators (``conv2d``, ``relu``, …), with the module path and the line of the
+user's code on every node. Parameters and buffers are inputs of the graph and are recognized by identity.
 
-Parameters that a plan stores in another dtype are captured as if they were in the one in which they were loaded, so
-that the user's code is the same code and a graph the same graph, whatever the plan stores; in the graph handed on, who
-read the converted parameter reads the parameter. Buffers that a plan stores in 16 bits are captured as if they were in
-float32; they are widened when the graph is called, and rounded again behind it.
+Parameters that a plan stores in another dtype are captured as if they had their loaded dtype. The user's code and the
+graph are therefore the same for every plan. In the resulting graph, readers of the converted parameter read the
+parameter itself. Buffers that a plan stores in 16 bits are captured as if they were float32; they are converted to
+float32 when the graph is called, and rounded again afterwards.
 """
 
 import contextlib
@@ -33,26 +33,26 @@ from assign.tracing.recording import Recorder
 Loss = Callable[[nn.Module, Any], Tensor]
 
 _PREFIX = "L['self'].model"
-_GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # how Dynamo says a.b where parameters are replaced
-_NUMBERS = itertools.count()  # of steps: Dynamo remembers by a function's name which sizes have varied
-_OPERATOR = "\nWhile executing "  # how torch.fx says which node failed
+_GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # how Dynamo writes a.b where parameters are replaced
+_NUMBERS = itertools.count()  # for steps: Dynamo remembers varying sizes by function name
+_OPERATOR = "\nWhile executing "  # how torch.fx names the node that failed
 _PACKAGES = tuple(f'File "{Path(each).parent}{os.sep}' for each in (torch.__file__, Path(__file__).parent))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capture:
-    """One captured graph with what tells its inputs apart.
+    """One captured graph and the facts about its inputs.
 
     Attributes:
-        graph: torch-level FX graph; ours to edit.
+        graph: torch-level FX graph, which may be edited.
         inputs: example values of its placeholders, in order.
         parameters: placeholder → name of the parameter (one name for tied weights).
         buffers: placeholder → name of the buffer.
-        widened: positions of the buffers that the graph takes and changes in float32, though they are stored narrower.
-        dtypes: of the parameters that a plan stores otherwise, and of results of earlier pieces that it keeps
-            otherwise; the graph's own values say what they are in the model as it was loaded.
+        widened: positions of the buffers that the graph reads and changes in float32, though they are stored narrower.
+        dtypes: stored dtypes of the parameters, and of the results of earlier pieces, that a plan stores in another
+            dtype; the graph's own values have the dtypes of the loaded model.
         training: whether the model was in training mode with gradients on.
-        piece: what is known of the graph if it was recorded; None if Dynamo captured it.
+        piece: what is known about the graph if it was recorded; None if Dynamo captured it.
     """
 
     graph: fx.GraphModule
@@ -66,19 +66,19 @@ class Capture:
 
     @property
     def is_part(self) -> bool:
-        """Whether other graphs have the rest of the step."""
+        """Whether other graphs contain the rest of the step."""
         return self.piece is not None and not self.piece.whole
 
 
 def call_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The "loss" of a step that is the model alone."""
+    """Return the model's output: the "loss" of a step that is the model alone."""
     return model(*args, **kwargs)
 
 
 class Step(nn.Module):
     """``loss(model, …)`` as a module, so that module paths and parameters have one prefix.
 
-    Dynamo keeps its compiled code per code object: each step gets its own copy, so that two models never compete for
+    Dynamo keeps its compiled code per code object. Each step gets its own copy, so that two models do not compete for
     the same cache entries.
     """
 
@@ -101,15 +101,16 @@ class Step(nn.Module):
         with _torch.replaced_parameters(self.model, own):
             result = self.loss(self.model, *args, **kwargs)
             for name, buffer in self.model.named_buffers():
-                if buffer is not own.get(name, stored[name]):  # the model has put another tensor in its place
+                if buffer is not own.get(name, stored[name]):  # the model has replaced the buffer
                     stored[name].copy_(buffer)
         return result
 
 
 class CompiledStep:
-    """``loss(model, …)`` that goes through a backend at its first call and whenever shapes or modes change.
+    """``loss(model, …)``, compiled by a backend at the first call and whenever shapes or modes change.
 
-    Dynamo captures the step as one graph. Where it cannot, :class:`Recorder` captures it in several, from then on.
+    Dynamo captures the step as one graph. If it cannot, :class:`Recorder` captures this and all later calls in several
+    pieces.
     """
 
     def __init__(self, step: Step, receive: Callable[..., Callable[..., Any]], *, whole: bool) -> None:
@@ -123,7 +124,7 @@ class CompiledStep:
         """Return the result of the step.
 
         Raises:
-            TraceError: the step cannot be captured; says the user's line.
+            TraceError: the step cannot be captured; names the user's line.
         """
         self._heap.next_step((args, kwargs))
         try:
@@ -151,7 +152,7 @@ class CompiledStep:
             raise
 
     def _check_recordable(self, error: BaseException) -> None:
-        """Raise what Dynamo raised where running the user's code would not help."""
+        """Raise Dynamo's exception again if running the user's code would not help."""
         refused = isinstance(_torch.inner_exception(error), AssignError)
         if refused or any(parameter.is_meta for parameter in self._model.parameters()):
             raise error
@@ -165,20 +166,20 @@ def compile_step(
     buffers: Collection[str] = (),
     whole: bool = False,
 ) -> CompiledStep:
-    """``loss(model, …)`` that goes through ``backend``.
+    """Return ``loss(model, …)`` compiled by ``backend``.
 
     Args:
-        model: the user's model, which ``loss`` gets first.
+        model: the user's model, the first argument of ``loss``.
         loss: called with the model and the arguments of the compiled step.
-        backend: takes each captured graph and returns what runs in its place.
-        buffers: names of those that are stored in 16 bits and computed in float32.
-        whole: a step that Dynamo cannot capture is one graph all the same, in which the code took the branches that it
-            takes with these inputs: to look at a step, not to train with it.
+        backend: takes each captured graph and returns the function that runs in its place.
+        buffers: names of the buffers that are stored in 16 bits and computed in float32.
+        whole: record one graph even for a step that Dynamo cannot capture, with the branches that the code takes for
+            these inputs. This is for inspecting a step, not for training.
     """
 
     def receive(graph: fx.GraphModule, inputs: Sequence[Any], piece: Piece | None = None) -> Callable[..., Any]:
         if piece is None and _torch.has_sizes_from_data(graph):
-            raise _torch.PendingUnbackedSymbolNotFound("a shape depends on values")  # so it is recorded in pieces
+            raise _torch.PendingUnbackedSymbolNotFound("a shape depends on values")  # then recorded in pieces
         capture = _describe(model, graph, inputs, buffers, piece)
         with _torch.unrolled_lstm():
             return _widening(backend(capture), capture.widened)
@@ -187,7 +188,7 @@ def compile_step(
 
 
 def _widening(run: Callable[..., Any], positions: Collection[int]) -> Callable[..., Any]:
-    """``run`` on float32 copies of the inputs at these positions, which then take what became of the copies."""
+    """Return ``run`` applied to float32 copies of the inputs at these positions, which are then written back."""
     if not positions:
         return run
 
@@ -203,7 +204,7 @@ def _widening(run: Callable[..., Any], positions: Collection[int]) -> Callable[.
 
 @contextlib.contextmanager
 def _hidden_gradients(model: nn.Module) -> Iterator[None]:
-    """Take away gradients that are not of their parameter's dtype: Dynamo does not capture a parameter with one."""
+    """Remove gradients whose dtype is not their parameter's, because Dynamo does not capture a parameter with one."""
     hidden = [(p, p.grad) for p in model.parameters() if p.grad is not None and p.grad.dtype != p.dtype]
     for parameter, _ in hidden:
         parameter.grad = None
@@ -215,7 +216,7 @@ def _hidden_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def check_parameters(model: nn.Module) -> None:
-    """Refuse what is no model, and parameters to train in dtypes that no plan is for.
+    """Reject an object that is no model, and trained parameters in dtypes that no plan supports.
 
     Raises:
         TraceError: names the first such parameter.
@@ -234,7 +235,7 @@ def check_parameters(model: nn.Module) -> None:
 
 
 def strip_module_path(path: str) -> str | None:
-    """Module path below the model from Dynamo's own, None for code outside the model."""
+    """Return the module path below the model from Dynamo's path; None for code outside the model."""
     while _GETATTR.search(path):
         path = _GETATTR.sub(r"\1.\2", path)
     if path != _PREFIX and not path.startswith((_PREFIX + ".", _PREFIX + "[", _PREFIX + "_")):
@@ -275,7 +276,7 @@ def _describe(
 
 
 def _drop_widening(graph: fx.GraphModule, parameter: fx.Node) -> None:
-    """Let those who read the parameter, widened by :class:`Step`, read it as it is."""
+    """Make the readers of a parameter that :class:`Step` widened read the parameter itself."""
     for widened in [user for user in parameter.users if user.op == "call_method" and user.target == "to"]:
         _torch.copy_fake_value(widened, parameter)
         widened.replace_all_uses_with(parameter)
@@ -283,7 +284,7 @@ def _drop_widening(graph: fx.GraphModule, parameter: fx.Node) -> None:
 
 
 def _explain(error: BaseException) -> TraceError:
-    """A graph break in the user's words: what, which line, what to change."""
+    """Return the error for a graph break: what cannot be captured, at which line, and what to change."""
     lines = [line.strip() for line in str(error).splitlines()]
     reason = " ".join(line for line in lines[:2] if line and not line.lower().startswith("hint:"))
     hints = [line for line in lines if line.lower().startswith("hint:")]
@@ -299,7 +300,7 @@ def _explain(error: BaseException) -> TraceError:
 
 
 def _explain_operator(error: BaseException) -> TraceError:
-    """An operator of the user's with which a captured graph cannot be prepared."""
+    """Return the error for a user's operator that prevents the captured graph from being prepared."""
     reason, _, rest = str(error).partition(_OPERATOR)
     node, *lines = map(str.strip, rest.splitlines())
     what = f"{type(error).__name__}: {reason.strip()} while executing {node}"
@@ -311,7 +312,7 @@ def _explain_operator(error: BaseException) -> TraceError:
 
 
 def _places(lines: Sequence[str]) -> str:
-    """The last of the user's own lines in a traceback, and the line of another's package, not torch, that it led to."""
+    """Return the last line of the user's code in a traceback, and the line of another package (not torch) below it."""
     frames = [
         f"{line}: {code}"
         for line, code in zip(lines, [*lines[1:], ""], strict=True)

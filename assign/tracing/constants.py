@@ -1,4 +1,4 @@
-"""Find the constants of captured operators, and those that 16 bits cannot represent."""
+"""Find the constants of captured operators, and limit those that 16 bits cannot represent."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ LARGEST_FP16 = 65504.0
 
 
 def numbers_in(arguments: Any) -> list[float]:
-    """The numbers among arguments of a node."""
+    """Return the numbers among the arguments of a node."""
     found: list[float] = []
 
     def note(value: Any) -> None:
@@ -24,7 +24,7 @@ def numbers_in(arguments: Any) -> list[float]:
 
 
 def hold_numbers(node: fx.Node, op: str, limit: float) -> None:
-    """Let an operator write no number beyond ±``limit``, which it would refuse; infinities stay."""
+    """Clamp the numbers that an operator writes to ±``limit``, beyond which it would fail; infinities stay."""
     places = WRITTEN.get(op, ()) + BOUNDS.get(op, ())
     names = (*WRITTEN_BY_NAME, "min", "max") if places else ()
 

@@ -12,17 +12,17 @@ from assign.tracing.torch_functions import METADATA
 
 
 class Recording(Protocol):
-    """What a deferred tensor asks of the recording that made it."""
+    """The methods of a recording that a deferred tensor uses."""
 
     def close(self, reason: str) -> None:
-        """Compute what is recorded so far."""
+        """Compute the operators recorded so far."""
 
     def record(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record a torch function."""
 
 
 class Deferred(Tensor):
-    """A tensor without data of its own: a node of the piece that is being recorded, or the real tensor it became."""
+    """A tensor without data of its own: a node of the piece that is being recorded or, once computed, a real tensor."""
 
     recording: Recording
     node: fx.Node
@@ -32,13 +32,13 @@ class Deferred(Tensor):
     crossing: Crossing | None
 
     def setup(self, recording: Recording, node: fx.Node, fake: Tensor, parametric: bool) -> None:
-        """Tie the tensor to its node."""
+        """Connect the tensor to its node."""
         self.recording, self.node, self.fake, self.parametric = recording, node, fake, parametric
         self.computed, self.crossing = None, None
 
     @property
     def computed_value(self) -> Tensor:
-        """The real tensor, in the dtype that it has in the user's code; a plan may hold it in fewer bits."""
+        """Return the real tensor in the dtype of the user's code; a plan may store it in fewer bits."""
         assert self.computed is not None
         return self.computed if self.computed.dtype == self.fake.dtype else self.computed.to(self.fake.dtype)
 
@@ -54,14 +54,14 @@ class Deferred(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it without ``func``
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """An operator that torch itself calls on a deferred tensor: recorded like any other."""
+        """Record an operator that torch itself calls on a deferred tensor, like any other."""
         recording = next(x.recording for x in tensors_in((args, kwargs or {})) if isinstance(x, Deferred))
         with _torch.without_functions():
             return recording.record(func, args, kwargs or {})
 
 
 def unwrapped(x: Tensor) -> Tensor:
-    """The real tensor behind a deferred one; another one itself."""
+    """Return the real tensor of a deferred tensor, after computing it if necessary, and any other tensor as it is."""
     if not isinstance(x, Deferred):
         return x
     if x.computed is None:
@@ -70,13 +70,13 @@ def unwrapped(x: Tensor) -> Tensor:
 
 
 def plain(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call a torch function on deferred tensors as on plain ones."""
+    """Call a torch function on deferred tensors as on plain tensors."""
     with _torch.without_subclasses():
         return func(*args, **kwargs)
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
-    """Tensors in a nest of tuples, lists, dicts and slices."""
+    """Yield the tensors in nested tuples, lists, dicts and slices."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, (tuple, list)):
@@ -90,7 +90,7 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 def with_tensors(change: Callable[[Any], Any], values: Any) -> Any:
-    """The same nest with other values in place of its tensors."""
+    """Return the same nested values with ``change`` applied to their tensors."""
     if isinstance(values, Tensor):
         return change(values)
     if isinstance(values, (tuple, list)):
@@ -103,12 +103,12 @@ def with_tensors(change: Callable[[Any], Any], values: Any) -> Any:
 
 
 def like(values: Any, parts: list[Any]) -> Any:
-    """``parts`` in a container of the kind of ``values``."""
+    """Return ``parts`` in a container of the same type as ``values``."""
     kind = type(values)
     if kind in (tuple, list):
         return kind(parts)
     if hasattr(values, "_fields"):
         return kind(*parts)
-    if isinstance(values, tuple) and hasattr(values, "n_fields"):  # what torch.max and others return
+    if isinstance(values, tuple) and hasattr(values, "n_fields"):  # the type that torch.max and others return
         return kind(parts)
     return list(parts) if isinstance(values, list) else tuple(parts)

@@ -1,8 +1,8 @@
 """Remove in-place operators from a captured graph, so that every value has one node.
 
-``relu(inplace=True)``, ``x += y``, ``x[mask] = v``, ``add_`` on a slice: each becomes the operator that makes a new
-tensor; later readers of the old tensor, or of a view of it, read the new one. What changes an input of the graph
-(running statistics, counters) is left in place. Losses are split into the operators that the paper counts.
+``relu(inplace=True)``, ``x += y``, ``x[mask] = v``, ``add_`` on a slice: each is replaced by the operator that makes a
+new tensor; later readers of the old tensor, or of a view of it, read the new one. Operators that change an input of the
+graph (running statistics, counters) stay in place. Losses are split into the operators that the paper counts.
 """
 
 import operator
@@ -39,13 +39,13 @@ _SPARSE_FLAG: dict[Any, int] = {F.embedding: 6, F.embedding_bag: 7, torch.embedd
 
 
 class Aliases:
-    """Which nodes share storage: run once over a graph, on values without data."""
+    """Which nodes of a graph share storage; computed once, on values without data."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.values: dict[fx.Node, Any] = {}
         self.root: dict[fx.Node, fx.Node] = {}
         self._first: dict[int, fx.Node] = {}
-        self._keep: list[Any] = []  # storages stay alive, so that an address names one storage
+        self._keep: list[Any] = []  # storages stay alive, so that an address identifies one storage
         self._propagate(graph)
 
     def _propagate(self, graph: fx.GraphModule) -> None:
@@ -55,7 +55,7 @@ class Aliases:
             _Propagation(graph, self).run(*examples.values())
 
     def see(self, node: fx.Node, value: Any) -> None:
-        """Note the value of a node; a tensor of known storage belongs to that storage's first node."""
+        """Record the value of a node; a tensor of known storage belongs to that storage's first node."""
         self.values[node] = value
         if isinstance(value, Tensor):
             address = _torch.storage_id(value.untyped_storage())
@@ -85,7 +85,7 @@ class _Propagation(fx.Interpreter):
 
 
 def functionalize(graph: fx.GraphModule) -> None:
-    """Rewrite the graph in place; bodies of checkpointed blocks are included."""
+    """Rewrite the graph in place, including the bodies of checkpointed blocks."""
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target is _torch.CHECKPOINT_OP:
             functionalize(_torch.body_of(graph, node))
@@ -98,7 +98,7 @@ def functionalize(graph: fx.GraphModule) -> None:
 
 
 def written(node: fx.Node) -> fx.Node | None:
-    """What a node writes that is left in place; None of any other."""
+    """Return the tensor that a node writes to if the node stays in place, else None."""
     if not node.meta.get("assign_in_place"):
         return None
     target: Any = node.kwargs.get("out") or node.args[0]
@@ -114,7 +114,7 @@ def _rewrite_first_mutation(graph: fx.GraphModule) -> bool:
         if target is None or node.meta.get("assign_in_place"):
             continue
         if aliases.root[target].op in ("placeholder", "get_attr"):
-            node.meta["assign_in_place"] = True  # a buffer or an input of the user's: stays as it is
+            node.meta["assign_in_place"] = True  # a buffer or an input of the user stays as it is
             continue
         _rewrite(graph.graph, node, target, aliases)
         return True
@@ -122,7 +122,7 @@ def _rewrite_first_mutation(graph: fx.GraphModule) -> bool:
 
 
 def _mutated(node: fx.Node) -> fx.Node | None:
-    """The argument that a node changes in place, or None."""
+    """Return the argument that a node changes in place, or None."""
     if node.meta.get("assign_in_place"):
         return None
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
@@ -153,14 +153,15 @@ def _inplace_flag(node: fx.Node) -> bool:
 def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node, aliases: Aliases) -> None:
     """Replace one in-place node; every later reader of its storage reads the new tensor.
 
-    Under ``torch.no_grad``, the write changes the values alone: the gradient of the new tensor is the old one's. What
-    is written with a gradient into ``x.detach()`` has that gradient there, and changes the values alone of ``x``.
+    Under ``torch.no_grad``, the write changes only the values: the new tensor has the gradient of the old one. If a
+    value with a gradient is written to ``x.detach()``, the detached tensor gets that gradient, and only the values of
+    ``x`` change.
     """
     root = aliases.root[target]
     unseen = node in _torch.nodes_without_grad(graph)
     order = {n: i for i, n in enumerate(graph.nodes)}
     shared = [n for n in aliases.root if aliases.root[n] is root and isinstance(aliases.values[n], Tensor)]
-    family = [n for n in shared if order[n] <= order[node]]  # what is made later follows its own source
+    family = [n for n in shared if order[n] <= order[node]]  # later nodes follow their own source
     detached = next((n for n in _views(target, root) if detaches(n)), None)
     if detached is None or unseen or not aliases.values[target].requires_grad:
         hidden = unseen and aliases.values[root].requires_grad
@@ -179,14 +180,14 @@ def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node, aliases: Aliases) 
 
 
 def _write(graph: fx.Graph, node: fx.Node, target: fx.Node, root: fx.Node, *, hidden: bool) -> fx.Node:
-    """Return the new value of ``root`` after the in-place node has written into its view ``target``.
+    """Return the new value of ``root`` after the in-place node has written to its view ``target``.
 
     Args:
-        graph: of the nodes; it is edited.
+        graph: graph of the nodes; it is edited.
         node: the in-place operator.
-        target: what it writes into: ``root`` or a view of it.
+        target: the tensor that it writes to: ``root`` or a view of it.
         root: the tensor, or the detached view, that gets a new value.
-        hidden: the write changes the values alone, and its gradient is that of ``root``.
+        hidden: whether the write changes only the values, so that the new value has the gradient of ``root``.
     """
     with graph.inserting_before(node):
         updated = _out_of_place(graph, node) if target is root and not hidden else None
@@ -201,12 +202,12 @@ def _write(graph: fx.Graph, node: fx.Node, target: fx.Node, root: fx.Node, *, hi
             barrier = node.prev
         else:
             barrier = updated
-    updated.meta["assign_after"] = barrier  # the mark stands where the write is done
+    updated.meta["assign_after"] = barrier  # the mark comes after the write
     return updated
 
 
 def _write_values(graph: fx.Graph, node: fx.Node, detached: fx.Node, root: fx.Node, values: fx.Node) -> fx.Node:
-    """Return a copy of ``root`` with ``values`` written into its detached view: the gradient of ``root`` stays."""
+    """Return a copy of ``root`` with ``values`` written to its detached view; the copy has the gradient of ``root``."""
     with graph.inserting_before(node):
         updated = graph.call_method("clone", (root,))
         view = _replay(graph, detached, root, updated)
@@ -228,13 +229,13 @@ def _read_instead(
     """Replace a family of views of ``root`` by the same views of ``updated`` in all nodes after the in-place node.
 
     Args:
-        graph: of the nodes; it is edited.
+        graph: graph of the nodes; it is edited.
         node: the in-place operator.
-        target: what it writes into: ``root`` or a view of it.
+        target: the tensor that it writes to: ``root`` or a view of it.
         root: the tensor, or the detached view, that has a new value.
         updated: the new value of ``root``.
         family: nodes that share memory with ``root``, in the order of the graph.
-        hidden_in: given if the write changed values but no gradient: says which views have a gradient.
+        hidden_in: given if the write changed values but no gradient; its values show which views have a gradient.
     """
     order = {n: i for i, n in enumerate(graph.nodes)}
     replayed = {root: updated}
@@ -252,7 +253,7 @@ def _read_instead(
 
 
 def _views(member: fx.Node, root: fx.Node) -> list[fx.Node]:
-    """A view of ``root``, what it is a view of, and so on."""
+    """Return a view of ``root``, the tensor that it is a view of, and so on."""
     chain = [member]
     while chain[-1] is not root:
         sources = [n for n in chain[-1].all_input_nodes if not n.meta.get("assign_in_place")]
@@ -269,7 +270,7 @@ def detaches(node: fx.Node) -> bool:
 
 
 def _out_of_place(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """The same operator making a new tensor, None where torch has none."""
+    """Return the same operator making a new tensor; None if torch has none."""
     new: fx.Node | None = None
     if node.target in _IN_PLACE_OPERATORS:
         new = graph.call_function(_IN_PLACE_OPERATORS[node.target], node.args, node.kwargs)
@@ -301,7 +302,7 @@ def _namesake(function: Any) -> Callable[..., Any] | None:
 
 
 def _in_place_on(graph: fx.Graph, node: fx.Node, target: fx.Node, view: fx.Node) -> None:
-    """The node's own in-place operator, on a fresh tensor instead of the user's."""
+    """Add the node's own in-place operator, on a new tensor instead of the user's."""
     swap = {target: view}
     args = fx.map_arg(node.args, lambda n: swap.get(n, n))
     kwargs = fx.map_arg(node.kwargs, lambda n: swap.get(n, n))
@@ -311,7 +312,7 @@ def _in_place_on(graph: fx.Graph, node: fx.Node, target: fx.Node, view: fx.Node)
 
 
 def _replay(graph: fx.Graph, member: fx.Node, root: fx.Node, updated: fx.Node, *, with_grad: bool = False) -> fx.Node:
-    """The view ``member`` of ``root``, taken of ``updated`` instead."""
+    """Return the view ``member`` of ``root``, taken of ``updated`` instead."""
     if member is root:
         return updated
     sources = [n for n in member.all_input_nodes if not n.meta.get("assign_in_place")]
@@ -324,7 +325,7 @@ def _replay(graph: fx.Graph, member: fx.Node, root: fx.Node, updated: fx.Node, *
 
 
 def _make_gradients_dense(graph: fx.GraphModule) -> None:
-    """Let embeddings make dense gradients, the only ones that a joint graph knows; see :func:`is_sparse`."""
+    """Make embeddings compute dense gradients, because a joint graph has no sparse ones; see :func:`is_sparse`."""
     for node in graph.graph.nodes:
         place = _SPARSE_FLAG.get(node.target, 0)
         if place and node.kwargs.get("sparse", node.args[place] if len(node.args) > place else False):
@@ -334,12 +335,12 @@ def _make_gradients_dense(graph: fx.GraphModule) -> None:
 
 
 def is_sparse(parameter: fx.Node) -> bool:
-    """Whether the user's code makes a sparse gradient of a parameter: all who read it are sparse embeddings."""
+    """Whether the user's code makes a sparse gradient of a parameter, i.e. all its readers are sparse embeddings."""
     return bool(parameter.users) and all(user.meta.get("assign_sparse") for user in parameter.users)
 
 
 def _split_cross_entropy(graph: fx.GraphModule) -> None:
-    """``cross_entropy`` as ``log_softmax`` and ``nll_loss``, the same operators in the same order as torch's own."""
+    """Replace ``cross_entropy`` by ``log_softmax`` and ``nll_loss``, torch's own operators in the same order."""
     values = None
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or node.target is not F.cross_entropy:

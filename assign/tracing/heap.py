@@ -13,15 +13,15 @@ from assign import _torch
 class Heap:
     """The C library's heap of this process, as one training step uses it.
 
-    glibc keeps freed memory for the next allocation of the same size. Steps whose sizes change find it too small, so
-    resident memory grows from size to size: that of float32 training doubles within 80 sizes.
+    glibc keeps freed memory for the next allocation of the same size. If the sizes of a step change, this memory is too
+    small, so resident memory grows with each new size: that of float32 training doubles within 80 sizes.
     """
 
     def __init__(self) -> None:
         self._sizes: list[torch.Size] | None = None
 
     def next_step(self, inputs: Any) -> None:
-        """Return freed memory if the CPU tensors in ``inputs`` have other shapes than those of the step before."""
+        """Return freed memory if the CPU tensors in ``inputs`` have other shapes than in the previous step."""
         leaves = _torch.pytree.tree_leaves(inputs)
         sizes = [each.shape for each in leaves if isinstance(each, torch.Tensor) and each.device.type == "cpu"]
         if self._sizes is not None and sizes != self._sizes:
@@ -30,7 +30,7 @@ class Heap:
 
 
 def trim() -> None:
-    """Return freed memory of the heap to the operating system: takes milliseconds, and nothing outside of glibc."""
+    """Return freed memory of the heap to the operating system. It takes milliseconds; without glibc it does nothing."""
     function = _malloc_trim()
     if function is not None:
         function(0)

@@ -1,4 +1,4 @@
-"""Shared knowledge about joint graphs: views, exact conversions, readers of an operator's output."""
+"""Shared facts about joint graphs: views, exact conversions, readers of an operator's output."""
 
 import operator
 from collections.abc import Iterable
@@ -19,13 +19,13 @@ VIEWS = frozenset(
         aten.slice.Tensor, aten.select.int, aten.detach.default, aten.alias.default, aten.as_strided.default,
     }
 )  # fmt: skip
-"""Operators that allocate nothing."""
+"""View operators, which allocate nothing."""
 
 SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default})
 """Operators whose result is a tuple of views."""
 
 COPIES = frozenset({aten._to_copy.default, aten.clone.default, torch.ops.prims.convert_element_type.default})
-"""Operators that copy the very values of their first argument, at most into a wider dtype or another layout."""
+"""Operators that copy their first argument, possibly into another dtype or layout."""
 
 
 COMPARISONS = frozenset(getattr(aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge"))
@@ -33,16 +33,16 @@ COMPARISONS = frozenset(getattr(aten, name).Tensor for name in ("eq", "ne", "lt"
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a node of a joint graph allocates nothing: a view, a tuple of views, or one of such a tuple."""
+    """Whether a node of a joint graph allocates nothing: a view, a tuple of views, or an element of such a tuple."""
     if node.target is operator.getitem:
         return _torch.source_of(node).target in SPLITS
     return node.target in VIEWS or node.target in SPLITS
 
 
 def origin(node: fx.Node) -> fx.Node:
-    """The node whose values ``node`` holds, under another shape, in another layout or in a wider dtype.
+    """Return the node whose values ``node`` holds, possibly in another shape or layout or in a wider dtype.
 
-    A copy of a part does not count: keeping the whole for the sake of a part would cost memory.
+    A copy of a part is not followed: saving the whole tensor for a part of it would cost memory.
     """
     while isinstance(node.args[0] if node.args else None, fx.Node):
         source = _torch.source_of(node)
@@ -60,7 +60,7 @@ def origin(node: fx.Node) -> fx.Node:
 
 
 def describe(node: fx.Node, value: Any, like: fx.Node, *, backward: bool) -> None:
-    """Give a node added to a joint graph what the partitioner and Inductor expect of every node."""
+    """Give a node added to a joint graph the metadata that the partitioner and Inductor expect of every node."""
     kept = ("stack_trace", "seq_nr", "custom", "nn_module_stack", "fwd_nn_module_stack")
     node.meta = {name: like.meta[name] for name in kept if name in like.meta}
     node.meta["val"] = value
@@ -68,9 +68,10 @@ def describe(node: fx.Node, value: Any, like: fx.Node, *, backward: bool) -> Non
 
 
 def _tag_backward(graph: fx.Graph) -> None:
-    """Say of what a user's own ``autograd.Function`` does in its ``backward`` that it is done there, and for whom.
+    """Tag and label the nodes of the ``backward`` of a user's own ``autograd.Function`` as backward nodes.
 
-    Torch leaves it without a tag and a label; it stands behind the gradient, marked, of what the function made.
+    Torch gives these nodes no tag and no label. They come after the marked gradient of the result of the function, and
+    get the label of that gradient.
     """
     key = ""
     for node in graph.nodes:
@@ -82,11 +83,12 @@ def _tag_backward(graph: fx.Graph) -> None:
 
 
 def read_marked_outputs(graph: fx.Graph, mark_op: Any) -> None:
-    """Let backward operators that read their own output (relu, softmax, attention) read the marked one.
+    """Make backward operators that read their own output (relu, softmax, attention) read the marked output.
 
-    Otherwise the unrounded output would be saved for the backward pass beside the rounded one. Operators that compare
-    it with an operand, such as that of a maximum, go on reading the unrounded one: a rounded value would equal none.
-    Call this before a joint graph is read, because it also tags the nodes of the backward pass.
+    Otherwise the unrounded output would be saved for the backward pass in addition to the rounded one. Operators that
+    compare it with an operand, such as that of a maximum, keep reading the unrounded one, because a rounded value would
+    equal no operand. Call this function before a joint graph is read, because it also tags the nodes of the backward
+    pass.
     """
     _tag_backward(graph)
     for mark in list(graph.find_nodes(op="call_function", target=mark_op)):
@@ -110,7 +112,7 @@ def _compares(node: fx.Node) -> bool:
 
 
 def _backward_readers(node: fx.Node) -> list[fx.Node]:
-    """Backward nodes that read ``node``, through ``detach`` too (autograd saves outputs so)."""
+    """Return the backward nodes that read ``node``, also through ``detach``, through which autograd saves outputs."""
     found = [user for user in node.users if _torch.is_backward(user)]
     detached = [user for user in node.users if user.target in (aten.detach.default, aten.alias.default)]
     while detached:
@@ -125,7 +127,7 @@ def _backward_readers(node: fx.Node) -> list[fx.Node]:
 
 
 def tensors_in(value: Any) -> Iterable[Tensor]:
-    """Tensors of an operator's result, in order."""
+    """Yield the tensors in an operator's result, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

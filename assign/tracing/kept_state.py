@@ -1,4 +1,4 @@
-"""Restore everything that running the code of a step changes beside its result."""
+"""Restore all state that running the code of a step changes, apart from its result."""
 
 import contextlib
 import copy
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-_CONTAINERS = (dict, OrderedDict, list, set)  # a library's own kinds may refuse changes
+_CONTAINERS = (dict, OrderedDict, list, set)  # container types of libraries may reject changes
 
 
 @contextlib.contextmanager
 def kept_state(model: nn.Module) -> Iterator[None]:
-    """Leave a model and the random generators as they were: a step in several pieces really runs while it is traced."""
+    """Restore a model and the random generators on exit: a step in several pieces really runs while it is traced."""
     attributes = [vars(module) for module in model.modules()]
     containers = [x for each in attributes for x in each.values() if type(x) in _CONTAINERS]
     before = [(each, copy.copy(each)) for each in (*attributes, *containers)]

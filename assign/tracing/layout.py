@@ -1,7 +1,7 @@
 """Positions of nodes in a captured graph: order, regions without gradients, writes to inputs.
 
-Computed once, before marks or probes are inserted. Nodes inserted later are not known here, but they leave the order
-of the others as it is.
+They are computed once, before marks or probes are inserted. Nodes inserted later have no position, but they do not
+change the order of the others.
 """
 
 from collections.abc import Collection
@@ -30,7 +30,7 @@ class Layout:
                 self._writes.setdefault(source, []).append(chain)
 
     def split_at_writes(self, source: fx.Node, readers: Collection[fx.Node]) -> list[list[fx.Node]]:
-        """Readers of an input in groups, so that all readers of one group see the same values of it.
+        """Return the readers of an input in groups, so that all readers of one group see the same values of it.
 
         A write into the input, or into a view of it, ends a group. The nodes that write, and the views that they write
         through, are in no group: they must keep the input itself.
@@ -48,10 +48,10 @@ class Layout:
 
 
 def views_through(node: fx.Node) -> list[fx.Node]:
-    """The node that writes, the views through which it writes, and the tensor that owns the memory."""
+    """Return the node that writes, the views through which it writes, and the tensor that owns the memory."""
     chain, target = [node], written(node)
     while target is not None:
         chain.append(target)
-        sources = [] if "assign_after" in target.meta else target.all_input_nodes  # a copy made to be written into
+        sources = [] if "assign_after" in target.meta else target.all_input_nodes  # a copy that was made for the write
         target = sources[0] if sources else None
     return chain

@@ -1,7 +1,7 @@
-"""Remember the dtypes in which a model was loaded, whatever a plan stores.
+"""Remember the dtypes in which a model was loaded, regardless of the dtypes that a plan stores.
 
-A plan that stores a parameter in another dtype changes the parameter itself. What it was before is kept in an attribute
-of the model, so that copies, pickles and sharded models know it too.
+A plan that stores a parameter in another dtype changes the parameter itself. Its earlier dtype is kept in an attribute
+of the model, so that copies, pickles and sharded models have it too.
 """
 
 import torch
@@ -18,16 +18,16 @@ _ATTRIBUTE = "_assign_loaded"
 
 
 def loaded_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """The dtype in which each floating-point parameter was loaded: its own, unless a plan has changed it."""
+    """Return the dtype in which each floating-point parameter was loaded: its own, unless a plan has changed it."""
     noted = getattr(model, _ATTRIBUTE, {})
     return {name: noted.get(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point()}
 
 
 def note_loaded_dtypes(model: nn.Module, plan: Assignment) -> None:
-    """Keep the dtypes in which the parameters were loaded, before a plan changes some.
+    """Store the dtypes in which the parameters were loaded, before a plan changes them.
 
-    One that has the dtype of its master in the plan already, as in a model that was saved under it, was loaded in what
-    the plan says.
+    A parameter that already has the dtype of its master in the plan, as in a model saved under the plan, was loaded in
+    the dtype that the plan names as loaded.
     """
     dtypes = loaded_dtypes(model)
     for name in dtypes.keys() - getattr(model, _ATTRIBUTE, {}).keys():
@@ -41,12 +41,12 @@ def _dtype_of(fmt: Format) -> torch.dtype:
 
 
 def stored_otherwise(model: nn.Module) -> dict[str, torch.dtype]:
-    """Parameters that a plan has given another dtype: the one in which they were loaded."""
+    """Return the parameters to which a plan has given another dtype, with their loaded dtypes."""
     now = dict(model.named_parameters())
     return {name: dtype for name, dtype in loaded_dtypes(model).items() if now[name].dtype != dtype}
 
 
 def complete(plan: Assignment, model: nn.Module) -> Assignment:
-    """The plan, with an entry for each master that it leaves as it is in the model, in another dtype than float32."""
+    """Return the plan with an entry for each master that it leaves unchanged in another dtype than float32."""
     names = {name: dtype_name(p.dtype) for name, p in model.named_parameters()}
     return plan.with_loaded({name: LOADED[dtype].name for name, dtype in names.items() if dtype in LOADED})

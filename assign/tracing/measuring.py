@@ -13,10 +13,10 @@ from assign import _torch
 
 
 def measure_peak(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
-    """Bytes alive at the worst moment of ``step``, those of ``resident`` included.
+    """Return the peak memory of ``step``, including the bytes of ``resident``.
 
     Memory that ``resident`` does not name and ``step`` does not allocate is not counted: free the last step's gradients
-    before. On CPU the profiler's memory events are added up; on CUDA the allocator is asked.
+    before. On CPU the profiler's memory events are added up; on CUDA the allocator's statistics are used.
 
     Args:
         step: Called once, without arguments.
@@ -26,7 +26,7 @@ def measure_peak(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
     """
     tensors = list(resident)
     held = count_bytes(tensors)
-    gc.collect()  # garbage in cycles, freed within the step, would make room for the step's own
+    gc.collect()  # garbage in cycles, if freed within the step, would reduce the measured peak
     if any(tensor.is_cuda for tensor in tensors):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -38,10 +38,9 @@ def measure_peak(step: Callable[[], object], resident: Iterable[Tensor]) -> int:
 
 
 def measure_allocations(step: Callable[[], object]) -> int:
-    """Bytes that ``step`` holds at its worst moment on the CPU, of those that it allocates itself.
+    """Return the peak of the bytes that ``step`` allocates itself on the CPU.
 
-    Garbage in cycles that is freed within the step counts as room for what the step allocates. Collect it before, or
-    pause the collector.
+    Garbage in cycles that is freed within the step lowers the result. Collect it before, or pause the collector.
 
     Args:
         step: Called once, without arguments.
@@ -56,7 +55,7 @@ def measure_allocations(step: Callable[[], object]) -> int:
     finally:
         with _quiet_stderr():
             profiler.stop()
-    now = peak = 0  # what was allocated before the profiler started makes no event when it is freed
+    now = peak = 0  # freeing memory that was allocated before the profiler started makes no event
     for change in _torch.memory_changes(profiler):
         now += change
         peak = max(peak, now)
@@ -65,7 +64,7 @@ def measure_allocations(step: Callable[[], object]) -> int:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Swallow what C++ prints: Kineto says on stderr that the profiler starts and stops."""
+    """Suppress what C++ prints: Kineto reports on stderr that the profiler starts and stops."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
@@ -77,6 +76,6 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def count_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind ``tensors``, those of wrapper subclasses' inner tensors included."""
+    """Return the bytes of the distinct storages of ``tensors``, including inner tensors of wrapper subclasses."""
     storages = [inner.untyped_storage() for tensor in tensors for inner in _torch.inner_tensors(tensor)]
     return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())

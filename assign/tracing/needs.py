@@ -1,11 +1,12 @@
 """Find the precision that the values of each tensor need, from the graphs alone.
 
-* *float32*: what stays there by default (:mod:`assign.plan.precision`); what the user's own code computes in float32;
-  what leads to the pole of a logarithm, a root or a quotient: rounding ``1 - p + eps`` would lose all of it; and what
-  leads to a sine, whose argument must be right to a part of a period.
-* *high*: a constant like −1e9 or −inf masks some elements, so that one scale cannot serve the others.
-* *exact*, of saved copies: the backward pass compares the copy with another saved value, divides by it or takes its
-  exponential.
+* *float32*: tensors that stay in float32 by default (:mod:`assign.plan.precision`); tensors that the user's own code
+  computes in float32; tensors that lead to the pole of a logarithm, a root or a quotient, because rounding ``1 - p +
+  eps`` would lose all of it; and tensors that lead to a sine, because the noise of its argument must be small against a
+  period.
+* *high*: a constant like −1e9 or −inf masks some elements, so that one scale does not fit the others.
+* *exact*, for saved activations: the backward pass compares the saved value with another one, divides by it or takes
+  its exponential.
 """
 
 import operator
@@ -36,11 +37,11 @@ from assign.tracing.joint import COMPARISONS, aten
 from assign.tracing.tensor_sites import Walk, operator_name
 
 _MASK = 1e4
-"""Magnitude from which a constant is a mask. Source: the first BERT masks with −10000, later models with more."""
+"""Magnitude from which a constant is a mask. Source: the first BERT uses −10000, later models use larger ones."""
 
 
 def find_needs(capture: Capture, walked: Walk) -> dict[str, Need]:
-    """What each activation of a captured graph needs, by key; those that need nothing are left out."""
+    """Return the precision that each activation of a captured graph needs, by key, without those that need nothing."""
     masked, singular, angles = _find_masked(capture, walked), _find_singular(walked), _find_angles(walked)
     readers: dict[str, set[str]] = {}
     for site in walked.sites:
@@ -65,12 +66,15 @@ def find_needs(capture: Capture, walked: Walk) -> dict[str, Need]:
 
 
 def _in_float32(node: fx.Node, walked: Walk) -> bool:
-    """Whether the user's code computes a tensor in float32, and does not go back at once."""
+    """Whether the user's code computes a tensor in float32 and does not convert it back at once."""
     return node in walked.float32 and any(user not in walked.back for user in node.users)
 
 
 def _nodes(graph: fx.GraphModule, tables: Collection[set[fx.Node]]) -> Iterator[fx.Node]:
-    """Operators of a graph in order, checkpointed bodies included; what ``tables`` say of a value goes in and out."""
+    """Yield the operators of a graph in order, those of checkpointed bodies included.
+
+    If one of ``tables`` contains a value outside a body, the same value inside is added, and the other way round.
+    """
     for node in graph.graph.nodes:
         if node.target is not _torch.CHECKPOINT_OP:
             if node.op in ("call_function", "call_method"):
@@ -93,7 +97,7 @@ def _carry(pairs: Any, tables: Collection[set[fx.Node]]) -> None:
 
 
 def _find_masked(capture: Capture, walked: Walk) -> set[fx.Node]:
-    """Nodes whose values hold a mask: constants of large magnitude, and what is made of them with nothing but sums."""
+    """Return the nodes whose values hold a mask: constants of large magnitude, and tensors made from them by sums."""
     placeholders = capture.graph.graph.find_nodes(op="placeholder")
     pairs = zip(placeholders, capture.inputs, strict=False)
     masked = {node for node, value in pairs if node not in capture.parameters and _is_mask(value)}
@@ -117,7 +121,7 @@ def _carries_mask(node: fx.Node, masked: set[fx.Node]) -> bool:
 
 
 def _family(node: fx.Node, walked: Walk) -> set[fx.Node]:
-    """Nodes that share the storage of ``node``."""
+    """Return the nodes that share the storage of ``node``."""
     address = _torch.storage_id(walked.values[node].untyped_storage())
     tensors = ((n, value) for n, value in walked.values.items() if isinstance(value, Tensor))
     return {n for n, value in tensors if _torch.storage_id(value.untyped_storage()) == address}
@@ -131,7 +135,7 @@ def _is_mask(value: Any) -> bool:
 
 
 def _find_singular(walked: Walk) -> set[str]:
-    """Keys of tensors that an operator with a pole reads, and of what these are made of by scalars."""
+    """Return keys of tensors that an operator with a pole reads, and of tensors that differ from these by scalars."""
     by_key = {site.key: site for site in walked.sites}
     found: set[str] = set()
     for node in walked.labels:
@@ -149,7 +153,7 @@ def _find_singular(walked: Walk) -> set[str]:
 
 
 def _find_angles(walked: Walk) -> set[str]:
-    """Keys of the arguments of periodic operators, and of what these are made of by sums and products of numbers."""
+    """Return keys of the arguments of periodic operators, and of the tensors from which arithmetic makes these."""
     by_key = {site.key: site for site in walked.sites}
     waiting = [key for site in walked.sites if site.op in PERIODIC for key in site.inputs]
     found: set[str] = set()
@@ -166,7 +170,7 @@ def _is_polynomial(power: fx.Node) -> bool:
     return isinstance(exponent, (int, float)) and exponent >= 1
 
 
-# ---- saved copies
+# ---- saved activations
 
 
 _POLES: Mapping[Any, int] = {  # operator → position of the operand
@@ -178,13 +182,13 @@ _POLES: Mapping[Any, int] = {  # operator → position of the operand
 
 
 def find_exact(backward: fx.GraphModule, saved: Mapping[str, fx.Node]) -> set[str]:
-    """Keys of the activations whose saved copies must hold the values that were computed with.
+    """Return keys of the activations whose saved values must equal the computed ones exactly.
 
     Args:
         backward: the graph of the backward pass.
-        saved: names of the backward graph's inputs that hold activations → their probes.
+        saved: name of a backward graph's input that holds an activation → its probe.
     """
-    made_of: dict[fx.Node, frozenset[str]] = {}  # of saved values alone
+    made_of: dict[fx.Node, frozenset[str]] = {}  # nodes computed from saved values only
     found: set[str] = set()
     for node in backward.graph.nodes:
         if node.op == "placeholder":

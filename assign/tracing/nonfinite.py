@@ -1,7 +1,7 @@
 """Find the tensors of a step with values that are not finite, such as attention masks with −inf.
 
-No copy of these is ever narrowed: in blocks a single infinity takes its whole block with it, and a cast that saturates
-makes it a number.
+The saved activations of these are never narrowed: a single infinity makes its whole block NaN in a block format, and a
+cast that saturates makes it a finite number.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from assign.tracing.tensor_sites import walk
 
 
 def non_finite(model: nn.Module, batch: Any, loss: Loss) -> frozenset[str]:
-    """Keys of the activations that are not all finite in the forward pass on this batch, which is run once.
+    """Return keys of the activations that are not all finite in one forward pass on this batch.
 
-    The model's buffers and torch's generators are afterwards as they were before.
+    The model's buffers and torch's generators are restored afterwards.
 
     Args:
         model: as for :func:`assign.trace`.
         batch: as for :func:`assign.trace`.
         loss: as for :func:`assign.trace`.
     Raises:
-        TraceError: as :func:`assign.trace`.
+        TraceError: as for :func:`assign.trace`.
     """
     check_parameters(model)
     found: set[str] = set()

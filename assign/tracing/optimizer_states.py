@@ -1,8 +1,8 @@
-"""Find the states that an optimizer keeps, from one step of it.
+"""Find the optimizer states, from one step of the optimizer.
 
-On tensors without data where it can be: nothing is computed, and what the step allocates is counted. An optimizer that
-looks at a value takes a step on zeros in memory instead, up to a size. What neither shows, as the states of an
-optimizer that needs a closure, is unknown: none are counted, and a warning says so.
+If possible, the step runs on tensors without data: nothing is computed, and its allocations are counted. For an
+optimizer that reads values, a step on zeros in memory is taken instead, up to a size. If neither works, for example for
+an optimizer that needs a closure, the states are unknown: none are counted, and a warning is issued.
 """
 
 import contextlib
@@ -24,17 +24,18 @@ from assign.tracing.loaded import loaded_dtypes
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 _MOST = 2**28
-"""Elements of parameters up to which a step on zeros is taken: 1 GiB, and as much for each state."""
+"""Number of parameter elements up to which a step on zeros is taken: 1 GiB, and the same for each state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerStates:
-    """What an optimizer keeps.
+    """States that an optimizer keeps.
 
     Attributes:
-        name: of its class, ``''`` without an optimizer.
-        rows: of the states that are plain tensors; what a library keeps in a form of its own is in ``bytes`` alone.
-        bytes: of all states; ``scratch``: what a step allocates for a moment.
+        name: name of its class, ``''`` without an optimizer.
+        rows: rows of the states that are plain tensors; states in a library's own tensor type only count in ``bytes``.
+        bytes: bytes of all states.
+        scratch: bytes of the temporary tensors of a step.
     """
 
     name: str = ""
@@ -46,14 +47,14 @@ class OptimizerStates:
 def read_optimizer(
     model: nn.Module, make: OptimizerFactory | None, used: Collection[str] | None = None
 ) -> OptimizerStates:
-    """What the optimizer keeps for the model's parameters.
+    """Return the states that the optimizer keeps for the model's parameters.
 
     Args:
-        model: its parameters are not touched: the optimizer is made of twins of them.
-        make: makes the optimizer of some parameters; None: the step has no optimizer.
-        used: names of the parameters that have a gradient, of those that are trained; None means all.
+        model: its parameters are not changed: the optimizer gets copies of them.
+        make: makes the optimizer from parameters; None: the step has no optimizer.
+        used: names of the trained parameters that have a gradient; None means all.
     Raises:
-        TraceError: it cannot be made.
+        TraceError: the optimizer cannot be made.
     """
     if make is None:
         return OptimizerStates()
@@ -87,7 +88,7 @@ def read_optimizer(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Way:
-    """How to take a step: on which device, with which gradients."""
+    """How to take a step: the device and the kind of gradients."""
 
     device: str
     sparse: bool = False
@@ -111,13 +112,13 @@ def _made(make: OptimizerFactory, parameters: list[nn.Parameter]) -> torch.optim
 
 
 def _step(instance: torch.optim.Optimizer, twins: Sequence[nn.Parameter], way: _Way, *, on_gpu: bool) -> int:
-    """Take two steps, the first of which makes the states; bytes that the second one allocates for a moment.
+    """Take two steps, the first of which makes the states; return the temporary bytes that the second one allocates.
 
-    A fused one updates in place, element by element, and allocates nothing.
+    A fused optimizer updates in place, element by element, and allocates nothing.
     """
     fused = all(group.get("fused") for group in instance.param_groups)
     for group in instance.param_groups:
-        if group.get("fused"):  # refuses tensors without data; its states are the same
+        if group.get("fused"):  # rejects tensors without data; its states are the same
             group["fused"] = False
         elif on_gpu:
             group["foreach"] = True
@@ -145,7 +146,7 @@ def _read(
 
 
 def _parts(state: Tensor) -> Iterator[Tensor]:
-    """The tensors that hold a state: itself, or those within a library's own kind of tensor."""
+    """Yield the tensors that hold a state: itself, or those inside a library's own tensor type."""
     if not _torch.is_traceable_wrapper_subclass(state):
         yield state
         return
@@ -166,7 +167,7 @@ def _row(name: str, key: str, state: Tensor) -> TensorInfo:
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
-    """``AdamW`` for torch's own; the whole path of another's class, which may compute anything."""
+    """Return ``AdamW`` for a class of torch, and the full path of any other class, which may compute anything."""
     kind = type(optimizer)
     return (
         kind.__name__ if f"{kind.__module__}.".startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"

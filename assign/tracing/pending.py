@@ -26,12 +26,12 @@ CompilePiece = Callable[[fx.GraphModule, Sequence[Any], Piece], Run]
 
 @dataclass(slots=True, kw_only=True)
 class CompiledPiece:
-    """How to run a piece that has been compiled, and what it says of its results and names.
+    """A compiled piece: how to run it, and facts about its results and names.
 
     Attributes:
-        results: what later pieces know of each result.
-        entered: position of an input → the key that it got here.
-        counts: how many operators of each name the step has had behind it.
+        results: the facts about each result that later pieces need.
+        entered: position of an input → the key that it got in this piece.
+        counts: number of operators of each name in the step up to the end of this piece.
     """
 
     run: Run
@@ -45,14 +45,16 @@ class Call:
     """A torch function that has been recorded.
 
     Attributes:
-        key: what was called, how and where: a call with the same key, at the same place of a script, makes the same.
-        node: of its result; ``inputs``: placeholders of the real tensors that it was the first to read.
+        key: identifies the function, its arguments and its place. A call with the same key, at the same place of a
+            script, has the same result.
+        node: node of its result.
+        inputs: placeholders of the real tensors that this call was the first to read.
         made: its result without data.
-        changed: which of the tensors among its arguments it changes or returns, counted in order.
+        changed: positions, among its tensor arguments, of those that it changes or returns.
         parametric: whether its result depends on a parameter.
         draws: whether it draws random numbers.
-        modes: those behind it: whether gradients are on; the autocast region, and the node that enters it.
-        end: how many nodes, entries of the signature and numbers the script has behind it.
+        modes: modes after the call: whether gradients are on; the autocast region, and the node that enters it.
+        end: number of nodes, entries of the signature and numbers in the script after the call.
     """
 
     key: Any
@@ -68,14 +70,15 @@ class Call:
 
 @dataclass(slots=True)
 class Script:
-    """What has been recorded of a piece: the same in every step that calls the same functions.
+    """The recording of a piece: the same in every step that calls the same functions.
 
     Attributes:
-        signature: what each node is, as data, but for its integers, which are ``numbers``: together they tell whether
-            a piece was compiled before.
+        signature: the nodes as data, without their integers, which are in ``numbers``. Both together show whether a
+            piece was compiled before.
         calls: the functions, in order.
-        results: its nodes that the piece computes, once it has ended; ``compiled``: what it became, behind which
-            operators of its ``modules`` and in which context.
+        results: the nodes that the piece computes, once it has ended.
+        compiled: the compiled piece, with the earlier operator counts of its ``modules`` and the context for which it
+            is valid.
     """
 
     graph: fx.Graph = field(default_factory=fx.Graph)
@@ -91,12 +94,12 @@ class Script:
     modules: set[str] | None = None
 
     def count(self, node: fx.Node) -> None:
-        """Give a new node its number."""
+        """Give a new node its index."""
         self.index[node] = len(self.nodes)
         self.nodes.append(node)
 
     def relevant(self, counts: Counter[str]) -> tuple[tuple[str, int], ...]:
-        """The counts of operators in modules that this piece calls."""
+        """Return the counts of operators in modules that this piece calls."""
         if self.modules is None:
             stacks = (node.meta.get("nn_module_stack", (LOSS,)) for node in self.nodes if node.op != "placeholder")
             self.modules = {next(iter(stack)) for stack in stacks}
@@ -127,18 +130,21 @@ class Script:
 
 @dataclass(slots=True)
 class Pending:
-    """The piece that is being recorded, along the script of an earlier step for as long as that fits.
+    """The piece that is being recorded; it follows the script of an earlier step as long as the calls are the same.
 
     Attributes:
-        script: what is recorded; ``done``: how many of its calls have happened in this step.
-        inputs: by identity of the tensor: its placeholder and the tensor.
-        waiting: the deferred tensors that have a node here.
-        memory: of its inputs; ``dirty``: of those that an operator has changed in place, and whether what it wrote
-            depends on a parameter.
-        values: of nodes that were computed beside the graph.
-        held: of a whole step, nodes whose tensors the user's code held where a piece would have ended.
-        unrepeatable: an operator has changed something in place or drawn random numbers.
-        grad: whether gradients are on behind the last node; ``autocast`` and ``entered``: the region, and its node.
+        script: the recording.
+        done: number of its calls that have happened in this step.
+        inputs: id of a tensor → its placeholder and the tensor.
+        waiting: the deferred tensors that have a node in this piece.
+        memory: memory of its inputs.
+        dirty: memory that an operator has changed in place → whether the written value depends on a parameter.
+        values: values of nodes that were computed in addition to the graph.
+        held: in a whole step, nodes whose tensors the user's code held where a piece would have ended.
+        unrepeatable: whether an operator has changed something in place or drawn random numbers.
+        grad: whether gradients are on after the last node.
+        autocast: the autocast region after the last node.
+        entered: the node that enters it.
     """
 
     script: Script = field(default_factory=Script)
@@ -157,20 +163,20 @@ class Pending:
 
     @property
     def size(self) -> int:
-        """How many nodes this step has so far."""
+        """Return the number of nodes of this step so far."""
         return self.script.calls[self.done - 1].end[0] if self.done else 0
 
     def alive(self) -> Iterator[Deferred]:
-        """The deferred tensors of this piece that the user's code still holds."""
+        """Yield the deferred tensors of this piece that the user's code still holds."""
         for each in self.waiting:
             x = each()
             if x is not None and x.computed is None:
                 yield x
 
-    # ---- along a script
+    # ---- following a script
 
     def next(self, key: Any) -> Call | None:
-        """The script's next call if it has this key: it has happened again."""
+        """Return the script's next call if it has this key, and mark it as done; else None."""
         calls = self.script.calls
         if self.done == len(calls) or calls[self.done].key != key:
             return None
@@ -180,7 +186,7 @@ class Pending:
         return call
 
     def leave_script(self) -> None:
-        """Go on with a script of one's own: a copy of what has happened in this step."""
+        """Continue with an own script: a copy of the calls that have happened in this step."""
         if self.script.results is None:
             return
         self.script, twins = self.script.beginning(self.done)
@@ -191,7 +197,7 @@ class Pending:
             x.node = twins[x.node]
 
     def ends_as_before(self, results: Sequence[fx.Node], counts: Counter[str], context: Any) -> CompiledPiece | None:
-        """What the script became, if this step has followed it to its end and wants the same results."""
+        """Return the script's compiled piece if this step has followed it to its end and wants the same results."""
         script = self.script
         if script.compiled is None or self.done < len(script.calls) or script.results != list(results):
             return None
@@ -201,15 +207,15 @@ class Pending:
     # ---- recording
 
     def add(self, func: Any, args: Any, kwargs: Any, *, path: str | None, region: int, frames: Frames) -> fx.Node:
-        """A node for a torch function.
+        """Add a node for a torch function and return it.
 
         Args:
             func: the function, or the method of a tensor.
-            args: nodes in the place of tensors.
-            kwargs: nodes in the place of tensors.
-            path: of the module that calls it; None outside the model.
-            region: number of the checkpointed block that it stands in; 0 for none.
-            frames: of the user's code.
+            args: with nodes in place of tensors.
+            kwargs: with nodes in place of tensors.
+            path: path of the module that calls it; None outside the model.
+            region: number of its checkpointed block; 0 for none.
+            frames: frames of the user's code.
         """
         script = self.script
         if _torch.is_method(func):
@@ -228,13 +234,13 @@ class Pending:
         return node
 
     def add_input(self, tensor: Tensor, example: Tensor, *, owner: Any, crossing: Crossing | None) -> fx.Node:
-        """A placeholder.
+        """Add a placeholder and return it.
 
         Args:
-            tensor: the real one.
+            tensor: the real tensor.
             example: the tensor without data, in the dtype that the user's code sees.
-            owner: what tells it from others: the identity of a parameter or buffer, ``"batch"``, or None.
-            crossing: what is known of the result of an earlier piece.
+            owner: identifies the tensor: the id of a parameter or buffer, ``"batch"``, or None.
+            crossing: facts about the result of an earlier piece.
         """
         script = self.script
         node = script.graph.placeholder(f"input_{len(self.inputs)}")
@@ -253,13 +259,13 @@ class Pending:
         return node
 
     def hold_input(self, node: fx.Node, tensor: Tensor) -> None:
-        """Take ``tensor`` for a placeholder in this step."""
+        """Use ``tensor`` as the value of a placeholder in this step."""
         self.inputs[id(tensor)] = (node, tensor)
         self.values[node] = tensor
         self.memory.add(_torch.memory_of(tensor))
 
     def follow_modes(self) -> None:
-        """Nodes for the modes in which the user's code runs: without gradients, under autocast."""
+        """Add nodes for the modes in which the user's code runs: without gradients, under autocast."""
         script = self.script
         if self.grad != torch.is_grad_enabled():
             self.grad = torch.is_grad_enabled()
@@ -279,7 +285,7 @@ class Pending:
         self.script.signature.append(said)
 
     def note(self, key: Any, node: fx.Node, made: Any, inputs: Sequence[fx.Node], **facts: Any) -> None:
-        """Enter a call in the script."""
+        """Add a call to the script."""
         script = self.script
         end = len(script.nodes), len(script.signature), len(script.numbers)
         modes = self.grad, self.autocast, self.entered
@@ -294,7 +300,7 @@ class Pending:
         script.signature.append(("results", tuple(script.index[node] for node in results), self.grad, self.autocast))
 
     def ended(self, *, grad: bool) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-        """The graph of the script with its results, to be edited, and which of the script's nodes stands for which."""
+        """Return an editable copy of the script's graph with its results, and a map from each node to its copy."""
         script = self.script
         assert script.results is not None
         graph, twins = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -311,18 +317,18 @@ class Pending:
         graph.output(tuple(twins[node] for node in script.results))
         held = {twins[node] for node in self.held}
         for node in graph.find_nodes(op="call_function", target=operator.getitem):
-            if not node.users and node not in held:  # a part of a result that nothing reads
+            if not node.users and node not in held:  # an unread part of a result
                 graph.erase_node(node)
         return graph, twins
 
 
 def frozen(value: Any, leaf: Callable[[Any], Any], numbers: list[int]) -> Any:
-    """Arguments of a call as data, without their integers, which are appended to ``numbers``.
+    """Return arguments of a call as data, without their integers, which are appended to ``numbers``.
 
     Args:
         value: arguments, nested in any way.
-        leaf: what stands for a node or a tensor.
-        numbers: the integers of all calls so far; it grows.
+        leaf: returns the replacement of a node or a tensor.
+        numbers: the integers of all calls so far; extended in place.
     """
     if isinstance(value, (fx.Node, Tensor)):
         return "node", leaf(value)
@@ -354,7 +360,7 @@ class _Itself:
 
 
 def facts_of(tensor: Tensor) -> Any:
-    """What a placeholder for a tensor hangs on."""
+    """Return the properties of a tensor on which its placeholder depends."""
     return tuple(tensor.shape), tensor.stride(), *_facts(tensor)
 
 
@@ -366,7 +372,7 @@ class CompiledPieces:
     """The pieces of a step that have been compiled.
 
     Args:
-        compile_piece: makes a function of a captured graph, its inputs and what is known of the piece.
+        compile_piece: makes a function from a captured graph, its inputs and the facts known about the piece.
     """
 
     def __init__(self, compile_piece: CompilePiece) -> None:
@@ -383,14 +389,14 @@ class CompiledPieces:
         whole: bool,
         place: str,
     ) -> CompiledPiece:
-        """The function of a recorded piece; compiled where there is none for these operators and numbers.
+        """Return the function of a recorded piece; it is compiled if there is none for these operators and numbers.
 
         Args:
             pending: the piece that has been recorded.
-            counts: how many operators of each name the step has had before.
-            mode: of the tensors without data in the graph.
-            context: what else the function hangs on.
-            whole: the piece is the whole step.
+            counts: number of operators of each name in the step before this piece.
+            mode: mode of the tensors without data in the graph.
+            context: other values on which the function depends.
+            whole: whether the piece is the whole step.
             place: ``file:line`` where it ends.
         Raises:
             TraceError: it was compiled as often as Dynamo would compile it, each time for other numbers.
@@ -426,7 +432,7 @@ class CompiledPieces:
         *,
         whole: bool,
     ) -> CompiledPiece:
-        """Compile a piece, for all the batches that ``sizes`` allow."""
+        """Compile a piece for all the batches that ``sizes`` allows."""
         script, (graph, of_graph) = pending.script, pending.ended(grad=torch.is_grad_enabled())
 
         def compiled(
@@ -445,7 +451,7 @@ class CompiledPieces:
             return CompiledPiece(run=run, results=piece.results, entered=entered, counts=piece.counts)
 
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The .grad attribute")  # torch looks at that of every input
+            warnings.filterwarnings("ignore", "The .grad attribute")  # torch reads that of every input
             if sizes.varying:
                 try:
                     numbers = [number._replace(node=of_graph[number.node]) for number in script.numbers]

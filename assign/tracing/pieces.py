@@ -9,10 +9,10 @@ from torch import fx
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossing:
-    """A tensor that an earlier piece of the step made or read, where a later piece reads it.
+    """A tensor that an earlier piece of the step made or read, and that a later piece reads.
 
     Attributes:
-        key: of the tensor of the table whose values it holds; ``''`` for what is no tensor of a plan.
+        key: key of the tensor of the table whose values it holds; ``''`` if it is not in the table.
         parametric: whether it depends on a parameter.
         depends: whether it depends on a parameter or on a floating-point input.
     """
@@ -24,15 +24,15 @@ class Crossing:
 
 @dataclass(slots=True, kw_only=True)
 class Piece:
-    """What is known of one piece of a step that is captured in several (see :mod:`assign.tracing.recording`).
+    """Facts about one piece of a step that is captured in several (see :mod:`assign.tracing.recording`).
 
     Attributes:
-        whole: it is the whole step after all, recorded only to look at it.
-        counts: how many operators of each name the step has had before; after the walk, with those of this piece.
-        crossing: by placeholder.
+        whole: whether it is the whole step, recorded only for inspection.
+        counts: number of operators of each name in the step before this piece; after the walk, including this piece.
+        crossing: placeholder → facts about the tensor of an earlier piece.
         constants: placeholders that depend on no parameter and on no floating-point input.
-        results: of the piece, as later pieces see them; filled in by the walk.
-        entered: inputs of the step that got a key here, by placeholder; filled in by the walk.
+        results: results of the piece, as later pieces see them; filled in by the walk.
+        entered: placeholder → key, for inputs of the step that got a key in this piece; filled in by the walk.
     """
 
     whole: bool

@@ -1,6 +1,6 @@
 """Insert probes: after every operator that makes a tensor, nodes that name it and its gradient.
 
-They stand where the executor marks, and compute nothing: in the joint graph, tensors are found by them.
+They have the same places as the executor's marks, and do not change values: they identify tensors in the joint graph.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from assign.tracing.tensor_sites import Site, Walk
 
 @library.custom_op("assign::probe", mutates_args=())
 def probe(x: Tensor, key: str) -> Tensor:
-    """A tensor of the table, to be found again in the joint graph."""
+    """Return a copy of a tensor of the table, which identifies the tensor in the joint graph."""
     return x.clone()
 
 
@@ -43,12 +43,12 @@ class _Probe(torch.autograd.Function):
 
 
 def probe_tensor(x: Tensor, key: str) -> Tensor:
-    """``x``; the joint graph has a node for it, and one for its gradient."""
+    """Return ``x``; the joint graph has a node for it, and one for its gradient."""
     return _torch.apply_function(_Probe, x, key)
 
 
 def insert_probes(graph: fx.GraphModule, walked: Walk) -> None:
-    """Put a probe behind every site of a captured graph; whoever read the tensor reads the probe."""
+    """Insert a probe after every site of a captured graph; readers of the tensor then read the probe."""
     for node, key in walked.labels.items():
         _torch.label(node, key)
     layouts: dict[fx.GraphModule, Layout] = {}

@@ -1,12 +1,13 @@
 """Record a step as several pieces where Dynamo cannot capture it as one graph.
 
-The Python code of model and loss really runs. A ``TorchFunctionMode`` sees every torch function. What depends neither
-on a parameter nor on a floating-point input (indices, masks, random numbers) is computed at once. The rest is recorded
-as nodes of a graph, as Dynamo would write them, and the code goes on with *deferred* tensors, which have a shape and a
+The Python code of model and loss really runs. A ``TorchFunctionMode`` sees every torch function. Values that depend
+neither on a parameter nor on a floating-point input (indices, masks, random numbers) are computed at once. Other calls
+are recorded as nodes of a graph, as Dynamo would write them, and return *deferred* tensors, which have a shape and a
 dtype but no data. Where the code needs a value (a branch, ``item()``, a shape that depends on data), the graph recorded
-so far is closed as one *piece*: captured, compiled once, run. Later operators make the next piece.
+so far is closed as one *piece*: it is captured, compiled once and run. Later operators form the next piece.
 
-A value that depends on inputs only, and not on a parameter, is computed beside the graph and does not end a piece.
+A value that depends only on inputs, and not on a parameter, is computed in addition to the graph and does not end a
+piece.
 """
 
 import contextlib
@@ -47,8 +48,9 @@ class Outside:
     """An operator that ran outside every piece.
 
     Attributes:
-        op: its name; place: ``file:line`` of the user's code.
-        elements: that it made, of tensors that carry a gradient to a parameter.
+        op: name of the operator.
+        place: ``file:line`` of the user's code.
+        elements: number of elements that it made, in tensors that carry a gradient to a parameter.
     """
 
     op: str
@@ -60,14 +62,14 @@ class Recorder:
     """Runs a step in pieces.
 
     Attributes:
-        reasons: why pieces ended: what was needed, and at which line of the user's code.
+        reasons: why pieces ended: line of the user's code → reason.
         outside: operators that depend on a parameter and ran outside every piece.
-        pieces: how many the last step had.
+        pieces: number of pieces in the last step.
     Args:
         step: the model and its loss as one module; its attribute ``model`` is the model.
-        compile_piece: makes a function of a captured graph, its inputs and what is known of the piece.
-        whole: record one graph, in which the code took the branches that it takes with these inputs. Values that the
-            code needs are computed beside the graph.
+        compile_piece: makes a function from a captured graph, its inputs and the facts known about the piece.
+        whole: record one graph, with the branches that the code takes for these inputs. Values that the code needs are
+            computed in addition to the graph.
     """
 
     def __init__(
@@ -92,10 +94,10 @@ class Recorder:
         """Run the step once, piece by piece.
 
         Args:
-            args: of the loss, after the model.
-            kwargs: of the loss.
+            args: arguments of the loss after the model.
+            kwargs: keyword arguments of the loss.
         Returns:
-            What the loss returns.
+            The result of the loss.
         """
         if not self.whole:
             return _Recording(self, args, kwargs).result()
@@ -105,13 +107,13 @@ class Recorder:
             return _WholeRecording(self, args, kwargs).result()
 
     def varies(self, place: str, number: int, value: Any) -> bool:
-        """Whether a value that the code read at this place has ever differed from step to step."""
+        """Whether a value that the code read at this place has ever differed between steps."""
         if self._seen.setdefault((place, number), value) != value:
             self._varying.add(place)
         return place in self._varying
 
     def report(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Where and why pieces ended, and which operators ran outside every piece, a line each."""
+        """Return where and why pieces ended, and which operators ran outside every piece, one line each."""
         breaks = tuple(f"{place}: {reason}" for place, reason in self.reasons.items())
         outside = tuple(f"{each.place}: {each.op}, {each.elements:,} elements" for each in self.outside.values())
         return breaks, outside
@@ -140,7 +142,7 @@ class _Recording(TorchFunctionMode):
         self.pending = self._next_piece()
 
     def result(self) -> Any:
-        """Run the step; deferred tensors in its result are replaced by real ones."""
+        """Run the step and return its result, with real tensors in place of deferred ones."""
         functions = _torch.recorded_functions(self._apply_function, self._checkpointed, self._before_seeding)
         with self.code.followed(), _torch.as_if_compiling(), functions, self:
             returned = self.recorder.step.forward(*self.args, **self.kwargs)
@@ -148,7 +150,7 @@ class _Recording(TorchFunctionMode):
         self.recorder.pieces = self.pieces
         return _torch.pytree.tree_map(lambda x: x.computed_value if isinstance(x, Deferred) else x, returned)
 
-    # ---- what happens at each torch function
+    # ---- handling of each torch function
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -157,7 +159,7 @@ class _Recording(TorchFunctionMode):
             return self._attribute(func, args)
         tensors = list(tensors_in((args, kwargs)))
         initializes = getattr(func, "__module__", "") == "torch.nn.init" and not any(map(_is_deferred, tensors))
-        if name in METADATA or not tensors or initializes:  # code may make modules while it runs
+        if name in METADATA or not tensors or initializes:  # the code may create modules while it runs
             self._keep_order(name)
             return plain(func, args, kwargs)
         if name in ON_VALUES:
@@ -170,16 +172,16 @@ class _Recording(TorchFunctionMode):
         return self.record(func, args, kwargs)
 
     def _keep_order(self, name: str) -> None:
-        """Random numbers are drawn in the order of the user's code: first those of the pending piece."""
+        """Keep the order of random numbers: end the pending piece if it draws some and ``name`` draws or seeds too."""
         if name in DRAWING and self.pending.draws:
             self._end_piece(f"{name} draws random numbers or sets their generator, behind operators that draw some")
 
     def _end_piece(self, reason: str) -> None:
-        """End the pending piece because of the order of random numbers."""
+        """End the pending piece to keep the order of random numbers."""
         self.close(reason)
 
     def _before_seeding(self, name: str) -> None:
-        """Keep the order at a function of the generator, which no mode for torch functions sees."""
+        """Keep the order of random numbers at a generator function, which modes for torch functions do not see."""
         with _torch.without_functions():
             self._keep_order(name)
 
@@ -198,7 +200,7 @@ class _Recording(TorchFunctionMode):
         name, x = func.__self__.__name__, args[0]
         written = not isinstance(x, Deferred) and self.pending.dirty.get(_torch.memory_of(x), False)
         if name in ("requires_grad", "is_leaf") and written:
-            return name == "requires_grad"  # what the pending piece will write into it has a gradient
+            return name == "requires_grad"  # the value that the pending piece will write has a gradient
         if name in METADATA or not self._is_recorded(x):
             return plain(func, args, {})
         if name in OF_AUTOGRAD:
@@ -242,7 +244,7 @@ class _Recording(TorchFunctionMode):
         return value
 
     def _real(self, values: Any, reason: str) -> Any:
-        """``values`` with real tensors in place of deferred ones."""
+        """Return ``values`` with real tensors in place of deferred ones."""
         tensors = list(tensors_in(values))
         known = {id(x): self._beside(x) for x in tensors if isinstance(x, Deferred)}
         dirty = self.pending.dirty
@@ -254,7 +256,7 @@ class _Recording(TorchFunctionMode):
         return with_tensors(lambda x: known[id(x)] if id(x) in known else unwrapped(x), values)
 
     def _beside(self, x: Deferred) -> Tensor | None:
-        """The value of a tensor, if it is known or depends on no parameter and can be computed beside the graph."""
+        """Return the value of a tensor if it is known, or if it can be computed without a parameter; else None."""
         if x.computed is not None:
             return x.computed_value
         if x.parametric or self.pending.unrepeatable:
@@ -289,7 +291,7 @@ class _Recording(TorchFunctionMode):
         try:
             with self.fake_mode:
                 made = plain(func, fake_args, fake_kwargs)
-        except RuntimeError:  # it needs data; the user's own mistakes are raised by what runs instead
+        except RuntimeError:  # it needs data; a mistake of the user is raised again by the code that runs instead
             if isinstance(func, types.FunctionType):
                 return self._inlined(func, args, kwargs)
             sizes = tuple(map(self._as_size, args[1:]))
@@ -301,11 +303,11 @@ class _Recording(TorchFunctionMode):
         if not all(map(_torch.is_strided, tensors_in(made))):
             return self._run_outside(func, args, kwargs, "makes a sparse tensor")
         if func is not operator.setitem and not any(True for _ in tensors_in(made)):
-            return made  # a fact about tensors, not a tensor
+            return made  # the result is a property of tensors, not a tensor
         return self._write(func, args, kwargs, made, key)
 
     def _as_operator(self, func: Any, args: Any) -> tuple[Any, Any]:
-        """The function of ``operator`` that does what a method of tensors does, if there is one, and its arguments."""
+        """Return the function of ``operator`` for a tensor method, if there is one, and the arguments."""
         name = getattr(func, "__name__", "")
         if name in REFLECTED:
             return REFLECTED[name], (args[1], args[0])
@@ -328,7 +330,7 @@ class _Recording(TorchFunctionMode):
         return [int(self._real(x, "a size is computed from values")) if isinstance(x, Tensor) else x for x in value]
 
     def _key(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, dict[int, Tensor]]:
-        """What tells a call from others, and the real tensors that it is the first to read."""
+        """Return a key that identifies a call, and the real tensors that this call is the first to read."""
         pending, fresh, numbers = self.pending, dict[int, Tensor](), list[int]()
         index = pending.script.index
 
@@ -346,7 +348,7 @@ class _Recording(TorchFunctionMode):
         return (func, self.code.module, self.region, said, numbers, modes), fresh
 
     def _repeat(self, call: Call, func: Any, args: Any, kwargs: Any, fresh: dict[int, Tensor]) -> Any:
-        """What :meth:`_write` does, of a call that is in the script."""
+        """Do what :meth:`_write` does, for a call that is in the script."""
         pending = self.pending
         for node, x in zip(call.inputs, fresh.values(), strict=True):
             pending.hold_input(node, self._behind(x)[0])
@@ -360,12 +362,12 @@ class _Recording(TorchFunctionMode):
         return self._wrap(call.node, call.made, owners, call.parametric, lambda *_: next(parts))
 
     def _inlined(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Record what a Python function of torch's calls, not the function."""
+        """Record the calls inside a Python function of torch instead of the function itself."""
         with self:
             return _torch.unchecked(func)(*args, **kwargs)
 
     def _write(self, func: Any, args: Any, kwargs: Any, made: Any, key: Any) -> Any:
-        """A node for a function, and deferred tensors for its results."""
+        """Add a node for a function and return deferred tensors for its results."""
         pending, name = self.pending, getattr(func, "__name__", "")
         pending.leave_script()
         pending.follow_modes()
@@ -388,7 +390,7 @@ class _Recording(TorchFunctionMode):
         return result
 
     def _note_changes(self, changed: Sequence[Tensor], parametric: bool, *, draws: bool) -> None:
-        """Note what an operator has changed in place, or may have."""
+        """Record which tensors an operator has changed in place."""
         pending = self.pending
         pending.draws |= draws
         pending.unrepeatable |= bool(changed) or draws
@@ -416,7 +418,7 @@ class _Recording(TorchFunctionMode):
         parametric: bool,
         part: Callable[[fx.Node, int, Any], fx.Node],
     ) -> Any:
-        """Results of a node: tensors as deferred ones, each part of a tuple with a node of its own."""
+        """Return the results of a node with deferred tensors; each part of a tuple gets its own node."""
         if isinstance(made, Tensor):
             return owners[id(made)] if id(made) in owners else self._deferred(node, made, parametric)
         if isinstance(made, (tuple, list)):
@@ -443,7 +445,7 @@ class _Recording(TorchFunctionMode):
         return self.fakes[id(x)][1]
 
     def _without_data(self, x: Tensor) -> Tensor:
-        """A fake tensor like ``x``; no leaf of autograd's where ``x`` is none."""
+        """Return a fake tensor like ``x``, which is a leaf of autograd only if ``x`` is one."""
         if x.is_leaf:
             return self.fake_mode.from_tensor(x, static_shapes=True)
         leaf = self.fake_mode.from_tensor(x.detach().requires_grad_(), static_shapes=True)
@@ -451,7 +453,7 @@ class _Recording(TorchFunctionMode):
             return leaf.clone()
 
     def _node(self, x: Tensor) -> fx.Node:
-        """The node of a tensor in the pending piece: its operator's, or an input of the piece."""
+        """Return the node of a tensor in the pending piece: the node of its operator, or an input of the piece."""
         pending = self.pending
         if isinstance(x, Deferred) and x.computed is None:
             return x.node
@@ -461,20 +463,20 @@ class _Recording(TorchFunctionMode):
         return pending.inputs[id(tensor)][0]
 
     def _behind(self, x: Tensor) -> tuple[Tensor, Crossing | None]:
-        """The real tensor behind one that an earlier piece made, or itself, and what is known of it."""
+        """Return the real tensor (for a deferred tensor, its computed value) and what is known about it."""
         if isinstance(x, Deferred):
             assert x.computed is not None
             return x.computed, x.crossing
         return x, self._crossing(x)
 
     def _owner(self, x: Tensor) -> Any:
-        """What tells an input of a piece from others: its identity, if it is the model's, or that of the batch."""
+        """Return the identity of an input: its id if it belongs to the model, "batch" if to the batch, else None."""
         if id(x) in self.batch:
             return "batch"
         return id(x) if id(x) in self.parameters or id(x) in self.buffers else None
 
     def _crossing(self, x: Tensor) -> Crossing | None:
-        """What is known of a real tensor that an earlier piece read, or an operator outside every piece made."""
+        """Return what is known about a tensor that an earlier piece read or an operator outside all pieces made."""
         if id(x) in self.entered:
             return Crossing(key=self.entered[id(x)], parametric=False, depends=True)
         made_outside = x.requires_grad and id(x) not in self.parameters and id(x) not in self.batch
@@ -486,7 +488,7 @@ class _Recording(TorchFunctionMode):
         return id(x) in self.parameters or x.requires_grad
 
     def _indices(self, index: Any) -> Any:
-        """An index with the positions that its masks select in place of the masks: they say the shape of the result."""
+        """Return an index with its masks replaced by the positions they select, which fix the shape of the result."""
         parts: list[Any] = []
         for part in index if isinstance(index, tuple) else (index,):
             if isinstance(part, Tensor) and part.dtype == torch.bool and part.dim():
@@ -497,15 +499,15 @@ class _Recording(TorchFunctionMode):
         return tuple(parts) if len(parts) != 1 or isinstance(index, tuple) else parts[0]
 
     def _apply_function(self, function: type[torch.autograd.Function], args: Any, kwargs: Any) -> Any:
-        """A user's own ``autograd.Function``: one operator, whose parts AOTAutograd traces.
+        """Record a user's own ``autograd.Function`` as one operator, whose parts AOTAutograd traces.
 
-        One that a custom operator calls is not the user's: the operator is recorded.
+        A function that a custom operator calls is not the user's: there the operator is recorded.
         """
         if _torch.is_plain() or not any(map(self._is_recorded, tensors_in((args, kwargs)))):
             return None
         applied = self.recorder.applied.setdefault(function, _torch.AppliedFunction(function))
         hidden = any(isinstance(each, nn.Module) for each in _torch.pytree.tree_leaves((args, kwargs)))
-        with _torch.without_functions():  # of a module, AOTAutograd would not see the parameters
+        with _torch.without_functions():  # AOTAutograd would not see the parameters of a module
             if hidden:
                 return self._run_outside(applied, args, kwargs, "reads a module")
             return self.record(applied, args, kwargs)
@@ -535,18 +537,18 @@ class _Recording(TorchFunctionMode):
         return made
 
     def _note_outside(self, outside: Outside) -> None:
-        """Say once of an operator that it runs outside every piece."""
+        """Warn once per operator that it runs outside every piece."""
         warnings.warn(
             f"assign: {outside.op} at {outside.place} cannot be captured and runs outside the plan.",
             stacklevel=2,
         )
 
     def _with_gradient(self, x: Tensor) -> Tensor:
-        """A result of an operator outside every piece, as later pieces take it."""
+        """Return a result of an operator outside every piece in the form that later pieces take."""
         return x
 
     def _leads_to_parameters(self, values: Any) -> bool:
-        """Whether arguments depend on a parameter that is trained, or are modules with one."""
+        """Whether arguments depend on a trained parameter, or are modules with one."""
         leaves = _torch.pytree.tree_leaves(values)
         modules = [each for each in leaves if isinstance(each, nn.Module)]
         trained = any(p.requires_grad for module in modules for p in module.parameters())
@@ -563,15 +565,15 @@ class _Recording(TorchFunctionMode):
     # ---- closing a piece
 
     def _results(self, returned: Sequence[Deferred]) -> list[Deferred]:
-        """The deferred tensors that a piece which ends here must compute: all that the user's code still holds."""
+        """Return the deferred tensors that the ending piece must compute: all that the user's code still holds."""
         return list(self.pending.alive())
 
     def close(self, reason: str, returned: Sequence[Deferred] = ()) -> None:
-        """Compile and run what is recorded.
+        """Compile and run the recorded operators.
 
         Args:
             reason: why the piece ends here; ``''`` at the end of the step.
-            returned: what the step returns.
+            returned: the deferred tensors that the step returns.
         """
         pending, alive = self.pending, self._results(returned)
         if not alive and not pending.dirty:
@@ -593,7 +595,7 @@ class _Recording(TorchFunctionMode):
         self.pending = self._next_piece()
 
     def _compiled(self, wanted: Sequence[Deferred]) -> tuple[CompiledPiece, list[fx.Node]]:
-        """The function of the pending piece, and the nodes that it computes: those of the tensors wanted."""
+        """Return the function of the pending piece, and the nodes that it computes: those of the wanted tensors."""
         pending, recorder, context = self.pending, self.recorder, (self.recorder.step.training, self.grad)
         nodes = list(dict.fromkeys(x.node for x in wanted))
         found = pending.ends_as_before(nodes, self.counts, context)
@@ -608,15 +610,15 @@ class _Recording(TorchFunctionMode):
         return found, nodes
 
     def _next_piece(self) -> Pending:
-        """A piece to be recorded, along the script of the step before."""
+        """Return a new piece, which is recorded along the script of the previous step."""
         return Pending(script=self.recorder.scripts.get(self.pieces, Script()), grad=self.grad)
 
 
 class _WholeRecording(_Recording):
-    """One run of a step that is recorded as one graph; values that the code needs are computed beside it."""
+    """One run of a step that is recorded as one graph; values that the code needs are computed in addition to it."""
 
     def _end_piece(self, reason: str) -> None:
-        """Note that a piece would end here, what the code holds then, and that the next one has drawn nothing yet."""
+        """Record that a piece would end here and which tensors the code holds; reset ``draws`` for the next piece."""
         self.recorder.reasons.setdefault(place(), reason)
         self.pending.held |= {x.node for x in self.pending.alive()}
         self.pending.draws = False
@@ -625,7 +627,7 @@ class _WholeRecording(_Recording):
         return list({id(x): x for x in returned}.values())
 
     def _on_leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What autograd would do with a tensor changes neither names nor sizes."""
+        """Ignore hooks, and ``requires_grad_`` on a deferred tensor: they change neither names nor sizes."""
         x = args[0]
         if func.__name__ == "requires_grad_" and not isinstance(x, Deferred):
             return plain(func, args, kwargs)
@@ -644,7 +646,7 @@ class _WholeRecording(_Recording):
         return with_tensors(self._computed, values)
 
     def _run_outside(self, func: Any, args: Any, kwargs: Any, reason: str) -> Any:
-        """The operator's real results; a stand-in for it joins what is in front of it and what is behind."""
+        """Return the operator's real results, with stand-ins that connect the graph before and after the operator."""
         made = super()._run_outside(func, args, kwargs, reason)
         read = [x for x in tensors_in((args, kwargs)) if self._is_parametric(x) and _torch.is_strided(x)]
         carrying = [x for x in tensors_in(made) if (x.is_floating_point() or x.is_complex()) and _torch.is_strided(x)]
@@ -658,10 +660,10 @@ class _WholeRecording(_Recording):
         return with_tensors(lambda x: stand_ins.get(id(x), x), made)
 
     def _note_outside(self, outside: Outside) -> None:
-        pass  # the table lists it
+        pass  # the trace's table lists it
 
     def _with_gradient(self, x: Tensor) -> Tensor:
-        """Give the result a gradient, since tracing computes without; no leaf, so that it can be changed in place."""
+        """Return the result with a gradient, as tracing runs without; not a leaf, so it can be changed in place."""
         if not (x.is_floating_point() or x.is_complex()):
             return x
         with torch.enable_grad():
@@ -672,11 +674,11 @@ class _WholeRecording(_Recording):
         return self._computed(x) if found is None else found
 
     def _computed(self, x: Tensor) -> Tensor:
-        """The value of a tensor, behind all that is recorded so far."""
+        """Return the value of a tensor after all operators recorded so far."""
         pending = self.pending
         if not isinstance(x, Deferred) and id(x) not in pending.inputs:
             return x
-        for node in pending.script.nodes[: pending.size]:  # the rest is of the step before
+        for node in pending.script.nodes[: pending.size]:  # the rest is from the previous step
             if node not in pending.values:
                 pending.values[node] = _run_node(node, pending.values)
         found: Tensor = pending.values[self._node(x)]
@@ -692,7 +694,7 @@ def _is_deferred(x: Tensor) -> bool:
 
 
 def _run_node(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The result of one node on real values."""
+    """Return the result of one node on real values."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     if node.target is _torch.SET_GRAD_MODE:
         return None

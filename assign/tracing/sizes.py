@@ -1,8 +1,9 @@
 """One compiled piece for batches of different sizes.
 
-A piece is recorded with the sizes of its batch as plain numbers. Where it comes again with other numbers, those that
-differ become expressions of the sizes of its inputs, and it is compiled once more, for any sizes. Expressions are found
-from two batches only; so every later batch is checked against them, and compiled for itself if they do not hold.
+A piece is recorded with the sizes of its batch as plain numbers. If it is recorded again with other numbers, those that
+differ are replaced by expressions of the sizes of its inputs, and it is compiled once more, for any sizes. Expressions
+are found from two batches only. Every later batch is therefore checked against them, and compiled separately if they do
+not hold.
 """
 
 import itertools
@@ -18,7 +19,7 @@ from assign import _torch
 
 
 class What(StrEnum):
-    """What an integer in a graph is."""
+    """What an integer in a graph is: a size, a stride or an argument."""
 
     SIZE = "size"
     STRIDE = "stride"
@@ -26,9 +27,9 @@ class What(StrEnum):
 
 
 class Number(NamedTuple):
-    """An integer in a graph: of a placeholder the size or stride of an axis, of an operator an argument.
+    """An integer in a graph: the size or stride of an axis of a placeholder, or an argument of an operator.
 
-    ``rank`` counts the axes, or the integers among the arguments.
+    ``rank`` is the index of the axis, or of the integer among the arguments.
     """
 
     node: fx.Node
@@ -38,19 +39,19 @@ class Number(NamedTuple):
 
 
 _SMALLEST = 2
-"""A compiler treats sizes of 0 and 1 as cases of their own."""
+"""A compiler treats sizes of 0 and 1 as special cases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
-    """``factor × the sizes at these positions + offset``: what a number of the graph is."""
+    """A number of the graph as ``factor × the sizes at these positions + offset``."""
 
     factor: int
     sizes: tuple[int, ...]
     offset: int
 
     def of(self, numbers: Sequence[int]) -> int:
-        """Its value with these numbers."""
+        """Return its value for these numbers."""
         result = self.factor
         for position in self.sizes:
             result *= numbers[position]
@@ -59,13 +60,14 @@ class Product:
 
 @dataclass(slots=True, kw_only=True)
 class Sizes:
-    """Which numbers of a graph vary, and how they hang on the sizes of its inputs.
+    """Which numbers of a graph vary, and how they depend on the sizes of its inputs.
 
     Attributes:
-        numbers: those of the batch that it was compiled with.
-        varying: positions of the sizes of inputs that vary; ``implied``: of strides that do, which hang on them.
-        products: position → what the number there is.
-        guard: what the compiler has assumed of the sizes; filled in when it is done.
+        numbers: the numbers of the batch for which it was compiled.
+        varying: positions of the input sizes that vary.
+        implied: positions of the strides that vary; they depend on the sizes.
+        products: position → the expression for the number there.
+        guard: the compiler's assumptions on the sizes; filled in after compilation.
     """
 
     numbers: tuple[int, ...]
@@ -75,7 +77,7 @@ class Sizes:
     guard: _torch.SizeGuard | None = None
 
     def allow(self, numbers: tuple[int, ...], inputs: Sequence[Tensor]) -> bool:
-        """Whether what was compiled computes a graph with these numbers, too."""
+        """Whether the compiled code also computes a graph with these numbers."""
         if numbers == self.numbers:
             return True
         if not self.varying or any(numbers[position] < _SMALLEST for position in self.varying):
@@ -89,7 +91,7 @@ class Sizes:
 
 
 def compare(found: Sequence[Number], before: Sequence[int]) -> Sizes | None:
-    """How the numbers of a graph vary, seen from those of another batch; None if it cannot be said."""
+    """Return how the numbers of a graph vary, compared with those of another batch; None if that is not possible."""
     numbers = tuple(number.value for number in found)
     different = [place for place, (a, b) in enumerate(zip(before, numbers, strict=True)) if a != b]
     varying, implied, arguments = ([place for place in different if found[place].what is what] for what in What)
@@ -108,7 +110,7 @@ def compare(found: Sequence[Number], before: Sequence[int]) -> Sizes | None:
 def _product(
     wanted: tuple[int, int], sources: Sequence[int], before: Sequence[int], now: Sequence[int]
 ) -> Product | None:
-    """The simplest product of sizes that has the values ``wanted``: with the smallest offset."""
+    """Return the simplest product of sizes that has the values ``wanted``, i.e. the one with the smallest offset."""
     found = []
     for count in (1, 2):
         for chosen in itertools.combinations_with_replacement(sources, count):
@@ -124,16 +126,16 @@ def _product(
 def generalized(
     graph: fx.Graph, numbers: Sequence[Number], sizes: Sizes, inputs: Sequence[Tensor]
 ) -> tuple[fx.Graph, dict[fx.Node, fx.Node], list[Any], _torch.FakeTensorMode]:
-    """The graph for any sizes.
+    """Return the graph for any sizes.
 
     Args:
-        graph: of a piece, with the sizes of one step.
-        numbers: the integers in it, in their order.
+        graph: graph of a piece, with the sizes of one step.
+        numbers: the integers in it, in order.
         sizes: which of them vary, and of which sizes they are products.
-        inputs: of the graph, in the order of its placeholders.
+        inputs: inputs of the graph, in the order of its placeholders.
     Returns:
-        A graph, which node of it stands for which of the old one, its inputs without data where their sizes vary, and
-        the mode that these belong to.
+        A graph, a map from the nodes of the old graph to its nodes, its inputs (without data if their sizes vary), and
+            the mode to which these belong.
     """
     mode = _torch.symbolic_mode()
     varying = [numbers[position] for position in sizes.varying]
@@ -177,7 +179,7 @@ def _expression(graph: fx.Graph, product: Product, sizes: dict[int, fx.Node]) ->
 
 
 def arguments_of(node: fx.Node) -> list[Number]:
-    """The integers among the arguments of a node."""
+    """Return the integers among the arguments of a node."""
     found: list[Number] = []
 
     def note(rank: int, value: int) -> int:
@@ -189,14 +191,14 @@ def arguments_of(node: fx.Node) -> list[Number]:
 
 
 def axes_of(node: fx.Node, x: Tensor) -> list[Number]:
-    """The sizes of ``x``, which a placeholder stands for, and its strides where they do not follow from them."""
+    """Return the sizes of ``x``, the value of a placeholder, and its strides unless they follow from the sizes."""
     sizes = [Number(node, What.SIZE, axis, size) for axis, size in enumerate(x.shape)]
     strides = () if x.is_contiguous() else x.stride()
     return [*sizes, *(Number(node, What.STRIDE, axis, stride) for axis, stride in enumerate(strides))]
 
 
 def _with_numbers(values: Any, change: Callable[[int, int], Any], rank: Iterator[int]) -> Any:
-    """The same arguments with ``change(rank, integer)`` in place of each integer."""
+    """Return the same arguments with ``change(rank, integer)`` in place of each integer."""
     if isinstance(values, (tuple, list)):
         parts = [_with_numbers(each, change, rank) for each in values]
         return type(values)(parts) if type(values) in (tuple, list) else tuple(parts)

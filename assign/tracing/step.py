@@ -12,16 +12,16 @@ from assign.tracing.capture import Loss
 from assign.tracing.optimizer_states import OptimizerFactory
 
 NOT_GIVEN: Any = object()
-"""Default of arguments that a Step stands for; None could be a batch."""
+"""Default of arguments that a Step replaces; None could be a batch."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Step(TensorTable):
-    """Table of a traced step that also refers to the model it was traced from. Made by :func:`assign.trace`.
+    """Table of a traced step that also refers to the model from which it was traced. Made by :func:`assign.trace`.
 
-    Functions that take a model, a batch and a loss take a Step in place of the three. Where a
-    :class:`assign.TensorTable` is expected, a Step is one. It keeps the model alive; ``step.table`` does not. What is
-    pickled, saved or compared with another table is the table alone.
+    Functions that take a model, a batch and a loss also take a Step instead of the three. A Step is a
+    :class:`assign.TensorTable`. It keeps the model alive; ``step.table`` does not. Only the table is pickled, saved, or
+    compared with another table.
 
     Attributes:
         model: the module that was traced.
@@ -37,7 +37,7 @@ class Step(TensorTable):
 
     @property
     def table(self) -> TensorTable:
-        """The table alone, which does not keep the model alive."""
+        """Return the table alone, which does not keep the model alive."""
         return TensorTable(tensors=self.tensors, schedule=self.schedule, breaks=self.breaks, outside=self.outside)
 
     def __repr__(self) -> str:
@@ -58,10 +58,10 @@ def _same(table: TensorTable) -> TensorTable:
 
 
 def refuse_more(where: str, **given: Any) -> None:
-    """Check that nothing was given next to a Step.
+    """Check that no further argument was given with a Step.
 
     Raises:
-        TraceError: an argument was given that the Step stands for.
+        TraceError: an argument was given that the Step replaces.
     """
     names = [name for name, value in given.items() if value is not NOT_GIVEN]
     if names:
@@ -73,7 +73,7 @@ def refuse_more(where: str, **given: Any) -> None:
 
 
 def check_given(where: str, **given: Any) -> None:
-    """Check that what a model needs next to it was given.
+    """Check that the arguments that a model needs were given.
 
     Raises:
         TraceError: an argument is missing.

@@ -1,12 +1,13 @@
 """Name every tensor of a captured graph. Tracer and executor share this walk, so they agree.
 
-A *site* is a place where a new floating-point tensor appears that depends on a parameter or on the batch: one per
-parameter, per floating-point input of the model, per operator output. Views make no tensor; neither do copies that only
-move data (``contiguous``, ``clone``), nor values computed from constants (masks, position tables).
+A *site* is a place where a new floating-point tensor appears that depends on a parameter or on the batch: there is one
+per parameter, per floating-point input of the model and per operator output. Views make no new tensor. Neither do
+copies that only move data (``contiguous``, ``clone``), nor values computed from constants (masks, position tables).
 
-A view of a part of an activation (``x[:, :c]``, ``narrow``, ``split``, ``unbind``, ``select``) does make one, a
-*slice*: the paper counts both halves of a channel split. No operator runs for it. A part of a parameter is the
-parameter still; a part that is written into later is its source still, or the write would miss the source.
+A view of a part of an activation (``x[:, :c]``, ``narrow``, ``split``, ``unbind``, ``select``) does make a tensor, a
+*slice*: the paper counts both halves of a channel split. No operator runs for it. A part of a parameter still counts as
+the parameter. A part that is written into later still counts as its source, otherwise the source would not get the
+write.
 """
 
 import operator
@@ -31,7 +32,7 @@ from assign.tracing.layout import Layout
 from assign.tracing.pieces import Crossing
 
 CROSSING = "crossing"
-"""Operator of a site that is a result of an earlier piece: a tensor of the table already, marked there."""
+"""Operator name of a site that is a result of an earlier piece. The tensor is already in the table and marked there."""
 
 _CANONICAL = {
     "truediv": "div",
@@ -48,13 +49,14 @@ class Site:
     """Where one tensor of the table appears in a captured graph.
 
     Attributes:
-        counted: has as many elements as the paper counts (a loss: one per sample).
-        node: holds the tensor; ``after``: the node behind which it is complete.
+        counted: a tensor with as many elements as the paper counts (for a loss: one per sample).
+        node: the node that holds the tensor.
+        after: the node after which the tensor is complete.
         owner: the graph (main, or body of a checkpointed block) that holds ``node``.
         reads: dtypes in which its operator reads ``inputs``.
-        opaque: its operator is another library's: see :func:`is_opaque`.
+        opaque: whether its operator belongs to another library: see :func:`is_opaque`.
         readers: for an input, the nodes that read it as the model's input (None: all).
-        wide: its operator computes in float32 under every plan.
+        wide: whether its operator computes in float32 under every plan.
     """
 
     key: str
@@ -73,7 +75,7 @@ class Site:
     wide: bool = False
 
     def groups(self, layout: Layout) -> list[list[fx.Node]]:
-        """The readers of the tensor, in groups that see the same values: a write into an input ends a group."""
+        """Return the readers of the tensor in groups that see the same values: a write into an input ends a group."""
         readers = self.readers if self.readers is not None else tuple(self.node.users)
         if self.node.op == "placeholder":
             return layout.split_at_writes(self.node, readers)
@@ -83,12 +85,15 @@ class Site:
 
     @property
     def dtype(self) -> str:
-        """Dtype of the tensor in the model as it was loaded."""
+        """Return the dtype of the tensor in the model as it was loaded."""
         return dtype_of(self.value)
 
     @property
     def elements(self) -> int:
-        """What the paper counts. Asked for by the tracer only: it would tie the executor's graph to one batch size."""
+        """Return the number of elements that the paper counts.
+
+        Only the tracer uses it: in the executor it would tie the graph to one batch size.
+        """
         return int(self.counted.numel())
 
 
@@ -97,13 +102,14 @@ class Walk:
     """Result of :func:`walk`.
 
     Attributes:
-        sites: in execution order, parameters first read first.
-        key_of: the table's key whose values a node holds, through views and moves.
-        labels: operator key of every node that computes.
-        float32: nodes that the user's code converts to float32, and what is computed from them up to the next matrix
-            product, or to the conversion that ends it, which is in ``back``.
-        dtypes: of values that have keys. float64 among them where a parameter is: elsewhere it is a user's own choice,
-            in the middle of a step, and stays.
+        sites: in execution order; parameters in the order in which they are first read.
+        key_of: node → key of the table whose values the node holds, through views and moves.
+        labels: node → operator key, for every node that computes.
+        float32: nodes that the user's code converts to float32, and nodes computed from them up to the next matrix
+            product or to the conversion that ends it.
+        back: the conversions that end such a computation.
+        dtypes: dtypes of values that have keys. Includes float64 only if a parameter is float64; otherwise float64 in
+            the middle of a step is the user's own choice and stays.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -120,11 +126,11 @@ class Walk:
     dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
     def plans(self, value: Any) -> bool:
-        """Whether a value is a floating-point tensor that may have a key: not one that a library has quantized."""
+        """Whether a value is a floating-point tensor that may have a key, i.e. not a tensor quantized by a library."""
         return isinstance(value, Tensor) and value.dtype in self.dtypes and not _torch.is_wrapper(value)
 
     def fresh_key(self, module: str, op: str) -> str:
-        """``module/op``, or ``module/op#2`` for the second such operator there."""
+        """Return ``module/op``, or ``module/op#2`` for the second such operator in the module."""
         first = activation_key(module, op)
         self.counts[first] += 1
         return activation_key(module, op, self.counts[first])
@@ -171,15 +177,15 @@ def walk(capture: Capture) -> Walk:
 
 
 def _kept_with_parameters(capture: Capture) -> set[fx.Node]:
-    """Inputs that hang on a parameter, as the scales of a quantized weight do: they are no part of the batch."""
-    if capture.piece:  # its inputs are not named after where they come from
+    """Return the inputs that belong to a parameter, not to the batch, such as the scales of a quantized weight."""
+    if capture.piece:  # the names of its inputs do not say where they come from
         return set()
     owners = tuple(str(node.target) for node in capture.parameters)
     return {node for node in capture.graph.graph.find_nodes(op="placeholder") if str(node.target).startswith(owners)}
 
 
 def _check_operands(node: fx.Node, walked: Walk) -> None:
-    """Refuse a product of matrices of different dtypes, which torch refuses once it has data.
+    """Reject a product of matrices of different dtypes, which torch would reject when it runs.
 
     Raises:
         TraceError: names the operator, its line and the dtypes.
@@ -218,9 +224,9 @@ def _walk_graph(graph: fx.GraphModule, result: Walk) -> None:
 
 
 def _follow_float32(node: fx.Node, result: Walk) -> None:
-    """Note a conversion to float32 in the user's code, and what comes of it.
+    """Record conversions to float32 in the user's code, and the nodes computed from them.
 
-    In a model in float32, a second one is how code goes back to the dtype that its input had.
+    In a float32 model, a second such conversion is how code returns to the dtype of its input.
     """
     if is_conversion(node):
         source = _torch.source_of(node)
@@ -247,7 +253,7 @@ def _converts(node: fx.Node) -> bool:
 def is_wide(node: fx.Node, walked: Walk) -> bool:
     """Whether an operator computes in float32 under every plan.
 
-    One with complex numbers, or with a number that float16 cannot hold, or that has no kernel for 16 bits on a CPU.
+    It does if it has complex operands or a number that float16 cannot hold, or if it has no 16-bit kernel on a CPU.
     """
     op = operator_name(node.meta.get("assign_op", node.target))
     if op in MATRIX_PRODUCTS:
@@ -260,7 +266,7 @@ def is_wide(node: fx.Node, walked: Walk) -> bool:
 
 
 def _enter(graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], result: Walk) -> None:
-    """Give parameters at their first reader, and inputs where they enter the model, a site."""
+    """Add a site for each parameter at its first reader, and for each input where it enters the model."""
     inside = _is_inside(node)
     for argument in arguments:
         value: Any = result.values.get(argument)
@@ -272,7 +278,7 @@ def _enter(graph: fx.GraphModule, node: fx.Node, arguments: list[fx.Node], resul
                 result.sites.append(_site(key, op, argument, graph, value, result))
         elif inside and result.plans(value) and argument in result.depends and argument not in result.parametric:
             if all(converts(user, result) for user in argument.users if _is_inside(user)):
-                continue  # the batch enters in the dtype that the model converts it to
+                continue  # the site is the converted batch, in the dtype that the model uses
             source = argument
             while converts(source, result):
                 source = _torch.source_of(source)
@@ -290,7 +296,7 @@ def _is_inside(node: fx.Node) -> bool:
 
 
 def _walk_body(graph: fx.GraphModule, node: fx.Node, result: Walk) -> None:
-    """Walk the body of a checkpointed block, its inputs bound to the outer values."""
+    """Walk the body of a checkpointed block, with its inputs bound to the outer values."""
     body = _torch.body_of(graph, node)
     inner = [n for n in body.graph.nodes if n.op == "placeholder"]
     for placeholder, outer in zip(inner, node.args[1:], strict=False):
@@ -314,7 +320,7 @@ def _walk_body(graph: fx.GraphModule, node: fx.Node, result: Walk) -> None:
 
 
 def _name_written(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result: Walk) -> None:
-    """Name a copy once the write into it is done: only then it is known to depend on a parameter."""
+    """Name a copy once the write into it is done, because only then is it known to depend on a parameter."""
     copy = next((aliases.root[n] for n in node.all_input_nodes if "assign_after" in aliases.root[n].meta), None)
     if copy is not None and copy.meta["assign_after"] is node:
         for table in (result.depends, result.parametric):
@@ -368,7 +374,7 @@ def _name_output(graph: fx.GraphModule, node: fx.Node, aliases: Aliases, result:
 
 
 def _name_view(graph: fx.GraphModule, node: fx.Node, maker: fx.Node, aliases: Aliases, result: Walk) -> None:
-    """A view has the key of its source; a slice has one of its own."""
+    """Give a view the key of its source, and a slice its own key."""
     root, value = aliases.root[node], aliases.values[node]
     source = next((n for n in maker.all_input_nodes if aliases.root[n] is root and n in result.key_of), None)
     if source is None:
@@ -386,7 +392,7 @@ def _name_view(graph: fx.GraphModule, node: fx.Node, maker: fx.Node, aliases: Al
 
 
 def _note_read(site: Site, argument: fx.Node, result: Walk) -> None:
-    """Note that the operator of a site reads the tensor whose values ``argument`` holds."""
+    """Record that the operator of a site reads the tensor whose values ``argument`` holds."""
     key = result.key_of.get(argument)
     if key is not None and key not in site.inputs:
         site.inputs, site.reads = (*site.inputs, key), (*site.reads, dtype_of(result.values[argument]))
@@ -408,14 +414,14 @@ def _site(key: str, op: str, node: fx.Node, graph: fx.GraphModule, value: Tensor
 
 
 def operator_name(target: Any) -> str:
-    """``conv2d`` for ``torch.conv2d``, ``add`` for ``operator.iadd`` and ``Tensor.add_``."""
+    """Return the plain name: ``conv2d`` for ``torch.conv2d``, ``add`` for ``operator.iadd`` and ``Tensor.add_``."""
     name = target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
     name = re.sub(r"^i(add|sub|mul|truediv|pow|matmul)$", r"\1", str(name)).strip("_")
     return _CANONICAL.get(name, name)
 
 
 def source_line(node: fx.Node) -> str:
-    """``file.py:line`` of the innermost frame of the user's code, shortened to the last two path parts."""
+    """Return ``file.py:line`` of the innermost frame of the user's code, with the last two parts of its path."""
     found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [place for place in found if "/torch/" not in place[0]] or found
     if not own:
@@ -425,7 +431,7 @@ def source_line(node: fx.Node) -> str:
 
 
 def dtype_of(value: Tensor) -> str:
-    """Its name, as in the table."""
+    """Return the name of a tensor's dtype, as used in the table."""
     return dtype_name(value.dtype)
 
 
@@ -439,24 +445,24 @@ def converts(node: fx.Node, walked: Walk) -> bool:
 
 
 def is_opaque(node: fx.Node, walked: Walk) -> bool:
-    """Whether an operator is known to run only in the dtypes that it was written for.
+    """Whether an operator is known to run only in the dtypes for which it was written.
 
-    It reads a tensor that hides its data, as weights do that a library has quantized; or it is a library's own, or has
-    a body of its own, as an ``autograd.Function`` has.
+    This holds if it reads a tensor that hides its data, such as a weight quantized by a library; if it belongs to a
+    library; or if it has its own body, as an ``autograd.Function`` has.
     """
     wrapped = any(_torch.is_wrapper(walked.values.get(argument)) for argument in node.all_input_nodes)
     return wrapped or _torch.is_foreign(node.target)
 
 
 def floating_arguments(node: fx.Node, walked: Walk) -> Iterator[fx.Node]:
-    """Arguments of a node that are floating-point tensors, each once."""
+    """Yield the floating-point tensors among the arguments of a node, each once."""
     for argument in node.all_input_nodes:
         if walked.plans(walked.values.get(argument)):
             yield argument
 
 
 def _carries(value: Any) -> bool:
-    """Whether a value can carry a gradient: sizes, indices and masks made from a tensor are only bookkeeping."""
+    """Whether a value can carry a gradient: sizes, indices and masks made from a tensor cannot."""
     if isinstance(value, (tuple, list)):
         return any(map(_carries, value))
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -11,7 +11,7 @@ METADATA = frozenset(
         "is_mkldnn", "names",
     }
 )  # fmt: skip
-"""Methods and attributes that a tensor without data answers."""
+"""Methods and attributes that work on a tensor without data."""
 
 OF_AUTOGRAD = frozenset({"requires_grad", "is_leaf", "grad_fn", "output_nr", "_version", "retains_grad"})
 SIZED = frozenset({"view", "reshape", "expand", "repeat", "new_zeros", "new_ones", "new_empty", "permute", "unflatten"})
@@ -27,7 +27,7 @@ ON_VALUES = frozenset(
 """Functions that need the values of their tensors."""
 
 ON_LEAVES = frozenset({"register_hook", "retain_grad", "register_post_accumulate_grad_hook", "requires_grad_"})
-"""Functions that change what autograd does with a tensor: it must be a real one."""
+"""Functions that change how autograd treats a tensor: they need a real tensor."""
 
 DRAWING = frozenset(
     {
@@ -40,7 +40,7 @@ DRAWING = frozenset(
         "xavier_normal_", "orthogonal_", "sparse_", "manual_seed", "seed", "get_rng_state", "set_rng_state",
     }
 )  # fmt: skip
-"""Functions that draw random numbers, or ask or set the generator: they run in the order of the user's code."""
+"""Functions that draw random numbers, or read or set the generator: they run in the order of the user's code."""
 
 REFLECTED = {
     "__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv, "__rpow__": operator.pow,

@@ -1,8 +1,8 @@
 """Trace a model and a batch to a :class:`TensorTable`; the step is not computed.
 
-Only the kernels that allocate memory of their own on a CPU run once, each for itself (:mod:`assign.tracing.workspace`).
-The model is captured with its loss as one graph, a probe stands at every tensor, and torch's own autograd and
-partitioner decide what the backward pass does and which values are saved for it. The traced graph is the one that runs.
+Only kernels that allocate scratch memory on a CPU are run, each once and separately (:mod:`assign.tracing.workspace`).
+The model is captured with its loss as one graph and a probe is inserted at every tensor. Torch's own autograd and
+partitioner then determine the backward pass and the saved activations. The traced graph is the one that runs.
 """
 
 import contextlib
@@ -45,11 +45,12 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         batch: argument of ``loss``: a tensor, tuple, dict, or any nesting of them.
         loss: ``loss(model, batch)`` → scalar tensor.
         optimizer: ``optimizer(parameters)`` → torch optimizer, whose states are counted. Default: no states are
-            counted. Of an optimizer whose states no step shows, such as LBFGS, none are counted, with a warning. A
-            parameter that this loss does not use has neither states nor a gradient.
+            counted. For an optimizer whose states cannot be found, such as LBFGS, none are counted and a warning is
+            issued. A parameter that this loss does not use has neither states nor a gradient.
     Returns:
-        The table of all tensors, in order of execution, with what :func:`assign.estimate` needs to predict memory. It
-        also refers to the model, the batch, the loss and the optimizer: functions that take these take it instead.
+        The table of all tensors, in order of execution, with the data from which :func:`assign.estimate` predicts
+        memory. It also refers to the model, the batch, the loss and the optimizer: functions that take these accept it
+        instead.
     Raises:
         TraceError: the step cannot be captured, the loss is not a scalar, the optimizer cannot be made, or, on a CPU,
             another profiler is running.
@@ -80,7 +81,7 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         )
     breaks, outside = step.recorder.report()
     as_loaded = _as_loaded(model)
-    used = as_loaded.keys() if outside else recorder.used  # what runs outside may read any parameter
+    used = as_loaded.keys() if outside else recorder.used  # an operator outside may read any parameter
     rows = list(_rows(recorder, model))
     kept = read_optimizer(model, optimizer, used)
     schedule = dataclasses.replace(
@@ -114,11 +115,11 @@ def as_step(
     Args:
         where: name of the function that was called, for errors.
         model: a Step, or a model to trace.
-        batch: as for :func:`trace`; not beside a Step.
-        loss: as for :func:`trace`; not beside a Step.
-        optimizer: as for :func:`trace`; not beside a Step.
+        batch: as for :func:`trace`; not with a Step.
+        loss: as for :func:`trace`; not with a Step.
+        optimizer: as for :func:`trace`; not with a Step.
     Raises:
-        TraceError: a Step and one of the others are given, an argument is missing, or as :func:`trace`.
+        TraceError: a Step and one of the others are given, an argument is missing, or as for :func:`trace`.
     """
     if isinstance(model, Step):
         refuse_more(where, batch=batch, loss=loss, optimizer=NOT_GIVEN if optimizer is None else optimizer)
@@ -128,18 +129,18 @@ def as_step(
 
 
 class _Recorder:
-    """A backend that keeps what it sees and runs nothing."""
+    """A backend that records the captured graph and runs nothing."""
 
     def __init__(self) -> None:
         self.walked: Walk | None = None
-        self.has_gradient = False  # anything that leaves the graph, or one of several
+        self.has_gradient = False  # whether any result of the graphs requires a gradient
         self.schedule = Schedule()
         self.saved: dict[str, str] = {}
         self.needs: Mapping[str, Need] = {}
         self.exact: Collection[str] = ()
         self.buffers: dict[str, Tensor] = {}
         self.used: Collection[str] = ()
-        """Names of the parameters that the step reads; others have no gradient, and no states."""
+        """Names of the parameters that the step reads; others have no gradient and no optimizer states."""
 
     def receive(self, capture: Capture) -> Callable[..., Any]:
         outputs: Any = _torch.output_of(capture.graph).args[0]
@@ -173,7 +174,7 @@ class _Recorder:
 
 
 def _updated_buffers(capture: Capture) -> Iterable[tuple[str, Tensor]]:
-    """Buffers in float32 that the graph just compiled changes, by name."""
+    """Yield the float32 buffers that the graph just compiled changes, with their names."""
     changed = _torch.changed_inputs()
     placeholders = capture.graph.graph.find_nodes(op="placeholder")
     positions = itertools.accumulate(map(_parts, capture.inputs), initial=0)
@@ -183,7 +184,7 @@ def _updated_buffers(capture: Capture) -> Iterable[tuple[str, Tensor]]:
 
 
 def _parts(value: Any) -> int:
-    """How many inputs of the joint graph a value is: those of a wrapper subclass are the tensors in it."""
+    """Return how many inputs of the joint graph a value is: a wrapper subclass counts as its inner tensors."""
     return len(_torch.inner_tensors(value)) if isinstance(value, Tensor) else 1
 
 
@@ -192,7 +193,7 @@ def _requires_grad(value: Any) -> bool:
 
 
 class _Lister:
-    """Reads buffers and events off the partitioned graphs."""
+    """Reads buffers and events from the partitioned graphs."""
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
@@ -225,7 +226,7 @@ class _Lister:
                 yield self._owner[address]
 
     def _write(self, node: fx.Node, reads: tuple[int, ...], follows: dict[tuple[fx.Node, int], str]) -> tuple[int, ...]:
-        """Buffers that a node makes; anew, if checkpointing makes in the backward pass what the forward pass made."""
+        """Return the buffers that a node makes; recompute in the backward pass makes new buffers."""
         written: list[int] = []
         value = _torch.joint_value(node)
         for part, tensor in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
@@ -249,13 +250,13 @@ class _Lister:
 
 
 def _note_saved(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, str]:
-    """Return the activations saved for the backward pass: key → dtype of the saved copy."""
+    """Return the saved activations: key → dtype in which the activation is saved."""
     sources = _saved_by(backward, forward).values()
     return {str(each.args[1]): dtype_of(_torch.joint_value(each)) for each in sources}
 
 
 def _saved_by(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, fx.Node]:
-    """Inputs of the backward graph that hold activations: their names → the probes of these."""
+    """Return the inputs of the backward graph that hold activations: name → probe of the activation."""
     waiting = {node.name for node in backward.graph.nodes if node.op == "placeholder"}
     found = {node.name: origin(node) for node in _torch.output_of(forward).all_input_nodes if node.name in waiting}
     return {name: source for name, source in found.items() if source.target is torch.ops.assign.probe.default}
@@ -266,9 +267,10 @@ def _is_getitem(node: fx.Node) -> bool:
 
 
 def _gradients_of(backward: fx.GraphModule) -> dict[tuple[fx.Node, int], str]:
-    """Results (node, part) that are a gradient on its way to a probe.
+    """Return the results (node, part) that become the gradient at a probe, with the key of that gradient.
 
-    Autograd's own additions lie on the way, and the backward passes of views and moves, which belong to no operator.
+    Autograd's own additions may lie between a result and the probe, and the backward passes of views and moves, which
+    belong to no operator.
     """
     found: dict[tuple[fx.Node, int], str] = {}
     for node in reversed(backward.graph.nodes):
@@ -335,19 +337,19 @@ def _rows(recorder: _Recorder, model: nn.Module) -> Iterable[TensorInfo]:
 
 
 def _need_of_copy(recorder: _Recorder, key: str) -> Need:
-    """Of a saved copy: what its activation needs, or all the bits that were computed with."""
+    """Return what a saved activation needs: the need of the activation, or all the bits of the computed value."""
     return Need.EXACT if key in recorder.exact else recorder.needs.get(key, Need.NOTHING)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors."""
+    """Return the bytes of the distinct storages of tensors."""
     inner = (part.untyped_storage() for tensor in tensors for part in _torch.inner_tensors(tensor))
     storages = {_torch.storage_id(storage): storage.nbytes() for storage in inner}
     return sum(storages.values())
 
 
 def _as_loaded(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, in the dtypes in which they were loaded; without data where a plan has changed that."""
+    """Return the parameters by name, in their loaded dtypes; without data if a plan has changed the dtype."""
     loaded = loaded_dtypes(model)
     return {
         name: p

@@ -10,13 +10,13 @@ from torch import nn
 from assign import _torch
 
 Frames = tuple[tuple[str, int, str], ...]
-"""File, line and function of some frames, the innermost last."""
+"""File, line and function of each frame, innermost last."""
 
 
 class UserCode:
     """Follows the modules of a model that run.
 
-    A module that is not the model's counts as part of the one that calls it.
+    A module that does not belong to the model counts as part of the module that calls it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -27,11 +27,11 @@ class UserCode:
 
     @property
     def module(self) -> str | None:
-        """Path of the module that runs; None outside the model."""
+        """Return the path of the module that runs; None outside the model."""
         return self._stack[-1] if self._stack else None
 
     def _path(self, module: nn.Module) -> str | None:
-        """Path of a module that the code calls; of several, as of a module that layers share, that in the caller."""
+        """Return the path of a called module; if layers share it, its path in the calling module."""
         names = self._paths.get(id(module))
         if names is None:
             return self.module
@@ -41,7 +41,7 @@ class UserCode:
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
-        """Within the context, modules are followed."""
+        """Within the context, follow the modules that run."""
 
         def enter(module: nn.Module, _args: Any) -> None:
             self._stack.append(self._path(module))
@@ -63,7 +63,7 @@ class UserCode:
 
 
 def frames() -> Frames:
-    """The two innermost frames that are not torch's or this package's."""
+    """Return the two innermost frames outside torch and this package."""
     found: list[tuple[str, int, str]] = []
     frame: Any = sys._getframe(1)
     while frame is not None and len(found) < 2:
@@ -74,6 +74,6 @@ def frames() -> Frames:
 
 
 def place() -> str:
-    """``file:line`` of the innermost frame of the user's code."""
+    """Return ``file:line`` of the innermost frame of the user's code."""
     own = frames()
     return f"{own[-1][0]}:{own[-1][1]}" if own else "unknown line"

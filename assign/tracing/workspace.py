@@ -1,12 +1,12 @@
 """Measure the scratch memory that torch's CPU kernels allocate.
 
-A convolution copies, reorders and pads its operands and attention packs them, each in a way that depends on machine,
-sizes and layouts. So each that differs from the others is run once, on zeros, and asked; a large one on a part of its
-batch. Only in fp16, where most machines have no such kernel, a convolution is not run, because it takes long: it
-unfolds its whole batch, or one image at a time. What others allocate was read off torch 2.13: the backward pass of
-batch normalisation copies the gradient; a 16-bit ``mean`` sums a float32 copy; products in bf16 work on packed blocks
-(each thread its own; one is counted), in fp16 there are none. What is not listed allocates next to nothing. CUDA
-workspaces are not modelled.
+A convolution copies, reorders and pads its operands, and attention packs them, in ways that depend on machine, sizes
+and layouts. Each distinct operator of this kind is therefore run once, on zeros, and measured; a large one on a part of
+its batch. The exception is a convolution in fp16 on a machine without such a kernel, because it takes long: it unfolds
+its whole batch, or one image at a time, and its bytes are computed. The scratch memory of other operators was
+determined for torch 2.13: the backward pass of batch normalisation copies the gradient; a 16-bit ``mean`` sums a
+float32 copy; products in bf16 work on packed blocks (each thread has its own; one is counted), products in fp16 do not.
+Operators that are not listed allocate next to nothing. CUDA workspaces are not modelled.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ from assign.plan.table import SCRATCH_DTYPES
 from assign.tracing.measuring import count_bytes, measure_allocations
 
 aten = torch.ops.aten
-_GEMM_ROWS, _GEMM_COLUMNS, _GEMM_STEP, _GEMM_INNER = 256, 64, 16, 288  # of blocks of a 16-bit product
-_GEMM_DEPTH = 512  # of a block of its right operand, twice that in long sums
-_WORK = 10**10  # multiplications of an operator that is run as a whole: a part of a second
+_GEMM_ROWS, _GEMM_COLUMNS, _GEMM_STEP, _GEMM_INNER = 256, 64, 16, 288  # block sizes of a 16-bit product
+_GEMM_DEPTH = 512  # depth of a block of its right operand, twice that in long sums
+_WORK = 10**10  # maximum multiplications of an operator that is run as a whole: less than a second
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Run:
     Attributes:
         computed: tensors that are cast to the dtype in which the operator computes.
         batched: tensors whose first dimension is the batch.
-        summed: tensors that are in float32 where the operator computes in less.
+        summed: tensors that are float32 even if the operator computes in a narrower dtype.
     """
 
     computed: tuple[int, ...]
@@ -47,7 +47,7 @@ class _Run:
     summed: tuple[int, ...] = ()
 
     def dtype_of(self, number: int, dtype: torch.dtype) -> torch.dtype | None:
-        """The dtype of an argument of an operator that computes in ``dtype``; None: as it is."""
+        """Return the dtype of an argument of an operator that computes in ``dtype``; None: its own dtype."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return dtype if number in self.computed else wide if number in self.summed else None
 
@@ -76,10 +76,10 @@ class _Zeros:
 
 
 def kernel_scratch(node: fx.Node) -> tuple[int, ...]:
-    """Bytes that the kernel of a traced node needs for a moment, by dtype as ``SCRATCH_DTYPES``.
+    """Return the temporary bytes that the kernel of a traced node needs, by dtype as in ``SCRATCH_DTYPES``.
 
     Raises:
-        TraceError: somebody profiles, so that what a kernel allocates cannot be seen.
+        TraceError: another profiler is running, so that allocations of a kernel cannot be measured.
     """
     args, kwargs = _torch.pytree.tree_map_only(fx.Node, _torch.joint_value, (node.args, node.kwargs))
     tensors = [value for value in args if isinstance(value, Tensor)]
@@ -92,10 +92,10 @@ def kernel_scratch(node: fx.Node) -> tuple[int, ...]:
 def scratch_of(
     operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, dtype: torch.dtype | None = None
 ) -> int:
-    """Bytes of an operator's call if it computes in ``dtype``; None means the dtype of what it reads.
+    """Return the temporary bytes of an operator's call if it computes in ``dtype``; None: the dtype that it reads.
 
     Raises:
-        TraceError: as :func:`kernel_scratch`.
+        TraceError: as for :func:`kernel_scratch`.
     """
     tensors = [value for value in args if isinstance(value, Tensor)]
     if not hasattr(operator, "overloadpacket") or not tensors or tensors[0].device.type != "cpu":
@@ -116,16 +116,16 @@ def scratch_of(
 
 
 def _product(left: Tensor, right: Tensor) -> int:
-    """Of a 16-bit product: a block of the right operand, one of float32 sums, and one of a transposed left operand.
+    """Return the scratch bytes of a bf16 product: a block of the right operand, one of float32 sums, and a packed one.
 
-    A product with a vector has none.
+    The packed block is for a transposed left operand. A product with a vector has no scratch memory.
     """
     rows, inner = min(left.shape[-2], _GEMM_ROWS), left.shape[-1]
     columns = min(-(-right.shape[-1] // _GEMM_STEP) * _GEMM_STEP, _GEMM_COLUMNS)
     if 1 in (left.shape[-2], right.shape[-1]):
         return 0
     packed, long = 0, inner > 2 * _GEMM_DEPTH
-    if left.stride(-1) != 1:  # whole, or a part of it beside float32 sums of whole rows
+    if left.stride(-1) != 1:  # packed whole, or in part with float32 sums of whole rows
         packed = min(2 * rows * inner, 2 * rows * _GEMM_INNER + 4 * rows * right.shape[-1])
         long = inner > _GEMM_DEPTH
     deep = 2 * _GEMM_DEPTH if long else min(inner, _GEMM_DEPTH)
@@ -133,7 +133,7 @@ def _product(left: Tensor, right: Tensor) -> int:
 
 
 def _of_run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype) -> int:
-    """Scratch bytes from one run, or extrapolated in the batch size from two runs on parts of a large batch."""
+    """Return scratch bytes from one run, or extrapolated in the batch size from two runs on parts of a large batch."""
     how = _RUN[operator.overloadpacket]
     known = [
         _zeros(value, how.dtype_of(number, dtype)) if isinstance(value, Tensor) else _hashable(value)
@@ -156,7 +156,7 @@ def _of_run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dtype
 
 @functools.cache
 def _run(operator: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], _threads: int) -> int:
-    """Bytes that a call allocates at its worst moment beside its results."""
+    """Return the peak bytes that a call allocates, without its results."""
     if _torch.is_profiled():
         raise TraceError(
             "trace: a profiler is running. assign needs torch's profiler to measure what an operator allocates, and "
@@ -173,7 +173,7 @@ def _run(operator: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ..
 def _paused_collector() -> Iterator[None]:
     """Within the context, no garbage in cycles is freed.
 
-    To collect it before each kernel would take longer than all kernels together.
+    Collecting it before each kernel would take longer than all kernels together.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -187,7 +187,7 @@ def _paused_collector() -> Iterator[None]:
 def _part(
     how: _Run, args: Sequence[Any], kwargs: Mapping[str, Any], images: int, fewer: int
 ) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
-    """The arguments of a call for fewer images."""
+    """Return the arguments of a call for fewer images."""
     known = [each.part(fewer) if number in how.batched else each for number, each in enumerate(args)]
     options = {
         name: value.part(fewer) if isinstance(value, _Zeros) and value.shape[0] == images else value
@@ -197,7 +197,7 @@ def _part(
 
 
 def _work(operator: Any, known: Sequence[Any]) -> int:
-    """Approximate number of multiplications."""
+    """Return the approximate number of multiplications."""
     backward = "backward" in operator.name()
     if "convolution" not in operator.name():
         return 4 * int(math.prod(known[0].shape)) * int(known[2 if backward else 1].shape[2])
@@ -213,7 +213,7 @@ def _operands(known: Sequence[Any], backward: bool) -> "tuple[_Zeros, _Zeros]":
 
 
 def _positions(known: Sequence[Any], *, backward: bool) -> int:
-    """Number of output positions of a convolution for one image."""
+    """Return the number of output positions of a convolution for one image."""
     source, weight = _operands(known, backward)
     dimensions = len(weight.shape) - 2
     options = known[4:7] if backward else known[3:6]
@@ -223,7 +223,7 @@ def _positions(known: Sequence[Any], *, backward: bool) -> int:
 
 
 def _unfolded(known: Sequence[Any], *, backward: bool) -> int:
-    """Bytes of the unfolded input (im2col) of a convolution without an oneDNN kernel, one group at a time."""
+    """Return the bytes of the unfolded input (im2col) of a convolution without oneDNN kernel, one group at a time."""
     source, weight = _operands(known, backward)
     stride, padding, dilation, transposed = known[4:8] if backward else known[3:7]
     groups: int = known[9 if backward else 8]
@@ -246,7 +246,7 @@ def _zeros(tensor: Tensor, dtype: torch.dtype | None) -> _Zeros:
 
 
 def _mask_dtype(mask: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which an attention kernel that computes in ``dtype`` takes a mask: its own, or float32."""
+    """Return the dtype of the mask for an attention kernel that computes in ``dtype``: float32 or ``dtype``."""
     return mask.dtype if mask.dtype == torch.float32 else dtype
 
 

@@ -15,12 +15,12 @@ _SCALE_QUANTIZE = torch.ops.assign.scale_quantize.default
 
 
 def fuse_scales(module: fx.GraphModule, context: Context) -> fx.GraphModule:
-    """Scale and quantize as one operator wherever the scale is that of the very tensor and format, or its history's."""
+    """Fuse scaling and quantizing if the scale is computed from the same tensor and format, or from its history."""
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         x, scale, name, saturate, dtype = node.args[:5]
         own = isinstance(scale, fx.Node) and scale.target is _SCALE and scale.args[0] is x
-        if not own or len(node.args) > 5:  # a seed: by chance, in a kernel of its own
+        if not own or len(node.args) > 5:  # with a seed it rounds stochastically, in a kernel of its own
             continue
         if name != scale.args[1]:
             continue

@@ -1,4 +1,4 @@
-"""Graph pass on a graph that Inductor lowers: casts between dtypes become torch's own operators."""
+"""Graph pass on a graph that Inductor lowers: replace casts between dtypes by torch's own operators."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +17,15 @@ _QUANTIZE = torch.ops.assign.quantize.default
 
 
 def inline_casts(module: fx.GraphModule, context: Context) -> fx.GraphModule:
-    """Replace casts between dtypes that torch computes in by torch's own operators, which Inductor fuses.
+    """Replace casts between dtypes in which torch computes by torch's own operators, which Inductor fuses.
 
-    Rounding to 8 bits, to emulated formats and by chance is long arithmetic: inlined, a graph with all tensors in 8
-    bits compiled for minutes. As operators these share compiled kernels, which also leaves a slot free to round and
-    to code in another format at the next step.
+    Rounding to 8 bits, to emulated formats and stochastically is long arithmetic: inlined, a graph with all tensors in
+    8 bits compiled for minutes. As operators they share compiled kernels, and a slot can round and encode in another
+    format at the next step.
     """
     graph = module.graph
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten._to_copy.default:  # added by the packing, behind Inductor's decompositions
+        if node.target is torch.ops.aten._to_copy.default:  # added by the packing, after Inductor's decompositions
             node.target = torch.ops.prims.convert_element_type.default
             node.args, node.kwargs = (node.args[0], node.kwargs["dtype"]), {}
         elif node.op == "call_function" and node.target in _CASTS and _is_cast(node):
@@ -66,7 +66,7 @@ _CASTS: dict[Any, Callable[..., Callable[..., Tensor]]] = {
 
 
 def _splice(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, inputs: list[fx.Node]) -> None:
-    """Put the nodes of ``body`` in the place of ``node``."""
+    """Replace ``node`` by the nodes of ``body``."""
     twins = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), inputs, strict=True))
     with graph.inserting_before(node):
         for inner in body.graph.nodes:

@@ -1,6 +1,6 @@
-"""Graph pass on the joint graph: what the packing restores in the backward pass stays there.
+"""Graph pass on the joint graph: keep values that the packing restores in the backward pass there.
 
-The partitioner would otherwise keep it from the forward pass where it finds that cheap.
+Otherwise the partitioner would save them from the forward pass where it finds that cheaper.
 """
 
 import torch
@@ -19,7 +19,7 @@ _RESTORING = (
 
 
 def keep_in_backward(joint: fx.GraphModule, context: Context) -> fx.GraphModule:
-    """Pin the rounding and decoding operators of the backward pass to it."""
+    """Pin the rounding and decoding operators of the backward pass to the backward pass."""
     for node in joint.graph.nodes:
         if node.target in _RESTORING and _torch.is_backward(node):
             _torch.pin_backward(node)

@@ -1,17 +1,18 @@
-"""Insert marks: after every operator that makes a tensor, one node rounds it and its gradient.
+"""Insert marks: one node after every operator that makes a tensor, which rounds the tensor and its gradient.
 
-A mark is an autograd function, so the joint graph holds a rounding node exactly at v, at dv (after the sum over v's
-readers), at θ and at dθ. Between operators a tensor lives in its carrier dtype (see :mod:`assign.plan.compute_dtype`);
-operands are widened where an operator must run in float32. An operator of which nothing has another dtype than in the
-model as it was loaded stays as the user wrote it.
+A mark is an autograd function, so the joint graph has a rounding node exactly at v, at dv (after the sum over the
+readers of v), at θ and at dθ. Between operators a tensor is stored in its carrier dtype (see
+:mod:`assign.plan.compute_dtype`); operands are converted to float32 where an operator must run in float32. An operator
+stays as the user wrote it if the plan changes none of the dtypes that it reads or makes.
 
-Where a plan rounds stochastically, the graph begins with one node that draws a seed. Every mark reads it and has a
-number of its own, made from the tensor's key; checkpointed bodies take it as one more operand. What is rounded again in
-the backward pass, there or by the packing, therefore goes the way it went.
+If a plan rounds stochastically, the graph begins with one node that draws a seed. Every mark reads the seed and has its
+own stream number, which is made from the tensor's key; checkpointed bodies get the seed as one more operand. A tensor
+that is rounded again in the backward pass, by recompute or by the packing, is therefore rounded to the same values.
 
-Autograd gives a parameter's gradient the parameter's dtype. Where the plan stores it in another, the mark hands it to a
-*tap* instead: one more input of the graph, a tensor of that dtype without data, whose gradient becomes the parameter's
-(see :func:`taps_of`). So the gradient is narrow from the mark on, not only behind the whole backward pass.
+Autograd gives a parameter's gradient the parameter's dtype. Where the plan stores the gradient in another dtype, the
+mark passes it to a *tap*: one more input of the graph, a tensor of that dtype without data. The gradient of the tap
+becomes the parameter's gradient (see :func:`taps_of`). The gradient is thus narrow from the mark on, and not only after
+the whole backward pass.
 """
 
 import operator
@@ -63,12 +64,12 @@ class Marking(NamedTuple):
     Attributes:
         forward: name of the tensor's format.
         backward: name of the gradient's format.
-        dtype: in which both are stored.
-        visible: the joint graph has a node of its own for the tensor even where rounding changes nothing.
-        streams: numbers that tell the random bits of the tensor, and of its gradient, from those of others.
-        stored: name of the format with a scale in which the gradient is stored, if it has one.
-        slot: key of the tensor, if its format may be promoted.
-        histories: keys of the tensor and of its gradient, if their scales come from earlier steps.
+        dtype: dtype in which the rounded tensor is stored.
+        visible: whether the joint graph has a node for the tensor even if rounding changes nothing.
+        streams: stream numbers of the random bits of the tensor and of its gradient.
+        stored: name of the scaled format in which the gradient is stored; empty if it has none.
+        slot: key of the tensor if its format may be promoted, else empty.
+        histories: keys of the tensor and of its gradient; each is empty unless its scale comes from earlier steps.
     """
 
     forward: str
@@ -92,7 +93,7 @@ class _Mark(torch.autograd.Function):
         tap: Tensor | None,
         scale_tap: Tensor | None,
     ) -> Tensor:
-        ctx.set_materialize_grads(False)  # where there is no gradient, there is none behind the mark either
+        ctx.set_materialize_grads(False)  # without an incoming gradient, the mark returns None
         ctx.how, ctx.runtime, ctx.has_tap = how, runtime, tap is not None
         ctx.gradient_dtype = x.dtype if tap is None else tap.dtype
         ctx.save_for_backward(seed)
@@ -114,7 +115,7 @@ class _Mark(torch.autograd.Function):
 
 
 def _encoded(gradient: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradient over its scale, in ``dtype``, and the scale."""
+    """Return the gradient divided by its scale and stored in ``dtype``, and the scale."""
     scale = torch.ops.assign.scale(gradient, name)
     rounded = torch.ops.assign.quantize(gradient, scale, name, False, gradient.dtype)
     return torch.ops.assign.encode(rounded, scale, name).view(dtype), scale
@@ -124,7 +125,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         ctx.parameter = parameter
-        ctx.set_materialize_grads(False)  # a scale that no mark makes is none, not zero
+        ctx.set_materialize_grads(False)  # a scale that no mark makes is None, not zero
         scale = parameter.new_ones((), dtype=torch.float32)
         return parameter.new_zeros((), dtype=dtype).expand(parameter.shape), scale
 
@@ -137,9 +138,10 @@ class _Tap(torch.autograd.Function):
 
 
 def taps_of(parameter: Tensor, tap: "Tap") -> list[Tensor]:
-    """A tensor of the parameter's shape, without data, whose gradient is the parameter's gradient, in the tap's dtype.
+    """Return one tensor for the gradient of a parameter, and a second one for its scale if the gradient has a scale.
 
-    And, for a gradient with a scale, one whose gradient is the scale.
+    The first has the parameter's shape, the tap's dtype and no data; its gradient becomes the parameter's gradient. The
+    gradient of the second is the scale.
     """
     gradient, scale = _torch.apply_function(_Tap, parameter, tap.dtype)
     return [gradient, scale] if len(tap.nodes) > 1 else [gradient]
@@ -148,16 +150,16 @@ def taps_of(parameter: Tensor, tap: "Tap") -> list[Tensor]:
 def _round(
     x: Tensor, how: Marking, seed: Tensor | None, runtime: Runtime | None, dtype: torch.dtype, *, backward: bool
 ) -> Tensor:
-    """Round a tensor, which saturates, or its gradient, which does not, and store it in ``dtype``."""
+    """Round a tensor (``backward=False``; saturates) or its gradient (does not saturate), and store it in ``dtype``."""
     fmt, history = parse_format(how.backward if backward else how.forward), how.histories[backward]
     slot, visible = ("", False) if backward else (how.slot, how.visible)
     exact = x.dtype == dtype and changes_nothing(fmt, dtype_name(dtype)) and not slot
     if exact and not visible:
         return x.view_as(x)
     if torch.float64 in (x.dtype, dtype) and not exact and not history and fmt.native != "float64":
-        narrow = _round(x.float(), how, seed, runtime, torch.float32, backward=backward)  # kernels are in float32
+        narrow = _round(x.float(), how, seed, runtime, torch.float32, backward=backward)  # kernels compute in float32
         return narrow.to(dtype)
-    saturate = not backward and not exact  # what changes nothing leaves an infinity too
+    saturate = not backward and not exact  # a format that changes nothing also keeps infinities
     scale = None
     if fmt.scaled:
         scale = torch.ops.assign.scale(x, fmt.name, **_live(runtime, history))
@@ -169,7 +171,7 @@ def _round(
 
 
 def _live(runtime: Runtime | None, key: str) -> dict[str, Any]:
-    """With what an operator looks up the format or the scale of a tensor; nothing without a key."""
+    """Return the arguments that let an operator look up the current format or scale of ``key``; empty without a key."""
     return {"runtime": runtime, "key": key} if key else {}
 
 
@@ -186,10 +188,10 @@ def mark_tensor(
     Args:
         x: any shape, floating point.
         how: formats and dtype.
-        seed: of stochastic rounding.
-        runtime: of formats and scales that change between steps.
-        tap: takes the gradient, in its dtype, in place of ``x``.
-        scale_tap: takes the scale by which a stored gradient is divided.
+        seed: seed of stochastic rounding.
+        runtime: formats and scales that change between steps.
+        tap: receives the gradient, in the tap's dtype, instead of ``x``.
+        scale_tap: receives the scale by which a stored gradient is divided.
     Returns:
         The rounded tensor, in the shape of ``x``.
     """
@@ -197,11 +199,11 @@ def mark_tensor(
 
 
 def mark(graph: fx.GraphModule, context: Context) -> fx.GraphModule:
-    """Let the captured step compute under the plan; graphs of an all-fp32 plan stay as they are.
+    """Insert the marks of the plan into the captured step; the graph of an all-fp32 plan stays as it is.
 
-    Tensors that the plan does not name (in evaluation: training checks the plan first) stay as they were loaded.
-    What may be promoted lives in a carrier that holds its high format too. The step gets the taps that the graph takes
-    now, in the order of its inputs.
+    Tensors that the plan does not name keep their loaded dtype (this happens only in evaluation: training checks the
+    plan first). A tensor that may be promoted has a carrier dtype that also holds its high format. The new taps are
+    added to ``step.taps`` in the order of the graph's inputs.
     """
     step = context.step
     assert step is not None
@@ -232,7 +234,7 @@ class _Marker:
             plan.entries,
             {key: slot.high for key, slot in self.slots.items()},
         )
-        self.dtypes = {node: dtype_name(dtype) for node, dtype in capture.dtypes.items()}  # where not as loaded
+        self.dtypes = {node: dtype_name(dtype) for node, dtype in capture.dtypes.items()}  # where not the loaded one
         self.taps: list[Tap] = []
         self.seeds: dict[fx.Graph, fx.Node] = {}
         self.runtimes: dict[fx.Graph, fx.Node] = {}
@@ -251,12 +253,12 @@ class _Marker:
         graph.recompile()
 
     def _loaded(self, node: fx.Node) -> str:
-        """Dtype of a node's value in the model as it was loaded."""
+        """Return the dtype of a node's value in the model as it was loaded."""
         value = self.walked.values.get(node)
         return dtype_of(value) if isinstance(value, Tensor) else FLOAT32
 
     def _now(self, node: fx.Node) -> str:
-        """Dtype of a node's value under the plan."""
+        """Return the dtype of a node's value under the plan."""
         return self.dtypes.get(node) or self._loaded(node)
 
     def _mark_operator(self, graph: fx.GraphModule, node: fx.Node) -> None:
@@ -272,17 +274,17 @@ class _Marker:
                 self.dtypes[node] = self.dtypes[maker]
         elif key is not None:
             dtype = self.computes.changed(key)
-            if dtype is not None:  # else it stays as it is written
+            if dtype is not None:  # otherwise it stays as the user wrote it
                 self.dtypes[node] = dtype
                 self._compute_in(graph, node, dtype)
-        elif is_complex(self.walked.values.get(node)):  # there is none of 16 bit
+        elif is_complex(self.walked.values.get(node)):  # no plan stores complex numbers in 16 bits
             self._lower(graph, node, None)
         elif node in self.walked.key_of or _is_tuple(self.walked.values.get(node)):
             self._follow(node)
         self._mark_sites(graph, node)
 
     def _compute_in(self, graph: fx.GraphModule, node: fx.Node, dtype: str) -> None:
-        """Let an operator run in ``dtype``."""
+        """Make an operator run in ``dtype``."""
         if is_opaque(node, self.walked):
             self._lower(graph, node, None)
         elif operator_name(node.target) in CONVERSIONS:
@@ -292,16 +294,16 @@ class _Marker:
             _ask_for(node, torch_dtype(self._loaded(node)), torch_dtype(dtype))
 
     def _follow(self, node: fx.Node) -> None:
-        """A view or a move keeps its source's dtype; a conversion that changed nothing is dropped.
+        """Give a view or a move the dtype of its source, and drop a conversion that no longer changes anything.
 
-        Who reads one to float32 computes there (:func:`is_wide`). A conversion to another dtype is the user's own wish
-        and stays; one back to the dtype that the tensor had, which several in a row may be, goes back to the carrier
-        that the plan gives it.
+        An operator that reads a conversion to float32 computes in float32 (:func:`is_wide`). A conversion to another
+        dtype was chosen by the user and stays. A conversion back to the tensor's earlier dtype, possibly the last of
+        several in a row, becomes a conversion to the carrier dtype that the plan gives the tensor.
         """
         source = next(floating_arguments(node, self.walked), None)
         if converts(node, self.walked):
             self.dtypes[node] = self.computes.read_as(self.walked.key_of.get(node, ""), self._loaded(node))
-            if self._now(node) != self._loaded(node) or len(node.all_input_nodes) > 1:  # to another tensor's dtype
+            if self._now(node) != self._loaded(node) or len(node.all_input_nodes) > 1:  # may name another tensor's
                 _convert_to(node, torch_dtype(self._now(node)))
         elif source is not None and source in self.dtypes:
             self.dtypes[node] = self.dtypes[source]
@@ -313,7 +315,7 @@ class _Marker:
         return format_pair(self.plan.entries, key)
 
     def _lower(self, graph: fx.GraphModule, node: fx.Node, dtype: str | None) -> None:
-        """Give every floating-point operand of ``node`` the dtype in which it computes; None: that which it had."""
+        """Convert every floating-point operand of ``node`` to ``dtype``; None: to the operand's own loaded dtype."""
         arguments = list(floating_arguments(node, self.walked))
         op = operator_name(node.target)
         mixed = op in FLOAT32_PARAMETERS
@@ -326,11 +328,11 @@ class _Marker:
             with graph.graph.inserting_before(node):
                 if mixed and argument in self.capture.buffers:
                     converted = graph.graph.call_method("to", (argument, torch_dtype(wanted)))
-                    with graph.graph.inserting_after(node):  # running statistics, which the operator updates
+                    with graph.graph.inserting_after(node):  # the operator updates its running statistics
                         graph.graph.call_method("copy_", (argument, converted))
                 elif number:
                     converted = graph.graph.call_function(_held_in, (argument, torch_dtype(wanted)))
-                elif argument not in self.walked.key_of:  # a mask: its −inf must not become NaN behind the cast
+                elif argument not in self.walked.key_of:  # a mask: its −inf must not become NaN in the cast
                     converted = graph.graph.call_function(
                         mark_tensor, (argument, Marking(LOADED[wanted].name, "fp64", wanted))
                     )
@@ -343,7 +345,7 @@ class _Marker:
             hold_numbers(node, op, torch.finfo(torch_dtype(dtype)).max)
 
     def _mark_sites(self, graph: fx.GraphModule, node: fx.Node) -> None:
-        """Mark a tensor behind its operator; an input before its first reader, and once more after each write."""
+        """Mark a tensor after its operator; mark an input before its first reader, and again after each write to it."""
         for site in self.sites.get(node, ()):
             for group in site.groups(self.layouts[graph.graph]):
                 self._mark_site(graph, site, group, before=group[0] if node.op == "placeholder" else site.after.next)
@@ -359,10 +361,10 @@ class _Marker:
         slot = site.key if site.key in self.slots else ""
         histories = self._history(site.key), self._history(grad_key(site.key))
         if site.op == CROSSING:
-            if slot or histories[0]:  # what watches or scales this tensor has seen it in the piece that made it
+            if slot or histories[0]:  # the piece that made this tensor has already counted or measured it
                 self.dtypes[site.node] = have
                 return
-            # its gradient is rounded where the whole of it is known, behind the tensor's operator
+            # its gradient is rounded in the piece that made the tensor, where all its parts are summed
             formats, histories = (formats[0], FORMATS["fp32"]), ("", "")
         tap = self._tap(graph, site, have) if site.op == "parameter" else {}
         if have == dtype and names == {dtype} and not explicit and not tap:
@@ -399,7 +401,7 @@ class _Marker:
         self.walked.key_of[marked] = site.key
 
     def _history(self, key: str) -> str:
-        """The key, if its scale comes from earlier steps, else an empty string."""
+        """Return the key if its scale comes from earlier steps, else an empty string."""
         history = self.scales.history(key)
         if history is None:
             return ""
@@ -407,12 +409,13 @@ class _Marker:
         return key
 
     def _tap(self, graph: fx.GraphModule, site: Site, have: str) -> dict[str, Any]:
-        """One more input for the gradient of a parameter that is stored in another dtype than the parameter.
+        """Add an input for the gradient of a parameter if that gradient is stored in another dtype than the parameter.
 
-        Not inside a checkpointed body, which autograd enters as a whole: there it is converted at the very end.
+        No input is added inside a checkpointed body, which autograd enters as a whole: there the gradient is converted
+        after the backward pass.
 
         Returns:
-            What the mark takes for it, by name.
+            Keyword arguments of the mark: ``tap`` and, for a gradient with a scale, ``scale_tap``; empty if not needed.
         """
         stored = gradient_format(self.plan.entries, site.key)
         dtype = stored_dtype(stored)
@@ -427,7 +430,7 @@ class _Marker:
         return {"tap": nodes[0], **({"scale_tap": nodes[1]} if stored.scaled else {})}
 
     def _seed(self, graph: fx.GraphModule) -> fx.Node:
-        """The node that holds the seed: made once, where the graph begins; in a body, one more placeholder."""
+        """Return the node that holds the seed: made once at the beginning of the graph; in a body, a placeholder."""
         if graph.graph not in self.seeds:
             first = next(node for node in graph.graph.nodes if node.op != "placeholder")
             with graph.graph.inserting_before(first):
@@ -440,7 +443,7 @@ class _Marker:
         return self.seeds[graph.graph]
 
     def _runtime(self, graph: fx.GraphModule) -> fx.Node:
-        """The input that holds what changes between steps: the last one; in a body, one more placeholder."""
+        """Return the input for what changes between steps: the last input of the graph; in a body, a placeholder."""
         if graph.graph not in self.runtimes:
             if graph is self.capture.graph:
                 self.runtimes[graph.graph] = _torch.add_input(graph, "assign_runtime")
@@ -451,7 +454,7 @@ class _Marker:
         return self.runtimes[graph.graph]
 
     def runtime_input(self) -> list[tuple[fx.Node, Runtime]]:
-        """Return the input for what changes between steps, moved behind all others, and its value; or nothing."""
+        """Return the input for what changes between steps, moved after all others, and its value; or an empty list."""
         node = self.runtimes.get(self.capture.graph.graph)
         if node is None:
             return []
@@ -478,7 +481,7 @@ class _Marker:
                 self.dtypes[user] = self.dtypes[results[user.args[1]]]
 
     def restore_outputs(self, graph: fx.GraphModule) -> None:
-        """What leaves the graph has the dtype that the user's own code gave it."""
+        """Convert the outputs of the graph to the dtypes that the user's own code gave them."""
         output = _torch.output_of(graph)
         for argument in output.all_input_nodes:
             if self._now(argument) != self._loaded(argument):
@@ -500,19 +503,19 @@ def _slots(walked: Walk, plan: Assignment, promotion: Promotion | None) -> dict[
 
 
 def _held_in(number: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor without axes in ``dtype``: beyond its range the largest number, but infinities stay."""
+    """Return a 0-dim tensor in ``dtype``: a number beyond its range becomes the largest number, infinities stay."""
     limit = torch.finfo(dtype).max
     return torch.where(number.isinf(), number, number.clamp(-limit, limit)).to(dtype)
 
 
 def _ask_for(node: fx.Node, named: torch.dtype, dtype: torch.dtype) -> None:
-    """Let an operator that names the dtype of its result make ``dtype``."""
+    """Make an operator that names the dtype of its result produce ``dtype``."""
     node.args = map_aggregate(node.args, lambda value: dtype if value is named else value)
     node.kwargs = map_aggregate(node.kwargs, lambda value: dtype if value is named else value)
 
 
 def _convert_to(node: fx.Node, dtype: torch.dtype) -> None:
-    """Let a conversion make ``dtype``."""
+    """Make a conversion produce ``dtype``."""
     node.op, node.target = "call_method", "to"
     node.args, node.kwargs = (node.args[0], dtype), {}
 

@@ -1,13 +1,13 @@
 """Graph pass on the packed joint graph: multiply matrices in a narrow dtype that represents them exactly.
 
-Each operand is followed back through views to the rounding or the decoding that made it, whose format says what holds
-it. Both passes are treated alike: the forward product, and the two of the backward pass.
+Each operand is traced back through views to the rounding or decoding that made it, whose format determines the dtypes
+that hold it. Both passes are treated the same way: the forward product, and the two products of the backward pass.
 
-* Two operands in torch's own 8 bits, not both e5m2, with a scale each, where the device multiplies such: their codes go
-  through ``assign::scaled_product``. What is decoded for a product alone is not decoded any more.
-* Float32 operands that bf16 holds, as those of emulated formats are: ``assign::product``.
+* Two operands in torch's own 8-bit dtypes, not both e5m2, with one scale each, if the device multiplies them: their
+  codes are multiplied by ``assign::scaled_product``. Values that were decoded only for a product are no longer decoded.
+* Float32 operands that bf16 holds, such as those of emulated formats: ``assign::product``.
 
-Everything else stays as it is: products in the dtype in which their operands live.
+All other products stay as they are, in the dtype of their operands.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ _SCALED_PRODUCT = torch.ops.assign.scaled_product.default
 
 
 class _Operand(NamedTuple):
-    """A matrix: what made its values, the views and copies from there to it, and the format on whose grid it lies."""
+    """A matrix: the node that made its values, the views and copies after that node, and the format of its values."""
 
     source: fx.Node
     views: Sequence[fx.Node]
@@ -45,12 +45,12 @@ class _Operand(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Of the tensor, if its format may be promoted; else an empty string."""
+        """Return the tensor's key if its format may be promoted, else an empty string."""
         return str(self.source.kwargs.get("key", "")) if self.source.target in (_QUANTIZE, _DECODE) else ""
 
     @property
     def has_codes(self) -> bool:
-        """Whether its elements are codes behind nothing but views."""
+        """Whether its elements can be codes: only views lie between the matrix and the node that made its values."""
         return self.source.target in (_QUANTIZE, _DECODE) and all(map(is_view, self.views))
 
 
@@ -60,7 +60,7 @@ def narrow_products(joint: fx.GraphModule, context: Context) -> fx.GraphModule:
     for node in [n for n in graph.nodes if n.target in (_aten.mm.default, _aten.addmm.default, _aten.bmm.default)]:
         matrices = [argument for argument in node.args if isinstance(argument, fx.Node)][-2:]
         operands = [_operand(matrix) for matrix in matrices]
-        if node.kwargs or None in operands:  # a sum with factors is not what a model's product becomes
+        if node.kwargs or None in operands:  # beta or alpha of addmm, which a model's product does not have
             continue
         found: list[_Operand] = [each for each in operands if each is not None]
         done += _multiply_codes(graph, node, found) or _multiply_in_bf16(graph, node, matrices, found)
@@ -70,7 +70,7 @@ def narrow_products(joint: fx.GraphModule, context: Context) -> fx.GraphModule:
 
 
 def _operand(matrix: fx.Node) -> _Operand | None:
-    """What is known of a matrix; None if no format of 16 bits or less is known to hold its elements."""
+    """Return what is known about a matrix; None if no format of 16 bits or less is known to hold its elements."""
     path = [matrix]
     while path[0].target not in (_QUANTIZE, _DECODE) and (is_view(path[0]) or _widens(path[0])):
         path.insert(0, _torch.source_of(path[0]))
@@ -82,7 +82,7 @@ def _operand(matrix: fx.Node) -> _Operand | None:
 
 
 def _widens(node: fx.Node) -> bool:
-    """Whether a node copies its operand into a dtype that is as wide or wider."""
+    """Whether a node copies its operand into a dtype that is at least as wide."""
     if node.target not in COPIES:
         return False
     before, after = (_torch.joint_value(each).dtype for each in (_torch.source_of(node), node))
@@ -90,7 +90,7 @@ def _widens(node: fx.Node) -> bool:
 
 
 def _multiply_in_bf16(graph: fx.Graph, node: fx.Node, matrices: list[fx.Node], operands: list[_Operand]) -> bool:
-    """Whether the product became one of bf16 matrices with a float32 result."""
+    """Replace the product by one of bf16 matrices with a float32 result; return whether that was possible."""
     value = _torch.joint_value(node)
     if value.dtype != torch.float32 or not all(
         FORMATS["bf16"].contains(parse_format(each.format)) for each in operands
@@ -109,7 +109,7 @@ def _multiply_in_bf16(graph: fx.Graph, node: fx.Node, matrices: list[fx.Node], o
 
 
 def _live(operands: Sequence[_Operand]) -> dict[str, Any]:
-    """With what a product looks up the formats of operands that may be promoted; nothing if there are none."""
+    """Return arguments for the lookup of the formats of operands that may be promoted; empty if there are none."""
     promotable = [each for each in operands if each.key]
     if not promotable:
         return {}
@@ -118,7 +118,7 @@ def _live(operands: Sequence[_Operand]) -> dict[str, Any]:
 
 
 def _multiply_codes(graph: fx.Graph, node: fx.Node, operands: list[_Operand]) -> bool:
-    """Whether the product became one of 8-bit codes."""
+    """Replace the product by one of 8-bit codes; return whether that was possible."""
     value: Tensor = _torch.joint_value(node)
     formats = [None if each.key else parse_format(each.format) for each in operands]
     eight_bits = all(fmt is not None and is_float8(fmt) for fmt in formats) and all(each.has_codes for each in operands)
@@ -159,7 +159,7 @@ def _codes(graph: fx.Graph, source: fx.Node) -> fx.Node:
 
 
 def _views_of(graph: fx.Graph, codes: fx.Node, views: Sequence[fx.Node], before: fx.Node) -> fx.Node:
-    """The codes under the views through which the product reads the values."""
+    """Return the codes with the same views through which the product reads the values."""
     for view in views:
         assert callable(view.target)
         value = view.target(_torch.joint_value(codes), *view.args[1:], **view.kwargs)

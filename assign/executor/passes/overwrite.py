@@ -1,4 +1,4 @@
-"""Graph pass on a graph that Inductor lowers: round in place where nobody else reads the value."""
+"""Graph pass on a graph that Inductor lowers: round in place if no other node reads the value."""
 
 import operator
 
@@ -19,10 +19,10 @@ _IN_PLACE = {
 
 
 def overwrite(module: fx.GraphModule, context: Context) -> fx.GraphModule:
-    """Let a value be rounded in its own memory where nobody else reads it.
+    """Round a value in its own memory if no other node reads it.
 
-    Otherwise a rounded copy is made beside it: more bytes at the peak, and fresh memory is slow to touch. Inductor has
-    the last word: it copies where it finds another reader.
+    Otherwise a rounded copy would be made: it adds bytes to the peak, and new memory is slow to access. Inductor makes
+    the final decision: it copies if it finds another reader.
     """
     graph = module.graph
     for node in [node for node in graph.nodes if node.target in _IN_PLACE]:
@@ -55,7 +55,7 @@ def overwrite(module: fx.GraphModule, context: Context) -> fx.GraphModule:
 
 
 def _is_last_reader(node: fx.Node) -> bool:
-    """Whether nothing but ``node`` reads its first argument, nor the memory that this is a view of."""
+    """Whether only ``node`` reads its first argument, and the memory of which that argument is a view."""
     source = _torch.source_of(node)
     while len(source.users) == 1 and is_view(source):
         source = _torch.source_of(source)

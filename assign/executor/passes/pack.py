@@ -1,10 +1,10 @@
-"""Graph pass on the joint graph: save activations in their own format, not in that of their carrier.
+"""Graph pass on the joint graph: store saved activations in their own format, not in that of their carrier.
 
-Each forward value that the backward pass reads is followed back, through views and exact conversions, to the mark that
-made it. A mark of a parameter or of the batch is computed again in the backward pass: its source is there, unless a
-copy in another layout would wait in its stead. Any other is encoded right behind its last reader in the forward pass
-and decoded right before its first reader in the backward pass. Values of a native 16-bit format wait as they are, not
-as the float32 copy that an operator asked for.
+Each forward value that the backward pass reads is traced back, through views and exact conversions, to the mark that
+made it. The mark of a parameter or of the batch is computed again in the backward pass, because its source is still
+stored, unless this would save a copy of the source in another layout. Any other value is encoded right after its last
+reader in the forward pass and decoded right before its first reader in the backward pass. Values of a native 16-bit
+format are saved as they are, not as the float32 copy that an operator asked for.
 """
 
 from collections.abc import Mapping
@@ -32,10 +32,10 @@ _CHANNELS_LAST = (0, 2, 3, 1)
 
 
 def pack(joint: fx.GraphModule, context: Context) -> fx.GraphModule:
-    """Let saved activations wait in their own format; the graph of an all-fp32 plan stays as it is.
+    """Store saved activations in their own format; the graph of an all-fp32 plan stays as it is.
 
-    Where images are laid out channels-last, blocks run along their channels first, and an input that is laid out
-    otherwise would wait as a copy of itself.
+    If images are laid out channels-last, blocks run along their channels first, and an input in another layout would be
+    saved as a copy of itself.
     """
     if any(node.target is _QUANTIZE or _is_narrow(node) for node in joint.graph.nodes):
         read_marked_outputs(joint.graph, _QUANTIZE)
@@ -58,7 +58,7 @@ class _Packer:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
 
     def run(self) -> None:
-        """Group the values that cross into the backward pass by their origin, and move each origin once."""
+        """Group the values that the backward pass reads by their origin, and handle each origin once."""
         waiting: dict[fx.Node, list[fx.Node]] = {}
         for node in self.graph.nodes:
             if node.op != "call_function" or _torch.is_backward(node) or _torch.is_recomputed(node):
@@ -92,7 +92,7 @@ class _Packer:
         return self.channels_last and value.dim() == 4
 
     def _replay(self, node: fx.Node, restored: dict[fx.Node, fx.Node], reader: fx.Node) -> fx.Node:
-        """``node`` made in the backward pass from what was restored, right before ``reader``."""
+        """Return ``node`` recomputed in the backward pass from the restored values, right before ``reader``."""
         if node in restored:
             return restored[node]
         parent = _torch.source_of(node)
@@ -105,7 +105,7 @@ class _Packer:
         return new
 
     def _mark_again(self, mark: fx.Node, first: fx.Node) -> fx.Node:
-        """The mark of a parameter or of the batch, computed a second time; so is its scale."""
+        """Return a copy of the mark of a parameter or of the batch, and of its scale, placed right before ``first``."""
         scale = mark.args[1]
         with self.graph.inserting_before(first):
             if isinstance(scale, fx.Node):
@@ -117,10 +117,10 @@ class _Packer:
         return again
 
     def _encode(self, mark: fx.Node, first: fx.Node) -> fx.Node:
-        """The mark's value as it comes out of its narrow storage, right before ``first``."""
+        """Return the mark's value as decoded from its narrow storage, right before ``first``."""
         value = _torch.joint_value(mark)
         key = _torch.label_of(mark).removeprefix(MARK)
-        name, live = str(mark.args[2]), dict(mark.kwargs)  # what a promotion changes is looked up with the latter
+        name, live = str(mark.args[2]), dict(mark.kwargs)  # ``live`` looks up the format of a promoted tensor
         source, scale, after = mark, mark.args[1], self._last_forward_reader(mark)
         if saved_key(key) in self.plan.entries and self.plan.saved_format(key).name != name:
             chosen = self.plan.saved_format(key)
@@ -136,7 +136,7 @@ class _Packer:
         )
 
     def _encode_blocks(self, mark: fx.Node, fmt: BlockFormat, after: fx.Node, first: fx.Node) -> fx.Node:
-        """The mark's value as it comes out of blocks; itself where these take no fewer bytes."""
+        """Return the mark's value as decoded from blocks; the mark itself if blocks take no fewer bytes."""
         value = _torch.joint_value(mark)
         if fmt.bytes_of(value.numel()) >= value.numel() * value.dtype.itemsize:
             return mark
@@ -148,7 +148,7 @@ class _Packer:
         return self._call(decode, (code, fmt.name, size, order, value.dtype), mark, before=first)
 
     def _size(self, mark: fx.Node) -> list[Any]:
-        """The sizes of a value: numbers, and nodes for those that are symbols."""
+        """Return the sizes of a value: numbers, and nodes for symbolic sizes."""
         sizes: list[Any] = []
         for axis, size in enumerate(_torch.joint_value(mark).shape):
             known = isinstance(size, int)
@@ -156,7 +156,7 @@ class _Packer:
         return sizes
 
     def _narrow(self, mark: fx.Node, fmt: Format, after: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node]:
-        """A copy of the mark's value in the format that the plan gives to the saved copy."""
+        """Return a copy of the mark's value in the format of the saved activation, its scale, and the last new node."""
         scale = None
         if fmt.scaled:
             after = scale = self._call(torch.ops.assign.scale.default, (mark, fmt.name), mark, after=after)
@@ -171,7 +171,7 @@ class _Packer:
         return stream_of(saved_key(_torch.label_of(mark).removeprefix(MARK)))
 
     def _seed(self, device: torch.device) -> fx.Node:
-        """The node that draws the graph's seed; made where the graph begins if no mark needed one."""
+        """Return the node that draws the graph's seed; add it at the beginning of the graph if no mark needed one."""
         drawn: fx.Node | None = next((node for node in self.graph.nodes if node.target is _SEED), None)
         if drawn is not None:
             return drawn
@@ -189,7 +189,7 @@ class _Packer:
         backward: bool | None = None,
         kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> fx.Node:
-        """A new node, in the forward pass right ``after`` one there, or in the backward pass right ``before`` one."""
+        """Return a new node: a forward node right after ``after``, or a backward node right before ``before``."""
         place = self.graph.inserting_after(after) if after else self.graph.inserting_before(before)
         with place:
             node = self.graph.call_function(target, args, dict(kwargs))
@@ -199,7 +199,7 @@ class _Packer:
         return node
 
     def _last_forward_reader(self, mark: fx.Node) -> fx.Node:
-        """The last forward node that reads the mark's storage."""
+        """Return the last forward node that reads the mark's storage."""
         last, family = mark, [mark]
         while family:
             for user in family.pop().users:
@@ -212,7 +212,7 @@ class _Packer:
 
 
 def _reads_input(mark: fx.Node) -> bool:
-    """Whether a mark is that of a parameter or of the batch, and not of a result of an earlier piece."""
+    """Whether a mark is that of a parameter or of the batch, and not that of a result of an earlier piece."""
     label = _torch.label_of(mark)
     key = Key.of_step(label.removeprefix(MARK))
     made_before = label.startswith(MARK) and key.is_activation and not key.is_input

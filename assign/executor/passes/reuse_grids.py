@@ -1,11 +1,12 @@
 """Graph pass on the joint graph: do not round values that are already representable in the format.
 
-A relu, a maximum pool or a slice picks values of its operand and puts zeros beside them; in the backward pass the
-gradient of a relu or of one side of an addition is the gradient that came in, at most with zeros. Rounded before in the
-same format, such a tensor lies on the same grid, and its own scale could only be smaller: rounding would change
-nothing, and cost a pass over memory or two. Its codes are then made with the scale of what it was picked from.
+A relu, a maximum pool or a slice selects values of its operand and may add zeros. In the backward pass, the gradient of
+a relu or of one side of an addition is the incoming gradient, possibly with zeros. If it was rounded before in the same
+format, such a tensor lies on the same grid, and its own scale could only be smaller. Rounding would change nothing and
+cost one or two passes over memory. The codes of the tensor are then made with the scale of the tensor from which it was
+selected.
 
-What may be promoted is rounded, and its overflow counted, in its own place.
+Tensors that may be promoted are still rounded, and their overflow is counted.
 """
 
 import operator
@@ -30,17 +31,17 @@ _PICKS = frozenset(
         _aten.gather.default, _aten.neg.default, _aten.abs.default,
     }
 )  # fmt: skip
-"""Operators whose result has values of their first operand, zeros, or either with another sign."""
+"""Operators whose result holds only values of their first operand, possibly with another sign, and zeros."""
 
 _POOLS = frozenset({_aten.max_pool2d_with_indices.default, _aten.max_pool3d_with_indices.default})
-"""The same of the first of their results."""
+"""Operators for which this holds for the first of their results."""
 
 _VALUE_AT = {_aten.full.default: 1, _aten.full_like.default: 1, _aten.scalar_tensor.default: 0}
-"""Constants: which argument is their value."""
+"""Operator that makes a constant → position of the argument that is its value."""
 
 
 def reuse_grids(joint: fx.GraphModule, context: Context) -> fx.GraphModule:
-    """Take out every rounding that changes nothing."""
+    """Remove every rounding that changes nothing."""
     graph = joint.graph
     for mark in list(graph.find_nodes(op="call_function", target=_QUANTIZE)):
         source = _rounded_before(mark)
@@ -56,10 +57,10 @@ def reuse_grids(joint: fx.GraphModule, context: Context) -> fx.GraphModule:
 
 
 def _rounded_before(mark: fx.Node) -> fx.Node | None:
-    """The rounding whose values ``mark`` would round again."""
+    """Return the earlier rounding whose values ``mark`` would round again; None if there is none."""
     x, (scale, name, saturate, dtype) = _torch.source_of(mark), mark.args[1:5]
     here = _torch.joint_value(x)
-    if here.dtype != dtype or mark.kwargs:  # what may be promoted is looked up
+    if here.dtype != dtype or mark.kwargs:  # a tensor that may be promoted looks its format up
         return None
     if isinstance(scale, fx.Node) and not (scale.target is _SCALE and _is_nested(str(name))):
         return None
@@ -77,13 +78,13 @@ def _rounded_before(mark: fx.Node) -> fx.Node | None:
 
 
 def _is_nested(name: str) -> bool:
-    """Whether what lies on the grid of a scaled format lies on that of every smaller scale that it could have."""
+    """Whether a grid of a scaled format is contained in the grids of all smaller scales that it could have."""
     fmt = parse_format(name)
     return fmt.scaling is Scaling.POW2 and not fmt.delayed
 
 
 def _picked_from(node: fx.Node) -> fx.Node | None:
-    """The node whose values ``node`` holds, some of them zero or with another sign; None if there is no such node."""
+    """Return the node whose values ``node`` holds, possibly with zeros or other signs; None if there is none."""
     if node.op != "call_function" or not node.args:
         return None
     if node.target is _aten.where.self:
