@@ -50,13 +50,13 @@ def apply(
     The result shares the parameters, their names and the ``state_dict`` of ``model``. If the plan stores masters,
     gradients or buffers in another dtype, those of ``model`` are converted, rounded to nearest. For masters in
     ``bf16+8``, the model's ``state_dict`` holds the bf16 part and the optimizer's ``state_dict`` the other 8 bits;
-    :func:`assign.optim.widened_weights` joins them. Code that is called outside the module, such as a loss on its output,
-    runs as usual; entries under ``loss/`` require :func:`planned_step`. Optimizer states follow the plan with
+    :func:`assign.optim.widened_weights` joins them. Code that is called outside the module, such as a loss on its
+    output, runs as usual; entries under ``loss/`` require :func:`planned_step`. Optimizer states follow the plan with
     :func:`assign.optimizer`. Sparse gradients of embeddings stay sparse (:mod:`assign.executor.sparse`).
 
-    For several processes, wrap the planned module in ``DistributedDataParallel``, or in :func:`assign.distributed.data_parallel` if
-    gradients are stored in another dtype than their masters. If masters are in float32, ``fully_shard`` also works,
-    called before or after this function. See :mod:`assign.distributed`.
+    For several processes, wrap the planned module in ``DistributedDataParallel``, or in
+    :func:`assign.distributed.data_parallel` if gradients are stored in another dtype than their masters. If masters are
+    in float32, ``fully_shard`` also works, called before or after this function. See :mod:`assign.distributed`.
 
     Args:
         model: in any floating-point dtypes. It can still be called without the plan, unless the plan has changed the
