@@ -298,7 +298,7 @@ class Replay:
         self._add(_decoding(later[0]), self._last_slot(info, later[-1]), size, key, role)
 
     def _is_rounded_copy(self, info: Buffer) -> bool:
-        """Whether the buffer holds a tensor that the user converted to fewer bits. It is saved in addition to the tensor."""
+        """Whether the buffer holds a tensor that the user converted to fewer bits: it is saved besides the tensor."""
         own = ITEM_BYTES.get(self._dtypes.loaded(info.holds), 0)
         return info.holds in self.table.by_key and ITEM_BYTES.get(info.dtype, own) < own
 
@@ -357,7 +357,7 @@ class Replay:
         return FLOAT32 if info.part else compute
 
     def _convert(self, info: Buffer, number: int, event: Event, compute: str, is_mark: bool) -> int:
-        """Return the slot in which the stored gradient appears: behind the operator if it is converted, else with it.
+        """Return the slot in which the stored gradient appears: after the operator if it is converted, else with it.
 
         A gradient that is made in one dtype and stored in another exists twice for a moment; a segment is added for
         this.
