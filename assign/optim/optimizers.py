@@ -399,7 +399,7 @@ class _Planned(Optimizer):
         self.state.update({parameter: states for parameter, states in loaded.items() if states})
 
     def _restored(self, parameter: Tensor, saved: Mapping[str, Any], *, lossy: bool) -> dict[str, Any]:
-        """Return a parameter's states made from saved ones, with extra bits or compensation where the plan needs them."""
+        """Return a parameter's states made from saved ones, with extra bits or compensation if the plan needs them."""
         stored = self.assign_stored[parameter]
         extra = {name: value for name, value in saved.items() if name == EXTRA_BITS}
         if extra and not stored.master.extra_bits and not lossy:
