@@ -81,7 +81,7 @@ class _Optimizer16(Optimizer):
         super().load_state_dict(self._with_rounding(state_dict))
 
     def _with_rounding(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the saved state with this optimizer's rounding in each group; those of torch's optimizers have none."""
+        """Return the saved state with this optimizer's rounding in each group; torch's own optimizers have none."""
         groups = []
         for index, saved in enumerate(state["param_groups"]):
             own = self.param_groups[min(index, len(self.param_groups) - 1)]["rounding"]

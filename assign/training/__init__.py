@@ -1,4 +1,4 @@
-"""Train tasks under plans, measure and compare the trainings, and keep them in files.
+"""Train tasks under plans, measure and compare the trainings, and store them in files.
 
 =================  ============================================================
 ``loop``           Train a task.
