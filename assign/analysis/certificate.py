@@ -174,7 +174,7 @@ def _call(model: Callable[..., Any], batch: Batch) -> Any:
 
 @contextmanager
 def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
-    """In the context, put a module in eval mode; afterwards restore the mode of each of its modules."""
+    """Put a module in eval mode in the context; afterwards restore the mode of each of its modules."""
     was = {part: part.training for part in model.modules()} if isinstance(model, nn.Module) else {}
     for part in was:
         part.training = False

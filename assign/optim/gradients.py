@@ -35,7 +35,7 @@ def keep_scale(parameter: Tensor, scale: Tensor) -> None:
 
 @contextlib.contextmanager
 def widened(parameter: Tensor, fmt: Format) -> Iterator[None]:
-    """In the context, make the parameter's gradient one in the parameter's dtype; afterwards restore it.
+    """Convert the parameter's gradient to the parameter's dtype in the context; afterwards restore it.
 
     Raises:
         PlanError: the gradient was not made by a planned model.

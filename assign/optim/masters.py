@@ -96,7 +96,7 @@ def forget_extra_bits(parameter: Tensor) -> None:
 
 
 def note_loaded(parameter: Tensor, value: Tensor) -> None:
-    """Note that ``value`` is about to be loaded into a parameter with extra bits.
+    """Record that ``value`` is about to be loaded into a parameter, which may have extra bits.
 
     If ``value`` is wider than bf16, the extra bits become zero: the caller has checked that loading rounds nothing. If
     it is bf16, they are unknown from now on.
@@ -127,7 +127,7 @@ def check_known(parameter: Tensor, what: str) -> None:
 
 @contextlib.contextmanager
 def joined(parameter: Tensor, states: MutableMapping[str, Any]) -> Iterator[None]:
-    """In the context, make the parameter its float32 master, and its gradient float32 unless that has a scale.
+    """Make the parameter its float32 master in the context, and its gradient float32 unless that has a scale.
 
     Afterwards the parameter and its extra bits have the master's new value, and the gradient is as before.
 

@@ -47,7 +47,7 @@ class Chance:
 def widened_master(
     parameter: Tensor, states: MutableMapping[str, Any], rounding: UpdateRounding, chance: Chance | None, key: str
 ) -> Iterator[None]:
-    """In the context, make the parameter and its gradient float32; afterwards they are as narrow as before.
+    """Make the parameter and its gradient float32 in the context; afterwards they are as narrow as before.
 
     The new value is rounded by ``rounding``. If an error is raised in the context, the parameter keeps its old value.
 

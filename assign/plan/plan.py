@@ -263,8 +263,7 @@ class Assignment(Drawn):
     def check_covers(self, keys: Collection[str], *, where: str, buffers: Collection[str] = ()) -> None:
         """Check that this is a plan for ``keys``, the paper's tensors of a model.
 
-        An entry for a saved copy is allowed if ``keys`` has its tensor. Entries for stored parameters, gradients and
-        states are always allowed.
+        An entry for a saved copy or for a stored tensor is allowed if ``keys`` has the tensor it belongs to.
 
         Args:
             keys: of the tensors that must have an entry.

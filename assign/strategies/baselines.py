@@ -61,8 +61,8 @@ def as_loaded(table: TensorTable, recipe: Recipe) -> dict[str, Entry]:
 def operator_based(table: TensorTable, recipe: Recipe, *, gradients_follow: bool = False) -> dict[str, Entry]:
     """Return the paper's π_op, after HFP8: tensors that a matrix product reads or makes are low.
 
-    Low are the operands of products, weights included, and the gradients of their outputs. High are the gradients of
-    weights and all other tensors, the input and the operators that read it, and the last group with its inputs.
+    Low are the operands of products, weights included, and the gradients of their outputs. Everything else is high, and
+    also the gradients of weights, the input with the tensors made from it, and the last group with its inputs.
 
     Args:
         table: of the model.

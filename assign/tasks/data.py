@@ -60,7 +60,7 @@ class Batches:
 
 
 def random_crop(images: Tensor, generator: torch.Generator, *, pad: int, flip: bool, fill: float = 0) -> Tensor:
-    """Return the images shifted at random by up to ``pad`` pixels, with filled borders; ``flip`` mirrors half of them."""
+    """Return the images shifted at random by up to ``pad`` pixels, with filled borders; ``flip`` mirrors half."""
     n, _, height, width = images.shape
     device = images.device
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad), value=fill)

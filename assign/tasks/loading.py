@@ -80,7 +80,7 @@ def _checked(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _import_path(directory: Path) -> Iterator[None]:
-    """In the context, let the user's code import modules next to it, as if the file was run."""
+    """Let the user's code import modules next to it in the context, as if the file was run."""
     sys.path.insert(0, str(directory))
     try:
         yield

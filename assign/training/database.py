@@ -123,7 +123,7 @@ def _lock_before_reading(database: Database) -> None:
 
 @contextlib.contextmanager
 def exclusive(storage: str) -> Iterator[None]:
-    """In the context, hold a lock that only one process of this machine can hold for files of the same directory.
+    """Hold a lock in the context that only one process of this machine can hold for files of the same directory.
 
     A database with a URL has its own locks, so nothing is locked for it; neither on systems without ``fcntl``.
     """

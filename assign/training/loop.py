@@ -502,7 +502,7 @@ def _has_infinities(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _fits(path: Path, name: str) -> Iterator[None]:
-    """Convert whatever a model or an optimizer raises when it loads its state to a TaskError."""
+    """Convert any error that a model or an optimizer raises when it loads its state to a TaskError."""
     try:
         yield
     except Exception as error:

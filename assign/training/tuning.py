@@ -278,7 +278,7 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """In the context, suppress Optuna's warnings about experimental features and its log of errors.
+    """Suppress Optuna's warnings about experimental features and its log of errors in the context.
 
     Errors are raised anyway.
     """
