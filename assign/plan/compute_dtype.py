@@ -3,7 +3,7 @@
 The executor and the memory model both use :class:`ComputeDtypes`, so the predicted bytes are those of the graph that
 runs. The rules:
 
-* Between operators a value has the dtype of its *carrier*: the narrowest torch dtype that represents both its format
+* Between operators a value has a dtype called its *carrier*: the narrowest torch dtype that represents both its format
   and its gradient's format exactly (autograd gives a gradient the dtype of its tensor).
 * If everything that an operator reads and makes has the same dtype as in the model as loaded, the operator runs as the
   user wrote it. A plan that changes nothing therefore computes the same as no plan, bit for bit.
