@@ -18,12 +18,12 @@ package below names its modules.
 ``distributed``     Training in several processes: DDP and FSDP2.
 ``tasks``           Built-in tasks, and tasks from a user's file.
 ``training``        Train tasks, compare plans, search by training.
-``analysis``        Answers about a trained model: what 16 bits lose, what a plan cannot change.
+``analysis``        Analyses of a trained model: audits of 16-bit formats, certified predictions.
 ``integrations``    Plans in the trainers of transformers and Lightning.
 ``report``          Tables, pictures, and a page for a browser.
 ``cli``             The commands of the shell.
 ``errors``          AssignError. ``options``: groups of options, declared once for Python and the shell.
-                    ``atomic_write``, ``json_file``: files. ``passwords``: masked. ``notebook``: output there.
+                    ``atomic_write``, ``json_file``: files. ``passwords``: mask them. ``notebook``: output in notebooks.
                     ``_torch``: the only module with private names of torch.
 ==================  ============================================================================================
 """

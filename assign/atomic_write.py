@@ -1,7 +1,7 @@
-"""Write output files atomically: regular files only, and checked before the work begins.
+"""Write output files atomically. Only regular files are written, and they are checked before the work starts.
 
-A reader, or a process killed meanwhile, finds the old file or the new one, never a part. Of a link, the file that it
-points to is replaced. ``-`` is standard output.
+A reader sees the old file or the new one, never a part of one, even if the process is killed. For a link, the file that
+it points to is replaced. ``-`` is standard output.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Check that ``path`` can be written, without changing it.
 
     Raises:
-        OSError: it is no regular file, its directory does not exist or takes no file, or it may not be written.
+        OSError: it is not a regular file, its directory does not exist or cannot be written, or it cannot be written.
     """
     if is_stdout(path):
         return
@@ -109,7 +109,7 @@ def _prefix(target: Path) -> str:
 def _target(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
     """Resolve links; return the file and its mode, None if it does not exist yet."""
     try:
-        found = os.stat(path)  # of a loop of links, or a name that is too long, this is the error
+        found = os.stat(path)  # raises for a loop of links and for a name that is too long
     except FileNotFoundError:
         return Path(os.path.realpath(path)), None
     except ValueError as error:  # a NUL in the name
@@ -141,7 +141,7 @@ def _remove_unlocked(path: Path) -> None:
         _lock(descriptor, wait=False)
         path.unlink()
     except BlockingIOError:
-        pass  # its process lives
+        pass  # its process is running
     finally:
         os.close(descriptor)
 

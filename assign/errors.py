@@ -1,4 +1,4 @@
-"""Errors that a user can cause and correct, one class for each kind.
+"""Errors that a user can cause and correct, one class per kind.
 
 Every message says where, what was asked, what is allowed and what to do.
 """
@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 
 class AssignError(Exception):
-    """Base of every error that a user is meant to read and act on."""
+    """Base class of all errors that a user is meant to read and act on."""
 
 
 class FormatError(AssignError):
-    """A number format that does not exist or does not fit its use."""
+    """A number format does not exist or is not allowed for its use."""
 
 
 class TraceError(AssignError):
@@ -20,18 +20,18 @@ class TraceError(AssignError):
 
 
 class PlanError(AssignError):
-    """A plan file that cannot be read, or that does not belong to this model."""
+    """A plan's file cannot be read, or the plan does not belong to this model."""
 
 
 class OutputError(AssignError):
-    """A file that a command cannot or must not write: no regular file, or one that it reads."""
+    """A command cannot write a file: it is not a regular file, or it is also an input."""
 
 
 class BudgetError(AssignError):
-    """A limit on memory, time or the low ratio that no assignment can meet, or none where one is needed.
+    """No plan meets a limit on memory, time or the low ratio, or a limit that is needed is missing.
 
     Attributes:
-        floor: the fewest bytes found for a step's peak, where a budget was below; else None.
+        floor: the lowest peak that was found, in bytes, if a budget was below it; else None.
     """
 
     def __init__(self, message: str, *, floor: int | None = None) -> None:
@@ -40,26 +40,26 @@ class BudgetError(AssignError):
 
 
 class TaskError(AssignError):
-    """A task that cannot be loaded or does not keep to its interface."""
+    """A task cannot be loaded or does not implement its interface."""
 
 
 class ComparisonError(AssignError):
-    """Nothing that can be compared, or a comparison's file that cannot be read or is of another comparison."""
+    """There is nothing to compare, or a comparison's file cannot be read or belongs to another comparison."""
 
 
 class ReportError(AssignError):
-    """A report that cannot be made: a file of it that cannot be read or is of another model, or a missing library."""
+    """A report cannot be made: a file cannot be read or belongs to another model, or a library is missing."""
 
 
 class StudyError(AssignError):
-    """A search by training that cannot begin or go on: its storage, its settings, its model, or its metric."""
+    """A search by training cannot start or resume because of its storage, settings, model or metric."""
 
 
 class DivergedError(AssignError):
-    """Training whose loss is no longer a finite number."""
+    """The loss of a training is no longer finite."""
 
 
 def suggest(word: str, allowed: Iterable[str], limit: int = 3) -> str:
-    """Names in ``allowed`` that look like ``word``, as text for an error message ('' if none does)."""
+    """Return the names in ``allowed`` that are similar to ``word``, as text for an error message ('' if none is)."""
     close = difflib.get_close_matches(word, list(allowed), n=limit, cutoff=0.4)
     return ", ".join(repr(str(name)) for name in close)

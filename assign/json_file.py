@@ -1,4 +1,4 @@
-"""Read JSON files strictly: every file is checked by a pydantic schema, and an error says where and what is allowed.
+"""Read JSON files strictly: a pydantic schema checks each file, and errors say where it is wrong and what is allowed.
 
 A file is refused if it is too large or nested too deeply, or has a duplicate key, a number that is not finite or out of
 range, or a string that UTF-8 cannot encode.
@@ -38,7 +38,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 _NAMED = 3  # facts named in an error before "and n more"
-_LONGEST = 100  # characters that an error repeats of a file
+_LONGEST = 100  # characters of a file that an error quotes
 
 T = TypeVar("T")
 
@@ -48,9 +48,9 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        name: what an error calls one, e.g. ``plan``.
-        error: what is raised.
-        advice: what to do where a file is not of this kind.
+        name: name of the kind in errors, e.g. ``plan``.
+        error: class of the errors.
+        advice: what to do if a file is not of this kind.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Kind:
     advice: str
 
     def read(self, path: str | os.PathLike[str]) -> str:
-        """Read the text of a file, in UTF-8.
+        """Return the text of a file, decoded as UTF-8.
 
         Raises:
             AssignError: the file is missing, cannot be read, is too large, or is not UTF-8.
@@ -84,7 +84,7 @@ class Kind:
             raise self.error(f"cannot read the {self.name} {where}: {reason}. {self.advice}") from error
 
     def parse(self, text: str, where: str) -> Any:
-        """Parse JSON text and apply the limits of this module.
+        """Return the data in JSON text, after applying the limits of this module.
 
         Raises:
             AssignError: the text is not JSON or exceeds a limit.
@@ -106,7 +106,7 @@ class Kind:
         return data
 
     def validate(self, schema: TypeAdapter[T], text: str, where: str) -> T:
-        """Validate text that :meth:`parse` has accepted, and return what the schema makes of it.
+        """Validate text that :meth:`parse` has accepted, and return the object that the schema makes of it.
 
         Raises:
             AssignError: the data does not match the schema; names the places and what is allowed there.
@@ -123,7 +123,7 @@ class Kind:
             raise self.error(f"{where} is not a valid {self.name}:\n  " + "\n  ".join([*lines, self.advice])) from None
 
     def load(self, schema: TypeAdapter[T], text: str, where: str) -> T:
-        """:meth:`parse`, then :meth:`validate`."""
+        """Apply :meth:`parse`, then :meth:`validate`, and return the object."""
         self.parse(text, where)
         return self.validate(schema, text, where)
 
@@ -159,12 +159,12 @@ def twice(values: Iterable[T]) -> T | None:
 
 
 def place(names: Iterable[str | int]) -> str:
-    """Format a place in a file for an error message: ``tensors → fc.weight``."""
+    """Return a place in a file as text for an error message: ``tensors → fc.weight``."""
     return " → ".join(shown(str(name)) for name in names) or "the file"
 
 
 def shown(text: str) -> str:
-    """Shorten text from a file for an error message."""
+    """Return text from a file, shortened for an error message."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
 
 

@@ -1,6 +1,6 @@
-"""Show data in notebooks: HTML tables, pandas frames, charts.
+"""Show data in notebooks: HTML tables, pandas data frames, charts.
 
-Charts are drawn where plotly is known: :mod:`assign.report.plotting` says how, for each kind of thing.
+Charts need plotly; :mod:`assign.report.plotting` draws them.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 from assign.errors import ReportError
 
 SHOWN = 12
-"""Rows of a table before "and n more"."""
+"""Number of rows in a table before "and n more"."""
 
 _CHARTS = "assign.report.plotting"
 """The module that registers the charts; imported with the first one."""
@@ -27,12 +27,13 @@ def plot(thing: object, table: Any = None) -> Any:
     """Draw a table, a plan, an estimate, a front, a study or noise as a plotly figure.
 
     Args:
-        thing: what is to be drawn.
-        table: the ``TensorTable`` of the model; a plan needs it, to show the memory of a step without it and with it.
+        thing: the object to draw.
+        table: the ``TensorTable`` of the model. A plan needs it, to show the memory of a step without and with the
+            plan.
     Returns:
-        a ``plotly.graph_objects.Figure``.
+        A ``plotly.graph_objects.Figure``.
     Raises:
-        ReportError: there is no chart of such a thing, a plan has no table, or plotly is not installed.
+        ReportError: there is no chart for this type, a plan has no table, or plotly is not installed.
     Examples:
         ```python
         figure = assign.plot(plan, table)
@@ -47,17 +48,17 @@ def plot(thing: object, table: Any = None) -> Any:
 
 
 class Drawn:
-    """What has a chart."""
+    """Base class of objects that have a chart."""
 
     __slots__ = ()
 
     def plot(self, table: Any = None) -> Any:
-        """A plotly figure of it: :func:`assign.plot`."""
+        """Return a plotly figure of the object, see :func:`assign.plot`."""
         return plot(self, table)
 
 
 def human_bytes(size: float) -> str:
-    """``12.3 MiB``."""
+    """Return a number of bytes as text, e.g. ``12.3 MiB``."""
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
@@ -66,13 +67,13 @@ def human_bytes(size: float) -> str:
 
 
 def table_html(title: str, columns: Sequence[str], rows: Iterable[tuple[Sequence[str], float]], total: int = 0) -> str:
-    """A table whose rows end in a bar. Texts are escaped; what is not the first of a row stands right.
+    """Return an HTML table with a bar at the end of each row. Texts are escaped; all but the first are right-aligned.
 
     Args:
         title: the line above the table.
         columns: headings of the texts; the bars have none.
         rows: texts, and the length of the bar, 0 to 1.
-        total: how many rows there would be.
+        total: number of rows that exist, for "and n more".
     """
     body = [
         "<tr>" + "".join(map(_cell, texts, range(len(texts)))) + f"<td style='{_LINE}left;min-width:8em'>"
@@ -90,7 +91,7 @@ def table_html(title: str, columns: Sequence[str], rows: Iterable[tuple[Sequence
 
 
 def frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> Any:
-    """A ``pandas.DataFrame`` of these rows.
+    """Return a ``pandas.DataFrame`` of these rows.
 
     Raises:
         ReportError: pandas is not installed.

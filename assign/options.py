@@ -1,7 +1,7 @@
-"""Describe options once: fields of frozen dataclasses that Python users build and that the shell offers as options.
+"""Describe options once: fields of frozen dataclasses, which Python users build and the shell offers as options.
 
 A field's help in the shell is its entry under ``Attributes:`` in the docstring of its class. :func:`option` adds what
-only the shell needs, and the name that the field had as a keyword in the version before.
+only the shell needs, and the keyword that the field replaced in the previous version.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shell:
-    """What the shell needs to know of a field.
+    """What the shell needs to know about a field.
 
     Attributes:
         flags: names of the option. Default: made from the field's name.
         type: type of the option's value. Default: the field's annotation.
         metavar: name of the value in the help.
-        minimum: least value.
+        minimum: smallest allowed value.
         hidden: whether the shell does not offer the field.
-        former: keywords that stood for the field in the version before. Default: the field's name.
+        former: keywords of the previous version that the field replaces. Default: the field's name.
     """
 
     flags: tuple[str, ...] = ()
@@ -45,19 +45,19 @@ def option(*flags: str, **more: Any) -> dict[str, Shell]:
 
 
 def shell_of(field: "dataclasses.Field[Any]") -> Shell:
-    """Return what :func:`option` says of a field."""
+    """Return the metadata that :func:`option` gave a field."""
     found: Shell = field.metadata.get("shell", Shell())
     return found
 
 
 def nested(field: "dataclasses.Field[Any]") -> Any:
-    """Return the dataclass that a field holds an object of, or None."""
+    """Return the dataclass of the object that a field holds, or None if it holds another value."""
     made = field.default_factory
     return made if isinstance(made, type) and dataclasses.is_dataclass(made) else None
 
 
 def help_of(options: type) -> dict[str, str]:
-    """Return the help of every field: its entry under ``Attributes:``, without the marks of code."""
+    """Return the help of every field: its entry under ``Attributes:``, without code markup."""
     text = inspect.cleandoc(options.__doc__ or "").partition("Attributes:\n")[2]
     found: dict[str, str] = {}
     name = ""
@@ -73,11 +73,11 @@ def help_of(options: type) -> dict[str, str]:
 
 
 def accept_former(*replaced: str, **groups: type) -> Callable[[_F], _F]:
-    """Return a decorator: keywords that moved into an object go on working for one version, with a FutureWarning.
+    """Return a decorator that keeps keywords which moved into an object for one version, with a FutureWarning.
 
     Args:
-        replaced: keywords of the version before that have no effect any more, because a Step holds what they said.
-        groups: parameter of the function → dataclass whose fields were parameters of their own.
+        replaced: keywords of the previous version that have no effect any more, because a Step contains their values.
+        groups: parameter of the function → dataclass whose fields were parameters before.
     Returns:
         A decorator that keeps the function's signature.
     """
@@ -106,7 +106,7 @@ def accept_former(*replaced: str, **groups: type) -> Callable[[_F], _F]:
 
 
 def _paths(options: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield every keyword that a field of a dataclass had, with the path of names to that field."""
+    """Yield every keyword that a field of a dataclass replaces, with the path of names to that field."""
     for field in dataclasses.fields(options):
         inner = nested(field)
         for name in shell_of(field).former or (field.name,):
@@ -122,7 +122,7 @@ def _objects(
     groups: Mapping[str, type],
     keywords: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Build the objects that take the place of former keywords.
+    """Build the objects that replace former keywords.
 
     Raises:
         AssignError: an object and one of the keywords that it replaces are both given.
@@ -149,7 +149,7 @@ def _objects(
 
 
 def _inner(options: Any, paths: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[Any, dict[tuple[str, ...], Any]]]:
-    """Return the parts of ``paths`` that lead into an object of their own, by the name of its field."""
+    """Return the parts of ``paths`` that lead into a nested object, by the name of its field."""
     found: dict[str, tuple[Any, dict[tuple[str, ...], Any]]] = {}
     for path, value in paths.items():
         if len(path) > 1:

@@ -29,12 +29,13 @@ class Front(Drawn):
     plans: tuple[Assignment, ...]
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
-        """Write every plan into ``directory``, which is made: ``plan-01.json`` has the lowest peak.
+        """Write every plan into ``directory``, which is created; ``plan-01.json`` has the lowest peak.
 
-        All plans are written before the first gets its name: a process that is killed leaves no part of a front.
+        All plans are written before they get their names, so a process that is killed meanwhile leaves no partial
+        front.
 
         Raises:
-            PlanError: something is in it already, or a file cannot be written.
+            PlanError: the directory is not empty, or a file cannot be written.
         """
         check_empty(directory)
         target = Path(os.path.realpath(directory))
@@ -55,10 +56,10 @@ class Front(Drawn):
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Front":
-        """Read every plan in ``directory``: what :meth:`save` wrote, or a search by training.
+        """Return the front of all plans in ``directory``, which :meth:`save` or a search by training wrote.
 
         Raises:
-            PlanError: there is none, one cannot be read, or they are not all of one model.
+            PlanError: there is no plan, one cannot be read, or they are for different models.
         """
         found = {path: Assignment.load(path) for path in sorted(Path(directory).glob("*.json"))}
         if not found:
@@ -75,11 +76,11 @@ class Front(Drawn):
         return cls(tuple(sorted(found.values(), key=_peak)))
 
     def to_pandas(self) -> Any:
-        """A frame with a row for each plan: what its file says it costs. Needs pandas."""
+        """Return a data frame with one row per plan: the estimate in its file. Needs pandas."""
         return frame(dict(plan.provenance.estimate) for plan in self.plans)
 
     def _repr_html_(self) -> str:
-        """Each plan's peak and what it costs, for a notebook."""
+        """Return the peak and cost of each plan as an HTML table, for a notebook."""
         most = max(map(_peak, self.plans), default=1) or 1
         rows = [
             ((f"{number}", human_bytes(_peak(plan)), _cost_in_words(plan)), _peak(plan) / most)
@@ -88,14 +89,14 @@ class Front(Drawn):
         return table_html(f"front of {len(rows)} plans", ["plan", "peak", "noise or low ratio"], rows)
 
     def pick(self, table: TensorTable, budget: str | int) -> Assignment | None:
-        """The best plan whose step fits, of a table that may have another batch size; None where none does.
+        """Return the best plan whose step fits the budget, for a table of any batch size; None if no plan fits.
 
         Args:
             table: of the plans' model.
             budget: as in :func:`assign.search`.
         Raises:
             PlanError: the plans are for another model.
-            BudgetError: no budget.
+            BudgetError: the budget is not valid.
         """
         limit = parse_budget(budget, peak_bytes(table, {}))
         for plan in reversed(self.plans):
@@ -119,24 +120,24 @@ def search_front(
 ) -> Front:
     """Search plans between the lowest peak that a strategy reaches and the peak without narrowing.
 
-    The budgets have equal distances. A plan that takes no fewer bytes than another and is no better is dropped: better
-    means less predicted noise or, where noise was not measured, a smaller low ratio.
+    The budgets are equally spaced. A plan is dropped if another has no higher peak and is at least as good: less
+    predicted noise is better or, if noise was not measured, a smaller low ratio.
 
     Args:
-        table: result of :func:`assign.trace`, or a table. What the strategy needs is measured on a traced step if
-            ``measured`` is not given; a table has no model to measure.
+        table: result of :func:`assign.trace`, or a table. If ``measured`` is not given, a traced step is measured for
+            the strategy; a table has no model to measure.
         plans: number of searches, 2 or more; the front may have fewer plans.
         strategy: as in :func:`assign.search`.
         max_step_time: as in :func:`assign.search`.
         space: as in :func:`assign.search`.
-        measured: what was measured of the model.
+        measured: measurements of the model.
         seed: of strategies that draw random numbers.
-        command: what the plans' files name as their origin.
+        command: the command that plans record in their provenance.
     Returns:
         The plans, the lowest peak first.
     Raises:
         BudgetError: fewer than two plans, or a strategy without a goal.
-        AssignError: as :func:`assign.search`.
+        AssignError: as for :func:`assign.search`.
     Examples:
         ```python
         front = assign.search_front(assign.trace(model, batch, loss), 4)
@@ -157,7 +158,7 @@ def search_front(
 
 
 def find_front(table: TensorTable, plans: int, request: Request, measured: Measured) -> Front:
-    """Search a front for a request without a budget and a low ratio; see :func:`search_front`."""
+    """Return the front for a request without a budget and without a low ratio; see :func:`search_front`."""
     if plans < 2:
         raise BudgetError(f"search: a front of {plans} plans is asked for; give 2 or more.")
     if request.goal.budget is not None or request.goal.low_ratio is not None:
@@ -175,10 +176,10 @@ def find_front(table: TensorTable, plans: int, request: Request, measured: Measu
 
 
 def check_empty(directory: str | os.PathLike[str]) -> None:
-    """Make sure that a front may go into ``directory``, before it is searched.
+    """Check, before the search, that a front can be written into ``directory``.
 
     Raises:
-        PlanError: it is a file, or holds something.
+        PlanError: it is a file, or not empty.
     """
     target = Path(directory)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -187,7 +188,7 @@ def check_empty(directory: str | os.PathLike[str]) -> None:
 
 
 def _floor(find: Callable[..., Assignment]) -> int:
-    """The lowest peak that the strategy reaches: what it says of a budget that nothing meets."""
+    """Return the lowest peak that the strategy reaches, from the error for a budget that no plan meets."""
     try:
         find(budget=1)
     except BudgetError as error:
@@ -203,7 +204,7 @@ def _cost(plan: Assignment) -> float:
 
 
 def _cost_in_words(plan: Assignment) -> str:
-    """'' for a plan whose file says nothing of it."""
+    """Return the cost of a plan as text; '' if its file has none."""
     return f"{_cost(plan):.3g}" if {"noise", "low_ratio"} & plan.provenance.estimate.keys() else ""
 
 

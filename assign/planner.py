@@ -1,4 +1,4 @@
-"""Search a plan for a model: trace, measure what the strategy needs, run it, and record where the plan came from."""
+"""Search a plan for a model: trace, measure what the strategy needs, run it, and record the provenance of the plan."""
 
 import datetime
 import os
@@ -38,17 +38,17 @@ from assign.tracing.tracer import as_step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is asked of a search; checked when it is created.
+    """A request for a search; it is checked when it is created.
 
     Attributes:
         goal: limits that the plan must meet.
         strategy: name in ``assign.strategies.METHODS``.
         space: what may be chosen.
         seed: of strategies that draw random numbers.
-        command: what the user called, for the plan's provenance.
+        command: the user's command, for the plan's provenance.
     Raises:
         AssignError: there is no such strategy, or it trains.
-        BudgetError: the strategy does not take something that is asked for.
+        BudgetError: the strategy does not take one of the limits or options.
     """
 
     goal: Goal = field(default_factory=Goal)
@@ -85,13 +85,13 @@ def search(
     Tensors that are stored between steps get the requested formats first. The search then narrows only as much as the
     budget still requires.
 
-    The strategy ``milp`` needs the noise of every choice. If ``noise`` is not a table, it is measured on this batch: if
-    an optimizer is known, after 40 steps that train a copy of the model on the batch, otherwise with the weights as
-    they are.
+    The strategy ``milp`` needs the noise of every choice. If ``noise`` is not a table, it is measured on this batch. If
+    an optimizer is known, a copy of the model is first trained on the batch for 40 steps; otherwise the weights are
+    measured as they are.
 
     Args:
         model: in any floating-point dtypes. It is not changed. No recipe widens weights that were loaded in 16 bits. Or
-            the result of :func:`assign.trace`, in place of model, batch, loss and optimizer.
+            the result of :func:`assign.trace`, instead of model, batch, loss and optimizer.
         batch: argument of ``loss``.
         loss: ``loss(model, batch)`` → scalar tensor.
         budget: peak memory of a step: ``"6GiB"``, a number of bytes, or ``"50%"`` of the peak without a plan.
@@ -107,10 +107,10 @@ def search(
     Returns:
         A plan for this model; it may be used at any batch size.
     Raises:
-        BudgetError: there is no goal, the goal makes no sense, the strategy does not take it, or the budget cannot be
-            met (names the smallest one that can).
+        BudgetError: there is no goal, the goal is invalid, the strategy does not take it, or the budget cannot be met
+            (names the smallest one that can).
         FormatError: a format does not exist or cannot be stored.
-        PlanError: no library's optimizer can keep these formats.
+        PlanError: no library's optimizer can store these formats.
         TraceError: the step cannot be captured, the loss is not a scalar, or a traced step is given together with a
             batch, a loss or an optimizer.
     Examples:
@@ -143,7 +143,7 @@ def search_table(
     seed: int = 0,
     command: str = "",
 ) -> Assignment:
-    """Search a plan for a traced step, as :func:`search`, without measuring anything.
+    """Search a plan for a traced step, like :func:`search`, without measuring anything.
 
     Args:
         table: result of :func:`assign.trace`.
@@ -152,13 +152,13 @@ def search_table(
         max_step_time: as in :func:`search`.
         strategy: as in :func:`search`.
         space: as in :func:`search`.
-        measured: what was measured of the model. ``milp`` requires its noise, and its times for a ``max_step_time``.
+        measured: measurements of the model. ``milp`` requires noise, and times for a ``max_step_time``.
         seed: of strategies that draw random numbers.
-        command: what the plan's file names as its origin.
+        command: the command that the plan records in its provenance.
     Returns:
         The plan.
     Raises:
-        AssignError: as :func:`search`.
+        AssignError: as for :func:`search`.
     """
     request = Request(
         goal=Goal(budget=budget, low_ratio=low_ratio, max_step_time=max_step_time),
@@ -191,7 +191,7 @@ def measure(
     Returns:
         The measurements.
     Raises:
-        AssignError: as :func:`assign.measure_noise` and :func:`assign.measure_times`.
+        AssignError: as for :func:`assign.measure_noise` and :func:`assign.measure_times`.
     """
     table = noise if isinstance(noise, NoiseTable) else None
     if table is None and get_method(request.strategy).needs_noise:
@@ -217,10 +217,10 @@ def measure(
 
 
 def find_plan(table: TensorTable, request: Request, measured: Measured) -> Assignment:
-    """Run the strategy of a request and return its plan, with where it came from.
+    """Run the strategy of a request and return its plan, with its provenance.
 
     Raises:
-        AssignError: as :func:`search`.
+        AssignError: as for :func:`search`.
     """
     start = time.perf_counter()
     measured.check(table)
@@ -252,10 +252,10 @@ def find_plan(table: TensorTable, request: Request, measured: Measured) -> Assig
 
 
 def _plan(table: TensorTable, space: SearchSpace, entries: dict[str, Entry]) -> Assignment:
-    """Return the plan of these entries.
+    """Return the plan with these entries.
 
     Raises:
-        PlanError: updates cannot be rounded as the space says.
+        PlanError: the rounding of updates in the space does not suit the masters.
     """
     rounding = check_rounding(space.update_rounding, with_loaded(entries, table.loaded), where="search")
     return Assignment(
@@ -270,7 +270,7 @@ def _plan(table: TensorTable, space: SearchSpace, entries: dict[str, Entry]) -> 
 def _measured_costs(
     plan: Assignment, chosen: Mapping[str, Entry], measured: Measured, solutions: list[Solution]
 ) -> dict[str, Any]:
-    """Return the figures of a plan that follow from measurements, and how good the solution of a program is."""
+    """Return the costs of a plan that follow from measurements, and figures on the solution of an integer program."""
     costs: dict[str, Any] = {}
     if measured.noise is not None:
         costs["noise"] = measured.noise.of(plan.entries)
@@ -290,7 +290,7 @@ def _measured_costs(
 def with_provenance(
     plan: Assignment, *, strategy: str, seed: int, command: str, costs: Mapping[str, Any]
 ) -> Assignment:
-    """The plan, and where it comes from: of this moment and these versions."""
+    """Return the plan with its provenance, including the time and the versions of packages."""
     return plan.with_provenance(
         Provenance(
             command=command,
@@ -304,14 +304,14 @@ def with_provenance(
 
 
 def completion(table: TensorTable, space: SearchSpace, *, non_finite: Collection[str] = frozenset()) -> Complete:
-    """Return a function that completes the entries of the step's tensors: stored and saved tensors.
+    """Return a function that adds the entries of stored and saved tensors to those of the step's tensors.
 
     Args:
         table: tensors of one step.
-        space: has the formats of stored tensors and at most one of saved activations.
+        space: has the formats of stored tensors and at most one format of saved activations.
         non_finite: keys of activations that are saved in their own format.
     Raises:
-        FormatError, PlanError: formats that cannot be stored, or states that the optimizer has not.
+        FormatError, PlanError: formats that cannot be stored, or states that the optimizer does not have.
     """
     stored = store(table, **space.stored)
 
@@ -323,7 +323,7 @@ def completion(table: TensorTable, space: SearchSpace, *, non_finite: Collection
 
 
 def summary(costs: Estimate, seconds: float) -> dict[str, Any]:
-    """The figures of an estimate that the shell's JSON promises."""
+    """Return the figures of an estimate that the shell writes as JSON."""
     return {
         "low_ratio": costs.low_ratio,
         "low_ratio_bits": costs.low_ratio_bits,

@@ -1,4 +1,4 @@
-"""Answer questions about a trained model.
+"""Analyses of a trained model.
 
 =================  ============================================================
 ``audit``          What would 16 bits lose?

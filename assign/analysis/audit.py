@@ -1,7 +1,7 @@
-"""Detect values that overflow or underflow in 16 bits, in constants and checkpoints, before training.
+"""Detect values that overflow or underflow in fp16 or bf16, in constants and checkpoints, before training.
 
-* :func:`audit_constants`: an ``eps`` that the format cannot hold, a ``beta`` that it rounds to 1;
-* :func:`audit_range`: weights, gradients and updates of an fp32 model, before training goes on in the format.
+* :func:`audit_constants`: an ``eps`` that the format cannot represent, a ``beta`` that it rounds to 1;
+* :func:`audit_range`: weights, gradients and updates of an fp32 model, before training continues in the format.
 
 Source: arXiv 2305.10947 (constants), 2311.18587 (range).
 """
@@ -38,7 +38,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 class Action(StrEnum):
-    """What an audit does about what it finds."""
+    """What an audit does with its findings."""
 
     WARN = "warn"
     RAISE = "raise"
@@ -46,19 +46,19 @@ class Action(StrEnum):
 
 
 class PrecisionWarning(UserWarning):
-    """A constant that the format of its operands does not hold."""
+    """A constant cannot be represented well in the format of its operands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A constant that does not survive its format.
+    """A constant that its format cannot represent well.
 
     Attributes:
         where: ``optimizer, group 0`` or a module's path.
-        name: as it is set, e.g. ``eps`` or ``betas[1]``.
-        becomes: what it is in the format.
-        why: what follows from that.
-        advice: a value that survives.
+        name: of the option, e.g. ``eps`` or ``betas[1]``.
+        becomes: its value in the format.
+        why: the consequence.
+        advice: a value that the format can represent.
     """
 
     where: str
@@ -86,20 +86,20 @@ def audit_constants(
 ) -> tuple[Finding, ...]:
     """Find constants that overflow, underflow or round to another value in their format, before training.
 
-    An ``eps`` has to be a normal number there: rounded to zero, it protects no division; below ``min_normal`` it has
-    lost bits. And ``1 - beta``, or a batch normalisation's ``momentum``, has to be more than half of a moment's last
-    bit, or the moment never falls.
+    An ``eps`` has to be a normal number of the format: if it rounds to zero, it does not prevent a division by zero;
+    below ``min_normal`` it has lost bits. And ``1 - beta``, or a batch normalisation's ``momentum``, has to be more
+    than half of a moment's last bit; otherwise the moment never decays.
 
     Args:
-        model: each module with an ``eps`` is judged in the dtype of its own parameters or buffers, else the model's; a
-            batch normalisation's ``momentum`` in that of its running statistics.
-        optimizer: each group is judged in the dtype of its parameters, in which torch keeps the states.
-        format: judge all in this one instead, e.g. before the model is converted.
-        action: ``warn`` (a :class:`PrecisionWarning` each), ``raise``, or ``return`` and do nothing else.
+        model: each module with an ``eps`` is checked in the dtype of its own parameters or buffers, or else of the
+            model; a batch normalisation's ``momentum`` in the dtype of its running statistics.
+        optimizer: each group is checked in the dtype of its parameters, in which torch stores the states.
+        format: check everything in this format instead, e.g. before the model is converted.
+        action: ``warn`` (one :class:`PrecisionWarning` per finding), ``raise``, or ``return`` to do nothing else.
     Returns:
-        What was found; float32 and wider are never found fault with.
+        The findings. There are none for float32 and wider dtypes.
     Raises:
-        FormatError: something was found, and ``action`` is ``raise``; or an unknown format or action.
+        FormatError: there are findings and ``action`` is ``raise``; or the format or the action is unknown.
     Examples:
         ```python
         optimizer = adamw(model.parameters())
@@ -149,7 +149,7 @@ def _in_groups(optimizer: Optimizer, chosen: Format | None) -> Iterator[Finding]
 
 
 def _numbers(group: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
-    """``eps=1e-8`` as it is, ``betas=(.9, .999)`` one by one."""
+    """Yield the names and values of numbers: ``eps=1e-8`` as it is, ``betas=(.9, .999)`` one by one."""
     for name in names:
         value = group.get(name)
         if isinstance(value, float):
@@ -170,7 +170,10 @@ def _epsilon(where: str, name: str, value: float, fmt: Format | None, times: int
 
 
 def _decay(where: str, name: str, value: float, fmt: Format | None) -> Iterator[Finding]:
-    """A moment ``s`` becomes ``s · beta``: a change of half a last bit is between 2^-(m+2) and 2^-(m+1) of ``s``."""
+    """Find a ``beta`` whose change of a moment is lost.
+
+    A moment ``s`` becomes ``s · beta``. A change of half a last bit is between 2^-(m+2) and 2^-(m+1) of ``s``.
+    """
     if fmt is None or not 0 < 1 - value < 2.0 ** -(fmt.mantissa_bits + 1):
         return
     never = 1 - value < 2.0 ** -(fmt.mantissa_bits + 2)
@@ -181,7 +184,7 @@ def _decay(where: str, name: str, value: float, fmt: Format | None) -> Iterator[
 
 
 def _momentum(where: str, value: float, fmt: Format | None) -> Iterator[Finding]:
-    """A running statistic is a moment whose ``beta`` is one less the momentum, rounded once a step."""
+    """Find a momentum whose change of a running statistic is lost: ``beta`` is 1 - momentum, and a step rounds once."""
     for found in _decay(where, "momentum", 1 - value, fmt):
         why = found.why.replace("moment", "running statistic")
         becomes, advice = _in_format(value, parse_format(found.format)), round(1 - found.advice, 3)
@@ -206,15 +209,15 @@ def _narrow(dtype: torch.dtype | None) -> Format | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RangeRow:
-    """One tensor that would be stored in the format; each share is of its elements that are not zero, None if unknown.
+    """One tensor that would be stored in the format. Shares are of its nonzero elements, None if unknown.
 
     Attributes:
         name: a parameter, a buffer, or ``parameter.optim.state``.
-        largest: of the magnitudes.
-        overflowing: elements that would be infinite, or are not finite already.
+        largest: largest magnitude.
+        overflowing: number of elements that would become infinite, or are not finite already.
         small: share below the smallest value of the format.
-        small_gradients: share of learning rate times gradient below it.
-        lost_updates: share of the updates below half of the weight's last bit: to nearest, the weight stays.
+        small_gradients: share of products of learning rate and gradient below it.
+        lost_updates: share of the updates below half of the weight's last bit; rounding to nearest loses these.
     """
 
     name: str
@@ -228,7 +231,7 @@ class RangeRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RangeReport:
-    """What a format would make of a model, its optimizer's states and its next step.
+    """Effect of a format on a model, its optimizer's states and its next step.
 
     Attributes:
         rows: parameters, buffers and states.
@@ -245,7 +248,7 @@ class RangeReport:
         return not any(row.overflowing for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; a largest magnitude that is not finite becomes None."""
+        """Return the report as plain data; a largest magnitude that is not finite becomes None."""
         weights, *tensors = (
             asdict(row) | {"largest": row.largest if math.isfinite(row.largest) else None}
             for row in (self.weights, *self.rows)
@@ -257,18 +260,18 @@ class RangeReport:
 def audit_range(model: nn.Module, optimizer: Optimizer, *, format: Format | str = "fp16") -> RangeReport:
     """Find values that would overflow, underflow or no longer change if training continued in ``format``.
 
-    Call it with gradients in place: after ``loss.backward()``, before ``optimizer.step()``. The update that is judged
-    is the one that the optimizer would make now, found out on a copy of it.
+    Call it with gradients in place: after ``loss.backward()``, before ``optimizer.step()``. It checks the update that
+    the optimizer would make now, computed on a copy of the optimizer.
 
     Args:
         model: in float32, e.g. with a checkpoint's weights.
-        optimizer: its own, with the states that would be cast too.
+        optimizer: of the model, with the states that would be cast too.
         format: a format or its name.
     Returns:
         Counts for each tensor, and for all weights together.
     Raises:
-        TaskError: no parameter has a gradient, or the optimizer wants a closure.
-        FormatError: no such format.
+        TaskError: no parameter has a gradient, or the optimizer needs a closure.
+        FormatError: there is no such format.
     Source: arXiv 2311.18587.
     """
     fmt = parse_format(format) if isinstance(format, str) else format
@@ -290,7 +293,7 @@ def audit_range(model: nn.Module, optimizer: Optimizer, *, format: Format | str 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Counts:
-    """Numbers of elements: that can be added up, as shares cannot."""
+    """Numbers of elements. Unlike shares, they can be added."""
 
     elements: int
     largest: float
@@ -324,9 +327,7 @@ class _Counts:
         parts = [*counts]
         numbers = [field.name for field in fields(cls) if field.name != "largest"]
         totals = {name: sum(getattr(part, name) for part in parts) for name in numbers}
-        largest = float(
-            torch.tensor([0.0, *(part.largest for part in parts)]).max()
-        )  # NaN stays, as Python's would not
+        largest = float(torch.tensor([0.0, *(part.largest for part in parts)]).max())  # keeps NaN, unlike Python's max
         return cls(largest=largest, **totals)
 
     def row(self, name: str) -> RangeRow:
@@ -342,7 +343,7 @@ class _Counts:
 
 
 def _count(size: Tensor, below: Tensor | float | None = None) -> int:
-    """Elements above zero, and below a limit if there is one."""
+    """Return the number of elements above zero, and below a limit if one is given."""
     found = size > 0
     return int((found if below is None else found & (size < below)).sum())
 
@@ -352,15 +353,15 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def _half_a_bit(size: Tensor, fmt: Format) -> Tensor:
-    """Half of the distance from each magnitude to the next one in the format."""
+    """Return half of the distance from each magnitude to the next one in the format."""
     exponent = torch.where(size == 0, fmt.min_exponent, torch.frexp(size).exponent - 1).clamp(min=fmt.min_exponent)
     return torch.ldexp(torch.full_like(size, 0.5), exponent - fmt.mantissa_bits)
 
 
 def _updates(optimizer: Optimizer) -> dict[Tensor, Tensor]:
-    """By how much the optimizer's next step would change each parameter that has a gradient: float64.
+    """Return the change that the optimizer's next step would make to each parameter with a gradient, in float64.
 
-    In float32 what the weight's own last bit cannot take would be missing.
+    In float32 the changes below the weight's last bit would be missing.
     """
     ours = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if all(parameter.grad is None for parameter in ours):
@@ -386,23 +387,23 @@ def _updates(optimizer: Optimizer) -> dict[Tensor, Tensor]:
 
 
 def _like(value: Any, parameter: Tensor) -> bool:
-    """Whether a state is kept element by element."""
+    """Whether a state has one element per element of the parameter."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
 
 
 def audit_task(
     task: Task, *, format: str = "fp16", checkpoint: Path | None = None, device: str = "cpu"
 ) -> tuple[tuple[Finding, ...], RangeReport]:
-    """Both audits of a task's model, optimizer and first batch, before it trains (on) in ``format``.
+    """Return both audits of a task's model, optimizer and first batch, for training in ``format``.
 
     Args:
-        task: its model and optimizer are made anew.
+        task: a new model and optimizer are made from it.
         format: name of the format.
-        checkpoint: as for ``weights.load_weights``; without one, the model as it is made.
-        device: where the step is computed: ``cpu`` or ``cuda``.
+        checkpoint: as for ``weights.load_weights``. Default: the new model.
+        device: device of the step: ``cpu`` or ``cuda``.
     Raises:
         TaskError: the task or the checkpoint cannot be used.
-        FormatError: no such format.
+        FormatError: there is no such format.
     """
     where = check_device(device)
     model = task.make_model().to(where).train()

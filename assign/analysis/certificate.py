@@ -1,8 +1,9 @@
 """Certify predictions that cannot change when a model computes in another precision.
 
-For a sample, Γ is the distance between the two largest class probabilities of the model, δ the largest distance, over
-the classes, between its probabilities and those of the other precision. No probability moves by more than δ, so that
-with Γ > 2δ the largest stays the largest: the sample is certified. The lemma leaves the others open; most agree.
+For a sample, Γ is the distance between the two largest class probabilities of the model. δ is the largest distance,
+over all classes, between its probabilities and those of the other precision. No probability changes by more than δ. If
+Γ > 2δ, the most probable class therefore stays the same, and the sample is certified. The lemma says nothing about the
+other samples; most of them agree too.
 
 Source: arXiv 2305.10947, section 3; arXiv 2301.12809.
 """
@@ -27,18 +28,19 @@ QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What a model's predictions come to in another precision.
+    """How far a model's predictions change in another precision.
 
     Γ is the distance between the two largest class probabilities of the model, δ the largest distance between any of
     its probabilities and the other precision's. With Γ > 2δ the prediction cannot change.
 
     Attributes:
-        samples: predictions made: one per example, or one per position of each.
-        certified: those with Γ > 2δ.
-        disagreements: those that both predict differently; ``violations`` of them are certified, which cannot be.
-        non_finite: those with a probability that is not finite in either; never certified, always a disagreement.
+        samples: number of predictions: one per example, or one per position of each example.
+        certified: number of samples with Γ > 2δ.
+        disagreements: number of samples that the two predict differently.
+        violations: number of disagreements that are certified; it must be 0.
+        non_finite: number of samples with a non-finite probability in either; never certified, always a disagreement.
         margins: Γ of each sample: float64 [samples].
-        deviations: δ of each sample, the same way.
+        deviations: δ of each sample: float64 [samples].
     """
 
     samples: int
@@ -51,11 +53,11 @@ class Certificate:
 
     @property
     def certified_share(self) -> float:
-        """Of all samples."""
+        """Share of the samples that are certified."""
         return self.certified / self.samples
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: counts, and the quantiles of both distributions over the finite samples."""
+        """Return plain data: counts, and quantiles of margins and deviations over the finite samples."""
         counts = {name: getattr(self, name) for name in ("samples", "certified", "certified_share", "disagreements")}
         more = {"violations": self.violations, "non_finite": self.non_finite}
         return {**counts, **more, "margin": quantiles(self.margins), "deviation": quantiles(self.deviations)}
@@ -71,19 +73,19 @@ def certify(
 ) -> Certificate:
     """Compare the predictions of ``model``, in fp32, with those of ``other``, the same model in another precision.
 
-    Modules are called without gradients and in eval mode, and are left in the mode they were in.
+    Modules are called without gradients and in eval mode; their mode is restored afterwards.
 
     Args:
-        model: the model in fp32, or whatever takes the batches and predicts classes.
-        other: ``assign.apply(model, plan)``, ``lambda x: half(x.half())``, or whatever takes the same batches.
-        batches: what both are called with: a tensor, a tuple of arguments, or a mapping of them by name.
-        class_axis: of what they return: logits, or something with ``logits`` in it. Every position along the other axes
-            is a sample.
-        probabilities: they return probabilities, not logits.
+        model: the model in fp32, or any callable that takes the batches and predicts classes.
+        other: ``assign.apply(model, plan)``, ``lambda x: half(x.half())``, or any callable that takes the same batches.
+        batches: inputs of both: each is a tensor, a tuple of arguments, or a mapping of arguments by name.
+        class_axis: of the result, which is a tensor of logits or has ``logits``. Every position along the other axes is
+            a sample.
+        probabilities: whether they return probabilities instead of logits.
     Returns:
         The certificate: for each sample, whether its prediction can change.
     Raises:
-        TaskError: there is no batch, or what is returned is no prediction of classes.
+        TaskError: there is no batch, or a result is not a prediction of classes.
     Examples:
         ```python
         planned = assign.apply(model, plan, backend="eager")
@@ -105,7 +107,7 @@ def certify(
             "certify: there is no batch.\n  Allowed: at least one sample.\n  Give the evaluation data, in a list."
         )
     margins, deviations, same = (torch.cat(each) for each in zip(*parts, strict=True))
-    certified = margins > 2 * deviations  # never so where either is NaN
+    certified = margins > 2 * deviations  # False if either is NaN
     return Certificate(
         samples=len(margins),
         certified=int(certified.sum()),
@@ -120,9 +122,10 @@ def certify(
 def certify_task(
     task: Task, model: nn.Module, plan: Assignment, *, backend: str = "eager", device: str = "cpu"
 ) -> Certificate:
-    """The certificate of a trained model of ``task`` under ``plan``, on the task's evaluation data.
+    """Return the certificate of a trained model of ``task`` under ``plan``, on the task's evaluation data.
 
-    What the task's ``evaluate`` calls the model with is the data; the last axis of what the model returns, the classes.
+    The data are the inputs with which the task's ``evaluate`` calls the model. The classes are the last axis of its
+    result.
 
     Raises:
         TaskError: the task has no ``evaluate``, or it does not call the model.
@@ -147,14 +150,14 @@ def certify_task(
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What a module was called with."""
+    """Arguments of one call of a module."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
 
 def quantiles(values: Tensor) -> dict[str, float]:
-    """Some quantiles of the finite values, by name: ``{"0.5": …}``; empty without any."""
+    """Return some quantiles of the finite values, by name: ``{"0.5": …}``; empty if there are none."""
     finite = values[values.isfinite()].sort().values
     places = {q: round(q * (len(finite) - 1)) for q in QUANTILES}
     return {f"{q:g}": float(finite[place]) for q, place in places.items()} if len(finite) else {}
@@ -171,7 +174,7 @@ def _call(model: Callable[..., Any], batch: Batch) -> Any:
 
 @contextmanager
 def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
-    """A module in eval mode, and then as each part of it was."""
+    """Put a module in eval mode in the context; afterwards restore the mode of each of its modules."""
     was = {part: part.training for part in model.modules()} if isinstance(model, nn.Module) else {}
     for part in was:
         part.training = False
@@ -183,7 +186,7 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
 
 
 def _probabilities(found: Any, class_axis: int, probabilities: bool) -> Tensor:
-    """float64 [samples, classes]."""
+    """Return the probabilities in a result: float64 [samples, classes]."""
     found = found["logits"] if isinstance(found, Mapping) and "logits" in found else getattr(found, "logits", found)
     fits = isinstance(found, Tensor) and found.is_floating_point() and -found.ndim <= class_axis < found.ndim
     if not fits or found.ndim < 2 or found.shape[class_axis] < 2:
@@ -201,7 +204,7 @@ def _probabilities(found: Any, class_axis: int, probabilities: bool) -> Tensor:
 
 
 def _compare(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Γ, δ and whether both predict the same, for each sample; NaN and False where either is not finite."""
+    """Return Γ, δ and whether both predict the same, per sample; NaN and False where either is not finite."""
     finite = (ours.isfinite() & theirs.isfinite()).all(-1)
     first, second = ours.topk(2).values.unbind(-1)
     bad = torch.full_like(first, torch.nan)

@@ -15,7 +15,7 @@ from assign.passwords import mask_text
 
 __all__ = ["app", "main"]
 
-_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
+_INTERRUPTED = 130  # 128 plus the number of SIGINT, as in shells
 
 
 def __getattr__(name: str) -> Any:
@@ -50,7 +50,7 @@ def main() -> None:
     except AssignError as error:
         _say("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]))
         status = 2
-    except OSError as error:  # of a file that nothing nearer knows more about
+    except OSError as error:  # about a file, not handled anywhere else
         _say(
             f"error: {'a file' if error.filename is None else repr(error.filename)} cannot be used: "
             f"{error.strerror or error}.\n  Give another file, or mend what is said here."

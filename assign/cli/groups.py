@@ -24,21 +24,21 @@ class Without:
 
 
 def without(*names: str) -> Without:
-    """Return the annotation for a group of which some fields are no options of the command."""
+    """Return the annotation for a group whose fields ``names`` are not options of the command."""
     return Without(names)
 
 
 @dataclass(frozen=True, slots=True)
 class Former:
-    """Annotation of a group whose options go on working and are not shown in the help of the command."""
+    """Annotation of a group whose options still work, but are not shown in the help of the command."""
 
 
 def expand_groups(command: _F) -> _F:
-    """Replace each parameter of a command that is a dataclass by one option for each of its fields.
+    """Replace each parameter of a command that is a dataclass by one option per field.
 
-    The command is called with the objects, built from the values of the options. A field that two groups have is one
-    option, whose value goes into both. Names, types and defaults are those of the fields; the help is the docstring of
-    the dataclass.
+    The command is called with the objects, built from the values of the options. A field that two groups share is one
+    option, and its value goes into both. Names, types and defaults are those of the fields; the help is the docstring
+    of the dataclass.
     """
     signature = inspect.signature(command, eval_str=True)
     groups = {
@@ -91,7 +91,7 @@ def _fields(options: Any, group: _Group) -> "list[dataclasses.Field[Any]]":
 
 
 def _build(options: Any, group: _Group, values: Mapping[str, Any]) -> Any:
-    """Build the object of a group, and those in it; an option that was left out keeps the field's default."""
+    """Build the object of a group, and those in it; an option that is left out keeps the field's default."""
     made = {}
     for field in _fields(options, group):
         if inner := nested(field):
@@ -124,7 +124,7 @@ def _options(options: Any, group: _Group) -> Iterator[inspect.Parameter]:
 
 
 def _value_type(shell: Shell, hint: Any, field: "dataclasses.Field[Any]") -> Any:
-    """Return the type of the option's value: that of the field, or optional where the default is no such value."""
+    """Return the type of the option's value: that of the field, or optional if the default is not such a value."""
     value = shell.type or hint
     if _default(field) is None and not isinstance(value, types.UnionType):
         return value | None
@@ -132,5 +132,5 @@ def _value_type(shell: Shell, hint: Any, field: "dataclasses.Field[Any]") -> Any
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:
-    """Return the default of an option: None where the field's own is empty, or is made for every object."""
+    """Return the default of an option: None if the field's default is empty or made by a factory."""
     return None if field.default is dataclasses.MISSING or field.default == () else field.default

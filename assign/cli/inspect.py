@@ -82,7 +82,7 @@ def trace(
     options: Annotated[TaskOptions, without("epochs")],
     json_file: Json = None,
 ) -> None:
-    """List every tensor of one training step, which is not computed."""
+    """List every tensor of one training step, without running it."""
     check_outputs(json_file, inputs=[task])
     table = traced(open_task(task, options), options)
     console.print(tables.trace_table(table))
@@ -143,7 +143,7 @@ def show(
     try:
         step = planned_step(origin.table(), chosen)
     except AssignError as error:
-        if given.task is not None:  # as asked for
+        if given.task is not None:  # the user asked for it
             raise
         why = f"No memory by role: {error}"
     console.print(plan_table(chosen, step, everything=everything))

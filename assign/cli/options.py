@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, besides the groups that are objects: type and help of each."""
+"""Arguments and options that several commands share: type and help of each. Groups of options are elsewhere."""
 
 from pathlib import Path
 from typing import Annotated

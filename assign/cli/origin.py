@@ -18,7 +18,7 @@ from assign.tasks.builtin import BUILTIN
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OriginOptions:
-    """What the user says of the task that a plan was searched for; the rest is as it was searched.
+    """The task that a plan was searched for, as far as the user gives it; the rest is as searched.
 
     Attributes:
         task: The plan's task. Default: the one it was searched for.
@@ -35,13 +35,15 @@ class OriginOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """The task that a plan was searched for, or that the user names in its place.
+    """The task that a plan was searched for, or that the user names instead.
 
     Attributes:
-        task: None where the user names none and the plan was not searched for a built-in one; the others are as
+        plan: path of the plan.
+        task: None if the user names none and the plan was not searched for a built-in one. The other options are as
             given, or as searched.
-        own_task: what the plan was searched for, if that is somebody's code. A plan is data: it runs no code that the
-            user has not named.
+        own_task: the task that the plan was searched for, if it is not built in. Its code is not run, because the user
+            has not named it.
+        command: the command that made the plan.
     """
 
     plan: Path
@@ -88,7 +90,7 @@ class Origin:
 
 
 def origin_of(path: Path, plan: Assignment, given: OriginOptions) -> Origin:
-    """What is given, and for the rest what the command that made the plan was given."""
+    """Return the origin of a plan: what the user gives, and otherwise what the command that made the plan was given."""
     asked = _asked(plan)
     folder = given.data or asked.get("data")
     named = asked.get("task")
@@ -104,10 +106,10 @@ def origin_of(path: Path, plan: Assignment, given: OriginOptions) -> Origin:
 
 
 def _asked(plan: Assignment) -> dict[str, Any]:
-    """What the command that made a plan was given, by the names of its options; nothing if it was none of these."""
+    """Return the options of the command that made a plan, by name; empty if it was not one of these commands."""
     try:
         name, *arguments = shlex.split(plan.provenance.command.removeprefix("assign "))
-    except ValueError:  # no command, or one with a quote that does not end
+    except ValueError:  # no command, or one with an unclosed quote
         return {}
     command = get_group(app).commands.get(name)
     if command is None:

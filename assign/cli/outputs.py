@@ -23,7 +23,7 @@ def check_outputs(
         inputs: files that the command reads. A task ``FILE.py:FUNCTION`` means its file, a directory its JSON files.
         continued: files that are written repeatedly, and read when the command is resumed.
     Raises:
-        OutputError: an output cannot be written, is an input too, or is given twice.
+        OutputError: an output cannot be written, is also an input, or is given twice.
     """
     once = [path for path in outputs if path is not None]
     often = [path for path in continued if path is not None]
@@ -52,7 +52,7 @@ def check_directory(directory: Path) -> None:
     """Check that files can be written into a directory, which may not exist yet.
 
     Raises:
-        OutputError: they cannot be written.
+        OutputError: files cannot be written there.
     """
     nearest = next(each for each in (directory, *directory.absolute().parents) if each.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):

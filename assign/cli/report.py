@@ -63,6 +63,6 @@ def report(
 
 
 def _noise_beside(plan: Path) -> Path | None:
-    """Where a search puts the noise that it measures itself, if it is there."""
+    """Return the path of the noise that a search measured for this plan, or None if there is no such file."""
     path = plan.with_name(f"{plan.stem}.noise.json")
     return path if path.is_file() else None

@@ -40,7 +40,7 @@ class FrontOptions:
 
     Attributes:
         pareto: Write a front of up to N plans into the directory of --output.
-        front: Pick from this front where one of its plans fits the budget.
+        front: Pick a plan from this front if one of them fits the budget.
     """
 
     pareto: int | None = field(default=None, metadata=option(metavar="N"))
@@ -124,7 +124,7 @@ def measure_task(
 
 
 def measured_for(task: Task, step: Step, request: Request, noise_file: Path | None, output: Path) -> Measured:
-    """What a search uses: noise from its file, or measured beside the plan where the strategy needs it."""
+    """Return the measurements that a search uses: noise from its file, or measured now if the strategy needs it."""
     beside = named(output).with_name(f"{named(output).stem}.noise.json")
     given = NoiseTable.load(noise_file) if noise_file is not None else None
     with console.status("measuring") as status:
@@ -142,7 +142,7 @@ def measured_for(task: Task, step: Step, request: Request, noise_file: Path | No
 
 
 def searched(table: TensorTable, output: Path, request: Request, measured: Measured) -> Assignment:
-    """Search, write the plan and print what it costs."""
+    """Search a plan, write it and print what it costs; return it."""
     with console.status("searching"):
         plan = find_plan(table, request, measured)
     plan.save(output)
@@ -152,7 +152,7 @@ def searched(table: TensorTable, output: Path, request: Request, measured: Measu
 
 
 class _Moved:
-    """Batches of a task on the device of its model, from the first each time that they are iterated."""
+    """Batches of a task on the device of its model. Every iteration starts with the first batch."""
 
     def __init__(self, task: Task, step: Step) -> None:
         self._task = task
@@ -190,7 +190,7 @@ def _search_front(
 
 
 def _picked(directory: Path, table: TensorTable, budget: str | int | None, output: Path) -> Assignment | None:
-    """The plan of a stored front that the budget allows, written to ``output``; None where all take more."""
+    """Write the plan of a stored front that fits the budget to ``output`` and return it; None if none fits."""
     if budget is None:
         raise BudgetError("search: --front picks for a budget. Give one, e.g. --budget 6GiB.")
     front = Front.load(directory)
@@ -205,7 +205,7 @@ def _picked(directory: Path, table: TensorTable, budget: str | int | None, outpu
 
 
 def _refuse_fronts(fronts: FrontOptions) -> None:
-    """Refuse the options of fronts, which a study has no use for.
+    """Check that no option of fronts was given, because a study does not use them.
 
     Raises:
         BudgetError: one was given.

@@ -33,7 +33,7 @@ from assign.training.loop import Progress
 from assign.training.loop import train as train_task
 from assign.training.options import TrainOptions
 
-_RECENT = 20  # steps whose median time is shown
+_RECENT = 20  # number of steps whose median time is shown
 
 app = typer.Typer(
     help="Find the cheapest number format for every tensor of a PyTorch training step, and train with it.",
@@ -45,13 +45,13 @@ console = Terminal(width=None if sys.stdout.isatty() else 140)  # piped: plain, 
 
 
 def open_task(name: str, options: TaskOptions) -> Task:
-    """The task of a command's arguments."""
+    """Return the task of a command's arguments."""
     with console.status(f"loading {name}"):
         return load_task(name, options)
 
 
 def traced(task: Task, options: TaskOptions) -> Step:
-    """One step of the task, with the weights that its seed gives."""
+    """Return one step of the task, with weights initialized by its seed."""
     where = check_device(options.device)
     with console.status("tracing one training step"):
         torch.manual_seed(options.seed)
@@ -67,7 +67,7 @@ def trained(
     *,
     promoted: Path | None = None,
 ) -> TrainResult:
-    """Train with a bar, and tell of each promotion; the plan as promoted so far stands in ``promoted``."""
+    """Train with a progress bar and print each promotion; write the plan with its promotions to ``promoted``."""
     if plan is not None:
         plan = plan.with_update_rounding(options.update_rounding, where="train")
         options = replace(options, update_rounding=None)
@@ -89,11 +89,11 @@ def trained(
 
 
 class Meter:
-    """What a bar says of a training: loss, metrics, seconds per step, peak, promotions.
+    """Text of a progress bar: loss, metrics, seconds per step, peak, promotions.
 
     Args:
-        peak: predicted bytes of a step; None where they are not known.
-        clock: seconds.
+        peak: predicted bytes of a step; None if they are not known.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, peak: int | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -104,7 +104,7 @@ class Meter:
         self._promoted = 0
 
     def after(self, step: Progress) -> str:
-        """Words on where training stands after a step."""
+        """Return the text for the state of training after a step."""
         now = self._clock()
         self._seconds.append(now - self._last)
         self._last = now
@@ -118,25 +118,25 @@ class Meter:
         return ", ".join(parts)
 
     def after_epoch(self, _number: int, epoch: EpochResult) -> None:
-        """What the epoch's end says; the next step's time begins here."""
+        """Take the metrics of an epoch, and start the time of the next step."""
         self._metrics = epoch.metrics
         self._last = self._clock()
 
 
 def promoted_path(plan: Path) -> Path:
-    """Where the plan goes that training made of the one in ``plan``."""
+    """Return the path for the plan with the promotions of a training under ``plan``."""
     plan = named(plan)
     return plan.with_name(f"{plan.stem}.promoted{plan.suffix}")
 
 
 def named(plan: Path) -> Path:
-    """Return the path that names the files beside a plan: ``plan.json`` if the plan goes to standard output."""
+    """Return the path that names the files next to a plan: ``plan.json`` if the plan goes to standard output."""
     return Path("plan.json") if is_stdout(plan) else plan
 
 
 @contextlib.contextmanager
 def bar(title: str) -> Iterator[Callable[[str, Progress], None]]:
-    """A bar of progress on a terminal; yields what moves it: ``advance(words, step)``."""
+    """Show a progress bar on a terminal; yield the function that advances it: ``advance(words, step)``."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),

@@ -1,4 +1,4 @@
-"""Stop on Ctrl-C and say how to continue. It imports nothing of the package: it may run during imports."""
+"""Stop on Ctrl-C and say how to continue. This module may run during imports, so it imports nothing of the package."""
 
 import signal
 import sys
@@ -11,8 +11,8 @@ _AGAIN = 0.05  # seconds after which a lost Ctrl-C is repeated
 def repeat_lost_interrupts() -> None:
     """Repeat Ctrl-C for this process whenever Python drops the exception that it raised.
 
-    Python ignores exceptions in ``__del__`` and in the callbacks of weak references, of which Dynamo has many: there
-    ``KeyboardInterrupt`` is printed, and the program continues.
+    Python ignores exceptions in ``__del__`` and in callbacks of weak references, which Dynamo uses a lot: it prints
+    ``KeyboardInterrupt``, and the program continues.
     """
     before = sys.unraisablehook
 

@@ -53,7 +53,7 @@ def guard_streams() -> None:
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started this process
+        if stream is None:  # closed by the process that started this one
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process runs
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

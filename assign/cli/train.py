@@ -64,7 +64,7 @@ def run(
     loaded = open_task(task, options)
     step = traced(loaded, options)
     measured, table = measured_for(loaded, step, request, noise_file, output), step.table
-    del step  # and the model with it
+    del step  # frees the model too
     plan = searched(table, output, request, measured)
     baseline = trained("fp32", loaded, None, table, replace(training, promotion=PromotionOptions()))
     planned = trained("plan", loaded, plan, table, training, promoted=promoted_path(output))

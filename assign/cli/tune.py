@@ -35,12 +35,12 @@ class StudyGroup:
     """Options that only a search by training takes.
 
     Attributes:
-        storage: Database of the study, postgresql://… for several machines. Default: a file beside the plan. Run the
+        storage: Database of the study, postgresql://… for several machines. Default: a file next to the plan. Run the
             same command again to resume the study, or elsewhere to join it.
-        metric: One of the task's metrics, or loss, of training. Default: accuracy, or loss where the task does not
+        metric: A metric of the task, or loss for the training loss. Default: accuracy, or loss if the task does not
             evaluate.
         study: trials, workers and sampler.
-        settings: what all processes of the study agree on.
+        settings: settings that all processes of the study share.
     """
 
     storage: str | None = None
@@ -75,7 +75,7 @@ def run_study(
     noise_file: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Search by training; under a budget the plan goes to ``output``, else the front into that directory."""
+    """Search by training. Under a budget ``output`` is the file of the plan, otherwise the directory of the front."""
     check_outputs(None if goal.budget is None else output, json_file, inputs=[task, noise_file])
     check_request(OPTUNA, goal, space)
     if goal.budget is None:
@@ -113,10 +113,10 @@ def run_study(
 
 
 def check_untouched(strategy: str, group: StudyGroup, options: TaskOptions) -> None:
-    """Check that a search that does not train was given no option of a study.
+    """Check that no option of a study was given to a search that does not train.
 
     Raises:
-        BudgetError: names the options that it does not take.
+        BudgetError: one was given; names these options.
     """
     shared = {"seed": options.seed, "device": options.device}
     given = [f"--{name}" for name, value, default in _values(group) if value != shared.get(name, default)]
@@ -128,7 +128,7 @@ def check_untouched(strategy: str, group: StudyGroup, options: TaskOptions) -> N
 
 
 def _values(options: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, value and default of every option in a group, and in the objects that it holds."""
+    """Yield name, value and default of every option in a group, nested groups included."""
     for each in dataclasses.fields(options):
         if shell_of(each).hidden:
             continue
@@ -139,7 +139,7 @@ def _values(options: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _noise_starts(table: TensorTable, noise: NoiseTable, settings: Settings) -> list[Assignment]:
-    """Plans of least noise to begin a study with: at its budget, or at three low ratios."""
+    """Return plans of least noise to start a study with: at its budget, or at three low ratios."""
     goals = [Goal(low_ratio=ratio) for ratio in (0.75, 0.5, 0.25)]
     space = SearchSpace(recipe=settings.space.recipe)
     if settings.budget is not None:
@@ -149,5 +149,5 @@ def _noise_starts(table: TensorTable, noise: NoiseTable, settings: Settings) -> 
 
 
 def _task_of_seed(name: str, options: TaskOptions, seed: int) -> Task:
-    """What another process makes its task of."""
+    """Return the task for a seed; worker processes call this."""
     return load_task(name, replace(options, seed=seed))

@@ -29,7 +29,7 @@ def audit(
     checkpoint: Weights = None,
     json_file: Json = None,
 ) -> None:
-    """Say what a 16-bit format would lose of a task's constants, weights, gradients and updates, before it does."""
+    """Detect values of a task that a 16-bit format would lose, in constants, weights, gradients and updates."""
     check_outputs(json_file, inputs=[task, checkpoint])
     loaded = open_task(task, options)
     with console.status("one forward and backward pass in fp32"):

@@ -1,4 +1,4 @@
-"""The table of facts about torch's dtypes, by name; no torch in here."""
+"""The table of facts about torch's dtypes, by name. This module does not import torch."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -16,7 +16,7 @@ ITEM_BYTES: Mapping[str, int] = MappingProxyType(
 FORMAT_NAMES: Mapping[str, str] = MappingProxyType(
     {FLOAT64: "fp64", FLOAT32: "fp32", BFLOAT16: "bf16", FLOAT16: "fp16"}
 )
-"""Dtypes in which models are loaded and operators compute → name of the format with exactly their values."""
+"""Dtype in which models are loaded and operators compute → name of the format with exactly its values."""
 
 NARROW = (BFLOAT16, FLOAT16)
-"""Those of 16 bits."""
+"""The dtypes of 16 bits."""

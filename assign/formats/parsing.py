@@ -31,14 +31,13 @@ _STOCHASTIC = ":sr"
 def parse_format(name: str) -> Format:
     """Return the format called ``name``: a row of ``FORMATS``, or ``fp(e,m,b)``; ``:sr`` rounds stochastically.
 
-    ``fp(e,m,b)`` has e exponent and m mantissa bits and is scaled by ``2^-b``; no codes are kept for inf or NaN, and
-    ties go away from zero. At ``e = 8`` the largest exponent is 127, as in the authors' code, so that float32 holds it.
-    A name with ``:sr`` behind it is the same format under another rounding. Case and blanks do not matter.
+    ``fp(e,m,b)`` has e exponent and m mantissa bits and is scaled by ``2^-b``. It has no codes for inf or NaN, and ties
+    are rounded away from zero. At ``e = 8`` the largest exponent is 127, as in the authors' code, so that float32 can
+    represent it. A name that ends with ``:sr`` is the same format with stochastic rounding. Case and spaces do not
+    matter.
 
-    Returns:
-        The format.
     Raises:
-        FormatError: no such format, or one whose values float32 does not hold.
+        FormatError: there is no such format, or float32 cannot represent its values.
     Examples:
         >>> parse_format("FP(4, 3, 4)").max_value
         30.0
@@ -62,10 +61,10 @@ def parse_format(name: str) -> Format:
 
 @lru_cache(maxsize=1024)
 def parse_saved(name: str) -> Format | BlockFormat:
-    """Return the format called ``name``, for a saved activation: of ``SAVED_FORMATS``, or any other.
+    """Return the format called ``name``, for a saved activation: a row of ``SAVED_FORMATS``, or any other format.
 
     Raises:
-        FormatError: as :func:`parse_format`.
+        FormatError: as for :func:`parse_format`.
     Examples:
         >>> parse_saved("int4:block64").bits_per_element, parse_saved("mxfp4:sr").stochastic
         (4.5, True)
@@ -83,7 +82,7 @@ def parse_saved(name: str) -> Format | BlockFormat:
 
 
 def _find_plain(name: str, wanted: str) -> Format:
-    """The format ``wanted``, for which the user wrote ``name``."""
+    """Return the format ``wanted``; ``name`` is what the user wrote."""
     if wanted in FORMATS:
         return FORMATS[wanted]
     if wanted == FP64.name:

@@ -1,8 +1,8 @@
-"""Number formats: one row of data each.
+"""Number formats, one row of data each.
 
-A *format* is the set of values that a tensor may hold; a *dtype* is what torch stores. No torch in here: dtypes
-are names. A new format is one more row of ``FORMATS``; one that only optimizer states may have, of ``STATE_FORMATS``;
-one that only copies waiting for the backward pass may have, of ``SAVED_FORMATS``; only masters, of ``MASTER_FORMATS``.
+A *format* is the set of values that a tensor may have; a *dtype* is what torch stores. This module does not import
+torch: dtypes are names. To add a format, add a row to ``FORMATS``, or to ``STATE_FORMATS`` if only optimizer states may
+have it, to ``SAVED_FORMATS`` for saved activations only, to ``MASTER_FORMATS`` for masters only.
 """
 
 import math
@@ -15,10 +15,11 @@ from assign.formats.dtypes import FORMAT_NAMES, ITEM_BYTES
 
 
 class Rounding(StrEnum):
-    """To which neighbour a value goes: the nearer, and halfway the even one or the one away from zero; or by chance.
+    """How a value between two neighbours is rounded.
 
-    ``STOCHASTIC``: ``v`` between neighbours ``a < b`` goes to ``b`` with probability ``(v - a) / (b - a)``, so that its
-    mean is ``v``. Source: arXiv 1502.02551, section 3.
+    ``EVEN`` and ``AWAY`` round to the nearest; ties go to the even one, or to the one away from zero. ``STOCHASTIC``
+    rounds ``v`` between neighbours ``a < b`` to ``b`` with probability ``(v - a) / (b - a)``, so that the mean is
+    ``v``. Source: arXiv 1502.02551, section 3.
     """
 
     EVEN = "even"
@@ -27,9 +28,10 @@ class Rounding(StrEnum):
 
 
 class Scaling(StrEnum):
-    """Whether a tensor of the format carries a scale, one float32 per tensor, and which.
+    """Whether a tensor of the format has a scale, one float32 per tensor, and which.
 
-    ``POW2``: a power of two, so that scaling rounds nothing. ``AMAX``: the largest magnitude becomes the largest value.
+    ``POW2``: a power of two, so that scaling does not round. ``AMAX``: scales the largest magnitude to the largest
+    value.
     """
 
     NONE = "none"
@@ -38,10 +40,10 @@ class Scaling(StrEnum):
 
 
 class Storage(StrEnum):
-    """How a format's values wait in memory.
+    """How the values of a format are stored in memory.
 
-    ``NATIVE``: as a torch dtype, between operators too. ``PACKED``: saved copies as codes narrower than the carrier.
-    ``EMULATED``: they take the room of their carrier.
+    ``NATIVE``: always as a torch dtype. ``PACKED``: saved activations as codes narrower than the carrier. ``EMULATED``:
+    in as many bytes as the carrier.
     """
 
     NATIVE = "native"
@@ -57,10 +59,11 @@ class Format:
         name: as written in plans, e.g. ``e4m3``, ``fp(4,3,4)``, ``e4m3:sr``.
         min_exponent: exponent of the smallest normal value.
         max_value: largest finite value.
-        rounding: what happens between two values. It changes neither the values nor their codes.
-        delayed: the scale is that of earlier steps' magnitudes, so that this step's need not be known to begin.
+        rounding: how values between two neighbours are rounded. It changes neither the values nor their codes.
+        delayed: whether the scale comes from the amax of earlier steps, so that it is known before the tensor is
+            computed.
         native: the torch dtype that has exactly these values and codes, e.g. ``float8_e4m3fn``; None if there is none.
-        extra_bits: of the mantissa, those kept apart from the parameter, which is rounded to the others.
+        extra_bits: mantissa bits that are stored separately from the parameter, which is rounded to the others.
     """
 
     name: str
@@ -78,7 +81,7 @@ class Format:
 
     @property
     def bits(self) -> int:
-        """Sign, exponent and mantissa."""
+        """Number of bits: sign, exponent and mantissa."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
@@ -98,10 +101,10 @@ class Format:
 
     @property
     def overflow_threshold(self) -> float:
-        """An element overflows iff ``|x|`` reaches this: half a step beyond ``max_value``.
+        """An element overflows iff ``|x|`` is at least this: half a step above ``max_value``.
 
-        ``e4m3`` alone is different at the very threshold, 464: the tie goes to 448, whose mantissa is even. With
-        stochastic rounding this is where half of the elements do: see ``rounding``.
+        For ``e4m3`` the threshold 464 itself does not overflow: the tie goes to 448, whose mantissa is even. With
+        stochastic rounding, half of the elements at the threshold overflow: see ``rounding``.
         Source: arXiv 2301.13464.
         """
         return self.max_value + math.ldexp(0.5, self.max_exponent - self.mantissa_bits)
@@ -110,7 +113,7 @@ class Format:
     def underflow_threshold(self) -> float:
         """An element underflows iff ``0 < |x| <=`` this, half of ``min_subnormal``. Source: arXiv 2301.13464.
 
-        With stochastic rounding, half of the elements that lie here do.
+        With stochastic rounding, half of the elements at the threshold underflow.
         """
         return self.min_subnormal / 2
 
@@ -118,7 +121,7 @@ class Format:
     def carrier(self) -> str:
         """Narrowest torch float dtype in which every value, times any scale in ``scale_exponents``, is exact.
 
-        With ``AMAX`` it is so near that its code can be told: the product with the scale is rounded to the carrier.
+        With ``AMAX`` the product with the scale is rounded to the carrier, close enough to recover the code.
         """
         if self.scaled:
             return "bfloat16" if self.mantissa_bits <= FORMATS["bf16"].mantissa_bits else "float32"
@@ -128,12 +131,12 @@ class Format:
 
     @property
     def scaled(self) -> bool:
-        """Whether a tensor of the format carries a scale."""
+        """Whether a tensor of the format has a scale."""
         return self.scaling is not Scaling.NONE
 
     @property
     def code_dtype(self) -> str:
-        """Torch dtype of the codes in which saved copies wait. Beyond 16 bits, the carrier itself."""
+        """Torch dtype of the codes of saved activations; for more than 16 bits it is the carrier."""
         if self.native in _PLAIN:
             return self.native
         if self.bits <= 8:
@@ -147,7 +150,7 @@ class Format:
 
     @property
     def storage(self) -> Storage:
-        """Native, packed or emulated."""
+        """How values are stored: native, packed or emulated."""
         if self.native in _PLAIN:
             return Storage.NATIVE
         return Storage.PACKED if self.code_bytes < ITEM_BYTES[self.carrier] else Storage.EMULATED
@@ -168,10 +171,10 @@ class Format:
         return self.rounding is Rounding.STOCHASTIC
 
     def contains(self, other: "Format") -> bool:
-        """Whether every finite value of ``other`` is a value of this format, however either is rounded to.
+        """Whether every finite value of ``other`` is a value of this format, regardless of the rounding of both.
 
-        A scaled format contains itself alone, and only under the same scale; it is contained in whatever holds
-        its values under every allowed scale.
+        A scaled format contains only itself, and only under the same scale. Another format contains a scaled one if it
+        contains its values under every allowed scale.
 
         Examples:
             >>> FORMATS["bf16"].contains(FORMATS["e4m3"]), FORMATS["fp16"].contains(FORMATS["bf16"])
@@ -194,7 +197,7 @@ _CARRIERS = (("bf16", "bfloat16"), ("fp16", "float16"))
 def _float(
     name: str, exponent_bits: int, mantissa_bits: int, max_value: float, *, native: str, has_inf: bool = True
 ) -> Format:
-    """A row whose exponent bias is IEEE's, ``2^(e-1) - 1``, with ties to even and NaN; its name says how it scales."""
+    """Return a row with IEEE's exponent bias, ``2^(e-1) - 1``, ties to even and NaN; its name says how it scales."""
     scaling = next((Scaling(part) for part in name.split(":") if part in list(Scaling)), Scaling.NONE)
     return Format(
         name=name,
@@ -210,8 +213,8 @@ def _float(
     )
 
 
-# e4m3 and e5m2: OCP 8-bit Floating Point Specification (OFP8) 1.0, the same as arXiv 2209.05433, table 1; section 3
-# has the scales. Delayed scales are those of NVIDIA's Transformer Engine.
+# Source of e4m3 and e5m2: OCP 8-bit Floating Point Specification (OFP8) 1.0, the same as arXiv 2209.05433, table 1; of
+# the scales: section 3. Delayed scales are those of NVIDIA's Transformer Engine.
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         row.name: row
@@ -230,25 +233,25 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         )
     }
 )
-"""Formats that tensors are computed in, by name: ``fp32``, ``bf16``, ``fp16``, ``e4m3``, ``e5m2``; the last two also
-with a scale, ``:pow2`` or ``:amax``, and ``:delayed`` behind either. :mod:`assign.formats.parsing` knows more."""
+"""Formats of a step's tensors by name: ``fp32``, ``bf16``, ``fp16``, ``e4m3``, ``e5m2``; the last two also with a
+scale, ``:pow2`` or ``:amax``, either followed by ``:delayed`` or not. :mod:`assign.formats.parsing` accepts more."""
 
 
 FP64 = _float("fp64", 11, 52, math.ldexp(2 - 2**-52, 1023), native="float64")
-"""What a float64 tensor has as it is loaded. No search chooses it for another; a plan may."""
+"""Format of a tensor loaded as float64. No search chooses it for another tensor; a plan may."""
 
 LOADED: Mapping[str, Format] = MappingProxyType(
     {dtype: {**FORMATS, "fp64": FP64}[name] for dtype, name in FORMAT_NAMES.items()}
 )
-"""The format that a tensor has as it is loaded, by its torch dtype."""
+"""Format of a tensor as it is loaded, by its torch dtype."""
 
 
 def loaded_format(dtype: str) -> Format:
-    """The format that a tensor of a torch dtype has as it is loaded; fp32 for dtypes that no plan is for."""
+    """Return the format of a tensor that was loaded in a torch dtype; fp32 for dtypes that a plan cannot change."""
     return LOADED.get(dtype, FORMATS["fp32"])
 
 
-# Source: the 24-bit masters of FlashOptim (arXiv 2602.23349); what a code means is in assign.optim.masters.
+# Source: the 24-bit masters of FlashOptim (arXiv 2602.23349). assign.optim.masters defines the codes.
 MASTER_FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         "bf16+8": Format(
@@ -263,11 +266,11 @@ MASTER_FORMATS: Mapping[str, Format] = MappingProxyType(
         )
     }
 )
-"""Formats of masters alone: a bf16 parameter, and beside it the rest of a longer mantissa."""
+"""Formats for masters only: a bf16 parameter, and separately the rest of a longer mantissa."""
 
 
 class Shared(StrEnum):
-    """What the elements of a block share, beside their codes.
+    """What the elements of a block share, besides their codes.
 
     ``FLOAT32``: a float32 scale. ``BF16``: a bf16 scale. ``MINIMUM``: a bf16 scale and the bf16 value of code 0.
     ``E8M0``: a power of two, one byte; code 255 is NaN. Source: OCP Microscaling Formats (MX) 1.0, section 5.4.1.
@@ -280,22 +283,22 @@ class Shared(StrEnum):
 
     @property
     def bits(self) -> int:
-        """Per block."""
+        """Bits per block."""
         return {Shared.FLOAT32: 32, Shared.BF16: 16, Shared.MINIMUM: 32, Shared.E8M0: 8}[self]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFormat:
-    """Codes of which a block shares a scale: how optimizer states and saved copies wait. Nothing computes in it.
+    """A format in blocks that share a scale, for optimizer states and saved activations. Nothing computes in it.
 
     Attributes:
         name: as written in plans, e.g. ``dynamic8``, ``int4:block64``, ``mxfp8:sr``.
-        code: what one code stands for, in words.
+        code: description of the values of codes.
         bits: of one code.
-        block: consecutive elements that share a scale.
+        block: number of consecutive elements that share a scale.
         shared: what they share.
-        element: the format of a code times the scale; None where a code is an integer, or a library's affair.
-        rounding: what happens between two codes.
+        element: the format of a code's value, without the scale; None if a code is an integer, or a library defines it.
+        rounding: how values between two codes are rounded.
     """
 
     name: str
@@ -308,12 +311,12 @@ class BlockFormat:
 
     @property
     def bits_per_element(self) -> float:
-        """Of a code and its share of the scale."""
+        """Bits of a code and its share of the scale."""
         return self.bits + self.shared.bits / self.block
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block, what it shares included."""
+        """Bytes of a block, with its scale or minimum."""
         return (self.block * self.bits + self.shared.bits) // 8
 
     @property
@@ -322,16 +325,16 @@ class BlockFormat:
         return self.rounding is Rounding.STOCHASTIC
 
     def bytes_of(self, elements: int) -> int:
-        """Bytes of a tensor, scales included, the last block as long as any; tables of codes, one for all, are not."""
+        """Return the bytes of a tensor, scales included, with a last block of full length and without code tables."""
         return (elements + self.block - 1) // self.block * self.block_bytes
 
     @property
     def rule(self) -> str:
-        """:meth:`fits` in words."""
+        """The conditions of :meth:`fits` in words."""
         return f"it takes at least {SMALLEST_BLOCKED} elements, and a whole number of blocks of {self.block}"
 
     def fits(self, elements: int) -> bool:
-        """Whether an optimizer state may have it: large enough, and a whole number of blocks.
+        """Whether an optimizer state may have this format: it is large enough, and a whole number of blocks.
 
         Source: both conditions are torchao's; bitsandbytes has the first.
         """
@@ -339,26 +342,29 @@ class BlockFormat:
 
 
 SMALLEST_BLOCKED = 4096
-"""Elements of the smallest tensor that is kept in blocks. Source: arXiv 2110.02861; torchao and bitsandbytes alike."""
+"""Elements of the smallest state stored in blocks. Source: arXiv 2110.02861; the same in torchao and bitsandbytes."""
 
 STATE_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
     {
         row.name: row
         for row in (
-            # Source: arXiv 2110.02861 with blocks of 256, as torchao and bitsandbytes have them now.
+            # Source: arXiv 2110.02861 with blocks of 256, as in torchao and bitsandbytes now.
             BlockFormat(name="dynamic8", code="dynamic tree of 256 values", bits=8, block=256),
-            # Source: arXiv 2309.01507, as torchao has it.
+            # Source: arXiv 2309.01507, as in torchao.
             BlockFormat(name="dynamic4", code="dynamic tree of 16 values; second moments linear", bits=4, block=128),
             BlockFormat(name="e4m3:block256", code="e4m3", bits=8, block=256),
         )
     }
 )
-"""Formats of optimizer states alone: ``dynamic8``, ``dynamic4``, ``e4m3:block256``. The values of each are the
-library's that keeps the states."""
+"""Formats for optimizer states only: ``dynamic8``, ``dynamic4``, ``e4m3:block256``. The library that stores the states
+defines the values."""
 
 
 def _integers(bits: int) -> BlockFormat:
-    """``2^bits`` values from the block's minimum to its maximum. Source: arXiv 2104.14129, there with blocks of 256."""
+    """Return the format of ``2^bits`` values from the block's minimum to its maximum.
+
+    Source: arXiv 2104.14129, there with blocks of 256.
+    """
     return BlockFormat(
         name=f"int{bits}:block64",
         code=f"{2**bits} values from minimum to maximum",
@@ -390,5 +396,5 @@ SAVED_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
         )
     }
 )
-"""Formats of saved copies alone: ``e4m3:block64``, ``int8:block64``, ``int4:block64``, ``int2:block64``, ``mxfp8``,
-``mxfp4``. :mod:`assign.numerics.blocks` says what they mean."""
+"""Formats for saved activations only: ``e4m3:block64``, ``int8:block64``, ``int4:block64``, ``int2:block64``,
+``mxfp8``, ``mxfp4``. :mod:`assign.numerics.blocks` defines them."""

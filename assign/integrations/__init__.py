@@ -1,1 +1,1 @@
-"""Plans in the training loops of other libraries, one module for each library."""
+"""Plans in the training loops of other libraries, one module per library."""

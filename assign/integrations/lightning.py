@@ -1,4 +1,4 @@
-"""A plan under Lightning's ``Trainer``."""
+"""Training under a plan with Lightning's ``Trainer``."""
 
 import contextlib
 from typing import Any
@@ -12,23 +12,23 @@ from assign.plan.plan import Assignment
 
 
 class PlanCallback(pl.Callback):
-    """Trains under a plan: ``Trainer(callbacks=[PlanCallback(plan, module="model")])``.
+    """Train under a plan: ``Trainer(callbacks=[PlanCallback(plan, module="model")])``.
 
-    From the beginning of ``fit`` to its end one module within the ``LightningModule`` computes under the plan, in
-    validation too. What ``training_step`` computes outside of it, its loss as a rule, runs as usual. Tensors that
-    overflow too often are promoted; logged are ``assign/promoted``, ``assign/overflow_max``, ``assign/overflow_mean``.
+    From the start to the end of ``fit``, one module of the ``LightningModule`` computes under the plan, in validation
+    too. Code of ``training_step`` outside that module, usually the loss, runs as without a plan. Tensors that overflow
+    too often are promoted; ``assign/promoted``, ``assign/overflow_max`` and ``assign/overflow_mean`` are logged.
 
     Attributes:
-        promotion: what was promoted, and the plan as it became.
+        promotion: the promotions, and the plan with them.
 
     Args:
-        plan: of ``assign.search`` for that module.
-        module: its path within the ``LightningModule``.
+        plan: for that module, from ``assign.search``.
+        module: its path in the ``LightningModule``.
         backend: as in :func:`assign.apply`.
         promote_every: steps between two measurements of overflow, as ``every`` in :class:`assign.Promotion`.
         promote_threshold: as ``threshold`` there.
     Raises:
-        PlanError: as :func:`assign.autocast`; or there is no such module.
+        PlanError: as for :func:`assign.autocast`; or there is no such module.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class PlanCallback(pl.Callback):
         self._planned = contextlib.ExitStack()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on the module computes under the plan."""
+        """Put the module under the plan."""
         known = dict(pl_module.named_modules())
         if not self._module or self._module not in known:
             named = ", ".join(repr(name) for name, _ in pl_module.named_children()) or "none"
@@ -57,14 +57,14 @@ class PlanCallback(pl.Callback):
         self._planned.enter_context(context)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Promote what overflowed, and log."""
+        """Promote tensors that overflowed, and log."""
         self.promotion.step()
         pl_module.log_dict(self.promotion.scalars())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The module is its plain self again."""
+        """Take the module out of the plan."""
         self._planned.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """So it is after an error."""
+        """Take the module out of the plan after an error."""
         self._planned.close()

@@ -1,7 +1,7 @@
 """Search and apply plans for ``transformers.Trainer``.
 
-Its loss depends on what the trainer hands the model (labels, how many items a batch has), so a plan is searched through
-the trainer itself.
+The loss depends on what the trainer passes to the model (labels, number of items in a batch), so a plan is searched
+through the trainer itself.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from assign.plan.plan import Assignment
 
 
 class Writer(Protocol):
-    """What scalars are written to: ``torch.utils.tensorboard.SummaryWriter`` is one."""
+    """Destination of scalars, such as ``torch.utils.tensorboard.SummaryWriter``."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        """One point of a curve."""
+        """Add one point to a curve."""
 
 
 def search(trainer: Trainer, **asked: Any) -> Assignment:
-    """A plan for one step of the trainer: its model, its first batch, its loss.
+    """Return a plan for one step of the trainer: its model, its first batch, its loss.
 
     Args:
         trainer: with a training dataset; it need not have trained.
-        asked: as :func:`assign.search` takes it: ``budget="60%"``, …
+        asked: options of :func:`assign.search`, e.g. ``budget="60%"``.
     Raises:
-        AssignError: as :func:`assign.search`.
+        AssignError: as for :func:`assign.search`.
     """
     if trainer.optimizer_cls_and_kwargs is None:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
@@ -42,7 +42,7 @@ def search(trainer: Trainer, **asked: Any) -> Assignment:
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         found = trainer.compute_loss(model, batch, num_items_in_batch=items)
-        assert isinstance(found, Tensor)  # a tuple only where the outputs are asked for
+        assert isinstance(found, Tensor)  # a tuple only if outputs are requested
         return found
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -59,17 +59,18 @@ def _items(trainer: Trainer, batch: Any) -> Any:
 
 
 class PlanCallback(TrainerCallback):
-    """Trains under a plan: ``Trainer(…, callbacks=[PlanCallback(plan)])``.
+    """Train under a plan: ``Trainer(…, callbacks=[PlanCallback(plan)])``.
 
-    From the beginning of training to its end the trainer's model computes under the plan, in evaluation too; then it is
-    the plain model again. Tensors that overflow too often are promoted.
+    From the start to the end of training the trainer's model computes under the plan, in evaluation too; afterwards it
+    is the plain model again. Tensors that overflow too often are promoted.
 
     Attributes:
-        promotion: what was promoted, and the plan as it became.
+        promotion: the promotions, and the plan with them.
 
     Args:
-        plan: for the trainer's step: what :func:`search` found. One that stores masters, gradients or buffers narrowly
-            is refused: give the trainer ``assign.apply(model, plan)`` and ``assign.optimizer``'s instead.
+        plan: for the trainer's step, from :func:`search`. A plan that stores masters, gradients or buffers in fewer
+            bits is refused: give the trainer ``assign.apply(model, plan)`` and the optimizer of ``assign.optimizer``
+            instead.
         writer: gets ``assign/promoted``, ``assign/overflow_max``, ``assign/overflow_mean`` whenever the trainer logs.
         backend: as in :func:`assign.apply`.
         promote_every: steps between two measurements of overflow, as ``every`` in :class:`assign.Promotion`.
@@ -92,13 +93,13 @@ class PlanCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """From here on the model computes under the plan."""
+        """Put the model under the plan."""
         self._planned.enter_context(
             autocast(given["model"], self._plan, backend=self._backend, promotion=self.promotion)
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Promote what overflowed, after each optimizer step."""
+        """Promote tensors that overflowed, after each optimizer step."""
         self.promotion.step()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -108,5 +109,5 @@ class PlanCallback(TrainerCallback):
                 self._writer.add_scalar(name, value, state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The model is its plain self again."""
+        """Take the model out of the plan."""
         self._planned.close()

@@ -3,7 +3,7 @@
 ==============  ============================================================
 ``estimate``    Bytes and low ratio of a step under a plan.
 ``replay``      The schedule of a step under a plan.
-``deltas``      What changes of entries change in bytes.
-``profile``     Bytes by moment and tensor, for pictures.
+``deltas``      Changes in bytes due to changes of entries.
+``profile``     Bytes by moment and tensor, for charts.
 ==============  ============================================================
 """

@@ -1,7 +1,7 @@
 """Memory over the step as a function of the decisions, for the integer program.
 
-A decision is local. The bytes of an event depend on the formats of the few tensors around it (what its operator reads
-and makes, and who reads that next), so only the events around the tensors that change are replayed.
+The effect of a decision is local: the bytes of an event depend only on the formats of a few tensors (those that its
+operator reads and makes, and those that their readers make). So only the events near the changed tensors are replayed.
 """
 
 from collections import defaultdict
@@ -17,14 +17,15 @@ from assign.plan.plan import Entry
 from assign.plan.table import MARK, TensorTable
 
 Complete = Callable[[Mapping[str, Entry]], dict[str, Entry]]
-"""Entries of some tensors → those, and what follows from them: saved copies, what is stored."""
+"""Entries of some tensors → the same and those that follow from them, of saved copies and of stored tensors."""
 
 
 class Timeline:
-    """Moments: the slots of a replay in order, then the optimizer's step.
+    """Bytes at every moment of a step. The moments are the slots of a replay in order, then the optimizer's step.
 
     Args:
-        complete: what else a plan says of the tensors that the search decides about; tensor by tensor.
+        table: of the model.
+        complete: adds the other entries of a plan to those that the search decides about, tensor by tensor.
         update_rounding: of 16-bit masters, as in ``assign.optimizer``.
     """
 
@@ -35,14 +36,14 @@ class Timeline:
         self._near = _Neighbours(table)
 
     def at(self, entries: Mapping[str, Entry]) -> Bytes:
-        """Bytes alive at every moment: ``[moments]``."""
+        """Return the bytes alive at every moment: ``[moments]``."""
         return _moments(Replay(self._table, self._complete(entries), self._update_rounding))
 
     def steps(self, entries: Mapping[str, Entry], changes: Sequence[Mapping[str, Entry]]) -> csr_array:
-        """How each change moves :meth:`at`, as differences from one moment to the next: ``[changes, moments]``.
+        """Return how each change affects :meth:`at`, as differences between moments: ``[changes, moments]``.
 
-        The cumulative sum of a row is that change's own effect. Effects of two changes add up, unless they meet in one
-        operator whose dtype depends on both.
+        The cumulative sum of a row is the effect of that change alone. Effects of two changes add up, unless they meet
+        in one operator whose dtype depends on both.
         """
         base = self._complete(entries)
         replay = Replay(self._table, base, self._update_rounding)
@@ -58,7 +59,7 @@ class Timeline:
             found = jumps_of(after)
             for slot, size in jumps_of(replay.of_events(events)).items():
                 found[slot] = found.get(slot, 0) - size
-            if total := sum(found.values()):  # the optimizer's step has nothing of it
+            if total := sum(found.values()):  # it is not alive in the optimizer's step
                 found[moments - 1] = found.get(moments - 1, 0) - total
             found = {slot: size for slot, size in found.items() if size}
             rows += [row] * len(found)
@@ -68,12 +69,14 @@ class Timeline:
 
 
 class RunningPeak:
-    """Peak bytes of successive candidates of a search, each a small change of the one before.
+    """Peak bytes of successive candidates of a search, each a small change of the previous one.
 
-    It returns what :func:`assign.memory.estimate.peak_bytes` returns, and replays only the events around what has
-    changed since the last call. The first call, and one that changes what is stored between steps, replay it all.
+    It returns the same as :func:`assign.memory.estimate.peak_bytes`, but replays only the events near the tensors that
+    changed since the last call. The first call replays everything, and so does one that changes what is stored between
+    steps.
 
     Args:
+        table: of the model.
         complete, update_rounding: as for :class:`Timeline`.
     """
 
@@ -89,7 +92,7 @@ class RunningPeak:
         self._jumps: Bytes = np.zeros(0, dtype=np.int64)
 
     def __call__(self, entries: Mapping[str, Entry]) -> int:
-        """Peak bytes of one step under these entries."""
+        """Return the peak bytes of one step under these entries."""
         change = {key: entry for key, entry in entries.items() if self._chosen.get(key) != entry}
         is_small = len(entries) == len(self._chosen) and 2 * len(change) < len(entries)
         if self._replay is None or not is_small or not self._update(self._replay, change):
@@ -131,7 +134,7 @@ class RunningPeak:
 
 
 def _changed(base: Mapping[str, Entry], change: Mapping[str, Entry], complete: Complete) -> dict[str, Entry]:
-    """Return a copy of ``base``, which is complete, with the entries of ``change`` and all that follows from them."""
+    """Return a copy of the complete entries ``base`` with those of ``change`` and all that follow from them."""
     changed = dict(base)
     for key in change:
         changed.pop(saved_key(key), None)
@@ -144,7 +147,7 @@ def _moments(replay: Replay) -> Bytes:
 
 
 class _Neighbours:
-    """Which events depend on the format of a tensor, and which marks may alias the buffers of an event."""
+    """The events that depend on the format of a tensor, and the marks that may alias the buffers of an event."""
 
     def __init__(self, table: TensorTable) -> None:
         self._rows, self._events = table.by_key, table.schedule.events
@@ -166,13 +169,13 @@ class _Neighbours:
                 self._by_key[key].append(number)
 
     def of(self, change: Mapping[str, Entry]) -> tuple[list[int], list[int]]:
-        """Events that depend on one of these keys, and the marks around them, in order."""
+        """Return the events that depend on these keys, and the marks that may alias their buffers, both in order."""
         events = sorted({number for key in change for number in self._by_key.get(base_key(key), ())})
         families = {self._family[b] for n in events for b in (*self._events[n].reads, *self._events[n].writes)}
         return events, sorted({number for family in families for number in self._marks.get(family, ())})
 
     def _find_families(self, table: TensorTable) -> list[int]:
-        """Buffers that marks and copies connect, by the first of them: any of these may be one and the same."""
+        """Return, per buffer, the first of the buffers that marks and copies connect to it. They may share memory."""
         family = list(range(len(self._buffers)))
         for event in self._events:
             if event.op.startswith(MARK) or converts(event, table):
@@ -184,7 +187,7 @@ class _Neighbours:
         return family
 
     def _keys(self, number: int) -> set[str]:
-        """Forward tensors whose formats say what becomes of an event."""
+        """Return the forward tensors whose formats affect an event."""
         event = self._events[number]
         families = {self._family[buffer] for buffer in (*event.reads, *event.writes)}
         written = {self._family[buffer] for buffer in event.writes}

@@ -1,7 +1,7 @@
 """Predict the memory of a training step under a plan from its table. Nothing is run.
 
-*aggregate* is the paper's measure: elements × bits over its four roles. *peak* is the largest sum of what is alive,
-which :mod:`assign.memory.replay` finds.
+*aggregate* is the paper's measure: elements × bits over its four roles. *peak* is the largest number of bytes alive at
+one time, found by :mod:`assign.memory.replay`.
 """
 
 from collections.abc import Mapping
@@ -31,12 +31,12 @@ class Estimate(Drawn):
         aggregate_bytes: Σ elements × bits / 8 over the paper's four roles.
         low_ratio: share of those elements that are low.
         low_ratio_bits: the same by bits, 2·(1 − bits / bits with all high); negative for a plan wider than that.
-        groups_low: groups in which everything is low.
-        peak_bytes: every byte alive at the worst moment of one whole step.
-        baseline_peak_bytes: the same of the model as it was loaded, without a plan.
-        saved_bytes: activations saved for the backward pass, when the forward pass ends.
+        groups_low: number of groups in which every tensor is low.
+        peak_bytes: bytes alive at the peak of one whole step.
+        baseline_peak_bytes: the same for the model as loaded, without a plan.
+        saved_bytes: activations saved for the backward pass, at the end of the forward pass.
         peak_at: operator at the peak, ``optimizer`` if the peak is in its step.
-        by_role: bytes alive at the peak, by what they are for.
+        by_role: bytes alive at the peak, by role.
         timeline: (operator, pass, bytes alive) in order of execution.
         alive: (key, role, bytes) at the peak, largest first.
     """
@@ -54,12 +54,12 @@ class Estimate(Drawn):
     alive: tuple[tuple[str, str, int], ...]
 
     def to_pandas(self) -> Any:
-        """A frame of the timeline: operator, pass, bytes alive. Needs pandas."""
+        """Return a data frame of the timeline: operator, pass, bytes alive. Needs pandas."""
         names = ["operator", "pass", "bytes"]
         return frame((dict(zip(names, row, strict=True)) for row in self.timeline), names)
 
     def _repr_html_(self) -> str:
-        """What is alive at the peak by role, for a notebook."""
+        """Return the bytes alive at the peak by role as an HTML table, for a notebook."""
         most = max(self.by_role.values(), default=1)
         found = sorted(self.by_role.items(), key=lambda item: -item[1])
         rows = [((role.replace("_", " "), human_bytes(size)), size / most) for role, size in found]
@@ -68,7 +68,7 @@ class Estimate(Drawn):
         return table_html(title, ["alive at the peak", "bytes"], rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, the timeline included."""
+        """Return plain data, the timeline included."""
         return {
             "low_ratio": self.low_ratio,
             "low_ratio_bits": self.low_ratio_bits,
@@ -89,12 +89,12 @@ def estimate(table: TensorTable, plan: Assignment, *, promotion: bool = False) -
     Args:
         table: result of :func:`assign.trace` for the plan's model, at any batch size.
         plan: with an entry for every tensor of the table.
-        promotion: for a training with :class:`assign.Promotion`: a tensor that may be promoted lives in a dtype that
-            holds its high format, too.
+        promotion: whether training uses :class:`assign.Promotion`. A tensor that may be promoted then has a dtype that
+            can also represent its high format.
     Returns:
         The peak in bytes and where it is reached, bytes by role and over the step, and the low ratio.
     Raises:
-        PlanError: the plan does not fit the table, or its updates cannot be rounded as it says.
+        PlanError: the plan does not fit the table, or its ``update_rounding`` does not suit its masters.
         FormatError: the plan's recipe does not exist.
     Examples:
         ```python
@@ -127,26 +127,26 @@ def peak_bytes(
     update_rounding: str = UpdateRounding.NEAREST,
     promotable: Mapping[str, Format] = MappingProxyType({}),
 ) -> int:
-    """Return the peak of one step; tensors without an entry stay as they were loaded."""
+    """Return the peak bytes of one step; tensors without an entry stay as they were loaded."""
     return Replay(table, entries, update_rounding, promotable).peak_bytes
 
 
 def aggregate_bytes(table: TensorTable, entries: Mapping[str, Entry]) -> int:
-    """The paper's memory: Σ elements × bits / 8 (A2; no liveness, no optimizer, no masters)."""
+    """Return the paper's measure of memory: Σ elements × bits / 8 (A2; no liveness, no optimizer, no masters)."""
     return -(-_bits(table, entries) // 8)
 
 
 def low_ratio(table: TensorTable, entries: Mapping[str, Entry]) -> float:
-    """Share of the paper's elements that are held low (A2)."""
+    """Return the share of the paper's elements that are low (A2)."""
     low = sum(info.elements for info in table.paper_tensors if entries[info.key].low)
     return low / table.elements if table.elements else 0.0
 
 
 def low_ratio_bits(table: TensorTable, entries: Mapping[str, Entry], recipe: Recipe) -> float:
-    """The low ratio as the paper's code reports it: 2·(1 − bits / bits with all high).
+    """Return the low ratio as the paper's code reports it: 2·(1 − bits / bits with all high).
 
-    Where low formats have half the bits of high ones it is the share of elements in a low format. All low is less
-    than 1 under both recipes, for the gradient of a weight is as wide low as high.
+    If low formats have half the bits of high ones, it is the share of elements in a low format. With everything low it
+    is below 1 under both recipes, because the gradient of a weight is as wide low as high.
     """
     high = _bits(table, initial(table, recipe))
     return 2 * (1 - _bits(table, entries) / high) if high else 0.0

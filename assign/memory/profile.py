@@ -1,6 +1,6 @@
 """Memory over the step for charts: bytes by role and tensor at each operator.
 
-Of an operator's slots of time the one with the most bytes is its moment, so the largest moment is the peak.
+Each operator has one moment: its time slot with the most bytes. So the largest moment is the peak.
 """
 
 from collections.abc import Mapping
@@ -14,18 +14,19 @@ from assign.plan.plan import Entry
 from assign.plan.table import MARK, TensorTable
 
 OPTIMIZER = "step"
-"""Pass of the last moment: the optimizer's step."""
+"""Name of the pass of the last moment, the optimizer's step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Every moment of one step, the optimizer's own the last.
+    """Every moment of one step; the last one is the optimizer's step.
 
     Attributes:
-        operators: key of the one that runs, ``''`` for a sum of gradients; passes: ``forward``, ``backward``, ``step``.
+        operators: key of the operator that runs, ``''`` for a sum of gradients.
+        passes: ``forward``, ``backward``, ``step``.
         rounds: whether the operator is the rounding of that tensor.
-        by_role: role → bytes alive at each moment; roles that never have any are left out.
-        alive: what comes and goes; a segment's start and end are moments.
+        by_role: role → bytes alive at each moment; roles without bytes are left out.
+        alive: segments of all tensors; start and end are moments.
     """
 
     operators: tuple[str, ...]
@@ -36,7 +37,7 @@ class Moments:
 
     @property
     def total(self) -> Bytes:
-        """All bytes alive at each moment."""
+        """Total bytes alive at each moment."""
         total: Bytes = np.zeros(len(self.operators), dtype=np.int64)
         for part in self.by_role.values():
             total = total + part
@@ -44,15 +45,15 @@ class Moments:
 
     @property
     def peak(self) -> int:
-        """The moment with the most bytes; the first of several."""
+        """The moment with the most bytes; the first one of equals."""
         return int(self.total.argmax())
 
 
 def moments(table: TensorTable, entries: Mapping[str, Entry], update_rounding: str = UpdateRounding.NEAREST) -> Moments:
-    """The moments of a step under some entries; tensors without one are fp32.
+    """Return the moments of a step under some entries; tensors without an entry are as loaded.
 
     Raises:
-        PlanError: no library can keep what the entries store.
+        PlanError: no library can store what the entries ask for.
     """
     replay = Replay(table, entries, update_rounding)
     events = table.schedule.events
@@ -73,7 +74,7 @@ def moments(table: TensorTable, entries: Mapping[str, Entry], update_rounding: s
 
 
 def _at_moments(replay: Replay, chosen: Bytes) -> list[Segment]:
-    """What comes and goes during the operators, where it is alive at the chosen slot of any."""
+    """Return the segments that are alive at the chosen slot of an operator."""
     found = []
     for each in replay.segments:
         first = int(np.searchsorted(chosen, each.start))
@@ -84,6 +85,6 @@ def _at_moments(replay: Replay, chosen: Bytes) -> list[Segment]:
 
 
 def _lasting(replay: Replay, last: int) -> list[Segment]:
-    """What is alive all the time, and what only the optimizer's step adds."""
+    """Return the segments that are always alive, and those that only the optimizer's step adds."""
     rows = [(0, row) for row in replay.lasting] + [(last, row) for row in replay.stepping]
     return [Segment(start=start, end=last, bytes=size, key=key, role=role) for start, (key, role, size) in rows]

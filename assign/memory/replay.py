@@ -1,10 +1,11 @@
 """Replay the schedule of a training step under a plan: when each buffer is alive, and how many bytes it takes.
 
-Every buffer is a segment of time and a number of bytes; the peak is the largest sum of what is alive. The rules of
-:mod:`assign.plan.compute_dtype` say in which dtype each operator computes, so the segments are those of the real graph.
+Every buffer is a segment of time with a number of bytes. Peak memory is the largest sum of bytes alive at one time.
+:mod:`assign.plan.compute_dtype` says in which dtype each operator computes, so the segments are those of the real
+graph.
 
-Time has four slots per operator: decoding what it reads, widening what it reads, the run itself, and behind it the
-narrowing of what it made and the encoding of what it was the last to read.
+Each operator has four slots of time: decode the saved activations that it reads, convert what it reads to a wider
+dtype, run, and finally narrow its results and encode the activations whose last forward reader it was.
 """
 
 import copy
@@ -38,7 +39,7 @@ from assign.plan.plan import Entry
 from assign.plan.table import MARK, Buffer, Event, Role, TensorTable
 
 SLOTS = 4
-"""Slots of time of one event."""
+"""Number of time slots of one event."""
 
 
 def _decoding(number: int) -> int:
@@ -72,7 +73,7 @@ Bytes = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def changes_of(segments: Iterable[Segment], events: int) -> Bytes:
-    """Bytes that each slot of a step has more than the one before it: ``[slots + 1]``."""
+    """Return the change in bytes from each slot of a step to the next: ``[slots + 1]``."""
     change = np.zeros(SLOTS * events + 1, dtype=np.int64)
     for slot, size in jumps_of(segments).items():
         change[slot] += size
@@ -90,7 +91,7 @@ def jumps_of(segments: Iterable[Segment]) -> dict[int, int]:
 
 
 def converts(event: Event, table: TensorTable) -> bool:
-    """Whether an event is nothing but the user's conversion of a tensor, or of its gradient, to another dtype."""
+    """Whether an event only converts a tensor, or its gradient, to another dtype because the user's code does so."""
     if len(event.reads) != 1 or len(event.writes) != 1 or event.op.startswith(MARK):
         return False
     before, after = (table.schedule.buffers[buffer] for buffer in (*event.reads, *event.writes))
@@ -101,7 +102,7 @@ def converts(event: Event, table: TensorTable) -> bool:
 
 
 def copies_in(event: Event, table: TensorTable) -> list[tuple[int, int]]:
-    """Buffers of a tensor that a forward event reads, each with one of a copy of it that the event makes."""
+    """Return (buffer of a tensor, buffer of its copy) for each copy that a forward event makes of a tensor."""
     if event.backward or event.op.startswith(MARK):
         return []
     buffers = table.schedule.buffers
@@ -118,7 +119,7 @@ def _by_source(alias: Mapping[int, int | None]) -> dict[int | None, list[int]]:
 
 
 class Replay:
-    """The schedule of a table under some entries; tensors without one are as they were loaded."""
+    """The replayed schedule of a table under some entries. A tensor without an entry is as it was loaded."""
 
     def __init__(
         self,
@@ -149,7 +150,7 @@ class Replay:
         self._add(0, _behind(forward - 1), widened, "buffers in float32", "scratch")
 
     def _find_apart(self) -> frozenset[str]:
-        """Operators that compute in several steps, in float32 between them whatever they are asked for."""
+        """Return the operators of several steps whose intermediates are float32 regardless of the requested dtype."""
         rows = self.table.by_key
         inside = [e.op for e in self.schedule.events if e.op in rows and rows[e.op].op in FLOAT32_INSIDE]
         forward = Counter(e.op for e in self.schedule.events if not e.backward)
@@ -163,7 +164,7 @@ class Replay:
         return reads
 
     def _index_copies(self) -> dict[int, list[int]]:
-        """Buffer of a tensor → copies of it in another dtype or layout: made again in the backward pass, from it."""
+        """Return {buffer of a tensor: its copies in another dtype or layout}, which the backward pass makes again."""
         copies: dict[int, list[int]] = defaultdict(list)
         for event in self.schedule.events if self._narrowed else ():
             for source, copied in copies_in(event, self.table):
@@ -174,7 +175,10 @@ class Replay:
     # ---- which buffers are one ------------------------------------------------------------------------------------
 
     def _find_aliases(self, events: Iterable[Event]) -> dict[int, int | None]:
-        """Marks and conversions that change nothing: their result is their source (None: a parameter or the batch)."""
+        """Return {result: source} of marks and conversions that change nothing.
+
+        The source is None for a parameter or the batch.
+        """
         alias: dict[int, int | None] = {}
         for event in events:
             if not event.writes or not self._changes_nothing(event):
@@ -195,7 +199,7 @@ class Replay:
         )
 
     def _is_identity(self, key: str, *, backward: bool) -> bool:
-        """Whether a mark changes nothing: a parameter's reads its master, and makes the gradient that is stored."""
+        """Whether a mark changes nothing. The mark of a parameter reads the master and makes the stored gradient."""
         if not self._is_weight(key):
             return self._dtypes.is_identity(key, backward=backward)
         carrier, fmt = self._dtypes.carrier(key), self._dtypes.formats(key)[backward]
@@ -207,7 +211,7 @@ class Replay:
         return info is not None and info.role is Role.WEIGHT
 
     def _kept(self, key: str) -> str:
-        """Dtype in which the gradient of ``key`` leaves its mark."""
+        """Return the dtype of the gradient of ``key`` after its mark."""
         if self._is_weight(key):
             return stored_dtype(gradient_format(self.entries, key))
         return self._dtypes.compute(key)
@@ -221,7 +225,7 @@ class Replay:
     # ---- segments ---------------------------------------------------------------------------------------------------
 
     def _replay_event(self, number: int, event: Event) -> slice:
-        """Which segments became of an event."""
+        """Add the segments of an event; return where they are in ``segments``."""
         first = len(self.segments)
         op = event.op.removeprefix(MARK)
         is_mark = event.op.startswith(MARK)
@@ -247,11 +251,14 @@ class Replay:
         return self._lives_in(info) != self._dtypes.compute(event.op)
 
     def _lives_in(self, info: Buffer) -> str:
-        """Dtype of a buffer that holds a forward tensor, or a copy of it that the user converted to another dtype."""
+        """Return the dtype of a buffer that holds a forward tensor, or the user's copy of it in another dtype."""
         return self._dtypes.read_as(info.holds, info.dtype)
 
     def _last_slot(self, info: Buffer, number: int) -> int:
-        """Slot in which a buffer last read by event ``number`` goes; before it runs, if it reads a converted copy."""
+        """Return the last slot of a buffer that event ``number`` reads last.
+
+        It is before the event runs if the event reads a converted copy.
+        """
         converted = self._is_converted(info, self.schedule.events[number])
         return _widening(number) if converted else _running(number)
 
@@ -291,7 +298,7 @@ class Replay:
         self._add(_decoding(later[0]), self._last_slot(info, later[-1]), size, key, role)
 
     def _is_rounded_copy(self, info: Buffer) -> bool:
-        """Whether a buffer is what the user converted a tensor to, in fewer bits: it is kept for its own sake."""
+        """Whether the buffer holds a tensor that the user converted to fewer bits: it is saved besides the tensor."""
         own = ITEM_BYTES.get(self._dtypes.loaded(info.holds), 0)
         return info.holds in self.table.by_key and ITEM_BYTES.get(info.dtype, own) < own
 
@@ -303,7 +310,7 @@ class Replay:
         return ""
 
     def _is_part(self, key: str) -> bool:
-        """Whether it is a view of a part of another tensor, which is not kept for its sake."""
+        """Whether the tensor is a view of a part of another tensor. Such a view is not saved for itself."""
         row = self.table.by_key.get(key)
         return row is not None and row.op == SLICE and self._is_identity(key, backward=False)
 
@@ -316,7 +323,7 @@ class Replay:
         return info is not None and info.op in ("parameter", "input")
 
     def _packed(self, key: str, info: Buffer) -> int | None:
-        """Bytes of the saved copy, its scale included; None where the value is saved as it is."""
+        """Return the bytes of the saved copy, its scale included; None if the value is saved as it is."""
         if self._is_identity(key, backward=False):
             return None
         explicit = self.entries.get(saved_key(key))
@@ -350,9 +357,10 @@ class Replay:
         return FLOAT32 if info.part else compute
 
     def _convert(self, info: Buffer, number: int, event: Event, compute: str, is_mark: bool) -> int:
-        """A gradient that is made in one dtype and kept in another is there twice for a moment.
+        """Return the slot in which the stored gradient appears: after the operator if it is converted, else with it.
 
-        Returns the slot in which the kept one appears: behind the operator if it is converted, else with it.
+        A gradient that is made in one dtype and stored in another exists twice for a moment; a segment is added for
+        this.
         """
         if not is_grad_key(info.holds) or not event.backward:
             return _running(number)
@@ -363,7 +371,7 @@ class Replay:
         rounded = not is_mark or not changes_nothing(gradient, carrier)
         if made == kept or not rounded:
             return _running(number)
-        done = _behind(self._last_of_operator(number))  # autograd converts once the whole operator is done
+        done = _behind(self._last_of_operator(number))  # autograd converts after the whole operator
         self._add(_running(number), done, info.elements * ITEM_BYTES[made], info.holds, "scratch")
         return done
 
@@ -382,19 +390,25 @@ class Replay:
     # ---- a part of the step -----------------------------------------------------------------------------------------
 
     def of_events(self, numbers: Iterable[int]) -> list[Segment]:
-        """Segments that became of these events."""
+        """Return the segments of these events."""
         return [segment for number in numbers for segment in self.segments[self._spans[number]]]
 
     def replay_events(
         self, entries: Mapping[str, Entry], numbers: Iterable[int], marks: Iterable[int]
     ) -> list[Segment]:
-        """What :meth:`of_events` would be under other entries; ``marks``: all events that may alias their buffers."""
+        """Return what :meth:`of_events` would return under other entries.
+
+        Args:
+            entries: all entries.
+            numbers: of the events.
+            marks: all events that may alias their buffers.
+        """
         return [segment for found in self.replay_each(entries, numbers, marks) for segment in found]
 
     def replay_each(
         self, entries: Mapping[str, Entry], numbers: Iterable[int], marks: Iterable[int]
     ) -> list[list[Segment]]:
-        """As :meth:`replay_events`, event by event."""
+        """Return the same as :meth:`replay_events`, with one list per event."""
         twin = copy.copy(self)
         twin.entries, twin.segments = with_loaded(entries, self.table.loaded), []
         twin._dtypes = ComputeDtypes.of_table(self.table, entries, self._promotable)
@@ -418,27 +432,27 @@ class Replay:
 
     @property
     def resident_bytes(self) -> int:
-        """Masters, buffers, batch and optimizer states: alive all the time."""
+        """Bytes of parameters, buffers, batch and optimizer states, which are always alive."""
         s, stored = self.schedule, self._resident
         return stored.parameters + self._buffer_bytes + s.batch_bytes + stored.states
 
     @cached_property
     def optimizer_scratch_bytes(self) -> int:
-        """What the optimizer's step allocates for a moment.
+        """Bytes of temporary memory of the optimizer's step.
 
         Raises:
-            PlanError: no library can keep what the plan stores.
+            PlanError: no library can store what the plan asks for.
         """
         return optimizer_scratch(self.schedule, stored_in(self.table, self.entries), self._update_rounding)
 
     @property
     def optimizer_peak_bytes(self) -> int:
-        """What is alive while the optimizer steps."""
+        """Bytes alive while the optimizer steps."""
         return self.resident_bytes + self._resident.gradients + self.optimizer_scratch_bytes
 
     @cached_property
     def slots(self) -> Bytes:
-        """Bytes alive in each slot, without the optimizer's step: ``SLOTS`` of an event, one behind the last."""
+        """Bytes alive in each slot, without the optimizer's step: ``SLOTS`` per event, and one more at the end."""
         alive: Bytes = np.cumsum(changes_of(self.segments, len(self.schedule.events))) + self.resident_bytes
         return alive
 
@@ -461,7 +475,7 @@ class Replay:
 
     @property
     def lasting(self) -> tuple[tuple[str, str, int], ...]:
-        """What is alive all the time: (key, role, bytes)."""
+        """What is always alive: (key, role, bytes)."""
         s, stored = self.schedule, self._resident
         found = [(name, "parameters", size) for name, size in stored.masters.items()]
         found += [(name, "optimizer states", size) for name, size in stored.optimizer_states.items()]
@@ -471,7 +485,7 @@ class Replay:
 
     @property
     def stepping(self) -> tuple[tuple[str, str, int], ...]:
-        """What is alive beside it while the optimizer steps: (key, role, bytes)."""
+        """What is alive only while the optimizer steps: (key, role, bytes)."""
         stored = self._resident
         found = [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]
         found.append(("unused", str(Role.WEIGHT_GRAD), stored.others[1]))

@@ -1,11 +1,11 @@
 """Measure how rounding a tensor changes the gradient of a training step.
 
 =======================  ============================================================
-``measure``              All tensors and formats, to a file.
-``options``              How to measure.
-``estimators``           One batch: first-order, or one tensor at a time.
+``measure``              Noise of all tensors and formats, in a file.
+``options``              Options of a measurement.
+``estimators``           Noise on one batch: first-order, or one tensor at a time.
 ``instrumented_step``    A step whose tensors can be changed.
-``relu_flips``           The noise of signs that change at relu.
+``relu_flips``           Noise of sign changes at relu.
 ``perturb``              Round a tensor as a plan would.
 =======================  ============================================================
 """

@@ -1,16 +1,18 @@
 """Measure the noise of many tensors on one batch, exactly or from derivatives.
 
-*Measured*: one step per choice, with only that tensor rounded, beside the unrounded step of the same batch and draws.
+*Measured*: one step per choice, with only that tensor rounded, compared with the unrounded step on the same batch and
+random numbers.
 
-*First-order*: one step for all. Let g be the parameters' gradient and t any tensor of the step. For a random vector r
-of signs, one more backward pass gives aₜ = ∂⟨r, g⟩/∂t for every t at once; so rounding t by δ changes ⟨r, g⟩ by ⟨aₜ, δ⟩
-to first order, and the mean of its square over r is ‖δg‖². Rounding errors of single elements hardly know of each
-other: Σ (aₜ δ)² has the same mean, and needs far fewer draws. What they do have in common shows along g itself: with
-r = g the change is ⟨g, δg⟩, which also gives the cosine. The loss changes by ⟨∂loss/∂t, δ⟩. Where relu's gates flip,
-the gradient jumps, and a derivative says nothing: :mod:`assign.noise.relu_flips` adds what that comes to.
+*First-order*: one step for all choices. Let g be the parameters' gradient and t any tensor of the step. For a random
+vector r of signs, one more backward pass gives aₜ = ∂⟨r, g⟩/∂t for every t at once. Rounding t by δ then changes ⟨r, g⟩
+by ⟨aₜ, δ⟩ to first order, and the mean of its square over r is ‖δg‖². Rounding errors of single elements are almost
+independent: Σ (aₜ δ)² has the same mean, and needs far fewer draws. What they have in common shows along g itself: with
+r = g the change is ⟨g, δg⟩, which also gives the cosine. The loss changes by ⟨∂loss/∂t, δ⟩. When a gate of relu flips,
+the gradient jumps, and no derivative shows it: :mod:`assign.noise.relu_flips` adds the noise of such flips.
 
-Some operators of the backward pass cannot be differentiated once more. Where torch knows the operator's parts, these
-run in its place. Otherwise what is rounded before it is measured, and so is a tensor whose derivative is not finite.
+Some operators of the backward pass cannot be differentiated again. If torch can decompose such an operator, its parts
+run instead. Otherwise tensors that are rounded before it are measured, and so are tensors whose derivative is not
+finite.
 """
 
 import math
@@ -31,7 +33,7 @@ from assign.plan.keys import base_key, is_saved_key
 from assign.plan.noise_table import Cell, Method, Sample
 
 DRAWS = 2
-"""Vectors r per batch: other batches draw others, and the sum over elements is an average already."""
+"""Number of vectors r per batch. Few are enough: each batch draws new ones, and a sum over elements averages too."""
 
 _NO_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?(\w+)[\w:. ]*'? (?:is )?not implemented")
 
@@ -39,15 +41,15 @@ _NO_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?(\w+)[\w:. ]*'? (?:is 
 def sample(
     method: Method, step: ProbedStep, batch: Any, cells: Sequence[Cell], *, seed: int, loss_scaling: bool
 ) -> Iterator[tuple[Cell, Sample]]:
-    """One sample of every cell, on one batch; what is drawn is a function of ``seed``.
+    """Yield one sample of every cell, on one batch; all random numbers depend on ``seed`` only.
 
     Args:
         method: whether to run the rounded step, or to differentiate the unrounded one.
         step: the step with its probes.
         batch: as the step takes it.
         cells: pairs of a tensor and a format.
-        seed: what is drawn depends on nothing else.
-        loss_scaling: gradients are rounded under the loss scale that training comes to.
+        seed: of all random numbers.
+        loss_scaling: whether gradients are rounded under the loss scale that training arrives at.
     Raises:
         DivergedError: loss or gradient of the unrounded step are not finite, or the gradient is zero.
     """
@@ -90,7 +92,7 @@ def _differentiate(
         key = derivatives.find(cell.key)
         if not step.hidden.isdisjoint({cell.key, base_key(cell.key)}):
             left.append(cell)
-        elif key is None:  # no gradient reaches it, as that of the batch
+        elif key is None:  # it has no gradient, like the batch
             yield cell, Sample(0.0, 1.0, 0.0)
         else:
             value = derivatives.values[key]
@@ -105,13 +107,13 @@ def _differentiate(
 
 
 def _derivatives(step: ProbedStep, batch: Any, keys: set[str], seed: int) -> "_Derivatives | None":
-    """Those of one step, without operators that have none; None if torch does not say which these are."""
+    """Return the derivatives of one step without operators that have none; None if torch does not name these."""
     while True:
         try:
             return _Derivatives.of(step, batch, keys, seed)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # torch's NotImplementedError among them
+        except RuntimeError as error:  # includes NotImplementedError
             refused = _NO_DERIVATIVE.search(str(error))
             if refused is None or not step.avoid(refused[1]):
                 return None
@@ -124,7 +126,7 @@ class _Derivatives:
     Attributes:
         values: every tensor t.
         squares: mean of aₜ² over the draws.
-        flips: the same mean, by slopes of gates.
+        flips: the same mean for the part of aₜ due to the slopes of gates.
         along: aₜ for r = g.
         by_loss: ∂loss/∂t.
         size: squared norm of the gradients.
@@ -171,14 +173,15 @@ class _Derivatives:
         return cls(values=values, squares=squares, flips=flips, along=along, by_loss=by_loss, size=size)
 
     def find(self, key: str) -> str | None:
-        """The key under which a tensor was seen.
+        """Return the key under which a tensor was recorded; None if it was not.
 
-        Where a fused operator keeps a copy that its parts do not, as attention does, the copy counts as the tensor.
+        A fused operator such as attention saves a copy that its parts do not have; then the tensor itself stands for
+        the copy.
         """
         return next((each for each in (key, base_key(key) if is_saved_key(key) else key) if each in self.values), None)
 
     def sample(self, key: str, error: Tensor) -> Sample | None:
-        """None where the derivative of the gradient is not finite, as behind a square root of zero."""
+        """Return the sample for a rounding error; None if a derivative is not finite, e.g. after a root of zero."""
         along = _dot(self.along.get(key), error) / self.size
         noise = (_dot(self.squares.get(key), error.square()) + self._flipped(key, error)) / self.size + along**2
         if not math.isfinite(noise):
@@ -186,11 +189,11 @@ class _Derivatives:
         return _as_sample(noise, along, _dot(self.by_loss.get(key), error))
 
     def _flipped(self, key: str, error: Tensor) -> float:
-        """The squared change of the gradients by gates that open or close."""
+        """Return the squared change of the gradients by gates that flip."""
         flips, value = self.flips.get(key), self.values[key]
         if flips is None:
             return 0.0
-        if is_saved_key(key):  # what the gate reads itself: it closes where a copy is zero
+        if is_saved_key(key):  # the gate reads the copy, and closes where it is zero
             closed = (value > 0) & (value + error <= 0)
             return _dot(flips * root_mean_square(value).square(), closed.to(flips))
         return flip_factor(value, error) * _dot(flips, error.square())
@@ -199,7 +202,7 @@ class _Derivatives:
 def _adjoints(
     gradients: Sequence[Tensor], directions: Sequence[Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    if not gradients:  # every one of them is made of constants
+    if not gradients:  # all of them are constants
         return {}
     found = torch.autograd.grad(gradients, list(tensors.values()), directions, retain_graph=True, allow_unused=True)
     return {key: each for key, each in zip(tensors, found, strict=True) if each is not None}
@@ -233,7 +236,7 @@ def _dot(first: Tensor | None, second: Tensor) -> float:
 
 
 def _as_sample(noise: float, along: float, loss: float) -> Sample:
-    """``along``: ⟨g, δg⟩ / ‖g‖²."""
+    """Return a sample; ``along`` is ⟨g, δg⟩ / ‖g‖²."""
     turned = 1 + 2 * along + noise
     cosine = (1 + along) / math.sqrt(turned) if turned > 0 else 0.0
     return Sample(noise, max(-1.0, min(1.0, cosine)), loss)

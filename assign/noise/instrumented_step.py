@@ -1,9 +1,9 @@
 """Run a training step as one graph in which every tensor can be changed.
 
 The graph is the same joint graph as in tracer and executor, with a probe at every tensor and every saved activation.
-Run node by node, by torch's own operators, it is an ordinary differentiable function: of the batch and the parameters
-to the loss and the parameters' gradients. So the output of a probe can be rounded (the measured way), or the gradients
-can be differentiated by it (the first-order way). Formats are arguments of the run, not of the graph.
+Run node by node with torch's own operators, it is an ordinary differentiable function from batch and parameters to the
+loss and the parameters' gradients. So the output of a probe can be rounded (the measured method), or the gradients can
+be differentiated with respect to it (the first-order method). Formats are arguments of the run, not of the graph.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from assign.tracing.probes import insert_probes, probe_tensor
 from assign.tracing.tensor_sites import walk
 
 Touch = Callable[[Tensor, str], Tensor]
-"""``touch(tensor, key)`` → what is computed with in its place."""
+"""``touch(tensor, key)`` → the value to compute with instead."""
 
 _PROBE = torch.ops.assign.probe.default
-_LOSS = "loss!"  # no key of the table: they have a module's path and a slash
+_LOSS = "loss!"  # cannot be a key of the table: those of activations contain a slash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +39,8 @@ class Result:
     """Result of one step.
 
     Attributes:
-        gradients: of the parameters that have one, in order of the graph's inputs.
-        slopes: of its relu_flips, while the gradients are differentiated.
+        gradients: of the parameters that have one, in the order of the graph's inputs.
+        slopes: switch for the slopes of relu's gates while the gradients are differentiated.
     """
 
     loss: Tensor
@@ -49,14 +49,15 @@ class Result:
 
 
 class ProbedStep:
-    """``run(batch, touch)``: one forward and backward pass of ``loss(model, batch)``, tensors handed to ``touch``.
+    """``run(batch, touch)``: one forward and backward pass of ``loss(model, batch)``; ``touch`` gets every tensor.
 
-    Nothing of the model changes, running statistics included.
+    The model does not change, running statistics included.
 
     Args:
-        model: captured in its present mode.
+        model: captured in its current mode.
         loss: ``loss(model, batch)`` → scalar tensor.
-        fused: attention is one operator, as in training, which torch cannot differentiate twice; else its parts.
+        fused: whether attention is one operator, as in training, which torch cannot differentiate twice; else its
+            parts.
     Raises:
         TraceError: as for :func:`assign.trace`.
     """
@@ -65,8 +66,10 @@ class ProbedStep:
         check_parameters(model)
         self._step = compile_step(model, loss, self._receive, whole=True)
         self._fused = fused
-        self._found: list[tuple[_Joint, Sequence[Any]]] = []  # of the present run; a compiled step must not hold self
-        self._avoided: dict[Any, Callable[..., Any] | None] = {}  # operator → what runs in its place; None: a constant
+        self._found: list[tuple[_Joint, Sequence[Any]]] = []  # of the current run; a compiled step must not hold self
+        self._avoided: dict[
+            Any, Callable[..., Any] | None
+        ] = {}  # operator → its replacement; None: its result is a constant
         self._hidden: frozenset[str] = frozenset()
         self._joint: _Joint | None = None
 
@@ -76,12 +79,12 @@ class ProbedStep:
         return self._hidden
 
     def avoid(self, name: str) -> bool:
-        """Let differentiable operators run in the place of an operator that cannot be differentiated twice.
+        """Replace an operator that cannot be differentiated twice by differentiable ones.
 
-        Where torch has none, or had some that could not either, its result is a constant from now on.
+        If torch has none, or they cannot be differentiated either, its result is a constant from now on.
 
         Args:
-            name: as torch calls it, e.g. ``native_group_norm_backward``.
+            name: as in torch, e.g. ``native_group_norm_backward``.
         Returns:
             Whether anything has changed.
         """
@@ -97,10 +100,10 @@ class ProbedStep:
         return bool(targets)
 
     def run(self, batch: Any, touch: Touch, *, seed: int) -> Result:
-        """Loss and gradients, what is drawn under ``seed``; differentiable where gradients are enabled.
+        """Return loss and gradients, with random numbers from ``seed``; differentiable if gradients are enabled.
 
         Raises:
-            TraceError: the step cannot be captured, or is not one of a scalar loss.
+            TraceError: the step cannot be captured, or its loss is not a scalar.
         """
         self._found.clear()
         with torch.enable_grad(), contextlib.nullcontext() if self._fused else sdpa_kernel(SDPBackend.MATH):
@@ -138,7 +141,7 @@ class ProbedStep:
 
 
 def _probe_loss(graph: fx.GraphModule) -> None:
-    """A probe of its own at what leaves the graph with a gradient."""
+    """Add a separate probe at each result of the graph that has a gradient."""
     output = _torch.output_of(graph)
     found = [n for n in output.all_input_nodes if n.op != "placeholder"]
     with graph.graph.inserting_before(output):
@@ -148,7 +151,7 @@ def _probe_loss(graph: fx.GraphModule) -> None:
 
 
 class _Joint:
-    """A joint graph of torch's, to be run with other values at its probes."""
+    """A joint graph of torch, to be run with other values at its probes."""
 
     def __init__(self, joint: fx.GraphModule) -> None:
         graph = fx.Graph()
@@ -163,12 +166,12 @@ class _Joint:
         self.primals = len(inputs) - len(self.tangents)
 
     def operators(self, name: str) -> list[Any]:
-        """The operators of the graph called so."""
+        """Return the operators of the graph with this name."""
         targets = {node.target: None for node in self.module.graph.nodes if node.op == "call_function"}
         return [target for target in targets if getattr(target, "__name__", "").partition(".")[0] == name]
 
     def before(self, targets: Collection[Any]) -> frozenset[str]:
-        """Keys of all probes whose values these operators depend on."""
+        """Return the keys of all probes that these operators depend on."""
         above: set[fx.Node] = set()
         for node in reversed(self.module.graph.nodes):
             if node.target in targets or node in above:
@@ -241,7 +244,7 @@ def _probe_saved(graph: fx.Graph) -> None:
 
 
 def _replay(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, fx.Node], reader: fx.Node) -> fx.Node:
-    """``node`` made from what stands for its origin, right before ``reader``."""
+    """Return ``node`` recomputed from the replacement of its origin, right before ``reader``."""
     if node in made:
         return made[node]
     parent = _torch.source_of(node)

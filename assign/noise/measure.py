@@ -27,7 +27,7 @@ from assign.tracing.capture import Loss
 from assign.tracing.step import NOT_GIVEN, Step, check_given, refuse_more
 from assign.tracing.tracer import trace
 
-_SECONDS = 5.0  # between two writings of the file, while choices are measured one by one
+_SECONDS = 5.0  # between two writes of the file, while choices are measured one by one
 
 
 @accept_former("table", space=SearchSpace, options=NoiseOptions)
@@ -59,18 +59,18 @@ def measure_noise(
         space: its formats are measured, those of the recipe and those that it names in addition, also for saved
             activations and pinned tensors; or the name of a recipe. The recipe also decides whether gradients are
             rounded under a loss scale.
-        options: method, end, warm-up and seed of the measurement.
+        options: method, warm-up and seed of the measurement, and when it ends.
         optimizer: ``optimizer(parameters)`` → torch optimizer for the warm-up. The optimizer of a traced step is used
             only if ``options.warm_up`` is given.
-        file: the table is written to it after every batch; batches that it holds already are not measured again.
+        file: the table is written to it after every batch; batches that are in it already are not measured again.
         on_batch: called with the table after every batch.
     Returns:
         The noise of each tensor and format, batch by batch.
     Raises:
-        PlanError: the file is of another model, or was measured in another way; there is no batch, or a warm-up without
-            an optimizer or without a batch for each step.
+        PlanError: the file belongs to another model, or was measured with other options; there is no batch; or a
+            warm-up has no optimizer, or not a batch for each step.
         FormatError: a format does not exist.
-        TraceError: as :func:`assign.trace`; or a traced step and a loss are given.
+        TraceError: as for :func:`assign.trace`; or a traced step and a loss are given.
         DivergedError: the gradient of the step without rounding is zero or not finite.
     Examples:
         ```python
@@ -120,7 +120,7 @@ def measure_noise(
 def _by_batch(
     step: ProbedStep, batches: Iterable[Any], cells: list[Cell], writer: "_Writer", options: NoiseOptions
 ) -> Iterator[NoiseTable]:
-    """Measure batch after batch; yields the table after each."""
+    """Measure batch after batch; yield the table after each."""
     for number, batch in enumerate(itertools.islice(batches, options.max_batches)):
         table = writer.table
         missing = [cell for cell in cells if len(table.cells.get(cell, ())) <= number]
@@ -135,7 +135,7 @@ def _by_batch(
 
 
 class _Writer:
-    """Gathers samples; the table with them, and now and then its file."""
+    """Collects samples in a table, and writes its file from time to time."""
 
     def __init__(self, table: NoiseTable, file: str | os.PathLike[str] | None) -> None:
         self.table = table
@@ -157,7 +157,7 @@ class _Writer:
 def _warmed_up(
     model: nn.Module, batches: Iterator[Any], loss: Loss, make: Callable[[Any], Optimizer] | None, steps: int, seed: int
 ) -> nn.Module:
-    """A copy of the model, trained a step on each of the batches.
+    """Return a copy of the model, trained for one step on each of the batches.
 
     Raises:
         PlanError: there is no optimizer, or not a batch for each step.
@@ -197,7 +197,7 @@ def _warmed_up(
 
 
 def _choices(table: TensorTable, space: SearchSpace) -> list[Cell]:
-    """Every tensor with each format that it may have, but fp32; each once."""
+    """Return every tensor with each format that it may have, except fp32; each pair once."""
     cells: dict[Cell, None] = {}
     by_recipe, asked = candidates_of(table, space.rules), candidates_of(table, space.rules, space.formats)
     for row in table.paper_tensors:

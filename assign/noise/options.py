@@ -7,7 +7,7 @@ from assign.options import option
 from assign.plan.noise_table import Method
 
 WARM_UP = 40
-"""Steps of training after which noise ranks plans well; at the start it does so less (``bench_search.py``)."""
+"""Training steps after which noise ranks plans well; at random weights it does so less (``bench_search.py``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +15,7 @@ class NoiseOptions:
     """How noise is measured.
 
     Attributes:
-        method: ``first-order``: all tensors at once, from derivatives; only tensors of which torch has no derivative
+        method: ``first-order``: all tensors at once, from derivatives; only tensors for which torch has no derivative
             are measured one by one. ``measured``: one step for each choice.
         rtol: Relative standard error, in the median over all choices, at which the measurement ends.
         max_batches: Largest number of batches.
@@ -52,7 +52,7 @@ class NoiseOptions:
         """Return the number of warm-up steps.
 
         Args:
-            trained: whether the weights are trained already, or nothing is known that could train them.
+            trained: whether the weights are trained already, or there is no optimizer to train them.
         """
         if self.warm_up is not None:
             return self.warm_up

@@ -12,7 +12,7 @@ from assign.numerics.rounding import quantize, stream_of
 from assign.plan.keys import grad_key
 
 LARGEST_SCALE = 2.0**16
-"""The loss scale that training begins with; it only falls from there."""
+"""The loss scale that training starts with, and the largest one here."""
 
 
 def is_gradient(key: str) -> bool:
@@ -21,17 +21,19 @@ def is_gradient(key: str) -> bool:
 
 
 def largest_gradient(tensors: Mapping[str, Tensor]) -> float:
-    """The largest finite magnitude among the gradients of a step."""
+    """Return the largest finite magnitude among the gradients of a step."""
     found = [float(x.abs().nan_to_num(0, 0, 0).amax()) for key, x in tensors.items() if is_gradient(key) and x.numel()]
     return max(found, default=0.0)
 
 
 def loss_scale(fmt: Format | BlockFormat, largest: float) -> float:
-    """The power of two that a loss scaler comes to: with it no gradient overflows ``fmt``; 1 with a scale of its own.
+    """Return the power of two that a loss scaler arrives at: with it no gradient overflows ``fmt``.
+
+    It is 1 for a format with a scale of its own.
 
     Args:
         fmt: the format of the gradients.
-        largest: magnitude among the gradients without a scale.
+        largest: largest magnitude among the gradients without a loss scale.
     """
     if isinstance(fmt, BlockFormat) or fmt.scaled or largest == 0:
         return 1.0
@@ -39,17 +41,17 @@ def loss_scale(fmt: Format | BlockFormat, largest: float) -> float:
 
 
 def round_tensor(x: Tensor, key: str, fmt: Format | BlockFormat, *, scale: float = 1.0, seed: int = 0) -> Tensor:
-    """The values of tensor ``key`` rounded to ``fmt``, saturated; those that are not finite stay as they are.
+    """Return tensor ``key`` rounded to ``fmt``, saturated; elements that are not finite stay as they are.
 
     Args:
         x: floating-point, any shape.
-        key: key of the tensor: only a gradient is scaled, and each key has random bits of its own in a stochastic block
-            format.
+        key: key of the tensor. Only gradients are multiplied by ``scale``, and each key has random bits of its own in a
+            stochastic block format.
         fmt: the format to round to.
-        scale: of the loss: a gradient is rounded times this.
-        seed: which way a stochastic format rounds.
+        scale: loss scale: a gradient is rounded after multiplication with it.
+        seed: of stochastic rounding.
     Returns:
-        Of the shape and dtype of ``x``: values that it does not hold are rounded to it too.
+        Same shape and dtype as ``x``. If the dtype cannot represent the values of ``fmt``, they are rounded to it.
     """
     dtype, x = x.dtype, x.to(torch.float32)
     scaled = x * scale if is_gradient(key) and scale != 1 else x

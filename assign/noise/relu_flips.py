@@ -1,10 +1,11 @@
 """Flips of relu: its derivative is 0 or 1 by the sign of its input, and rounding changes some signs.
 
-A derivative does not see that: the gradient jumps. But how much the flips come to on average is known. Where a value of
-root mean square m is perturbed by σ·m, a share of about 0.8 · σ · p of the gates flips, p being the density of values
-around zero in units of m; each takes all of its gradient. A gate with the slope K = 1/m within y < w·m in place of none
-has, for perturbations σ·m, a square of p · w · σ²; that times 0.8 / (w · σ) is the share above. So one more derivative,
-with these slopes, gives the part of all perturbations that flips gates: see :func:`flip_factor`.
+No derivative shows this, because the gradient jumps. But the average effect of flips is known. If values of root mean
+square m are perturbed by σ·m, a share of about 0.8 · σ · p of the gates flips, where p is the density of values around
+zero in units of m. Each flip changes its gradient by the whole amount. Give each gate the slope K = 1/m for y < w·m
+instead of no slope: then a perturbation of σ·m has a squared effect of p · w · σ², which is the share above after
+multiplication with 0.8 / (w · σ). So one more derivative, with these slopes, gives the noise of flips for all
+perturbations: see :func:`flip_factor`.
 """
 
 import math
@@ -16,13 +17,13 @@ from torch import Tensor
 from assign import _torch
 
 WIDTH = 0.25
-"""w: wide enough to hold many values, narrow enough for their density to be that at zero."""
+"""w: wide enough to contain many values, narrow enough for their density to equal that at zero."""
 
 OPERATOR = torch.ops.aten.threshold_backward.default
 
 
 class Slopes:
-    """Whether gates have a slope; asked when gradients are differentiated."""
+    """Switch: whether gates have a slope when gradients are differentiated."""
 
     def __init__(self) -> None:
         self.on = False
@@ -48,16 +49,16 @@ class _Gate(torch.autograd.Function):
 
 
 def gate(grad: Tensor, y: Tensor, threshold: float, slopes: Slopes) -> Tensor:
-    """What relu's backward pass does; differentiable, with slopes where these are on."""
+    """Return the result of relu's backward pass; it can be differentiated, with slopes if these are on."""
     return _torch.apply_function(_Gate, grad, y, threshold, slopes)
 
 
 def root_mean_square(y: Tensor) -> Tensor:
-    """Of the values that relu let through, which are half of a whole distribution."""
+    """Return the root mean square of the values that relu let through, which are half of a whole distribution."""
     return (y.square().sum() / (y > 0).sum().clamp(min=1)).sqrt().clamp(min=1e-30)
 
 
 def flip_factor(value: Tensor, error: Tensor) -> float:
-    """What turns squares of effects by slopes into squares of effects by flips, where ``value`` has this ``error``."""
+    """Return the factor from squared effects of slopes to those of flips, for ``value`` with this ``error``."""
     size, wrong = float(value.norm()), float(error.norm())
     return 0.8 / WIDTH * size / wrong if wrong > 0 and math.isfinite(size) else 0.0

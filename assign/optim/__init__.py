@@ -1,14 +1,14 @@
 """Optimizers whose states follow a plan, and optimizers for weights stored in 16 bits.
 
 ================  ============================================================
-``optimizers``    States as the plan says, from torch, torchao or bitsandbytes.
-``states``        These, in the form of each library.
+``optimizers``    Optimizers from torch, torchao or bitsandbytes.
+``states``        States in the form of each library.
 ``updates``       SGD and AdamW for 16-bit weights.
 ``widening``      Round the updates of any library.
-``gradients``     Stored in 8 bits.
-``masters``       With extra bits.
-``beside``        What is kept of a parameter.
-``monitor``       Updates lost by rounding.
+``gradients``     Gradients stored in 8 bits.
+``masters``       Masters with extra bits.
+``beside``        State stored with a parameter.
+``monitor``       Count updates lost by rounding.
 ================  ============================================================
 """
 

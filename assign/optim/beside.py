@@ -1,4 +1,4 @@
-"""What is kept beside a parameter for its optimizer. It is an attribute of the parameter, and freed with it."""
+"""State that is stored with a parameter for its optimizer. It is an attribute of the parameter, and freed with it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,12 @@ _ATTRIBUTE = "assign_beside"
 
 @dataclass(slots=True, kw_only=True)
 class Beside:
-    """What is kept beside one parameter.
+    """State that is stored with one parameter.
 
     Attributes:
-        extra: extra bits of its master, from the moment when a plan is applied; None if its master has none.
-        lost: the parameter was loaded without its extra bits.
-        gradient_scale: scale of its gradient, for which ``.grad`` has no place; None if that has none.
+        extra: extra bits of its master, set when a plan is applied; None if its master has none.
+        lost: whether the parameter was loaded without its extra bits.
+        gradient_scale: scale of its 8-bit gradient, which ``.grad`` cannot store; None if there is none.
     """
 
     extra: Tensor | None = None
@@ -23,12 +23,12 @@ class Beside:
     gradient_scale: Tensor | None = None
 
     def __reduce__(self) -> Any:
-        """Leave it out of a pickle of the parameter: what is loaded begins with the parameter's values alone."""
+        """Leave this state out when the parameter is pickled: a loaded parameter has only its values."""
         return dict, ()
 
 
 def beside(parameter: Tensor) -> Beside:
-    """Return what is kept beside a parameter; empty at first."""
+    """Return the state that is stored with a parameter; it is empty at first."""
     found = getattr(parameter, _ATTRIBUTE, None)
     if not isinstance(found, Beside):
         found = Beside()

@@ -1,8 +1,8 @@
 """Gradients stored in 8 bits until the optimizer reads them: codes in ``.grad``, and a power of two as scale.
 
-One is widened when its parameter is stepped, and for no longer, so that at any time there is one wide gradient at most.
-What adds to ``.grad`` or reads it knows no scale: gradients of several backward passes cannot be summed, clipped or
-divided by a loss scale. The first is refused here, the last where training begins.
+A gradient is widened only while its parameter is stepped, so at most one wide gradient exists at any time. Other code
+that reads or adds to ``.grad`` does not know the scale: gradients of several backward passes cannot be summed, clipped
+or divided by a loss scale. This module refuses the first; training refuses the last when it starts.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from assign.optim.beside import beside
 
 
 def keep_scale(parameter: Tensor, scale: Tensor) -> None:
-    """Note the scale of the gradient that ``parameter`` is about to get.
+    """Store the scale of the gradient that ``parameter`` is about to get.
 
     Raises:
-        PlanError: it has one already, which would be added to.
+        PlanError: it has a gradient already, which would be added to.
     """
     if parameter.grad is not None:
         raise PlanError(
@@ -35,10 +35,10 @@ def keep_scale(parameter: Tensor, scale: Tensor) -> None:
 
 @contextlib.contextmanager
 def widened(parameter: Tensor, fmt: Format) -> Iterator[None]:
-    """Within the context, the parameter's gradient is in the parameter's dtype; behind it, what it was.
+    """Convert the parameter's gradient to the parameter's dtype in the context; afterwards restore it.
 
     Raises:
-        PlanError: no planned model made the gradient.
+        PlanError: the gradient was not made by a planned model.
     """
     codes, scale = parameter.grad, beside(parameter).gradient_scale
     assert codes is not None
@@ -59,12 +59,12 @@ def widened(parameter: Tensor, fmt: Format) -> Iterator[None]:
 
 
 def forget_scale(parameter: Tensor) -> None:
-    """The gradient has been used: what a model without a plan leaves in its place must not be read with its scale."""
+    """Forget the scale of a used gradient, so that a later gradient of a plain model is not read with it."""
     beside(parameter).gradient_scale = None
 
 
 def set_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    """Give a parameter a gradient in whatever dtype."""
+    """Give a parameter a gradient of any dtype."""
     parameter.grad = None
     parameter.grad_dtype = gradient.dtype
     parameter.grad = gradient

@@ -1,22 +1,23 @@
 """Master weights of 24 bits: a bf16 parameter, and 8 more bits of each mantissa in the optimizer's state.
 
 Together they are the float32 master, rounded to sign, 8 bits of exponent and 15 of mantissa. The parameter is that
-value rounded to nearest, and the model computes with it as it is: nothing is copied. An extra byte is what that
-rounding took or gave, in units of 2^-8 of a bf16 step, from -128 to 127, away from zero; stored as two's complement in
-uint8. One parameter after another is joined in float32, stepped on by the library's own optimizer, and split again.
+value rounded to nearest, and the model computes with it without a copy. The extra byte is the difference between the
+two, in units of 2^-8 of a bf16 step, from -128 to 127; it is stored as two's complement in uint8. Parameters are
+processed one by one: each is joined to float32, updated by the library's own optimizer, and split again.
 
-At the edges. A float32 value halfway between two of 24 bits goes to the even one. A 24-bit value halfway between two of
-bf16 goes away from zero, for 127 is the largest correction: so does a float32 value within 2^-9 bf16 steps of there, of
-which alone the parameter is not the nearest. Zeros keep their signs; subnormal values are split as others are; what is
-half a unit of the 24-bit grid or more above its largest value, from 2^128 - 2^111 on, is infinite, as in any format
-that rounds to nearest, and float32's own largest value with it. From 2^128 - 2^119 on the parameter is infinite, its
-master is not. A NaN is NaN again, without its sign and what else its bits say.
+Edge cases: A float32 value halfway between two 24-bit values is rounded to the even one. A 24-bit value halfway between
+two bf16 values is rounded away from zero, because 127 is the largest correction. The same happens to a float32 value
+within 2^-9 bf16 steps of that point; only there the parameter is not the nearest bf16 value. Zeros keep their signs;
+subnormal values are split like others. Values from 2^128 - 2^111 on, half a unit above the largest 24-bit value, become
+infinite, as in any format that rounds to nearest; this includes the largest float32 value. From 2^128 - 2^119 on the
+parameter is infinite, but its master is not. A NaN stays a NaN, but loses its sign and payload.
 
-What writes to a parameter between two steps leaves its extra bits as they are: the master is then off by up to half a
-bf16 step. Weights that are loaded have lost theirs until the optimizer's state is loaded too: a step before refuses.
-A copy of the model alone is one of its parameters; an optimizer for it begins with extra bits of zero.
+Code that writes to a parameter between two steps does not change its extra bits: the master is then off by up to half a
+bf16 step. After weights are loaded, their extra bits are unknown until the optimizer's state is loaded too; a step
+before that raises an error. A copy of the model alone has only the parameters; an optimizer for it starts with extra
+bits of zero.
 
-Source: FlashOptim (arXiv 2602.23349) splits masters so; the rounding, and what happens at the edges, are ours.
+Source: FlashOptim (arXiv 2602.23349) splits masters in this way; the rounding and the edge cases are our own.
 """
 
 import contextlib
@@ -38,14 +39,14 @@ def split(wide: Tensor, narrow: Tensor, extra: Tensor) -> None:
     """Round float32 values to 24 bits and write them into two tensors; see the module.
 
     Args:
-        wide: float32; its memory is worked in, and holds nothing of use afterwards.
+        wide: float32; used as working memory, so its values are lost.
         narrow: bfloat16, of the same shape.
         extra: uint8, of the same shape.
     """
     wide.masked_fill_(wide.isnan(), torch.nan)  # the bits of another NaN might round to infinity
     bits = wide.view(torch.int32)
     part = bits.bitwise_right_shift(8)
-    bits += part.bitwise_and_(1).add_(0x7F)  # ties to even: what the lowest 8 bits are is of no use from here on
+    bits += part.bitwise_and_(1).add_(0x7F)  # ties to even; the lowest 8 bits are not used any more
     torch.bitwise_right_shift(bits, 8, out=part)
     extra.copy_(part.bitwise_and_(0xFF))
     bits += 0x8000
@@ -53,14 +54,14 @@ def split(wide: Tensor, narrow: Tensor, extra: Tensor) -> None:
 
 
 def join(narrow: Tensor, extra: Tensor) -> Tensor:
-    """The float32 values that bfloat16 ``narrow`` and uint8 ``extra`` are together; exact."""
+    """Return the float32 values that bfloat16 ``narrow`` and uint8 ``extra`` represent together; exact."""
     bits = narrow.view(torch.int16).to(torch.int32).bitwise_left_shift_(8)
     bits += extra.view(torch.int8)
     return bits.bitwise_left_shift_(8).view(torch.float32)
 
 
 def store_split(parameter: nn.Parameter) -> None:
-    """Make a float32 parameter without a gradient bf16; its extra bits are kept for the optimizer."""
+    """Convert a float32 parameter without a gradient to bf16, and keep its extra bits for the optimizer."""
     narrow = torch.empty_like(parameter.data, dtype=torch.bfloat16)
     extra = torch.empty_like(parameter.data, dtype=torch.uint8)
     split(parameter.data.clone(), narrow, extra)
@@ -70,7 +71,7 @@ def store_split(parameter: nn.Parameter) -> None:
 
 
 def extra_bits_of(parameter: Tensor) -> Tensor:
-    """The extra bits of a parameter, one tensor for all that ask; zeros where it was bf16 before a plan said so."""
+    """Return the extra bits of a parameter, always the same tensor; zeros if the parameter was bf16 before the plan."""
     extra = beside(parameter).extra
     if extra is None or extra.device != parameter.device:
         kept = torch.zeros_like(parameter, dtype=torch.uint8, requires_grad=False)
@@ -79,25 +80,26 @@ def extra_bits_of(parameter: Tensor) -> Tensor:
 
 
 def load_extra_bits(parameter: Tensor, saved: Tensor) -> Tensor:
-    """:func:`extra_bits_of`, once they are those saved with the parameter's values."""
+    """Set the extra bits of a parameter to those saved with its values, and return them."""
     beside(parameter).lost = False
     return extra_bits_of(parameter).copy_(saved)
 
 
 def is_split(parameter: Tensor) -> bool:
-    """Whether extra bits of it are kept."""
+    """Whether the parameter has extra bits."""
     return beside(parameter).extra is not None
 
 
 def forget_extra_bits(parameter: Tensor) -> None:
-    """The parameter is all of its master from now on."""
+    """Remove the extra bits of a parameter: from now on it is the whole master."""
     beside(parameter).extra, beside(parameter).lost = None, False
 
 
 def note_loaded(parameter: Tensor, value: Tensor) -> None:
-    """Note that ``value`` is about to be loaded into a parameter: what is wider than bf16 says all extra bits itself.
+    """Record that ``value`` is about to be loaded into a parameter, which may have extra bits.
 
-    The caller has made sure that nothing of ``value`` is rounded: they are all zero then.
+    If ``value`` is wider than bf16, the extra bits become zero: the caller has checked that loading rounds nothing. If
+    it is bf16, they are unknown from now on.
     """
     extra = beside(parameter).extra
     if extra is None:
@@ -108,10 +110,10 @@ def note_loaded(parameter: Tensor, value: Tensor) -> None:
 
 
 def check_known(parameter: Tensor, what: str) -> None:
-    """Make sure that a parameter's values and its extra bits belong together.
+    """Check that the extra bits of a parameter belong to its values.
 
     Raises:
-        PlanError: values were loaded without; ``what`` was asked for.
+        PlanError: values were loaded without extra bits; the message begins with ``what``.
     """
     if beside(parameter).lost:
         raise PlanError(
@@ -125,13 +127,14 @@ def check_known(parameter: Tensor, what: str) -> None:
 
 @contextlib.contextmanager
 def joined(parameter: Tensor, states: MutableMapping[str, Any]) -> Iterator[None]:
-    """Within the context, the parameter is its master in float32, and so is its gradient, unless it has a scale.
+    """Make the parameter its float32 master in the context, and its gradient float32 unless that has a scale.
 
-    Behind it, both are what they were, and the parameter and its extra bits have the master's new value.
+    Afterwards the parameter and its extra bits have the master's new value, and the gradient is as before.
 
     Args:
-        parameter: bfloat16; with its extra bits, it is a float32 master.
-        states: the optimizer's, of the parameter; within the context without the extra bits, as the library knows them.
+        parameter: bfloat16, with extra bits.
+        states: of the parameter in the optimizer. In the context the extra bits are removed from them, as the library
+            does not know them.
     """
     extra, narrow, gradient = states[EXTRA_BITS], parameter.data, parameter.grad
     wide = join(narrow, extra)
@@ -178,12 +181,12 @@ def widened_weights(model: nn.Module, planned: Optimizer) -> dict[str, Tensor]:
 def joined_checkpoint(
     weights: Mapping[str, Tensor], packed: Mapping[str, Any], names: list[list[str]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Saved weights joined with their extra bits in a saved optimizer's state, and that state without them.
+    """Return saved weights joined with the extra bits in a saved optimizer state, and that state without these bits.
 
     Args:
         weights: by name.
         packed: the optimizer's ``state_dict``.
-        names: of the optimizer's parameters, in its order; one that is tied has several.
+        names: of the optimizer's parameters, in its order; a tied parameter has several.
     """
     numbers = [number for group in packed["param_groups"] for number in group["params"]]
     joined_weights, states = dict(weights), {}
@@ -198,5 +201,5 @@ def joined_checkpoint(
 
 
 def has_extra_bits(packed: Mapping[str, Any]) -> bool:
-    """Whether a saved optimizer's state has extra bits of masters."""
+    """Whether a saved optimizer state contains extra bits of masters."""
     return any(EXTRA_BITS in state for state in packed["state"].values())

@@ -17,26 +17,27 @@ from assign.errors import TaskError
 from assign.plan.persistent_state import COMPENSATION, EXTRA_BITS
 
 _DIRECTIONS = ("exp_avg", "momentum_buffer")
-"""First moments, by the names that torch's optimizers and ours give them."""
+"""Names of first moments in torch's optimizers and ours."""
 
 _RESTS = (COMPENSATION, EXTRA_BITS)
-"""States that take what a weight itself cannot."""
+"""States that keep the part of an update that the weight loses."""
 
 
 class LostUpdates:
     """Count the weights that a nonzero update left unchanged, for each parameter.
 
-    It watches every step that the optimizer makes, of whatever class, in one's own loop.
+    It watches every step of an optimizer of any class, in the user's own loop.
 
-    An update counts as tried where the first moment, or without one the gradient, is not zero, or weight decay pulls at
-    a weight. What Kahan's compensation, or a master's extra bits, have taken is not lost. Stochastic rounding leaves
-    most weights where they are, too, and loses nothing in the mean: there the share says how coarse the steps are. Of
-    sharded parameters each process looks at its own parts.
+    An update is counted if the first moment (or the gradient, if there is none) is not zero, or if weight decay changes
+    the weight. Updates that Kahan's compensation or a master's extra bits keep are not lost. Stochastic rounding also
+    leaves most weights unchanged, but loses nothing in the mean: there the share says how coarse the steps are. Of
+    sharded parameters each process counts its own parts.
 
     Args:
-        model: names the parameters.
-        every: look at every so many steps; a look costs a copy of the sample and a few passes over it.
-        sample: elements per parameter to look at, evenly spread; None for all.
+        model: gives the names of the parameters.
+        optimizer: the optimizer to watch.
+        every: steps between two counts. A count costs a copy of the sample and a few passes over it.
+        sample: elements per parameter to count, evenly spread; None for all.
     Examples:
         ```python
         half = nn.Sequential(nn.Linear(64, 10)).bfloat16()
@@ -73,31 +74,34 @@ class LostUpdates:
         self.detach()
 
     def detach(self) -> None:
-        """Watch no longer."""
+        """Stop watching the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def reset(self) -> None:
-        """Count anew."""
+        """Set all counts to zero."""
         self._counts = {}
 
     @property
     def shares(self) -> dict[str, float]:
-        """By parameter: updates lost of those tried; parameters without any are left out. Waits for the device."""
+        """Parameter → share of its updates that were lost, if it had any. Synchronizes with the device."""
         counts = {name: count.tolist() for name, count in self._counts.items()}
         return {name: lost / tried for name, (lost, tried) in counts.items() if tried}
 
     @property
     def share(self) -> float | None:
-        """Of all that were looked at; None if none was tried. A sampled parameter weighs as much as its sample."""
+        """Share of all counted updates that were lost; None if there were none.
+
+        A parameter counts with the elements of its sample.
+        """
         if not self._counts:
             return None
         lost, tried = torch.stack([count.cpu() for count in self._counts.values()]).sum(0).tolist()
         return lost / tried if tried else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the counts as plain data."""
         return {"steps": self._steps, "every": self._every, "share": self.share, "parameters": self.shares}
 
     @torch.no_grad()

@@ -1,23 +1,22 @@
 """Make optimizers whose states have the formats of a plan, from torch, torchao or bitsandbytes.
 
-``assign.optimizer(torch.optim.AdamW, model, plan, lr=1e-3)`` is torch's AdamW where the plan stores everything alike,
-and another library's AdamW where it does not. :mod:`assign.plan.optimizer_backends` says which library can keep what,
-and :mod:`assign.optim.states` makes the states in each library's form. The arithmetic is the library's; none of it is
-written here.
+``assign.optimizer(torch.optim.AdamW, model, plan, lr=1e-3)`` is torch's AdamW if the plan stores everything in one
+dtype, and another library's AdamW if it does not. :mod:`assign.plan.optimizer_backends` says which library can store
+what, and :mod:`assign.optim.states` makes the states in each library's form. The arithmetic is the library's own.
 
 ==============  ====================================================================================================
-torch           any optimizer, all in the dtype of the parameters; SGD on any native dtypes
+torch           any optimizer, with all states in the dtype of the parameters; SGD with any native dtypes
 torchao         Adam and AdamW, each state in a format of its own; computes in float32, and compiles a step for every
                 shape when first used
 bitsandbytes    Adam, AdamW and SGD with momentum; states of a parameter all fp32 or all ``dynamic8``
 ==============  ====================================================================================================
 
-Masters in ``bf16+8`` are joined with their extra bits for the step of their parameter, and split again
-(:mod:`assign.optim.masters`): to the library they are float32. So are 16-bit masters whose updates are rounded
-stochastically or with Kahan's sum, beside states in other formats (:mod:`assign.optim.widening`).
+Masters in ``bf16+8`` are joined with their extra bits for the step of their parameter, and split again afterwards
+(:mod:`assign.optim.masters`), so the library sees them as float32. It also sees 16-bit masters as float32 if they have
+stochastic rounding or Kahan summation and states in other formats (:mod:`assign.optim.widening`).
 
-A second moment in bf16 does not decay where ``beta2`` is above 0.998: a step takes off less than half a unit in its
-last place. Blocks decay with their scale.
+A second moment in bf16 does not decay if ``beta2`` is above 0.998: a step subtracts less than half a unit in the last
+place. States in blocks decay with their scale.
 """
 
 import contextlib
@@ -69,27 +68,26 @@ def optimizer(
     update_rounding: str | None = None,
     **options: Any,
 ) -> Optimizer:
-    """Make an optimizer of the model's parameters whose states have the formats of ``plan``.
+    """Return an optimizer of the model's parameters whose states have the formats of ``plan``.
 
-    Its ``load_state_dict`` takes what any of these libraries saved, in whatever formats, as long as nothing is lost by
-    it; ``load_state_dict(state, lossy=True)`` rounds. :func:`widened_state_dict` goes the other way.
+    Its ``load_state_dict`` accepts states that any of these libraries saved, in any formats, as long as no value is
+    rounded; ``load_state_dict(state, lossy=True)`` rounds. :func:`widened_state_dict` converts in the other direction.
 
     Args:
         kind: a class of ``torch.optim``.
-        model: after ``assign.apply(model, plan)``; may be within ``DistributedDataParallel``, or sharded.
+        model: after ``assign.apply(model, plan)``; may be wrapped in ``DistributedDataParallel``, or sharded.
         plan: the plan that was applied to the model.
-        params: parameters or groups of them, as torch takes them; all that require a gradient if left out.
-        library: ``torch``, ``torchao`` or ``bitsandbytes``; the first installed one that can keep the states if left
-            out.
-        update_rounding: how updates of 16-bit masters are rounded: ``nearest``, ``stochastic`` or ``kahan``; the
-            plan's own if left out. The last two are for SGD, Adam and AdamW.
+        params: parameters or groups of them, as for torch. Default: all that require a gradient.
+        library: ``torch``, ``torchao`` or ``bitsandbytes``. Default: the first installed one that can store the states.
+        update_rounding: how updates of 16-bit masters are rounded: ``nearest``, ``stochastic`` or ``kahan``. Default:
+            that of the plan. The last two are for SGD, Adam and AdamW.
         options: of ``kind``, e.g. ``lr``.
     Returns:
-        An optimizer of the library that keeps such states, before its first step.
+        An optimizer of the library that can store these states, before its first step.
     Raises:
-        PlanError: no library can keep such states with this optimizer, or it is not installed; or the optimizer has no
-            such state, or no such rounding.
-        FormatError: a rounding that does not exist, or no master in 16 bits to round.
+        PlanError: no library can store these states with this optimizer, or it is not installed; or the optimizer has
+            no such state, or there is no such rounding.
+        FormatError: ``update_rounding`` needs a master in 16 bits, and there is none.
     Examples:
         ```python
         planned = assign.apply(model, plan, backend="eager")
@@ -111,10 +109,10 @@ def follow(
     library: str | None = None,
     update_rounding: str | None = None,
 ) -> Optimizer:
-    """An optimizer like ``made``, one before its first step, that keeps its states as ``plan`` says.
+    """Return an optimizer like ``made``, which has not stepped yet, whose states have the formats of ``plan``.
 
     Raises:
-        PlanError: as :func:`optimizer`.
+        PlanError: as for :func:`optimizer`.
     """
     plan = complete(plan, distributed.unwrapped(model))
     rounding = plan.update_rounding if update_rounding is None else parse_rounding(update_rounding, where="optimizer")
@@ -142,8 +140,8 @@ def follow(
 def widened_state_dict(planned: Optimizer) -> dict[str, Any]:
     """Return the optimizer's ``state_dict`` in float32 with torch's names, for an optimizer of ``torch.optim``.
 
-    Nothing is lost: float32 holds every value of the narrower formats. Extra bits of masters are no state of a plain
-    optimizer: :func:`assign.optim.widened_weights` has them.
+    Nothing is lost: float32 holds every value of the narrower formats. The extra bits of masters are left out, because
+    a plain optimizer has no such state: :func:`assign.optim.widened_weights` includes them.
     """
     packed = planned.state_dict()
     states = {number: widened(unwrapped(state)) for number, state in packed["state"].items()}
@@ -155,7 +153,7 @@ def widened_state_dict(planned: Optimizer) -> dict[str, Any]:
 
 
 def _of_library(states: Mapping[str, Any], *, widened: bool = False) -> dict[str, Any]:
-    """Return the states that a library's optimizer knows, without what is kept beside them."""
+    """Return the states that a library's optimizer knows, without those that this package adds."""
     beside = (EXTRA_BITS, COMPENSATION) if widened else (EXTRA_BITS,)
     return {name: value for name, value in states.items() if name not in beside}
 
@@ -164,7 +162,7 @@ def _of_library(states: Mapping[str, Any], *, widened: bool = False) -> dict[str
 
 
 def _stored(made: Optimizer, model: nn.Module, plan: Assignment) -> dict[Tensor, Stored]:
-    """What the plan stores of every parameter of the optimizer."""
+    """Return what the plan stores for every parameter of the optimizer."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in distributed.unwrapped(model).named_parameters()}
     explicit: dict[str, dict[str, StateFormat]] = {}
     for each in (Key.parse(key, plan.entries) for key in plan.entries):
@@ -194,7 +192,7 @@ def _stored(made: Optimizer, model: nn.Module, plan: Assignment) -> dict[Tensor,
 
 
 def _states_of(made: Optimizer, group: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Names of the states that the optimizer keeps of a parameter; None where nobody here knows."""
+    """Return the names of the states that the optimizer keeps for a parameter; None if they are not known."""
     match optimizer_name(made):
         case "Adam" | "AdamW":
             return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
@@ -248,7 +246,7 @@ def _choose(name: str, stored: Collection[Stored], library: str | None) -> Libra
 
 
 def _from_torch(made: Optimizer) -> Optimizer:
-    """``made`` itself: updates of 16-bit masters are rounded to nearest."""
+    """Return ``made`` itself: it rounds updates of 16-bit masters to nearest."""
     return made
 
 
@@ -325,14 +323,14 @@ def _tensor_rate(rate: float | Tensor) -> Tensor:
 
 
 class _Planned(Optimizer):
-    """What an optimizer made here has beside its library's own: it starts, and loads, states as the plan says."""
+    """Mixin of every optimizer made here: its states start, and are loaded, in the formats of the plan."""
 
     assign_library: Library
     assign_stored: dict[Tensor, Stored]
     assign_rounding: UpdateRounding
 
     def assign_reset(self) -> None:
-        """States as before the first step."""
+        """Reset the states to those before the first step."""
         self.state.clear()
         for parameter, stored in self.assign_stored.items():
             states = self.assign_beside(parameter)
@@ -343,7 +341,7 @@ class _Planned(Optimizer):
                 self.state[parameter] = states
 
     def assign_beside(self, parameter: Tensor) -> dict[str, Any]:
-        """Return what is kept of a master beside its library's states: its extra bits, or Kahan's compensation."""
+        """Return the states that this package adds to those of the library: extra bits, or Kahan's compensation."""
         stored = self.assign_stored[parameter]
         if stored.master.extra_bits:
             return {EXTRA_BITS: extra_bits_of(parameter)}
@@ -358,7 +356,7 @@ class _Planned(Optimizer):
         rounding: UpdateRounding = UpdateRounding.NEAREST,
         chance: Chance | None = None,
     ) -> contextlib.AbstractContextManager[None]:
-        """Within the context, the parameter is as its library sees it: a master that it reads in float32 is so."""
+        """Return a context in which the parameter is as its library needs it: float32 if widened or with extra bits."""
         stored = self.assign_stored[parameter]
         if stored.widened:
             return widened_master(parameter, states, rounding, chance, stored.key)
@@ -368,11 +366,11 @@ class _Planned(Optimizer):
         """Load states and options; states are converted to the plan's formats.
 
         Args:
-            state_dict: what the ``state_dict`` of an optimizer of any of the libraries returned.
-            lossy: whether that may round values.
+            state_dict: ``state_dict()`` of an optimizer of any of the libraries.
+            lossy: whether values may be rounded.
         Raises:
-            PlanError: what is loaded is of another model; it lacks states that the plan stores; or a value would be
-                rounded, and not ``lossy``. Nothing is changed then.
+            PlanError: the states belong to another model or lack some that the plan stores; or a value would be
+                rounded, and ``lossy`` is not set. Nothing is changed then.
         """
         packed = state_dict["param_groups"]
         sizes = [len(group["params"]) for group in packed], [len(group["params"]) for group in self.param_groups]
@@ -396,12 +394,12 @@ class _Planned(Optimizer):
         for parameter, states in loaded.items():
             if EXTRA_BITS in states:
                 states[EXTRA_BITS] = load_extra_bits(parameter, states[EXTRA_BITS])
-            elif self.assign_stored[parameter].master.extra_bits:  # those of the model that the plan was applied to
+            elif self.assign_stored[parameter].master.extra_bits:  # keep those of the model
                 states[EXTRA_BITS] = extra_bits_of(parameter)
         self.state.update({parameter: states for parameter, states in loaded.items() if states})
 
     def _restored(self, parameter: Tensor, saved: Mapping[str, Any], *, lossy: bool) -> dict[str, Any]:
-        """A parameter's states from saved ones; with their extra bits, if the plan stores such and they have them."""
+        """Return a parameter's states made from saved ones, with extra bits or compensation if the plan needs them."""
         stored = self.assign_stored[parameter]
         extra = {name: value for name, value in saved.items() if name == EXTRA_BITS}
         if extra and not stored.master.extra_bits and not lossy:
@@ -461,7 +459,7 @@ class _Planned(Optimizer):
 
 
 def _translated(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved group's options, as far as ``mine`` has them; bitsandbytes calls SGD's momentum ``betas``."""
+    """Return the saved options that ``mine`` has too. bitsandbytes stores SGD's momentum in ``betas``."""
     known = {name: value for name, value in theirs.items() if name in mine or name == "initial_lr"}
     if "momentum" in mine and "momentum" not in theirs:
         known["momentum"], known["dampening"] = theirs["betas"]
@@ -471,11 +469,12 @@ def _translated(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str,
 
 
 def _planned(made: Optimizer, *, one_by_one: bool) -> _Planned:
-    """``made``, of a class that is also :class:`_Planned`.
+    """Return ``made`` with a class that is also a :class:`_Planned`.
 
     Args:
         made: an optimizer of any of the libraries; its class is replaced.
-        one_by_one: whether it steps one parameter after another, so that one of them, and its gradient, is wide.
+        one_by_one: whether it steps one parameter after another, so that only one of them and its gradient is widened
+            at a time.
     """
     kind = type(made)
     body: dict[str, Any] = {"__module__": kind.__module__}
@@ -489,10 +488,10 @@ def _planned(made: Optimizer, *, one_by_one: bool) -> _Planned:
 
 
 def _stepping_one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The whole step of an optimizer whose ``step`` is called for each parameter alone, it and its gradient widened.
+    """Return a whole step that calls ``step`` for each parameter alone, with it and its gradient widened.
 
     Raises (when called):
-        PlanError: a gradient in 8 bits that no planned model made, or a parameter that was loaded without extra bits.
+        PlanError: a gradient in 8 bits was not made by a planned model, or a parameter was loaded without extra bits.
     """
 
     def whole_step(self: _Planned, closure: Callable[[], float] | None = None) -> float | None:

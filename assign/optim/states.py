@@ -1,7 +1,7 @@
 """States of an optimizer for one parameter, in the form of each library: create, widen, fill, restore.
 
-*Canonical* states are torch's: by torch's names, in float32, ``step`` as a tensor. Every library's form can be widened
-to them without loss, and filled from them, rounding as the library rounds.
+*Canonical* states are those of torch: with torch's names, in float32, ``step`` as a tensor. States of every library can
+be converted to them without loss, and filled from them, rounded as the library rounds.
 """
 
 import importlib
@@ -20,12 +20,12 @@ from assign.plan.optimizer_backends import Library, Stored
 
 States = dict[str, Any]
 
-_BLOCK = 256  # of bitsandbytes' states
+_BLOCK = 256  # block size of bitsandbytes' states
 _WRAPPED = "__bnb_optimizer_quant_state__"  # bitsandbytes' name for a dict in its state_dict
 
 
 def make_states(library: Library, parameter: Tensor, stored: Stored) -> States:
-    """Those before the first step; empty where torch's own optimizer makes the same at its first step."""
+    """Return the states before the first step; empty if torch's own optimizer makes the same at its first step."""
     if library is Library.TORCH and stored.is_uniform:
         return {}
     if library is Library.BITSANDBYTES:
@@ -41,22 +41,22 @@ def make_states(library: Library, parameter: Tensor, stored: Stored) -> States:
 
 
 def widened(states: Mapping[str, Any]) -> States:
-    """The canonical states, from any library's; exact."""
+    """Return the canonical states for those of any library; exact."""
     if "state1" in states:
         return _widen_bitsandbytes(states)
     return {name: _widen(value) if name != "step" else value for name, value in states.items()}
 
 
 def unwrapped(states: Mapping[str, Any]) -> States:
-    """States as an optimizer holds them, from what a ``state_dict`` says of one parameter."""
+    """Return states as an optimizer stores them, from those of one parameter in a ``state_dict``."""
     inner = states.get(_WRAPPED, {})
     return {name: value for name, value in states.items() if name != _WRAPPED} | dict(inner)
 
 
 def restore(own: States, saved: Mapping[str, Any], parameter: Tensor) -> States:
-    """``own``, fresh from :func:`make_states`, with the values of ``saved``, of whatever library.
+    """Return ``own``, fresh from :func:`make_states`, with the values of ``saved``, which may come from any library.
 
-    What is saved in the form of ``own`` comes back bit for bit; else it is rounded to it.
+    States that were saved in the form of ``own`` are restored bit for bit; others are rounded to it.
     """
     if not own:
         return {name: _like(name, value, parameter) for name, value in widened(saved).items()}
@@ -70,7 +70,7 @@ def restore(own: States, saved: Mapping[str, Any], parameter: Tensor) -> States:
 
 
 def count_changed(after: Tensor, before: Tensor) -> int:
-    """How many elements are not what they were, of sharded ones in this process; NaN stays NaN."""
+    """Return the number of changed elements, of sharded tensors in this process; a NaN does not count as changed."""
     after, before = local_part(after), local_part(before)
     wide = before.to(device=after.device, dtype=torch.float32)
     return int(((after.float() != wide) & ~wide.isnan()).sum())
@@ -85,7 +85,7 @@ def _widen(value: Any) -> Any:
 
 
 def _like(name: str, value: Any, parameter: Tensor) -> Any:
-    """A copy as torch's optimizers have it: the count of steps where and as it was, the rest like the parameter."""
+    """Return a copy as in torch's optimizers: the step count keeps dtype and device, others get the parameter's."""
     if not isinstance(value, Tensor):
         return value
     is_step = name == "step" or not value.is_floating_point()
@@ -132,7 +132,7 @@ _BLOCKED: Mapping[str, Callable[[Tensor, int, bool], Tensor]] = MappingProxyType
 
 
 def _with_shared_table(state: Any) -> Tensor:
-    """The state with the one table of codes that all like it share; torchao makes one for each, a KiB large."""
+    """Return the state with one code table that all similar states share; torchao makes one per state, 1 KiB each."""
     table = state.qmap
     state.qmap = _shared(tuple(table.tolist()), table.device)
     found: Tensor = state

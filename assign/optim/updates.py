@@ -1,17 +1,17 @@
 """SGD and AdamW for parameters stored in 16 bits without a float32 master.
 
-Such a weight takes no update below half of its last bit: with bf16, any below 2^-9 of the weight is lost. So the weight
-update, and it alone, is rounded in one of three ways:
+Such a weight loses every update below half of its last bit: with bf16, every update below 2^-9 of the weight. The
+weight update is therefore rounded in one of three ways:
 
-* ``nearest``: as ``torch.optim`` does, what is lost is lost;
-* ``stochastic``: to either neighbour, so that the mean is kept; the random bits come from torch's generator, where
-  several processes train one model from that of the first, so that all hold the same weights;
-* ``kahan``: to nearest, and what got lost is kept in a second 16-bit tensor and added to the next update.
+* ``nearest``: as in ``torch.optim``; such updates are lost;
+* ``stochastic``: to one of the two neighbours at random, which keeps the mean. The random bits come from torch's
+  generator; if several processes train one model, from that of the first, so that all have the same weights;
+* ``kahan``: to nearest; the lost part is stored in a second 16-bit tensor and added to the next update.
 
-Everything else is arithmetic of the parameter's dtype: each operation, and each state, is rounded to nearest. A
-compiler that fuses operations keeps what is between them in float32, and Kahan's rest would always be zero; each
-rounding here goes through the bits of the 16-bit number, so that a compiled step does what an eager one does, bit for
-bit. On CPU, Inductor does not vectorise them: there an eager step is the faster one.
+All other arithmetic is in the parameter's dtype: each operation and each state is rounded to nearest. A compiler that
+fuses operations would keep intermediates in float32, and Kahan's compensation would always be zero. Each rounding here
+therefore goes through the bits of the 16-bit number, and a compiled step equals an eager one bit for bit. On CPU,
+Inductor does not vectorise these operations, so an eager step is faster there.
 
 Source: arXiv 2010.06192 (the three updates); torch.optim (what is updated).
 """
@@ -37,7 +37,7 @@ _TYPES = "bfloat16, float16; float32, which is updated by the plain rule"
 
 
 class _Optimizer16(Optimizer):
-    """The loop over parameters and the three roundings; a subclass says by how much a weight is to change."""
+    """The loop over parameters and the three roundings; a subclass computes the change of a weight."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         defaults["rounding"] = _known(defaults["rounding"])
@@ -46,7 +46,7 @@ class _Optimizer16(Optimizer):
 
     @abstractmethod
     def _changes(self, w: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """What is to be added to the weight, one sum after another; brings the states up to date.
+        """Update the states and return the changes to add to the weight, one after another.
 
         Args:
             w: the parameter's values in float32.
@@ -57,10 +57,10 @@ class _Optimizer16(Optimizer):
         """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; each group may have a ``rounding`` of its own.
+        """Add a group, as in torch; it may have a ``rounding`` of its own.
 
         Raises:
-            FormatError: a parameter's dtype, or a rounding that does not exist.
+            FormatError: a parameter has another dtype, or the rounding does not exist.
         """
         if "rounding" in param_group:
             param_group["rounding"] = _known(param_group["rounding"])
@@ -73,7 +73,7 @@ class _Optimizer16(Optimizer):
                 )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's: states come back in the parameters' dtypes, those of a ``torch.optim`` optimizer too.
+        """Load states, as in torch: also those of a ``torch.optim`` optimizer, converted to the parameters' dtypes.
 
         Raises:
             FormatError: the states were made with another rounding.
@@ -81,7 +81,7 @@ class _Optimizer16(Optimizer):
         super().load_state_dict(self._with_rounding(state_dict))
 
     def _with_rounding(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The saved state, in which torch's own optimizers name no rounding, with the one that this optimizer has."""
+        """Return the saved state with this optimizer's rounding in each group; torch's own optimizers have none."""
         groups = []
         for index, saved in enumerate(state["param_groups"]):
             own = self.param_groups[min(index, len(self.param_groups) - 1)]["rounding"]
@@ -158,7 +158,7 @@ class _Optimizer16(Optimizer):
         compensation.copy_(rest)
 
     def _state(self, parameter: Tensor, name: str) -> Tensor:
-        """The parameter's state of that name, in its dtype; made of zeros. Of a sharded one, what is here."""
+        """Return the parameter's state of that name, the local part of a sharded one; a new state is zero."""
         state = self.state[parameter]
         if name not in state:
             state[name] = torch.zeros_like(parameter)
@@ -169,16 +169,16 @@ class SGD(_Optimizer16):
     """``torch.optim.SGD`` for parameters in 16 bits.
 
     Args:
-        params: parameters or groups of them: bfloat16, float16, or float32, which is updated by the plain rule.
-        lr: a number, or a tensor without axes, which a compiled step reads anew.
-        momentum: as torch's.
-        dampening: as torch's.
-        weight_decay: as torch's.
-        nesterov: as torch's.
-        rounding: of the weight update: with ``nearest`` any below half of a weight's last bit is lost; ``stochastic``
-            keeps it in the mean; ``kahan`` in one more state, 2 bytes per element.
+        params: parameters or groups of them: bfloat16, float16, or float32, which is updated as in ``torch.optim``.
+        lr: a number, or a 0-dimensional tensor, which a compiled step reads each time.
+        momentum: as in torch.
+        dampening: as in torch.
+        weight_decay: as in torch.
+        nesterov: as in torch.
+        rounding: of the weight update. ``nearest`` loses every update below half of a weight's last bit; ``stochastic``
+            keeps it in the mean; ``kahan`` keeps it in one more state, 2 bytes per element.
     Raises:
-        FormatError: a rounding that does not exist, a parameter's dtype, or nothing stored in 16 bits to round.
+        FormatError: the rounding does not exist, a parameter has another dtype, or no parameter is stored in 16 bits.
         ValueError: a number that torch refuses too.
     Source: arXiv 2010.06192, algorithms 2 and 3; torch.optim.SGD.
     """
@@ -219,22 +219,21 @@ class SGD(_Optimizer16):
 class AdamW(_Optimizer16):
     """``torch.optim.AdamW`` for parameters in 16 bits.
 
-    Both moments are kept in the parameter's dtype and rounded to nearest, so that in bf16 a ``beta2`` above 0.998 never
-    lets the second moment fall, and in fp16 an ``eps`` below 6e-5 loses its bits. ``assign.analysis.audit_constants``
-    warns of both.
-    With ``nearest`` the weight decay is rounded on its own, as torch does, and then nearly always lost; else it is a
-    part of the update.
+    Both moments are stored in the parameter's dtype and rounded to nearest. In bf16 the second moment therefore never
+    decays if ``beta2`` is above 0.998, and in fp16 an ``eps`` below 6e-5 loses bits;
+    ``assign.analysis.audit_constants`` reports both. With ``nearest`` the weight decay is rounded separately, as in torch, and then nearly always lost; otherwise
+    it is part of the update.
 
     Args:
-        params: parameters or groups of them: bfloat16, float16, or float32, which is updated by the plain rule.
-        lr: a number, or a tensor without axes, which a compiled step reads anew.
-        betas: as torch's.
-        eps: as torch's.
-        weight_decay: as torch's.
-        rounding: of the weight update: with ``nearest`` any below half of a weight's last bit is lost; ``stochastic``
-            keeps it in the mean; ``kahan`` in one more state, 2 bytes per element.
+        params: parameters or groups of them: bfloat16, float16, or float32, which is updated as in ``torch.optim``.
+        lr: a number, or a 0-dimensional tensor, which a compiled step reads each time.
+        betas: as in torch.
+        eps: as in torch.
+        weight_decay: as in torch.
+        rounding: of the weight update. ``nearest`` loses every update below half of a weight's last bit; ``stochastic``
+            keeps it in the mean; ``kahan`` keeps it in one more state, 2 bytes per element.
     Raises:
-        FormatError: a rounding that does not exist, a parameter's dtype, or nothing stored in 16 bits to round.
+        FormatError: the rounding does not exist, a parameter has another dtype, or no parameter is stored in 16 bits.
         ValueError: a number that torch refuses too.
     Source: arXiv 2010.06192, algorithms 4 and 5; torch.optim.AdamW.
     """
@@ -270,7 +269,10 @@ class AdamW(_Optimizer16):
         return (w * (-lr * group["weight_decay"]), change) if group["weight_decay"] != 0 else (change,)
 
     def _count(self, parameter: Tensor) -> Tensor:
-        """The step's number, from 1: float64, so that ``1 - beta2 ** step`` keeps its digits. Saved in float32."""
+        """Return the number of this step, from 1. It is saved as float32.
+
+        The result is float64, so that ``1 - beta2 ** step`` keeps its digits.
+        """
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = torch.zeros((), device=parameter.device)
@@ -280,15 +282,15 @@ class AdamW(_Optimizer16):
 
 
 def kahan_add(w: Tensor, change: Tensor, compensation: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A weight and its change in Kahan's sum, every operation rounded to ``dtype``.
+    """Add a change to a weight with Kahan summation, every operation rounded to ``dtype``.
 
     Args:
-        w: the weight, in float32 that holds values of ``dtype``.
+        w: the weight; float32 with values of ``dtype``.
         change: float32.
-        compensation: what earlier sums added too much, in float32 that holds values of ``dtype``.
+        compensation: what earlier sums added too much; float32 with values of ``dtype``.
         dtype: bfloat16 or float16.
     Returns:
-        The new weight and the new compensation, the same way.
+        The new weight and the new compensation, both float32 with values of ``dtype``.
     Source: arXiv 2010.06192, algorithm 3.
     """
     y = _rounded(_rounded(change, dtype) - compensation, dtype)
@@ -297,15 +299,15 @@ def kahan_add(w: Tensor, change: Tensor, compensation: Tensor, dtype: torch.dtyp
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x``, float32, rounded to a value of ``dtype``, ties to even; in float32 still."""
+    """Return ``x``, float32, rounded to values of ``dtype``, ties to even; the result is float32."""
     if dtype is torch.float32:
         return x
-    # a compiler takes the liberty to leave out a cast and its way back, but not an operation on integers between them
+    # a compiler may remove a cast and the cast back, but not an integer operation between them
     return (x.to(dtype).view(torch.int16) & -1).view(dtype).float()
 
 
 def _known(rounding: UpdateRounding | str) -> str:
-    """The rounding as a plain text, which a ``state_dict`` holds and ``torch.load`` lets pass."""
+    """Return the rounding as a plain string, which ``torch.load`` accepts in a ``state_dict``."""
     allowed = [each.value for each in UpdateRounding]
     if rounding not in allowed:
         close = suggest(str(rounding), allowed)

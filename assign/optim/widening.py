@@ -1,7 +1,7 @@
-"""Step on a 16-bit master in float32, and round its new value back: stochastically, or with Kahan's sum.
+"""Step on a 16-bit master in float32, and round its new value back, stochastically or with Kahan summation.
 
-So any library's optimizer rounds updates in another way than to nearest, whatever formats its states have. Only one
-parameter, and its gradient, is wide at a time.
+This gives the optimizers of all libraries these roundings, whatever formats their states have. Only one parameter and
+its gradient are wide at a time.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from assign.plan.persistent_state import COMPENSATION, UpdateRounding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chance:
-    """Random bits of one optimizer step: they depend on the step's seed and on the parameter's key alone.
+    """Random bits of one optimizer step. They depend only on the step's seed and the parameter's key.
 
-    So a parameter is rounded alike in whatever order, or moment of the backward pass, parameters are updated, and in
-    all processes that train the model together.
+    A parameter is therefore rounded the same way regardless of the order and time of updates, and in all processes that
+    train the model together.
     """
 
     seed: Tensor
@@ -47,14 +47,14 @@ class Chance:
 def widened_master(
     parameter: Tensor, states: MutableMapping[str, Any], rounding: UpdateRounding, chance: Chance | None, key: str
 ) -> Iterator[None]:
-    """Within the context, the parameter and its gradient are in float32; afterwards they are as narrow as before.
+    """Make the parameter and its gradient float32 in the context; afterwards they are as narrow as before.
 
-    The new value is rounded as asked. If an error is raised within the context, the parameter keeps its old value.
+    The new value is rounded by ``rounding``. If an error is raised in the context, the parameter keeps its old value.
 
     Args:
         parameter: in bfloat16 or float16.
-        states: the optimizer's, of the parameter; within the context without Kahan's compensation.
-        rounding: ``nearest`` changes nothing unless the value is new.
+        states: of the parameter in the optimizer; in the context without Kahan's compensation.
+        rounding: how the new value is rounded.
         chance: of this step; needed for ``stochastic``.
         key: of the parameter.
     """

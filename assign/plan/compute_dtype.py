@@ -1,23 +1,24 @@
-"""The dtype in which each operator computes and each tensor lives, given the formats of a plan.
+"""The dtype in which each operator computes and each tensor is stored, given the formats of a plan.
 
-The executor and the memory model both ask :class:`ComputeDtypes`, so the bytes predicted are those of the graph that
+The executor and the memory model both use :class:`ComputeDtypes`, so the predicted bytes are those of the graph that
 runs. The rules:
 
-* Between operators a value lives in its *carrier*: the narrowest torch dtype that holds both its format and its
-  gradient's format exactly (autograd gives a gradient the dtype of its tensor).
-* If nothing that an operator reads or makes has another dtype than in the model as it was loaded, the operator runs as
-  the user wrote it. So a plan that changes nothing computes what the model computes without a plan, bit for bit.
-* Any other operator runs in a 16-bit dtype if everything it reads and makes lives in that dtype, and torch computes it
-  with float32 accumulation inside. Otherwise its operands are widened to float32.
-* Operands that have no key, such as buffers and constants, do not count: they are converted to the dtype of the others.
-* A conversion to another dtype in the user's code stays. Where its result has a key, it converts to the carrier of
-  that key.
+* Between operators a value has a dtype called its *carrier*: the narrowest torch dtype that represents both its format
+  and its gradient's format exactly (autograd gives a gradient the dtype of its tensor).
+* If everything that an operator reads and makes has the same dtype as in the model as loaded, the operator runs as the
+  user wrote it. A plan that changes nothing therefore computes the same as no plan, bit for bit.
+* Any other operator runs in a 16-bit dtype if everything it reads and makes has that dtype, and torch computes it with
+  float32 accumulation inside. Otherwise its operands are widened to float32.
+* Operands without a key, such as buffers and constants, do not count: they are converted to the dtype of the others.
+* A conversion to another dtype in the user's code stays. If its result has a key, it converts to the carrier of that
+  key.
 * Stochastic rounding to bf16 or fp16 needs more bits than these have: the operator that makes such a tensor runs in
-  float32, and if its gradient is rounded stochastically, the tensor lives in float32.
-* A tensor in a custom ``fp(e,m,b)`` format lives in float32 and is computed there: it is rounded once, as in the
-  paper's simulation.
-* Matrices are multiplied in the narrowest dtype that holds their elements exactly, with sums and result as above:
-  float32 tensors on grids that bf16 holds, in bf16; two tensors in scaled 8-bit formats, in 8 where the device can.
+  float32, and if its gradient is rounded stochastically, the tensor is stored in float32.
+* A tensor in a custom ``fp(e,m,b)`` format is stored and computed in float32: it is rounded once, as in the paper's
+  simulation.
+* Matrices are multiplied in the narrowest dtype that represents their elements exactly, with sums and result as above:
+  float32 tensors on grids that bf16 can represent, in bf16; two tensors in scaled 8-bit formats, in 8 bits if the
+  device can.
 """
 
 import functools
@@ -52,7 +53,7 @@ class Made(Protocol):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Dtypes in which it reads them; empty where each is its tensor's own."""
+        """Dtypes in which it reads them; empty if each is the dtype of its tensor."""
 
     @property
     def opaque(self) -> bool:
@@ -60,11 +61,11 @@ class Made(Protocol):
 
     @property
     def wide(self) -> bool:
-        """Whether it computes in float32 wherever the plan changes anything of it."""
+        """Whether it computes in float32 if the plan changes any of its dtypes."""
 
 
 class Value(NamedTuple):
-    """Dtype of what an operator reads or makes: in the model as it was loaded, and under the plan."""
+    """Dtype of a tensor that an operator reads or makes: in the model as loaded, and under the plan."""
 
     loaded: str
     now: str
@@ -79,13 +80,13 @@ class ComputeDtypes:
         entries: Mapping[str, Entry],
         promotable: Mapping[str, Format] = MappingProxyType({}),
     ) -> None:
-        """Keep the arguments; dtypes are found when they are asked for.
+        """Store the arguments; dtypes are computed on demand.
 
         Args:
-            made: every forward tensor by its key; of several with one key the first.
+            made: every forward tensor by its key; the first one if several have the same key.
             entries: of a plan.
             promotable: keys of forward tensors that may be promoted → the format that they then get. Their carriers
-                hold both formats.
+                represent both formats.
         """
         self._made, self._entries, self._promotable = made, entries, promotable
         self._carriers: dict[str, str] = {}
@@ -111,7 +112,7 @@ class ComputeDtypes:
         return format_pair(self._entries, key) or (loaded_format(self.loaded(key)),) * 2
 
     def carrier(self, key: str) -> str:
-        """Return the dtype in which a forward tensor lives between operators."""
+        """Return the dtype of a forward tensor between operators."""
         if key not in self._carriers:
             formats = self.formats(key)
             later = self._promotable.get(key)
@@ -121,7 +122,7 @@ class ComputeDtypes:
     def read_as(self, key: str, dtype: str) -> str:
         """Return the dtype under the plan of a tensor's value that had ``dtype`` in the model as it was loaded.
 
-        It is the tensor's carrier, unless the user's own code had converted it.
+        It is the tensor's carrier, unless the user's code converted the value.
         """
         return self.carrier(key) if dtype == self.loaded(key) else dtype
 
@@ -130,11 +131,11 @@ class ComputeDtypes:
         return self.changed(key) or self.loaded(key)
 
     def as_written(self, key: str) -> bool:
-        """Whether the operator that makes ``key`` runs as the user wrote it: the plan changes no dtype of it."""
+        """Whether the operator that makes ``key`` runs as the user wrote it: the plan changes none of its dtypes."""
         return self.changed(key) is None
 
     def changed(self, key: str) -> str | None:
-        """Return what :meth:`compute` says; None if the operator runs as the user wrote it."""
+        """Return the result of :meth:`compute`; None if the operator runs as the user wrote it."""
         if key not in self._computes:
             made = self._made.get(key)
             found = None
@@ -146,7 +147,7 @@ class ComputeDtypes:
         return self._computes[key]
 
     def is_identity(self, key: str, *, backward: bool) -> bool:
-        """Whether rounding changes nothing: what the operator makes is on the format's grid and stays where it is."""
+        """Whether rounding changes nothing: the result is on the format's grid already and keeps its dtype."""
         carrier, fmt = self.carrier(key), self.formats(key)[backward]
         explicit = not backward and saved_key(key) in self._entries
         return carrier == self.compute(key) and changes_nothing(fmt, carrier) and not explicit
@@ -172,14 +173,14 @@ class ComputeDtypes:
         return {key: Value(dtype, self.read_as(key, dtype)) for key, dtype in zip(made.inputs, reads, strict=True)}
 
     def _made_in(self, key: str) -> str:
-        """Return the dtype that the operator which makes a tensor is asked for."""
+        """Return the dtype that is requested of the operator that makes a tensor."""
         later = self._promotable.get(key)
         forward = (self.formats(key)[0], *([later] if later else []))
         return FLOAT32 if any(map(_needs_float32, forward)) else self.carrier(key)
 
 
 def _compute_dtype(made: Made, operands: Sequence[Value], result: Value) -> str | None:
-    """Return the dtype in which an operator runs; None: as the user wrote it."""
+    """Return the dtype in which an operator runs; None if it runs as the user wrote it."""
     if all(value.loaded == value.now for value in (*operands, result)):
         return None
     if made.opaque:
@@ -195,12 +196,12 @@ def _compute_dtype(made: Made, operands: Sequence[Value], result: Value) -> str 
 
 @functools.cache
 def _carrier(forward: str, gradient: str, later: str = "") -> str:
-    """:func:`carrier` of formats by name; a search asks for few of them millions of times."""
+    """Return :func:`carrier` of formats by name; cached, because a search asks for the same few millions of times."""
     return carrier(parse_format(forward), parse_format(gradient), *([parse_format(later)] if later else []))
 
 
 def carrier(forward: Format, gradient: Format, *later: Format) -> str:
-    """Return the torch dtype that holds a tensor's value and its gradient exactly, in each format they may have.
+    """Return the torch dtype that represents a tensor and its gradient exactly, in each format they may have.
 
     It is float32 for formats that torch does not have, so that each of their values is rounded once.
     """
@@ -216,7 +217,7 @@ def carrier(forward: Format, gradient: Format, *later: Format) -> str:
 
 
 def _needs_float32(fmt: Format) -> bool:
-    """Whether a value that a 16-bit operator makes is on the format's grid already, with nothing left to round."""
+    """Whether values must be float32 to be rounded to the format: in its own dtype nothing is left to round."""
     return fmt.stochastic and fmt.storage is Storage.NATIVE
 
 
@@ -232,7 +233,7 @@ def multiply_dtype(op: str, compute: str, operands: Iterable[Format], *, fp8: bo
         op: name of the operator.
         compute: the dtype in which it computes.
         operands: formats of the matrices.
-        fp8: the device multiplies 8-bit matrices.
+        fp8: whether the device multiplies 8-bit matrices.
     """
     formats = list(operands)
     if op not in PLAIN_PRODUCTS or not formats:
@@ -243,7 +244,7 @@ def multiply_dtype(op: str, compute: str, operands: Iterable[Format], *, fp8: bo
 
 
 def is_float8(fmt: Format) -> bool:
-    """Whether a tensor's codes and its scale can be multiplied as they are."""
+    """Whether a tensor's codes and its scale can be multiplied without decoding."""
     return fmt.scaled and fmt.native is not None and fmt.native.startswith("float8")
 
 
@@ -264,11 +265,11 @@ class Operator:
 
     Attributes:
         key: of the tensor that it makes.
-        op: its name.
-        format: what its result is rounded to.
-        dtype: torch dtype of its operands and of what it computes.
-        product: it multiplies matrices.
-        multiplies: the dtype of the elements that it multiplies.
+        op: name of the operator.
+        format: of its result.
+        dtype: torch dtype of its operands and computation.
+        product: whether it multiplies matrices.
+        multiplies: dtype of the elements that it multiplies.
         why: the rule that decided.
     """
 
@@ -287,7 +288,7 @@ def operators(table: TensorTable, entries: Mapping[str, Entry], *, fp8: bool = F
     Args:
         table: of the model.
         entries: of a plan.
-        fp8: the device multiplies 8-bit matrices.
+        fp8: whether the device multiplies 8-bit matrices.
     """
     dtypes = ComputeDtypes.of_table(table, entries)
     made = [info for info in table.tensors if info.role is Role.ACTIVATION and info.op not in (INPUT, SLICE)]

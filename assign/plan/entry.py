@@ -10,7 +10,7 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What one tensor is given: the name of its format, and whether that is its recipe's low candidate."""
+    """Name of one tensor's format, and whether it is the low candidate of the recipe."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

@@ -1,7 +1,7 @@
 """Group the tensors that share one decision, with the rule of the paper on any graph.
 
-A group is one matrix product's output and all that follows it, up to and including the inputs and the parameters of the
-next matrix product. All of a group is high or all of it is low, so a product never meets one operand of each kind.
+A group is the output of one matrix product and everything computed from it, up to and including the inputs and the
+parameters of the next matrix product. A whole group is high or low, so a product never has one operand of each kind.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from assign.plan.table import Role, TensorInfo
 
 
 def assign_groups(tensors: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
-    """Set the group of every row; the order of the rows stays.
+    """Return the rows, in the same order, with the group of each.
 
-    Activations are walked in the order of the rows, which is the order of execution. Inputs and matrix products start a
-    new group, every other activation falls into the running one. A weight falls into the group of the first activation
-    that its first reader reads (for a convolution: the group *before* the convolution's own), or into its
-    reader's own group where that reads no activation, as an embedding does. A weight that nobody reads goes
-    to group 0. Gradients, saved copies, masters and optimizer states follow the tensor that they belong to.
+    Activations are visited in the order of execution. Inputs and matrix products start a new group; every other
+    activation belongs to the current one. A weight belongs to the group of the first activation that its first reader
+    reads (for a convolution: the group *before* the convolution's own), or to its reader's own group if the reader
+    reads no activation, as for an embedding. A weight without readers belongs to group 0. Gradients, saved copies,
+    masters and optimizer states belong to the group of their tensor.
 
     Source: arXiv 2301.13464, Algorithm 1, and the grouping in the authors' code.
     """

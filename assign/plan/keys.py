@@ -1,8 +1,8 @@
 """Keys: the names of tensors in tables, plans and noise tables. Only this module makes and parses them.
 
-A weight is named as PyTorch names it, ``layer1.0.conv1.weight``. An activation is named by the path of its module and
-its operator, ``layer1.0/relu``; the second such operator of the module is ``layer1.0/relu#2``. The batch is ``/input``,
-and what the loss function computes is in the module ``loss``. A suffix names something that belongs to a tensor: its
+The key of a weight is its name in PyTorch, ``layer1.0.conv1.weight``. The key of an activation is the path of its
+module and its operator, ``layer1.0/relu``; the second such operator of the module is ``layer1.0/relu#2``. The batch is
+``/input``, and activations of the loss function are in the module ``loss``. A suffix names a part of a tensor: its
 gradient, its saved copy, or what is stored between steps (:class:`Part`).
 """
 
@@ -21,7 +21,7 @@ _MODULE_END, _NUMBER = "/", "#"
 
 
 class Part(StrEnum):
-    """What a key names of a tensor; the value is the suffix of such a key.
+    """The part of a tensor that a key names; the value is the suffix of such a key.
 
     ``STATE`` is followed by the name of the optimizer's state.
     """
@@ -41,11 +41,11 @@ _IN_MODEL = (Part.MASTER, Part.STORED_GRADIENT, Part.BUFFER)
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key in its parts. ``str(key)`` is the key as files have it.
+    """A parsed key. ``str(key)`` is its text in files.
 
     Attributes:
         name: of the weight, activation or buffer.
-        part: what the key names of it.
+        part: the part of it that the key names.
         state: name of the optimizer's state; ``''`` for other parts.
     """
 
@@ -58,7 +58,7 @@ class Key:
 
     @classmethod
     def of(cls, text: str, part: Part) -> Self:
-        """Parse a key that is known to name such a part."""
+        """Parse a key of a known part."""
         if part is Part.STATE:
             name, _, state = text.rpartition(part)
             return cls(name, part, state)
@@ -76,7 +76,7 @@ class Key:
     def parse(cls, text: str, tensors: Collection[str]) -> Self:
         """Parse any key of a plan.
 
-        A module may be called ``master``, ``optim`` or ``buffer``. So a suffix of something stored counts only after
+        A module may be called ``master``, ``optim`` or ``buffer``. So a suffix for something stored counts only after
         the name of a weight in ``tensors``, and ``.buffer`` only if no such weight has a gradient.
 
         Args:
@@ -147,12 +147,12 @@ def base_key(key: str) -> str:
 
 
 def is_saved_key(key: str) -> bool:
-    """Return whether ``key`` is that of a saved activation."""
+    """Whether ``key`` is that of a saved activation."""
     return Key.of_step(key).part is Part.SAVED
 
 
 def is_grad_key(key: str) -> bool:
-    """Return whether ``key`` is that of a gradient in the step."""
+    """Whether ``key`` is that of a gradient in the step."""
     return Key.of_step(key).part is Part.GRADIENT
 
 

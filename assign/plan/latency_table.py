@@ -17,8 +17,8 @@ class TimeTable:
     """Measured seconds of a forward and backward pass, by tensor and format, without the optimizer's step.
 
     Attributes:
-        seconds: choice → seconds of the operator that makes the tensor, of its rounding, and of its copy's packing.
-        rest: seconds of what no choice changes.
+        seconds: choice → seconds of the operator that makes the tensor, of its rounding, and of packing its saved copy.
+        rest: seconds that no choice changes.
         fingerprint: of the model.
     """
 
@@ -27,7 +27,7 @@ class TimeTable:
     rest: float = 0.0
 
     def of(self, entries: Mapping[str, Entry]) -> float:
-        """Predicted seconds of some entries, without the rest.
+        """Return the predicted seconds of some entries, without the rest.
 
         Raises:
             PlanError: one of these choices was not measured.
@@ -45,10 +45,10 @@ class TimeTable:
         return total
 
     def check(self, table: TensorTable) -> None:
-        """Make sure that these are the seconds of the table's model.
+        """Check that these are the seconds of the table's model.
 
         Raises:
-            PlanError: they are another's.
+            PlanError: they belong to another model.
         """
         check_same_model(
             self.fingerprint,
@@ -59,10 +59,10 @@ class TimeTable:
 
 
 def parse_step_time(text: str | float, high: float) -> float:
-    """Seconds from ``0.2``, ``0.2s``, ``200ms``, or ``1.3x`` (of ``high`` seconds).
+    """Return the seconds in ``0.2``, ``0.2s``, ``200ms``, or ``1.3x`` (of ``high`` seconds).
 
     Raises:
-        BudgetError: none of these, or not positive.
+        BudgetError: the text is none of these, or not positive.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(x|×|s|ms|)\s*", str(text))
     if match and float(match[1]) > 0:

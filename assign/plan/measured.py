@@ -1,4 +1,4 @@
-"""What was measured of a model for a search."""
+"""Measurements of a model for a search."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class Measured:
     non_finite: Collection[str] = frozenset()
 
     def check(self, table: TensorTable) -> None:
-        """Check that the measurements are of the table's model.
+        """Check that the measurements belong to the table's model.
 
         Raises:
-            PlanError: they are another's.
+            PlanError: they belong to another model.
         """
         if self.noise is not None:
             self.noise.check(table)

@@ -1,8 +1,9 @@
 """The noise table: measured effect of rounding each tensor to each format, as a JSON file.
 
-The noise of a choice is the relative squared error of the gradient of all parameters together, ‖g_q − g‖² / ‖g‖²,
-where only this tensor is rounded. Rounding errors of different tensors hardly know of each other, so their squares add:
-the noise of a whole plan is the sum over its tensors. A table serves every budget, and may be measured on.
+The noise of a choice is the relative squared error of the gradient of all parameters together, ‖g_q − g‖² / ‖g‖², if
+only this tensor is rounded. Rounding errors of different tensors are almost independent, so their squares add up: the
+noise of a whole plan is the sum over its tensors. One table serves every budget, and can be extended by further
+measurements.
 """
 
 import json
@@ -25,7 +26,7 @@ from assign.plan.plan import Entry
 from assign.plan.table import TensorTable, check_same_model
 
 EXACT = "fp32"
-"""The format without noise: what a step computes in when nothing is rounded."""
+"""The format without noise: that of a step without rounding."""
 
 
 class Cell(NamedTuple):
@@ -36,7 +37,7 @@ class Cell(NamedTuple):
 
 
 class Method(StrEnum):
-    """How noise is found: a step per choice, or all choices at once from the derivatives of one step."""
+    """How noise is measured: one step per choice, or all choices at once from the derivatives of one step."""
 
     MEASURED = "measured"
     FIRST_ORDER = "first-order"
@@ -44,7 +45,7 @@ class Method(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one choice did on one batch.
+    """Effect of one choice on one batch.
 
     Attributes:
         gradient: relative squared error of the parameters' gradient.
@@ -85,9 +86,9 @@ class NoiseTable(Drawn):
         cells: choice → one sample per batch.
         fingerprint: of the model.
         method: how it was measured.
-        seed: of what its steps draw; batch number n has ``seed + n``.
+        seed: of random numbers in a step; batch number n has ``seed + n``.
         loss_scaling: whether gradients were rounded under a loss scale.
-        warm_up: steps that the model was trained first.
+        warm_up: number of steps that the model was trained before.
     """
 
     fingerprint: str
@@ -98,7 +99,7 @@ class NoiseTable(Drawn):
     cells: Mapping[Cell, tuple[Sample, ...]] = field(default_factory=dict)
 
     def noise(self, key: str, format_name: str) -> float:
-        """Mean relative squared error of the gradient when the tensor ``key`` alone has this format; 0 in fp32.
+        """Return the mean relative squared error of the gradient if only tensor ``key`` has this format; 0 in fp32.
 
         Raises:
             PlanError: it was not measured.
@@ -106,20 +107,20 @@ class NoiseTable(Drawn):
         return 0.0 if format_name == EXACT else statistics.fmean(s.gradient for s in self._samples(key, format_name))
 
     def cosine(self, key: str, format_name: str) -> float:
-        """Mean cosine of the angle by which the gradient turns. Raises as :meth:`noise`."""
+        """Return the mean cosine of the angle by which the gradient turns. Raises the same as :meth:`noise`."""
         return 1.0 if format_name == EXACT else statistics.fmean(s.cosine for s in self._samples(key, format_name))
 
     def loss(self, key: str, format_name: str) -> float:
-        """Mean change of the loss. Raises as :meth:`noise`."""
+        """Return the mean change of the loss. Raises the same as :meth:`noise`."""
         return 0.0 if format_name == EXACT else statistics.fmean(s.loss for s in self._samples(key, format_name))
 
     def standard_error(self, key: str, format_name: str) -> float:
-        """Of :meth:`noise`, over the batches; infinite where there is only one."""
+        """Return the standard error of :meth:`noise` over the batches; infinite if there is only one."""
         return 0.0 if format_name == EXACT else _standard_error(self._samples(key, format_name))
 
     @property
     def relative_error(self) -> float:
-        """The median over all choices of a noise's standard error, as a share of that noise."""
+        """Median over all choices of the standard error of the noise, as a share of that noise."""
         found = []
         for samples in self.cells.values():
             mean = statistics.fmean(s.gradient for s in samples)
@@ -129,11 +130,11 @@ class NoiseTable(Drawn):
 
     @property
     def batches(self) -> int:
-        """How many batches every choice was measured on."""
+        """Number of batches on which every choice was measured."""
         return min(map(len, self.cells.values()), default=0)
 
     def of(self, entries: Mapping[str, Entry]) -> float:
-        """Predicted noise of a whole plan. What is stored between steps is no part of a step and has none.
+        """Return the predicted noise of a whole plan. Tensors that are stored between steps have none.
 
         Raises:
             PlanError: one of its choices was not measured.
@@ -141,15 +142,15 @@ class NoiseTable(Drawn):
         return sum(self.noise(key, entry.format) for key, entry in entries.items() if _is_rounded(key, entries))
 
     def add(self, samples: Mapping[Cell, Iterable[Sample]]) -> "NoiseTable":
-        """The table with these samples behind its own."""
+        """Return the table with these samples added."""
         longer = {cell: (*self.cells.get(cell, ()), *more) for cell, more in samples.items()}
         return replace(self, cells={**self.cells, **longer})
 
     def check(self, table: TensorTable) -> None:
-        """Make sure that this is the noise of the table's model.
+        """Check that this is the noise of the table's model.
 
         Raises:
-            PlanError: it is another's.
+            PlanError: it belongs to another model.
         """
         check_same_model(
             self.fingerprint,
@@ -160,7 +161,7 @@ class NoiseTable(Drawn):
         )
 
     def to_pandas(self) -> Any:
-        """A frame with a row for each choice: key, format, noise, standard_error, cosine, loss. Needs pandas."""
+        """Return a data frame with a row per choice: key, format, noise, standard_error, cosine, loss. Needs pandas."""
         names = ["noise", "standard_error", "cosine", "loss"]
         rows = (
             {"key": cell.key, "format": cell.format, **{n: getattr(self, n)(*cell) for n in names}}
@@ -169,7 +170,7 @@ class NoiseTable(Drawn):
         return frame(rows, ["key", "format", *names])
 
     def _repr_html_(self) -> str:
-        """The noisiest choices, for a notebook."""
+        """Return the choices with the most noise as an HTML table, for a notebook."""
         found = sorted(((self.noise(*cell), cell) for cell in self.cells), key=lambda row: -row[0])
         most = max((noise for noise, _ in found), default=0.0) or 1.0
         rows = [((cell.key, cell.format, f"{noise:.3g}"), noise / most) for noise, cell in found[:SHOWN]]
@@ -177,7 +178,7 @@ class NoiseTable(Drawn):
         return table_html(title, ["tensor", "format", "noise"], rows, len(found))
 
     def to_json(self) -> str:
-        """The file's text: one line per tensor."""
+        """Return the text of the file: one line per tensor."""
         rows: dict[str, dict[str, list[list[float]]]] = {}
         for cell, samples in self.cells.items():
             rows.setdefault(cell.key, {})[cell.format] = [list(astuple(sample)) for sample in samples]
@@ -194,7 +195,7 @@ class NoiseTable(Drawn):
         return json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "cells": {cells}\n}}\n'
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table to ``path``, whole.
+        """Write the table to ``path``, atomically.
 
         Raises:
             PlanError: the file cannot be written.
@@ -203,10 +204,10 @@ class NoiseTable(Drawn):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "NoiseTable":
-        """Read the table at ``path``.
+        """Return the table in the file ``path``.
 
         Raises:
-            PlanError: there is no such file, or it holds something else.
+            PlanError: there is no such file, or it is not a table of noise.
         """
         where = str(path)
         file = _FILE.load(_SCHEMA, _FILE.read(path), where)
@@ -247,7 +248,7 @@ _SCHEMA = TypeAdapter(_NoiseFile)
 
 
 def _canonical(name: str, key: str, where: str) -> str:
-    """The name of a format as this package writes it."""
+    """Return the name of a format as this package writes it."""
     try:
         return parse_saved(name).name
     except FormatError as error:
@@ -261,7 +262,7 @@ def _standard_error(samples: tuple[Sample, ...]) -> float:
 
 
 def _is_rounded(key: str, entries: Mapping[str, Entry]) -> bool:
-    """Whether an entry is a rounding of its own within the step."""
+    """Whether an entry causes a separate rounding in the step."""
     parts = Key.parse(key, entries)
     if parts.part is Part.SAVED:
         return parts.name not in entries or entries[parts.name].format != entries[key].format

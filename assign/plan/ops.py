@@ -1,6 +1,6 @@
 """The table of facts about operators, by their names in a TensorTable: one set for each fact.
 
-Everything that treats an operator by its name asks here: grouping, recipes, the dtype in which it computes, what its
+Everything that treats an operator by its name uses it: grouping, recipes, the dtype in which it computes, what its
 tensors need, and the search for masks. Facts about the operators of ATen, which appear in joint graphs, are in
 :mod:`assign.tracing.joint`.
 """
@@ -12,7 +12,7 @@ INPUT = "input"
 """Operator name of a row that holds a part of the batch."""
 
 SLICE = "slice"
-"""Operator name of a row that holds a part of the one that it is made from; nothing runs for it."""
+"""Operator name of a row that is a part of the row it is made from; nothing runs for it."""
 
 # ---- matrix products -------------------------------------------------------------------------------------------------
 
@@ -22,10 +22,10 @@ MATRIX_PRODUCTS = frozenset(
         "matmul", "bmm", "mm", "mv", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention",
     }
 )  # fmt: skip
-"""Operators that multiply matrices, operands and result in one dtype, products summed in float32."""
+"""Operators that multiply matrices: operands and result have one dtype, and products are summed in float32."""
 
 PLAIN_PRODUCTS = frozenset({"linear", "matmul", "bmm", "mm", "addmm", "einsum"})
-"""Those that become ``mm``, ``addmm`` or ``bmm``, forward and backward, whose operands can be narrowed on their own."""
+"""Matrix products that become ``mm``, ``addmm`` or ``bmm``, forward and backward; operands can be narrowed alone."""
 
 GROUP_STARTS = frozenset(
     {
@@ -36,7 +36,7 @@ GROUP_STARTS = frozenset(
         "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
     }
 )  # fmt: skip
-"""Operators that start a group: those that multiply matrices, alone or inside."""
+"""Operators that start a group: those that multiply matrices, also as one of several steps."""
 
 # ---- the dtype in which an operator computes -------------------------------------------------------------------------
 
@@ -57,19 +57,19 @@ SIXTEEN_BIT = MATRIX_PRODUCTS | frozenset(
         "tril", "triu", "unfold", "interpolate",
     }
 )  # fmt: skip
-"""Operators that torch computes on 16-bit tensors with float32 inside, on CPU and CUDA alike."""
+"""Operators that torch computes on 16-bit tensors with float32 inside, on both CPU and CUDA."""
 
 FLOAT32_INSIDE = frozenset({"scaled_dot_product_attention", "interpolate"})
-"""Operators that torch takes apart where no fused kernel fits, as attention with dropout; float32 between the parts."""
+"""Operators that torch decomposes if no fused kernel fits, e.g. attention with dropout; intermediates are float32."""
 
 FLOAT32_PARAMETERS = frozenset({"batch_norm", "instance_norm"})
-"""Operators whose kernels take 16-bit values beside float32 scales and running statistics."""
+"""Operators whose kernels take 16-bit values together with float32 scales and running statistics."""
 
 CONVERSIONS = frozenset({"float", "half", "bfloat16", "double", "type", "type_as"})
-"""Operators that are conversions to another dtype, and have a key of their own; ``to`` has its operand's."""
+"""Conversions to another dtype that have a key of their own; ``to`` has the key of its operand."""
 
 ARITHMETIC = frozenset({"add", "sub", "rsub", "mul", "div", "pow"})
-"""Operators that take a number in float32, whatever dtype they run in."""
+"""Operators that take a number in float32, regardless of the dtype they run in."""
 
 # ---- what results need -----------------------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ LOSS_OPS = frozenset(
 """The losses of ``torch.nn.functional``: few elements, and every gradient passes through them."""
 
 EXPONENTIATED = LOSS_OPS | {"log_softmax", "log_sigmoid", "logsigmoid", "logsumexp"}
-"""Operators whose backward pass takes the exponential of a saved tensor: half a step of 4 bits would be a factor."""
+"""Operators whose backward pass exponentiates a saved tensor: an error of half a step in 4 bits becomes a factor."""
 
 FLOAT32_RESULTS = LOSS_OPS | frozenset(
     {
@@ -104,8 +104,8 @@ FLOAT32_RESULTS = LOSS_OPS | frozenset(
 """Operators whose result stays in float32, by their names in a table; so do all of ``torch.linalg``, ``torch.fft`` and
 ``torch.special``.
 
-Source: autocast's float32 lists, of CUDA (``ATen/autocast_mode.h``) and of CPU, without those of ``IN_16_BIT``; the
-variances, gamma functions and determinants are ours.
+Source: autocast's float32 lists, of CUDA (``ATen/autocast_mode.h``) and of CPU, without those of ``IN_16_BIT``; we
+added the variances, gamma functions and determinants.
 """
 
 IN_16_BIT: Mapping[str, str] = MappingProxyType(
@@ -129,7 +129,7 @@ IN_16_BIT: Mapping[str, str] = MappingProxyType(
         "view_as_complex": "a view; complex tensors have no format",
     }
 )  # fmt: skip
-"""What autocast keeps in float32 and we do not: operator → reason."""
+"""Operators that autocast keeps in float32 and this package does not → reason."""
 
 SINGULAR: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {
@@ -140,17 +140,17 @@ SINGULAR: Mapping[str, tuple[int, ...]] = MappingProxyType(
         "gaussian_nll_loss": (2,),
     }
 )
-"""Operators with a pole, in value or derivative: positions of the operands that a format must not round to it."""
+"""Operators with a pole, in value or derivative → positions of the operands that must not be rounded to the pole."""
 
 PERIODIC = frozenset({"sin", "cos", "tan", "sinc", "polar"})
-"""Operators that repeat: few bits leave nothing of an argument beyond a few periods, as of a Fourier embedding."""
+"""Periodic operators: with few bits, an argument of more than a few periods, as in a Fourier embedding, is useless."""
 
 # ---- operators that pass values on -----------------------------------------------------------------------------------
 
 SAME_VALUES = frozenset(
     {"contiguous", "clone", "reshape", "flatten", "to", "detach", "flip", "roll", "repeat", "permute"}
 )
-"""Operators whose result holds the very values of their first argument: no new site, the same key."""
+"""Operators whose result has the values of their first argument: no new site, the same key."""
 
 SELECTING = frozenset(
     {
@@ -159,10 +159,10 @@ SELECTING = frozenset(
         "repeat_interleave", "embedding", "sort", "topk", "where", "masked_fill",
     }
 )  # fmt: skip
-"""Operators that compute no number: what they make needs the precision of what they read."""
+"""Operators that only select values: their results need the precision of their inputs."""
 
 SHIFTS = frozenset({"add", "sub", "rsub", "neg", "mul", "div", "abs", "clamp", "clamp_min", "clamp_max"})
-"""Operators between a tensor and a pole: with scalars, they pass on how near to it the tensor comes."""
+"""Operators between a tensor and a pole: with scalars, they preserve how close the tensor is to it."""
 
 CARRY_MASKS = SAME_VALUES | frozenset(
     {
@@ -173,10 +173,10 @@ CARRY_MASKS = SAME_VALUES | frozenset(
         "broadcast_to", "unfold", "select", "narrow", "split", "chunk", "unbind", "movedim", "swapaxes", "T", "mT",
     }
 )  # fmt: skip
-"""Operators whose result holds a mask where one of their arguments does."""
+"""Operators whose result is a mask if one of their arguments is one."""
 
 MASK_FROM_CONSTANT = frozenset({"add", "sub", "rsub", "mul", "div"})
-"""Operators whose number makes a mask of a constant, as in ``(1 - mask) * -1e9``."""
+"""Operators that make a mask from a constant with a number, as in ``(1 - mask) * -1e9``."""
 
 # ---- numbers among the arguments -------------------------------------------------------------------------------------
 
@@ -184,12 +184,12 @@ WRITTEN: Mapping[str, tuple[int, ...]] = {
     "masked_fill": (2,), "full": (1,), "new_full": (2,), "full_like": (1,), "fill": (1,), "where": (1, 2), "pad": (3,),
     "tensor": (0,), "new_tensor": (1,), "scalar_tensor": (0,), "index_fill": (3,), "scatter": (3,), "setitem": (2,),
 }  # fmt: skip
-"""Operators that write a number that they are given: positions of it."""
+"""Operators that write a number into a tensor → positions of the number in the arguments."""
 
 WRITTEN_BY_NAME = ("value", "fill_value", "other")
-"""Names of such arguments."""
+"""Names of these arguments as keywords."""
 
 BOUNDS: Mapping[str, tuple[int, ...]] = {
     "clamp": (1, 2), "clip": (1, 2), "clamp_min": (1,), "clamp_max": (1,), "hardtanh": (1, 2), "nan_to_num": (1, 2, 3),
 }  # fmt: skip
-"""Operators that limit values: positions of their bounds."""
+"""Operators that limit values → positions of their bounds in the arguments."""

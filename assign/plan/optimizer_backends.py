@@ -1,4 +1,4 @@
-"""Optimizer libraries: which one can keep the states of a plan, and the scratch memory of its step."""
+"""Optimizer libraries: which one can store the states of a plan, and the temporary memory of its step."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from assign.plan.table import Role, Schedule, TensorTable
 
 
 class Library(StrEnum):
-    """Whose optimizer takes the step."""
+    """The library whose optimizer does the step."""
 
     TORCH = "torch"
     TORCHAO = "torchao"
@@ -36,11 +36,11 @@ class Library(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One parameter as it is between two steps.
+    """Formats of one parameter, its gradient and its states between two steps.
 
     Attributes:
         loaded: the format in which it was loaded.
-        widened: its 16-bit master is in float32 while the optimizer steps on it, and is rounded afterwards.
+        widened: whether its 16-bit master is float32 while the optimizer steps on it, and is rounded afterwards.
     """
 
     key: str
@@ -53,17 +53,17 @@ class Stored:
 
     @property
     def read_master(self) -> Format:
-        """Format in which the optimizer reads the master: one with extra bits is joined in float32 for it."""
+        """Format in which the optimizer reads the master: fp32 if it is widened or joined with its extra bits."""
         return FORMATS["fp32"] if self.widened else stepped_format(self.master)
 
     @property
     def is_alone(self) -> bool:
-        """Whether the optimizer steps on this parameter alone, because something of it is wide meanwhile."""
+        """Whether the optimizer steps on this parameter alone, because its master or gradient is wide meanwhile."""
         return self.gradient.scaled or bool(self.master.extra_bits) or self.widened
 
     @property
     def read_gradient(self) -> Format:
-        """Format in which the optimizer reads the gradient: widened to its master's, if either waits in parts."""
+        """Format in which the optimizer reads the gradient: that of the master if the parameter is stepped on alone."""
         return self.read_master if self.is_alone else self.gradient
 
     @property
@@ -77,8 +77,12 @@ class Stored:
 
 
 def choose_library(optimizer: str, stored: Iterable[Stored], allowed: Collection[Library] = tuple(Library)) -> Library:
-    """The first of ``allowed`` whose ``optimizer`` (the name of a class of ``torch.optim``) can keep everything stored.
+    """Return the first library in ``allowed`` that can store everything.
 
+    Args:
+        optimizer: name of a class of ``torch.optim``.
+        stored: what is stored for every parameter.
+        allowed: libraries to choose from, in order of preference.
     Raises:
         PlanError: none can; says what each could, or that a state has too few elements for its format.
     """
@@ -113,7 +117,7 @@ def _check_sizes(stored: Stored) -> None:
 
 
 def _refusal(library: Library, optimizer: str, stored: Stored) -> str:
-    """Why a library cannot keep a parameter so, in words; '' if it can."""
+    """Return why a library cannot store a parameter like this; '' if it can."""
     formats = {fmt.name for fmt in stored.states.values()}
     if stored.is_uniform and library is Library.TORCH:
         return ""
@@ -132,15 +136,15 @@ def _refusal(library: Library, optimizer: str, stored: Stored) -> str:
 
 
 _TORCHAO_SCRATCH = {"dynamic8": 4.02, "dynamic4": 13.04, "e4m3:block256": 0.02}
-"""Bytes per element of a state's parameter that its compiled step allocates; measured with torchao 0.18 on CPU."""
+"""Bytes per element and state that the compiled step of a parameter allocates; measured with torchao 0.18 on CPU."""
 
 _BITSANDBYTES_SCRATCH = {"SGD": 9.02, "Adam": 20.0, "AdamW": 20.0}
-"""The same of bitsandbytes 0.50 on CPU, for fp32 parameters; 16-bit ones are widened, 4 bytes more."""
+"""The same for bitsandbytes 0.50 on CPU with fp32 parameters; 16-bit ones are widened and need 4 bytes more."""
 
 
 _SGD_SCRATCH = {(False, False): (8, 12), (False, True): (4, 8), (True, False): (8, 12), (True, True): (4, 12)}
-"""Bytes per element of the largest parameter that torch's SGD allocates on mixed dtypes, by whether states, whether
-gradients are in 16 bit: without weight decay and Nesterov's momentum, and with. It widens what it reads. Measured with
+"""Bytes per element of the largest parameter that torch's SGD allocates on mixed dtypes, which it widens. Key: whether
+states, and whether gradients, have 16 bits. Values: without and with weight decay or Nesterov momentum. Measured with
 torch 2.13 on CPU."""
 
 
@@ -148,20 +152,20 @@ _OWN_SCRATCH: Mapping[str, tuple[Mapping[str, int], int]] = {
     "SGD": ({UpdateRounding.STOCHASTIC: 20, UpdateRounding.KAHAN: 30}, 12),
     "AdamW": ({UpdateRounding.STOCHASTIC: 34, UpdateRounding.KAHAN: 38}, 24),
 }
-"""Bytes per element of a parameter in 16 bit, and of one in 32, that the steps of :mod:`assign.optim.updates` allocate,
-one parameter after another; SGD with momentum, AdamW with weight decay. Measured with torch 2.13 on CPU."""
+"""Bytes per element that the steps of :mod:`assign.optim.updates` allocate, for parameters in 16 bits by rounding, and
+in 32 bits. Parameters are stepped one by one; SGD has momentum, AdamW weight decay. Measured with torch 2.13 on CPU."""
 
 
 def rounds_updates_itself(optimizer: str, stored: Iterable[Stored]) -> bool:
-    """Whether an optimizer of :mod:`assign.optim.updates` takes the place of torch's to round updates.
+    """Whether an optimizer of :mod:`assign.optim.updates` replaces that of torch to round updates.
 
-    It keeps states in the dtype of their masters. Other states are kept by a library that steps on masters in float32.
+    It keeps states in the dtype of their masters. States in other formats need a library that steps on float32 masters.
     """
     return optimizer in _OWN_SCRATCH and all(each.is_uniform for each in stored)
 
 
 def widen_masters(optimizer: str, stored: Iterable[Stored]) -> list[Stored]:
-    """Return what is stored, with 16-bit masters in float32 while a library's optimizer steps on them.
+    """Return what is stored, with 16-bit masters widened to float32 while a library's optimizer steps on them.
 
     Raises:
         PlanError: the formats of the optimizer's states would not be those of the plan.
@@ -182,10 +186,10 @@ _KNOWN_STATES = ("SGD", "Adam", "AdamW")
 def optimizer_scratch(
     schedule: Schedule, stored: Iterable[Stored], update_rounding: str = UpdateRounding.NEAREST
 ) -> int:
-    """Bytes that the optimizer's step allocates for a moment, under a plan.
+    """Return the bytes of temporary memory that the optimizer's step allocates under a plan.
 
     Raises:
-        PlanError: no library can keep what is stored, or none rounds updates so.
+        PlanError: no library can store this, or none can round updates in this way.
     """
     parameters = list(stored)
     if update_rounding != UpdateRounding.NEAREST and not rounds_updates_itself(schedule.optimizer, parameters):
@@ -197,21 +201,21 @@ def optimizer_scratch(
 
 
 _SPLITTING = 2 * ITEM_BYTES["float32"]
-"""Bytes per element while a master is joined or split: itself in float32, and integers of as many bits."""
+"""Bytes per element while a master is joined or split: the float32 master, and integers of the same size."""
 
 _ROUNDING: Mapping[str, int] = {UpdateRounding.STOCHASTIC: 10, UpdateRounding.KAHAN: 30}
-"""Bytes per element while a master in float32 is rounded to 16 bits, the master too. Measured with torch 2.13, CPU."""
+"""Bytes per element, master included, while a float32 master is rounded to 16 bits. Measured with torch 2.13, CPU."""
 
 
 def _widened_bytes(stored: Stored) -> int:
-    """Per element, of what is wide for the step of its parameter alone: the gradient, and the master."""
+    """Return the bytes per element of a gradient and master that are widened for the step of their parameter."""
     gradient = item_bytes(stored.read_gradient) if stored.read_gradient.name != stored.gradient.name else 0
     is_wide = stored.master.extra_bits or stored.widened
     return gradient + (item_bytes(stored.read_master) if is_wide else 0)
 
 
 def _step_scratch(schedule: Schedule, parameters: Sequence[Stored], update_rounding: str) -> int:
-    """The same without what is widened for its parameter's step."""
+    """Return the temporary memory of the step itself, without what is widened for it."""
     if update_rounding != UpdateRounding.NEAREST and not any(each.widened for each in parameters):
         narrow, wide = _OWN_SCRATCH[schedule.optimizer]
         sizes = ((each.elements, narrow[update_rounding] if is_narrow(each.master) else wide) for each in parameters)
@@ -240,7 +244,7 @@ def _step_scratch(schedule: Schedule, parameters: Sequence[Stored], update_round
 
 
 def stored_in(table: TensorTable, entries: Mapping[str, Entry]) -> list[Stored]:
-    """Every parameter of a table that is trained."""
+    """Return what is stored for every trained parameter of a table."""
     entries = with_loaded(entries, table.loaded)
     states: dict[str, dict[str, StateFormat]] = {}
     for row in table.tensors:

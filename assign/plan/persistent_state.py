@@ -1,16 +1,20 @@
-"""What is kept between steps: masters, stored gradients, optimizer states, buffers. Formats and bytes.
+"""Formats and sizes of what is stored between steps: masters, stored gradients, optimizer states and buffers.
 
-Entries for them are optional. A master without one has the dtype in which the parameter was loaded, fp32 unless
-:func:`with_loaded` has said otherwise; a stored gradient and an optimizer state without one have the dtype of their
-master, as torch makes them. So a plan without such entries keeps parameters, gradients and states in the dtypes of the
-model as it was loaded, whatever it rounds on the way. A master in ``bf16+8`` is a parameter in bf16, with gradients in
-bf16 by default, and 8 extra bits in the optimizer's state; the optimizer steps on both joined, in float32, and so are
-its other states. Buffers in float32 that the step updates, as the running statistics of a batch normalisation, have
-rows of their own; a buffer without an entry stays as it was loaded. A step computes them in float32 and rounds them to
-nearest at its end, so that a moving average stands still before it has arrived: with a momentum of 0.1, an update of a
-tenth of the distance is lost where that is less than half a step, which is within 2 % of the value in bf16 and within
-0.25 % in fp16; with a smaller momentum, proportionally earlier. Above 65504 fp16 has no variance.
-Who can keep it, :mod:`assign.plan.optimizer_backends` says. No torch in here.
+Entries for them are optional. A master without an entry has the dtype in which the parameter was loaded: fp32, unless
+:func:`with_loaded` has added an entry. A stored gradient or an optimizer state without an entry has the dtype of its
+master, as in plain torch. A plan without such entries therefore keeps parameters, gradients and states in the dtypes of
+the loaded model, whatever formats it has for the step.
+
+A master in ``bf16+8`` is a parameter in bf16 (its gradients are bf16 by default) and 8 extra bits in the optimizer's
+state. The optimizer joins both to float32 for its step, and its other states are float32.
+
+Buffers in float32 that the step updates, such as the running statistics of batch normalisation, have rows of their own.
+A buffer without an entry stays as it was loaded. A step computes buffers in float32 and rounds them to nearest at its
+end, so a moving average stops before it reaches its target: an update that is smaller than half the spacing of values
+is lost. With a momentum of 0.1 this happens within 2 % of the value in bf16 and within 0.25 % in fp16; with a smaller
+momentum, proportionally earlier. A variance above 65504 overflows in fp16.
+
+:mod:`assign.plan.optimizer_backends` says which library can store what. This module does not import torch.
 """
 
 from collections.abc import Mapping
@@ -29,23 +33,23 @@ from assign.plan.table import Role, TensorInfo, TensorTable
 StateFormat = Format | BlockFormat
 
 NATIVE = ("fp32", "bf16", "fp16")
-"""Formats for which torch has arithmetic: of masters and buffers; stored gradients and states may have them too.
+"""Formats for which torch has arithmetic: allowed for masters, buffers, stored gradients and states.
 
-So has fp64, for what was loaded so."""
+fp64 is allowed too, for parameters that were loaded in it."""
 
 GRADIENTS = (*NATIVE, "e5m2:pow2", "e4m3:pow2")
-"""Formats of stored gradients. In 8 bits they need their scale: without it e5m2 ends at 2^-16, and most are smaller."""
+"""Formats of stored gradients. 8-bit ones need a scale: e5m2 ends at 2^-16, and most gradients are smaller."""
 
 
 COMPENSATION = "compensation"
-"""The state in which Kahan's sum keeps what the weight itself could not take; negative, as in the paper."""
+"""The state of Kahan summation: the part of past updates that the weight lost, negated as in the paper."""
 
 EXTRA_BITS = "extra_bits"
-"""The state that has, for a master in more bits than its parameter, the others: one byte for each weight."""
+"""The state with the extra bits of a master that has more bits than its parameter: one byte per element."""
 
 
 class UpdateRounding(StrEnum):
-    """How the sum of a weight and its update gets into the weight's own dtype."""
+    """How the sum of a weight and its update is rounded to the weight's dtype."""
 
     NEAREST = "nearest"
     STOCHASTIC = "stochastic"
@@ -53,18 +57,18 @@ class UpdateRounding(StrEnum):
 
 
 class Named(Protocol):
-    """An entry, as far as this module knows it."""
+    """The part of an entry that this module uses."""
 
     @property
     def format(self) -> str:
-        """Name of its format."""
+        """Name of the format."""
 
 
 def parse_stored(name: str, part: Part) -> StateFormat:
-    """The format called ``name``, for something stored.
+    """Return the format called ``name``, for a stored tensor.
 
     Raises:
-        FormatError: there is none, or it is not for this part.
+        FormatError: the format does not exist, or is not allowed for this part.
     """
     wanted = "".join(name.split()).lower()
     if part is Part.STATE and wanted in STATE_FORMATS:
@@ -75,7 +79,7 @@ def parse_stored(name: str, part: Part) -> StateFormat:
         return parse_format(wanted)
     what, why, allowed = _WORDS[part]
     if wanted not in STATE_FORMATS:
-        parse_format(name)  # one that does not exist says so, with what is near
+        parse_format(name)  # raises for a name that does not exist, and suggests a similar one
     raise FormatError(f"{name!r} is not for {what}: {why}.\n  Allowed: {', '.join(allowed)}.\n  Choose one of these.")
 
 
@@ -96,11 +100,11 @@ _WORDS: Mapping[Part, tuple[str, str, tuple[str, ...]]] = {
 
 
 def with_loaded(entries: Mapping[str, Entry], loaded: Mapping[str, str]) -> Mapping[str, Entry]:
-    """The entries, and one for each master that has none and is loaded in another dtype than float32.
+    """Return the entries, with one more for each master that has none and was loaded in another dtype than float32.
 
     Args:
-        entries: by key; they are not changed.
-        loaded: weight → name of the format in which it is loaded; weights in fp32 may be left out.
+        entries: by key; not changed.
+        loaded: weight → name of the format in which it was loaded; weights in fp32 may be left out.
     """
     absent = {master_key(key): name for key, name in loaded.items() if name != "fp32"}
     absent = {key: name for key, name in absent.items() if key not in entries}
@@ -108,7 +112,7 @@ def with_loaded(entries: Mapping[str, Entry], loaded: Mapping[str, str]) -> Mapp
 
 
 def master_format(entries: Mapping[str, Named], key: str) -> Format:
-    """Of the stored parameter behind weight ``key``, with all that is stored of it."""
+    """Return the format of the master of weight ``key``, extra bits included."""
     entry = entries.get(master_key(key))
     if entry is None:
         return FORMATS["fp32"]
@@ -116,12 +120,12 @@ def master_format(entries: Mapping[str, Named], key: str) -> Format:
 
 
 def parameter_format(master: Format) -> Format:
-    """Of the parameter itself: the master, without extra bits."""
+    """Return the format of the parameter itself: that of its master, without the extra bits."""
     return FORMATS["bf16"] if master.extra_bits else master
 
 
 def stepped_format(master: Format) -> Format:
-    """What the optimizer steps on: the master, with its extra bits joined in float32."""
+    """Return the format that the optimizer's step computes with: the master's, or fp32 for one with extra bits."""
     return FORMATS["fp32"] if master.extra_bits else master
 
 
@@ -132,40 +136,40 @@ def gradient_format(entries: Mapping[str, Named], key: str) -> Format:
 
 
 def stored_dtype(fmt: Format) -> str:
-    """Torch dtype of a stored parameter, gradient or buffer."""
+    """Return the torch dtype of a stored parameter, gradient or buffer."""
     fmt = parameter_format(fmt)
     return fmt.native if fmt.scaled and fmt.native else fmt.carrier
 
 
 def has_scaled_gradients(entries: Mapping[str, Named]) -> bool:
-    """Return whether any gradient is stored in 8 bits, with a scale."""
+    """Whether any gradient is stored in 8 bits, with a scale."""
     short = (key for key, entry in entries.items() if entry.format not in NATIVE)
     return any(Key.parse(key, entries).part is Part.STORED_GRADIENT for key in short)
 
 
 def state_format(entries: Mapping[str, Named], key: str, state: str) -> StateFormat:
-    """Of one optimizer state of weight ``key``."""
+    """Return the format of one optimizer state of weight ``key``."""
     entry = entries.get(state_key(key, state))
     return parse_stored(entry.format, Part.STATE) if entry else stepped_format(master_format(entries, key))
 
 
 def buffer_format(entries: Mapping[str, Named], name: str) -> Format:
-    """Of the buffer ``name`` between two steps."""
+    """Return the format in which buffer ``name`` is stored between two steps."""
     entry = entries.get(buffer_key(name))
     return parse_format(entry.format) if entry else FORMATS["fp32"]
 
 
 def narrow_buffers(entries: Mapping[str, Named]) -> tuple[str, ...]:
-    """Buffers that are stored in 16 bits."""
+    """Return the names of the buffers that are stored in 16 bits."""
     keys = (Key.parse(key, entries) for key, entry in entries.items() if entry.format != "fp32")
     return tuple(key.name for key in keys if key.part is Part.BUFFER)
 
 
 def check_stored(entries: Mapping[str, Named]) -> None:
-    """Make sure that what is stored can be trained with.
+    """Check that a model can be trained with these formats of stored tensors.
 
     Raises:
-        PlanError: a gradient is stored in fp16 beside a wider master.
+        PlanError: a gradient is stored in fp16, but its master is wider.
     """
     for text, entry in entries.items():
         key = Key.parse(text, entries)
@@ -180,28 +184,28 @@ def check_stored(entries: Mapping[str, Named]) -> None:
 
 
 def is_narrowed(entries: Mapping[str, Named]) -> bool:
-    """Whether anything of a parameter is stored in another format than float32."""
+    """Whether any master, stored gradient or optimizer state has another format than fp32."""
     return any(entry.format != "fp32" for key, entry in entries.items() if Key.parse(key, entries).is_of_weight)
 
 
 def has_narrow_masters(entries: Mapping[str, Named]) -> bool:
-    """Whether updates of any master are rounded to 16 bits."""
+    """Whether the updates of any master are rounded to 16 bits."""
     return any(is_narrow(fmt) for fmt in _masters(entries).values())
 
 
 def first_split(entries: Mapping[str, Named]) -> str | None:
-    """The first weight whose master has extra bits beside the parameter."""
+    """Return the first weight whose master has extra bits; None if there is none."""
     return next((key for key, fmt in _masters(entries).items() if fmt.extra_bits), None)
 
 
 def _masters(entries: Mapping[str, Named]) -> dict[str, Format]:
-    """Formats of masters that have entries, by weight."""
+    """Return {weight: format of its master} for the masters that have an entry other than fp32."""
     keys = (Key.parse(key, entries) for key, entry in entries.items() if entry.format != "fp32")
     return {key.name: master_format(entries, key.name) for key in keys if key.part is Part.MASTER}
 
 
 def is_narrow(fmt: Format) -> bool:
-    """Whether updates to a master in this format are rounded to 16 bits."""
+    """Whether updates of a master in this format are rounded to 16 bits."""
     return fmt.name in ("bf16", "fp16")
 
 
@@ -209,7 +213,7 @@ def parse_rounding(update_rounding: str, *, where: str) -> UpdateRounding:
     """Return the rounding of updates called ``update_rounding``.
 
     Raises:
-        PlanError: there is none; names ``where`` it was asked for.
+        PlanError: there is no such rounding; the message begins with ``where``.
     """
     if update_rounding not in list(UpdateRounding):
         close = suggest(update_rounding, UpdateRounding)
@@ -221,10 +225,12 @@ def parse_rounding(update_rounding: str, *, where: str) -> UpdateRounding:
 
 
 def check_rounding(update_rounding: str, entries: Mapping[str, Named], *, where: str) -> UpdateRounding:
-    """Return the rounding of updates, which needs a 16-bit master unless it is ``nearest``.
+    """Return the rounding of updates, after checking that it suits the masters.
+
+    Every rounding but ``nearest`` needs a 16-bit master.
 
     Raises:
-        PlanError: there is no such rounding, or no such master; names ``where`` it was asked for.
+        PlanError: there is no such rounding, or no such master; the message begins with ``where``.
     """
     chosen = parse_rounding(update_rounding, where=where)
     check_unsplit(chosen, entries, where=where)
@@ -237,10 +243,10 @@ def check_rounding(update_rounding: str, entries: Mapping[str, Named], *, where:
 
 
 def check_unsplit(update_rounding: str, entries: Mapping[str, Named], *, where: str) -> None:
-    """Refuse a rounding of updates for masters with extra bits, which take what rounding would lose.
+    """Check that updates are rounded to nearest if any master has extra bits, which keep what rounding loses.
 
     Raises:
-        PlanError: ``where`` it was asked for, and what to do.
+        PlanError: they are not; the message begins with ``where``.
     """
     split = first_split(entries)
     if update_rounding != UpdateRounding.NEAREST and split is not None:
@@ -253,9 +259,9 @@ def check_unsplit(update_rounding: str, entries: Mapping[str, Named], *, where: 
 
 
 def is_stored(row: TensorInfo) -> bool:
-    """Whether a row is a parameter, its gradient or a state of the optimizer.
+    """Whether a row is a parameter, its gradient or an optimizer state.
 
-    An activation that enters a checkpointed block has a weight's role there too; its key has a ``/``.
+    An activation that enters a checkpointed block also has the role of a weight; its key contains a ``/``.
     """
     return row.role in (Role.WEIGHT, Role.WEIGHT_GRAD, Role.OPTIM_STATE) and not row.parts.is_activation
 
@@ -264,7 +270,7 @@ def is_stored(row: TensorInfo) -> bool:
 
 
 def bytes_of(fmt: StateFormat, elements: int) -> int:
-    """Bytes of a stored tensor, scales included."""
+    """Return the bytes of a stored tensor, scales included."""
     return fmt.bytes_of(elements) if isinstance(fmt, BlockFormat) else elements * item_bytes(fmt)
 
 
@@ -276,13 +282,18 @@ def waiting_bytes(fmt: StateFormat, elements: int) -> int:
 
 
 def item_bytes(fmt: Format) -> int:
-    """Bytes of one stored element of a native format."""
+    """Return the bytes of one stored element of a native format."""
     return ITEM_BYTES[fmt.carrier]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
-    """Bytes of what is stored, by key. ``others``: of parameters that the step does not use, which are as loaded."""
+    """Bytes of masters, stored gradients and optimizer states, by key.
+
+    Attributes:
+        others: bytes of parameters, gradients and states of the parameters that the step does not use. They stay as
+            loaded.
+    """
 
     masters: Mapping[str, int]
     stored_gradients: Mapping[str, int]
@@ -291,31 +302,31 @@ class Resident:
 
     @property
     def parameters(self) -> int:
-        """Of all masters."""
+        """Bytes of all parameters."""
         return sum(self.masters.values()) + self.others[0]
 
     @property
     def gradients(self) -> int:
-        """Of all stored gradients, once the backward pass has made them."""
+        """Bytes of all stored gradients, after the backward pass."""
         return sum(self.stored_gradients.values()) + self.others[1]
 
     @property
     def states(self) -> int:
-        """Of all optimizer states."""
+        """Bytes of all optimizer states."""
         return sum(self.optimizer_states.values()) + self.others[2]
 
 
 def resident(
     table: TensorTable, entries: Mapping[str, Entry], update_rounding: str = UpdateRounding.NEAREST
 ) -> Resident:
-    """Bytes of masters, stored gradients and optimizer states of a table under some entries.
+    """Return the bytes of masters, stored gradients and optimizer states of a table under these entries.
 
-    A master with extra bits has them among the states.
+    The extra bits of a master count as an optimizer state.
 
     Args:
         table: of the model.
         entries: by key; a tensor without an entry stays as it is loaded or made.
-        update_rounding: with ``kahan``, each 16-bit master that is trained has one state more.
+        update_rounding: with ``kahan``, each trained 16-bit master has one more state.
     """
     entries = with_loaded(entries, table.loaded)
     sizes: dict[Role, dict[str, int]] = {Role.WEIGHT: {}, Role.WEIGHT_GRAD: {}, Role.OPTIM_STATE: {}}
@@ -327,7 +338,7 @@ def resident(
             key = row.parts.name
             name, fmt = row.key, state_format(entries, key, row.parts.state)
             if row.key not in entries and table.loaded.get(key) in (None, master_format(entries, key).name):
-                size = ITEM_BYTES[row.dtype] * row.elements  # as the optimizer itself makes it
+                size = ITEM_BYTES[row.dtype] * row.elements  # the dtype that the optimizer itself gives it
         elif row.role is Role.WEIGHT:
             name, fmt = master_key(row.key), parameter_format(master_format(entries, row.key))
         else:
@@ -348,7 +359,7 @@ def resident(
 
 
 def _beside(row: TensorInfo, master: Format, update_rounding: str) -> dict[str, int]:
-    """Bytes of what a trained weight keeps beside a master too short for its updates; ``row``: its gradient's."""
+    """Return the bytes of extra bits or Kahan compensation of a trained weight; ``row`` is that of its gradient."""
     key = row.parts.name
     if master.extra_bits:
         return {state_key(key, EXTRA_BITS): row.elements * master.extra_bits // 8}
@@ -358,7 +369,7 @@ def _beside(row: TensorInfo, master: Format, update_rounding: str) -> dict[str, 
 
 
 def buffers(table: TensorTable, entries: Mapping[str, Named]) -> tuple[int, int]:
-    """Bytes of all buffers between two steps, and of the float32 copies of narrow ones that a step computes with."""
+    """Return the bytes of all buffers between two steps, and of the float32 copies that a step makes of narrow ones."""
     wide = narrow = 0
     for row in table.tensors:
         fmt = buffer_format(entries, row.parts.name)

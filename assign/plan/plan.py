@@ -1,7 +1,7 @@
 """A plan: the format of every tensor of a training step, and its file ``plan.json``.
 
-This is the second waist of the hourglass: the search writes it, the executor obeys it. Frozen, one entry per tensor,
-human-readable JSON in and out.
+A search writes a plan and the executor applies it. A plan is frozen and has one entry per tensor. Its file is
+human-readable JSON.
 """
 
 import dataclasses
@@ -41,9 +41,9 @@ _NAMED = 3  # keys named in an error message before "and n more"
 
 
 def format_pair(entries: Mapping[str, Entry], key: str) -> tuple[Format, Format] | None:
-    """Formats of tensor ``key`` and of its gradient; None where no entry names it.
+    """Return the formats of tensor ``key`` and of its gradient; None if it has no entry.
 
-    A frozen weight has no gradient: its own format stands for both.
+    A frozen weight has no gradient, so its own format is returned twice.
     """
     if key not in entries:
         return None
@@ -65,14 +65,14 @@ def _check_estimate(estimate: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where a plan comes from. Nothing reads it back to decide anything.
+    """Where a plan comes from. It is for information only: no decision depends on it.
 
     Attributes:
-        command: what the user ran.
-        versions: package → version, of those that matter to the numbers.
-        seed: seed of the search, None where it used none.
-        estimate: what the memory model says of the plan, by name with unit, e.g. ``peak_bytes``.
-        created: time in ISO 8601, '' where unknown.
+        command: the command that the user ran.
+        versions: package → version, for the packages that affect the numbers.
+        seed: seed of the search, None if it used none.
+        estimate: what the memory model predicts for the plan, by name with unit, e.g. ``peak_bytes``.
+        created: time in ISO 8601, '' if unknown.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -92,7 +92,7 @@ class Diff:
     Attributes:
         only_here, only_there: keys that only one of them has.
         changed: key → (entry here, entry there).
-        update_rounding: of both, here first; None if it is the same.
+        update_rounding: that of this assignment and of the other; None if they are equal.
     """
 
     only_here: tuple[str, ...]
@@ -122,22 +122,22 @@ class _PlanFile(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment(Drawn):
-    """Format of every tensor of one model's training step: a plan.
+    """A plan: the format of every tensor of one model's training step.
 
     Attributes:
-        entries: key → entry, for every tensor in the paper's four roles. Keys of saved copies, masters, stored
-            gradients and optimizer states may stand here too; where they do not, a saved copy follows its activation,
-            and what is stored between steps is as it was loaded (see :mod:`assign.plan.persistent_state`).
-        recipe: name of the one whose formats they are.
+        entries: key → entry, for every tensor in the paper's four roles. Saved copies, masters, stored gradients,
+            optimizer states and buffers may have entries too. A saved copy without one has the format of its
+            activation; what is stored between steps stays as it was loaded (see :mod:`assign.plan.persistent_state`).
+        recipe: name of the recipe that the formats come from.
         fingerprint: of the model that the assignment is for.
         provenance: where it comes from.
-        loaded: of the weights whose masters have entries, those that were loaded in another format than fp32. A plan
-            has changed their dtype already where it is applied again, as to a model that was saved under it.
+        loaded: weights that were loaded in another format than fp32 and whose masters have entries → that format. It is
+            needed when a plan is applied again, e.g. to a model that was saved under it: the plan has already changed
+            the dtypes of the weights.
         update_rounding: how updates of 16-bit masters are rounded, as in ``assign.optimizer``.
 
     Raises:
-        PlanError: an entry names a format that does not exist, or that is not for what it names; or there is no such
-            rounding.
+        PlanError: an entry names a format that does not exist or is not allowed there, or there is no such rounding.
     Examples:
         ```python
         plan.save("plan.json")
@@ -171,7 +171,10 @@ class Assignment(Drawn):
                 )
 
     def _refuse_delayed_copies(self) -> None:
-        """A copy in a format of its own is made of what this step computed: there is no step before to ask."""
+        """Check that saved copies with a format of their own do not use delayed scaling.
+
+        Such a copy takes its scale from the values of this step.
+        """
         for key, entry in self.entries.items():
             own = self.entries.get(base_key(key))
             if own is None or not is_saved_key(key) or entry.format == own.format:
@@ -193,7 +196,7 @@ class Assignment(Drawn):
             raise PlanError(f"{key!r} is assigned the format {name!r}: {error}") from error
 
     def format_of(self, key: str) -> Format:
-        """Return the format of a tensor of the step itself; those of stored ones: :mod:`assign.plan.persistent_state`.
+        """Return the format of a tensor of the step itself. For stored tensors see :mod:`assign.plan.persistent_state`.
 
         Raises:
             PlanError: the assignment has no such key.
@@ -208,32 +211,32 @@ class Assignment(Drawn):
     def saved_format(self, key: str) -> Format | BlockFormat:
         """Return the format in which activation ``key`` is saved for the backward pass.
 
-        It is the activation's own, unless the assignment has an entry ``<key>.saved``.
+        It is the activation's own format, unless the assignment has an entry ``<key>.saved``.
         """
         explicit = self.entries.get(saved_key(key))
         return parse_saved(explicit.format) if explicit else self.format_of(key)
 
     def replace(self, entries: Mapping[str, Entry]) -> "Assignment":
-        """The same assignment with these entries changed or added."""
+        """Return the same assignment with these entries changed or added."""
         return dataclasses.replace(self, entries={**self.entries, **entries})
 
     def with_loaded(self, loaded: Mapping[str, str]) -> "Assignment":
-        """The same assignment, with an entry for each master that it leaves as it is loaded in another dtype than fp32.
+        """Return the assignment with an entry for each master that has none and was loaded in another dtype than fp32.
 
         Args:
-            loaded: weight → name of the format in which it is loaded.
+            loaded: weight → name of the format in which it was loaded.
         """
         entries = with_loaded(self.entries, loaded)
         return self if entries is self.entries else dataclasses.replace(self, entries=entries)
 
     def with_update_rounding(self, update_rounding: str | None, *, where: str = "the plan") -> "Assignment":
-        """Return the same assignment with updates rounded in another way; None: as it is.
+        """Return the same assignment with another rounding of updates; None changes nothing.
 
         Args:
             update_rounding: ``nearest``, ``stochastic`` or ``kahan``.
-            where: what the error calls the place that asked for it.
+            where: what to call the source of this option in an error.
         Raises:
-            PlanError: there is no such rounding, or masters with extra bits take what it would lose.
+            PlanError: there is no such rounding, or a master has extra bits, which need ``nearest``.
         """
         if update_rounding is None:
             return self
@@ -242,11 +245,11 @@ class Assignment(Drawn):
         return dataclasses.replace(self, update_rounding=chosen)
 
     def with_provenance(self, provenance: Provenance) -> "Assignment":
-        """The same assignment, said to come from elsewhere."""
+        """Return the same assignment with another provenance."""
         return dataclasses.replace(self, provenance=provenance)
 
     def diff(self, other: "Assignment") -> Diff:
-        """What changes on the way from this assignment to ``other``."""
+        """Return what changes from this assignment to ``other``."""
         here, there = self.entries, other.entries
         return Diff(
             only_here=tuple(key for key in here if key not in there),
@@ -258,16 +261,16 @@ class Assignment(Drawn):
         )
 
     def check_covers(self, keys: Collection[str], *, where: str, buffers: Collection[str] = ()) -> None:
-        """Make sure that this is a plan for the tensors ``keys``, the paper's tensors of a model.
+        """Check that this is a plan for ``keys``, the paper's tensors of a model.
 
-        An entry for a saved copy, or for what is stored, is in place if ``keys`` has the tensor it belongs to.
+        An entry for a saved copy or for a stored tensor is allowed if ``keys`` has the tensor it belongs to.
 
         Args:
             keys: of the tensors that must have an entry.
-            where: what to call this assignment, e.g. the path of its file.
+            where: what to call this assignment in an error, e.g. the path of its file.
             buffers: names of the buffers that may have entries.
         Raises:
-            PlanError: a tensor has no entry, or an entry no tensor.
+            PlanError: a tensor has no entry, or an entry has no tensor.
         """
         wanted = set(keys)
         missing = [key for key in keys if key not in self.entries]
@@ -289,19 +292,19 @@ class Assignment(Drawn):
 
         Args:
             table: of the model.
-            where: name of this plan in the error, e.g. the path of its file.
+            where: what to call this plan in an error, e.g. the path of its file.
         Raises:
-            PlanError: a tensor has no entry, or an entry no tensor.
+            PlanError: a tensor has no entry, or an entry has no tensor.
         """
         self.check_covers([info.key for info in table.paper_tensors], where=where, buffers=table.buffers)
 
     def to_pandas(self) -> Any:
-        """A frame with a row for each entry: key, format, low. Needs pandas."""
+        """Return a data frame with one row per entry: key, format, low. Needs pandas."""
         rows = ({"key": key, "format": entry.format, "low": entry.low} for key, entry in self.entries.items())
         return frame(rows, ["key", "format", "low"])
 
     def _repr_html_(self) -> str:
-        """The formats and how many tensors each has, for a notebook."""
+        """Return a table of the formats and their tensor counts, for a notebook."""
         counts = Counter(entry.format for entry in self.entries.values())
         rows = [((name, f"{count:,}"), count / len(self.entries)) for name, count in counts.most_common()]
         facts = self.provenance.estimate
@@ -312,7 +315,7 @@ class Assignment(Drawn):
         )
 
     def to_json(self) -> str:
-        """The file's text: one line per tensor, in the order of the entries."""
+        """Return the text of the plan's file: one line per tensor, in the order of the entries."""
         head = {
             "assign_plan": VERSION,
             "recipe": self.recipe,
@@ -330,13 +333,13 @@ class Assignment(Drawn):
 
     @classmethod
     def from_json(cls, text: str, *, where: str = "the plan") -> Self:
-        """Read the text of a plan's file.
+        """Return the plan that the text of a file describes.
 
         Args:
             text: JSON, as :meth:`to_json` writes it.
-            where: what to call it in an error, e.g. the path of the file.
+            where: what to call the text in an error, e.g. the path of the file.
         Raises:
-            PlanError: it is not JSON, not a plan, from a newer version, or names an unknown format.
+            PlanError: the text is not JSON, not a plan, from a newer version, or names an unknown format.
         """
         _check_version(_FILE.parse(text, where), where)
         file = _FILE.validate(_SCHEMA, text, where)
@@ -354,11 +357,11 @@ class Assignment(Drawn):
 
     @staticmethod
     def schema() -> dict[str, Any]:
-        """JSON schema of a plan's file."""
+        """Return the JSON schema of a plan's file."""
         return _PlanFile.model_json_schema()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to ``path``; whoever reads meanwhile sees the old file or the new one, never a half.
+        """Write the plan to ``path``. The write is atomic: a reader sees the old or the new file, never a part of one.
 
         Raises:
             PlanError: the file cannot be written.
@@ -367,7 +370,7 @@ class Assignment(Drawn):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read the plan at ``path``.
+        """Return the plan in the file ``path``.
 
         Raises:
             PlanError: there is no such file, or :meth:`from_json` refuses it.
@@ -376,7 +379,7 @@ class Assignment(Drawn):
 
 
 Plan = Assignment
-"""The name that users know an assignment by."""
+"""Public alias of ``Assignment``."""
 
 _SCHEMA = TypeAdapter(_PlanFile)
 

@@ -1,8 +1,8 @@
-"""Which results stay in float32 unless a plan says otherwise.
+"""Decide which results stay in float32 unless a plan says otherwise.
 
-A result stays in float32 where autocast keeps it there, unless torch already computes the operator on 16-bit tensors
-with float32 inside and nothing that follows needs the bits. Whatever a loss function computes outside the model stays
-in float32 too: it is small, and every gradient passes through it.
+A result stays in float32 if autocast keeps it there, unless torch computes the operator on 16-bit tensors with float32
+inside and nothing that follows needs the bits. Results of the loss function outside the model stay in float32 too: they
+are small, and every gradient passes through them.
 """
 
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from assign.plan.ops import FLOAT32_RESULTS, IN_16_BIT, MATRIX_PRODUCTS, SELECTI
 def stays_float32(key: str, op: str, readers: Collection[str]) -> bool:
     """Whether the tensor ``key``, which ``op`` makes, stays in float32 by default.
 
-    Not where a matrix product reads it, which would then run in float32: autocast rounds there too.
+    It does not if a matrix product reads it, because the product would then run in float32: autocast rounds there too.
 
     Args:
         key: of a tensor in the forward pass.

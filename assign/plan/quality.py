@@ -1,4 +1,4 @@
-"""Which of several plans are better: the direction of a metric, and the Pareto front of two measures."""
+"""Compare the quality of plans: the direction of a metric, and the Pareto front of two measures."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -9,12 +9,12 @@ _LESS_IS_BETTER = ("noise", "low_ratio", "loss", "error", "perplexity")
 
 
 def is_maximized(metric: str) -> bool:
-    """Whether more of a metric is better: not of noise, the low ratio, a loss, an error or a perplexity."""
+    """Whether a higher value of a metric is better; not for noise, the low ratio, a loss, an error or a perplexity."""
     return not any(word in metric.lower() for word in _LESS_IS_BETTER)
 
 
 def pareto_front(items: Iterable[T], peak_bytes: Callable[[T], int], cost: Callable[[T], float]) -> list[T]:
-    """Return the items that no other beats in both measures, the lowest peak first.
+    """Return the Pareto front of the items, the lowest peak first.
 
     Args:
         items: what to compare.

@@ -1,7 +1,7 @@
-"""Define recipes: the high and the low format that a search chooses from for each tensor, by role and operator.
+"""Recipes: the high and the low format that a search chooses from for each tensor, by role and operator.
 
-Tensors that are stored between steps, and activations that are saved in a format of their own, have no such choice:
-:func:`store` and :func:`save` give all of them the same format.
+There is no such choice for tensors that are stored between steps, nor for activations that are saved in a format of
+their own: :func:`store` and :func:`save` give all of them the same format.
 """
 
 import math
@@ -19,12 +19,12 @@ from assign.plan.plan import Assignment, Entry
 from assign.plan.table import Need, Role, TensorInfo, TensorTable
 
 Pair = tuple[str, str]
-"""Names of the high and of the low format."""
+"""Names of the high and the low format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """The two formats that one tensor may have: the high and the low one."""
+    """The high and the low format that one tensor may have."""
 
     hi: Format
     lo: Format
@@ -32,14 +32,14 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A choice of formats.
+    """High and low formats by role and operator.
 
     Attributes:
         by_role: high and low format of each of the paper's four roles.
-        overrides: operator name → role → high and low format, in place of ``by_role``. Both an activation
-            and its gradient go by the operator that makes the activation.
-        loss_scaling: training needs a loss scale, because the low backward format has no scale of its own.
-        promote_every: steps between two looks at the overflow of low forward tensors; 0: none are promoted.
+        overrides: operator name → role → high and low format, instead of ``by_role``. An activation and its gradient
+            both use the operator that makes the activation.
+        loss_scaling: whether training needs a loss scale, because the low backward format has no scale of its own.
+        promote_every: steps between two checks for overflow of low forward tensors; 0: no tensor is promoted.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Recipe:
     promote_every: int
 
     def candidates(self, info: TensorInfo) -> Candidates:
-        """The formats that ``info`` may have; the same one twice if the low format is too short for its values.
+        """Return the formats that ``info`` may have; both are the same if the low format is too short for its values.
 
-        None has more bits than the tensor was loaded with.
+        Neither has more bits than the format in which the tensor was loaded.
 
         Raises:
             FormatError: the tensor's role is none of the paper's four.
@@ -72,9 +72,9 @@ class Recipe:
         return Candidates(hi=_at_most(parse_format(hi), loaded), lo=_at_most(parse_format(lo), loaded))
 
     def promotion(self, role: Role, op: str, entry: Entry) -> Format | None:
-        """The format that a low forward tensor gets when it overflows too often; None where that cannot happen.
+        """Return the format that a low forward tensor gets when it overflows too often; None if it cannot overflow.
 
-        A format with a scale of its own does not overflow, and gradients are the loss scale's business.
+        A format with a scale of its own does not overflow. Gradients are not promoted: the loss scale protects them.
         Source: arXiv 2301.13464, section 4.
         """
         pair = self._pair(role, op)
@@ -88,7 +88,7 @@ class Recipe:
 
 
 def _at_most(fmt: Format, loaded: Format) -> Format:
-    """A recipe narrows: what is no shorter than the format in which a tensor was loaded leaves it as it was."""
+    """Return ``fmt``, or the format in which the tensor was loaded if that has no more bits."""
     return loaded if fmt.bits >= loaded.bits else fmt
 
 
@@ -127,12 +127,12 @@ NATIVE = Recipe(
         **{op: _value_and_gradient(("fp32", "fp32")) for op in sorted(LOSS_OPS)},
     },
     loss_scaling=False,
-    promote_every=0,  # its low formats have a scale each and do not overflow
+    promote_every=0,  # each low tensor has a scale and does not overflow
 )
 
 
 def _delayed(pair: Pair) -> Pair:
-    """The pair with the low format's scale from the steps before."""
+    """Return the pair with delayed scaling of the low format: its scale comes from the previous steps."""
     high, low = pair
     return (high, f"{low}:delayed") if parse_format(low).scaled else pair
 
@@ -146,13 +146,13 @@ NATIVE_DELAYED = replace(
 
 
 def _one_format(name: str) -> Recipe:
-    """A recipe with nothing to choose, but for what autocast keeps in float32."""
+    """Return a recipe with one format for all tensors, except those that autocast keeps in float32."""
     roles = (Role.ACTIVATION, Role.ACTIVATION_GRAD, Role.WEIGHT, Role.WEIGHT_GRAD)
     return Recipe(
         name=name,
         description=f"{name}, float32 where autocast has it; with the strategy standalone {name} in all, stored too",
         by_role=dict.fromkeys(roles, (name, name)),
-        loss_scaling=False,  # of its own; training scales where gradients are fp16 and masters are not
+        loss_scaling=False,  # training still scales the loss if gradients are fp16 and masters are not
         promote_every=0,
     )
 
@@ -162,14 +162,14 @@ BF16, FP16 = _one_format("bf16"), _one_format("fp16")
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {recipe.name: recipe for recipe in (HFP8, NATIVE, NATIVE_DELAYED, BF16, FP16)}
 )
-"""Every recipe by name: ``hfp8``, ``native``, ``native-delayed``, ``bf16``, ``fp16``; a new one is a row here."""
+"""Every recipe by name: ``hfp8``, ``native``, ``native-delayed``, ``bf16``, ``fp16``. To add one, add a row."""
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe called ``name``.
+    """Return the recipe called ``name``.
 
     Raises:
-        FormatError: there is none.
+        FormatError: there is no such recipe.
     """
     if name not in RECIPES:
         close = suggest(name, RECIPES)
@@ -181,10 +181,10 @@ def get_recipe(name: str) -> Recipe:
 
 
 def initial(table: TensorTable, recipe: Recipe, low: Collection[int] = frozenset()) -> dict[str, Entry]:
-    """One entry for each of the paper's tensors: those of the groups in ``low`` are low, the others high.
+    """Return one entry for each of the paper's tensors: low for those of the groups in ``low``, high for the others.
 
-    A tensor of a low group is marked low even where both its formats are the same, as a weight's gradient is under
-    both recipes: the low ratio counts the decision, so that all groups low means exactly 1.
+    A tensor of a low group is marked low even if both its formats are the same, as those of a weight's gradient are.
+    The low ratio counts decisions, so it is exactly 1 when all groups are low.
     """
     entries = {}
     for row in table.paper_tensors:
@@ -195,7 +195,7 @@ def initial(table: TensorTable, recipe: Recipe, low: Collection[int] = frozenset
 
 
 def promotable(table: TensorTable, plan: Assignment) -> dict[str, Format]:
-    """Return the forward tensors that a training may promote, each with the format that it then gets."""
+    """Return {forward tensor that training may promote: the format that it then gets}."""
     recipe = get_recipe(plan.recipe)
     forward = [row for row in table.tensors if row.role in (Role.WEIGHT, Role.ACTIVATION) and row.key in plan.entries]
     found = {row.key: recipe.promotion(row.role, row.op, plan.entries[row.key]) for row in forward}
@@ -203,15 +203,15 @@ def promotable(table: TensorTable, plan: Assignment) -> dict[str, Format]:
 
 
 def candidates_of(table: TensorTable, recipe: Recipe, formats: Sequence[str] = ()) -> dict[str, tuple[Format, ...]]:
-    """The formats that each of the paper's tensors may have: the recipe's high and low one, or those of ``formats``.
+    """Return the formats that each of the paper's tensors may have: those of ``formats``, or the recipe's two.
 
     Args:
         table: of the model.
-        recipe: gives the formats if ``formats`` is empty.
-        formats: names in place of the recipe's, the high one first; ``e4m3/e5m2`` means the first for values, the
-            second for gradients. A tensor whose values need more than a low format has the first one in each place.
+        recipe: used if ``formats`` is empty.
+        formats: names to use instead of the recipe's, the high one first. ``e4m3/e5m2`` means e4m3 for values and e5m2
+            for gradients. A tensor whose values need more than a low format gets the first one in every place.
     Raises:
-        FormatError: no such format.
+        FormatError: there is no such format.
     """
     pairs = [tuple(map(parse_format, name.split("/", 1))) for name in formats]
     found = {}
@@ -231,16 +231,16 @@ def store(
     states: str | None = None,
     buffers: str | None = None,
 ) -> dict[str, Entry]:
-    """Entries for all masters, stored gradients, optimizer states and buffers of a table; None leaves a role out.
+    """Return entries for all masters, stored gradients, optimizer states and buffers; None leaves a role out.
 
-    A state that is too small for a format in blocks keeps the dtype of its master, as in the libraries; SGD's are in
-    fp32, because bitsandbytes, which alone keeps them in blocks, has no 16-bit ones. A frozen
-    weight has no entry for a master with extra bits: no optimizer would keep them. A weight that was loaded in 16 bits
-    has none for what its master or its gradient is without one.
+    A state that is too small for a block format keeps the dtype of its master, as in the libraries. SGD's are then
+    fp32: only bitsandbytes stores SGD states in blocks, and it has no 16-bit states. A frozen weight gets no entry for
+    a master with extra bits, because no optimizer would store them. A weight that was loaded in 16 bits gets no entry
+    that repeats the format which its master or gradient has anyway.
 
     Raises:
-        FormatError: no such format, or not for this role.
-        PlanError: states are asked for, and the optimizer has none, or none that is large enough.
+        FormatError: there is no such format, or it is not allowed for this role.
+        PlanError: a format for states is given, but the optimizer has no states, or none that is large enough.
     """
     entries: dict[str, Entry] = {}
     stored = [row for row in table.tensors if is_stored(row)]
@@ -271,7 +271,7 @@ def store(
                 f"{largest} elements. Choose bf16."
             )
         entries |= {row.key: Entry(fmt.name, False) for row in fits}
-        if isinstance(fmt, BlockFormat) and table.schedule.optimizer == "SGD":  # of bitsandbytes alone
+        if isinstance(fmt, BlockFormat) and table.schedule.optimizer == "SGD":  # only bitsandbytes has these states
             small = [row for row in rows if row not in fits]
             narrow = [
                 row for row in small if is_narrow(master_format(with_loaded(entries, table.loaded), row.parts.name))
@@ -292,15 +292,16 @@ def save(
 ) -> dict[str, Entry]:
     """Return entries for saved activations, wherever ``saved`` takes fewer bytes than ``entries`` do.
 
-    Not for those of ``EXPONENTIATED`` operators, nor where the backward pass needs the exact values.
+    Outputs of ``EXPONENTIATED`` operators, and activations whose exact values the backward pass needs, get none.
 
     Args:
         table: of the model.
-        entries: of paper's tensors: what a copy has without an entry of its own. Only their copies are looked at.
-        saved: name of its format.
+        entries: of the paper's tensors; a saved copy without an entry has its tensor's format. Only copies of these
+            tensors are considered.
+        saved: name of the format.
         keep: activations whose copies stay as they are, e.g. because they hold infinities.
     Raises:
-        FormatError: no such format.
+        FormatError: there is no such format.
     """
     fmt = parse_saved(saved)
     rows = ((table.by_key.get(saved_key(key)), key) for key in entries)

@@ -14,7 +14,7 @@ from assign.plan.recipes import Recipe, get_recipe
 
 
 class Granularity(StrEnum):
-    """What shares a decision: the tensors of a group, as in the paper, or none."""
+    """Which tensors share a decision: those of a group, as in the paper, or none."""
 
     GROUP = "group"
     TENSOR = "tensor"
@@ -29,17 +29,17 @@ class SearchSpace:
     Attributes:
         recipe: Formats that a tensor may have, by its role: ``native``, ``native-delayed``, ``hfp8``, ``bf16`` or
             ``fp16``.
-        formats: Formats of every tensor in place of the recipe's two, the widest first: names with commas, or a
+        formats: Formats of every tensor instead of the recipe's two, the widest first: names with commas, or a
             sequence. ``e4m3:pow2/e5m2:pow2`` means the first for values and the second for gradients. Requires the
             strategy ``milp``, or, for one format everywhere, ``uniform``.
         pins: Pattern of keys and the format of the tensors that it matches, e.g. ``head.*=bf16``; the last match
             counts. Requires the strategy ``milp``.
         granularity: Whether a ``group`` of tensors shares one decision, or each ``tensor`` has its own. ``tensor``
             requires the strategy ``milp``.
-        saved: Format of saved activations, e.g. ``int4:block64`` or ``mxfp8``, where it takes fewer bytes and the
+        saved: Format of saved activations, e.g. ``int4:block64`` or ``mxfp8``, if it takes fewer bytes and the
             activation is finite on this batch. Default: the activation's own format. The strategy ``milp`` with a
             budget chooses among several, separated by commas.
-        master: Format of the parameters: ``bf16``, ``fp16``, or ``bf16+8``, which keeps 24 bits, 8 of them in the
+        master: Format of the parameters: ``bf16``, ``fp16``, or ``bf16+8``, which stores 24 bits, 8 of them in the
             optimizer. Default: as they were loaded, or as the strategy requires.
         gradients: Format of stored gradients: ``bf16``, ``fp16``, ``e5m2:pow2`` or ``e4m3:pow2``. Default: that of
             their masters.
@@ -99,20 +99,20 @@ class SearchSpace:
 
     @property
     def stored(self) -> dict[str, str | None]:
-        """Formats of what is kept between steps, as :func:`assign.plan.recipes.store` takes them."""
+        """Formats of what is stored between steps, as :func:`assign.plan.recipes.store` takes them."""
         return {"master": self.master, "gradients": self.gradients, "states": self.optimizer_states}
 
 
 def split_names(text: str) -> list[str]:
-    """Names of formats in a text with commas; those inside ``fp(e,m,b)`` belong to the name."""
+    """Return the names of formats in a text with commas; those inside ``fp(e,m,b)`` belong to the name."""
     return [name.strip() for name in re.split(r",(?![^(]*\))", text) if name.strip()]
 
 
 def parse_pins(texts: Iterable[str]) -> dict[str, str]:
-    """Pattern → format, of pins like ``head.*=bf16``.
+    """Return {pattern: format} for pins like ``head.*=bf16``.
 
     Raises:
-        PlanError: one is no such pin.
+        PlanError: one is not such a pin.
     """
     pins = {}
     for text in texts:

@@ -1,7 +1,7 @@
 """The tensor table: every tensor of one training step, and the schedule of its memory.
 
-This is the first waist of the hourglass: torch on one side (``tracer``), pure Python on the other
-(``groups``, ``memory``, ``strategies``). Frozen, human-readable, JSON in and out.
+The table is the interface between tracing, which uses torch, and memory model, searches and reports, which are pure
+Python. It is frozen, and its file is human-readable JSON.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 class Role(StrEnum):
-    """What a tensor is for. The paper's own tensors are the first four."""
+    """What a tensor is used for. The paper's own tensors are the first four."""
 
     WEIGHT = "weight"
     WEIGHT_GRAD = "weight_grad"
@@ -44,10 +44,10 @@ class Role(StrEnum):
 
 
 class Need(StrEnum):
-    """What a tensor's values need, whatever a search would like.
+    """The least precision that the values of a tensor need; a search cannot go below it.
 
-    ``high``: never the low format of a recipe. ``float32``: no format but fp32. ``exact``, of a saved copy: none but
-    the activation's own.
+    ``high``: never the low format of a recipe. ``float32``: no format but fp32. ``exact``, for a saved copy: no format
+    but the activation's own.
     """
 
     NOTHING = ""
@@ -64,7 +64,7 @@ _PARTS: Mapping[Role, Part] = {
     Role.OPTIM_STATE: Part.STATE,
     Role.BUFFER: Part.BUFFER,
 }
-"""Role of a row → part that its key names; of other roles, the tensor itself."""
+"""Role of a row → part that its key names. In other roles the key names the tensor itself."""
 
 PAPER_ROLES = frozenset({Role.WEIGHT, Role.WEIGHT_GRAD, Role.ACTIVATION, Role.ACTIVATION_GRAD})
 
@@ -76,18 +76,18 @@ class TensorInfo:
     Attributes:
         key: stable name, e.g. ``layer1.0/relu``, ``fc.weight.grad``.
         shape: as traced; the first axis is usually the batch.
-        elements: what the paper counts; for a loss, one per sample.
-        dtype: torch dtype it has in the step of the model as it was loaded, e.g. ``float32``.
+        elements: number of elements as the paper counts them; for a loss, one per sample.
+        dtype: torch dtype that it has in a step of the model as loaded, e.g. ``float32``.
         op: operator that makes it (``parameter`` for weights, ``input`` for the batch).
         module: path of the module whose forward makes it, ``''`` for the root.
-        source: ``file.py:line`` of the user's code, ``''`` where unknown.
+        source: ``file.py:line`` of the user's code, ``''`` if unknown.
         group: number of the group that shares its decision.
-        inputs: for an activation, keys that its operator reads, in order of the arguments.
-        reads: the dtypes in which it does; empty where each is its tensor's own.
-        opaque: its operator is another library's, and runs in the dtypes that it was written for.
+        inputs: for an activation, keys of the tensors that its operator reads, in the order of the arguments.
+        reads: dtypes in which the operator reads its inputs; empty if each is the dtype of the input itself.
+        opaque: whether its operator belongs to another library and runs only in the dtypes that it was written for.
         consumers: for an activation or weight, keys of the activations made from it.
-        wide: its operator computes in float32 under every plan: the user's code asks for that.
-        need: the least that its values need (see :mod:`assign.plan.precision`).
+        wide: whether its operator computes in float32 under every plan, because the user's code asks for it.
+        need: the least precision that its values need (see :mod:`assign.plan.precision`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -110,7 +110,7 @@ class TensorInfo:
 
     @property
     def parts(self) -> Key:
-        """The key in its parts.
+        """The parsed key.
 
         The role decides which suffix counts, so a module may be called ``optim`` or ``grad``.
         """
@@ -118,7 +118,7 @@ class TensorInfo:
 
 
 MARK = "mark:"
-"""Prefix of an event's operator, and of a joint graph node's label, where a tensor is complete and gets its format."""
+"""Prefix of an event's operator, and of a joint graph node's label, where a complete tensor gets its format."""
 
 SCRATCH_DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Order of the dtypes in ``Event.scratch``."""
@@ -137,9 +137,10 @@ class Buffer:
     """Memory that one operator of the step allocates.
 
     Attributes:
-        elements: how many; dtype: torch dtype in the step of the model as it was loaded.
-        holds: key of the tensor (or gradient) whose values it holds, ``''`` for an operator's own scratch.
-        part: position in the operator's result; what follows the first part are statistics that stay as they are.
+        elements: number of elements.
+        dtype: torch dtype in a step of the model as loaded.
+        holds: key of the tensor (or gradient) whose values it holds, ``''`` for temporary memory of an operator.
+        part: position in the operator's result. Parts after the first are statistics, and their dtype does not change.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -152,14 +153,14 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One operator of the step's forward or backward graph, in the order in which they run.
+    """One operator of the step's forward or backward graph. Events are in the order of execution.
 
     Attributes:
         op: key of the operator that it belongs to; ``mark:KEY`` where tensor KEY is complete and gets its format.
-        backward: in which pass it runs.
-        reads, writes: indices of buffers; parameters and the batch are resident and do not appear.
-        scratch: bytes its kernel needs for a moment, by the dtype in which it runs, as ``SCRATCH_DTYPES``; what is left
-            out is none.
+        backward: whether it runs in the backward pass.
+        reads, writes: indices of buffers. Parameters and the batch are always resident and do not appear.
+        scratch: bytes of temporary memory that its kernel needs, for each dtype of ``SCRATCH_DTYPES``; missing values
+            are 0.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -171,21 +172,22 @@ class Event:
     scratch: Annotated[tuple[Count, ...], AfterValidator(_in_all_dtypes)] = ()
 
     def scratch_in(self, dtype: str) -> int:
-        """Bytes its kernel needs for a moment when it runs in a dtype."""
+        """Return the bytes of temporary memory that its kernel needs when it runs in a dtype."""
         return dict(zip(SCRATCH_DTYPES, self.scratch, strict=False)).get(dtype, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """How the step's memory comes and goes.
+    """When the memory of a step is allocated and freed.
 
     Attributes:
-        buffers, events: see there.
+        buffers, events: see :class:`Buffer` and :class:`Event`.
         kept: buffers that outlive the backward pass (gradients of the parameters).
         parameter_bytes, buffer_bytes, batch_bytes: resident during the whole step.
-        gradient_bytes: gradients of all parameters, resident once the backward pass has made them.
-        optimizer: name of its class, ``''`` without one.
-        optimizer_bytes: states; optimizer_scratch_bytes: what its step allocates for a moment.
+        gradient_bytes: gradients of all parameters, resident after the backward pass.
+        optimizer: name of its class, ``''`` if there is none.
+        optimizer_bytes: optimizer states.
+        optimizer_scratch_bytes: temporary memory of the optimizer's step.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -204,12 +206,12 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tensors that share a decision: the output of one matrix product, and all that follows it up to the next.
+    """Tensors that share a decision: the output of one matrix product, and everything computed from it up to the next.
 
     Attributes:
-        id: its number.
-        elements: of all its tensors.
-        keys: theirs.
+        id: number of the group.
+        elements: total number of elements of its tensors.
+        keys: keys of its tensors.
     Source: arXiv 2301.13464, algorithm 1.
     """
 
@@ -220,14 +222,14 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorTable(Drawn):
-    """Every tensor of one training step. Made by :func:`assign.trace`.
+    """Every tensor of one training step. :func:`assign.trace` makes it.
 
     Attributes:
         tensors: rows, in the order of execution.
-        schedule: what :func:`assign.estimate` replays.
-        breaks: where the code of the step needs the values of tensors, and why: it is then captured in several graphs,
-            which end there. Empty if Dynamo captured it as one.
-        outside: operators that depend on a parameter and are in none of these graphs: they run as in plain PyTorch.
+        schedule: the schedule that :func:`assign.estimate` replays.
+        breaks: graph breaks: where and why the code of the step needs the values of tensors, so that it is captured as
+            several graphs. Empty if Dynamo captured one graph.
+        outside: operators that depend on a parameter and are in none of these graphs. They run as in plain PyTorch.
     """
 
     tensors: tuple[TensorInfo, ...]
@@ -242,18 +244,18 @@ class TensorTable(Drawn):
 
     @cached_property
     def first_by_key(self) -> Mapping[str, TensorInfo]:
-        """Rows by key; of two with one key, as in activation checkpointing, the first."""
+        """Rows by key. Activation checkpointing makes two rows with one key; this has the first of them."""
         return {info.key: info for info in reversed(self.tensors)}
 
     @cached_property
     def loaded(self) -> Mapping[str, str]:
-        """Weight → name of the format in which it is loaded."""
+        """Weight → name of the format in which it was loaded."""
         weights = (info for info in self.tensors if info.role is Role.WEIGHT and not info.parts.is_activation)
         return {info.key: loaded_format(info.dtype).name for info in weights}
 
     @cached_property
     def paper_tensors(self) -> tuple[TensorInfo, ...]:
-        """Rows of the paper's four roles: what recipes and the low ratio speak of."""
+        """Rows of the paper's four roles. Recipes and the low ratio refer to these."""
         return tuple(info for info in self.tensors if info.role in PAPER_ROLES)
 
     @cached_property
@@ -263,12 +265,12 @@ class TensorTable(Drawn):
 
     @property
     def elements(self) -> int:
-        """Elements of the paper's four roles."""
+        """Number of elements of the tensors in the paper's four roles."""
         return sum(info.elements for info in self.paper_tensors)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """Groups by number, over the paper's four roles."""
+        """Groups of the tensors in the paper's four roles, ordered by number."""
         members: dict[int, list[TensorInfo]] = {}
         for info in self.paper_tensors:
             members.setdefault(info.group, []).append(info)
@@ -279,14 +281,17 @@ class TensorTable(Drawn):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the model: names of all tensors, operators, shapes of the weights; not the batch size."""
+        """Hash of all tensors' names and operators and of the weights' shapes; it does not depend on the batch size."""
         lines = [
             f"{info.key} {info.op} {info.shape if info.role is Role.WEIGHT else ''}" for info in self.paper_tensors
         ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def to_networkx(self) -> networkx.DiGraph:
-        """Forward tensors as nodes (attributes: the row's fields), an edge from each tensor to what is made of it."""
+        """Return a graph of the forward tensors, with an edge from each tensor to those made from it.
+
+        The attributes of a node are the fields of its row.
+        """
         graph = networkx.DiGraph()
         forward = [info for info in self.tensors if info.role in (Role.WEIGHT, Role.ACTIVATION)]
         for info in forward:
@@ -296,7 +301,7 @@ class TensorTable(Drawn):
         return graph
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; ``from_json`` gives the same table back."""
+        """Return the table as plain data, from which ``from_json`` makes the same table."""
         return {
             "fingerprint": self.fingerprint,
             "elements": self.elements,
@@ -309,7 +314,7 @@ class TensorTable(Drawn):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TensorTable":
-        """Inverse of :meth:`to_json`.
+        """Return the table that :meth:`to_json` turned into ``data``.
 
         Raises:
             PlanError: the data is not a table.
@@ -335,13 +340,13 @@ class TensorTable(Drawn):
         return table
 
     def to_pandas(self) -> Any:
-        """A frame with a row for each tensor, its fields the columns. Needs pandas."""
+        """Return a data frame with one row per tensor and one column per field. Needs pandas."""
         names = [field.name for field in dataclasses.fields(TensorInfo)]
         rows = ({name: getattr(info, name) for name in names} | {"role": str(info.role)} for info in self.tensors)
         return frame(rows, names)
 
     def _repr_html_(self) -> str:
-        """The largest tensors, for a notebook."""
+        """Return the largest tensors as an HTML table, for a notebook."""
         largest = sorted(self.paper_tensors, key=lambda info: -info.elements)
         most = max((info.elements for info in largest), default=1) or 1
         rows = [
@@ -355,7 +360,7 @@ class TensorTable(Drawn):
         return table_html(title, ["tensor", "role", "shape", "elements"], rows, len(largest))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table to ``path`` as JSON, whole.
+        """Write the table to ``path`` as JSON, atomically.
 
         Raises:
             PlanError: the file cannot be written.
@@ -364,7 +369,7 @@ class TensorTable(Drawn):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TensorTable":
-        """Read what :meth:`save`, or ``assign trace TASK --json FILE``, wrote.
+        """Return the table in a file that :meth:`save` or ``assign trace TASK --json FILE`` wrote.
 
         Raises:
             PlanError: the file cannot be read, or is not a table.
@@ -375,21 +380,21 @@ class TensorTable(Drawn):
 def check_same_model(
     fingerprint: str, own: str, *, what: str, advice: str, error: type[AssignError] = PlanError
 ) -> None:
-    """Make sure that a file, a plan or a study belongs to a model.
+    """Check that a file, a plan or a study belongs to a model.
 
     Args:
         fingerprint: of the model that it was made for.
         own: of the model that it is to be used with.
-        what: a sentence without its end that says what is wrong where the two differ.
-        advice: what to do then.
-        error: what is raised then.
+        what: start of the error message if the two differ, without a full stop.
+        advice: end of the error message: what to do.
+        error: class of the error.
     """
     if fingerprint != own:
         raise error(f"{what}: its fingerprint is {fingerprint}, this model's is {own}.\n  {advice}")
 
 
 class _TableFile(BaseModel):
-    """Schema of a tensor table. ``elements`` and ``groups`` are written for other programs and not read."""
+    """Schema of a tensor table's file. ``elements`` and ``groups`` are for other programs and ignored when read."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

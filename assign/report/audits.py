@@ -12,7 +12,7 @@ from assign.report.tables import new_table
 
 
 def constants_table(found: Sequence[Finding]) -> RenderableType:
-    """Constants that do not survive their format, and what to set instead."""
+    """Return a table of constants that their format cannot represent well, with the values to set instead."""
     if not found:
         return "Constants: every eps and beta survives."
     table = new_table(
@@ -25,7 +25,7 @@ def constants_table(found: Sequence[Finding]) -> RenderableType:
 
 
 def range_table(report: RangeReport, limit: int = 20) -> RenderableType:
-    """What a format would make of each tensor, those that lose most first; shares are of the elements not zero."""
+    """Return a table of a format's effect on tensors, those that lose most first; shares are of nonzero elements."""
     columns = ["tensor", "elements", "largest", "overflow", "too small", "lr · gradient\ntoo small", "updates\nlost"]
     table = new_table(f"Going on in {report.format}", columns)
     rows = sorted(report.rows, key=lambda row: (-row.overflowing, -(row.lost_updates or 0), -(row.small or 0)))
@@ -38,7 +38,7 @@ def range_table(report: RangeReport, limit: int = 20) -> RenderableType:
 
 
 def lost_table(lost: LostUpdates) -> RenderableType:
-    """The share of updates lost, parameter by parameter, the largest first."""
+    """Return a table of the share of updates lost per parameter, the largest first."""
     table = new_table("Updates lost to rounding", ["parameter", "lost"])
     for name, share in sorted(lost.shares.items(), key=lambda item: -item[1]):
         table.add_row(name, _percent(share))
@@ -46,7 +46,7 @@ def lost_table(lost: LostUpdates) -> RenderableType:
 
 
 def certificate_table(found: Certificate) -> RenderableType:
-    """Counts, and the distributions of margin and deviation."""
+    """Return tables of the counts and of the distributions of margin and deviation."""
     head = new_table("Tolerance certificate", ["", "samples", "share"])
     counts = {
         "evaluated": found.samples,

@@ -1,6 +1,7 @@
 """Pictures of a comparison: a metric against the low ratio, and test curves (Figures 4 and 5 of arXiv 2301.13464).
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart; markers and strokes differ too, for grey paper.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart. Markers and strokes differ too, for
+printing in grey.
 """
 
 import importlib
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".svg", ".png")
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # without yellow and black
-_MARKERS = ("o", "s", "^", "D", "v", "P", "*")  # seven to six colours: 42 pairs before one comes again
+_MARKERS = ("o", "s", "^", "D", "v", "P", "*")  # seven markers and six colours give 42 different pairs
 _STROKES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _LONGEST_NAME = 26
 _TITLE_WIDTH = 70
@@ -32,10 +33,10 @@ _DOTS_PER_INCH = 100  # 900×600
 
 
 def check_picture(path: Path) -> None:
-    """Make sure, before hours of training, that a picture can be drawn to ``path``.
+    """Check, before hours of training, that a picture can be drawn to ``path``.
 
     Raises:
-        ComparisonError: its suffix is none of ``SUFFIXES``, or matplotlib is not installed.
+        ComparisonError: its suffix is not in ``SUFFIXES``, its folder does not exist, or matplotlib is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ComparisonError(f"cannot draw {path}: its suffix must be one of {', '.join(SUFFIXES)}.")
@@ -48,7 +49,7 @@ def save_picture(figure: "Figure", path: Path) -> None:
     """Write a figure as SVG (its text stays text) or PNG, by the suffix of ``path``.
 
     Raises:
-        ComparisonError: as :func:`check_picture`, or the file cannot be written.
+        ComparisonError: as for :func:`check_picture`, or the file cannot be written.
     """
     check_picture(path)
     kind = path.suffix.lower().removeprefix(".")
@@ -61,10 +62,13 @@ def save_picture(figure: "Figure", path: Path) -> None:
 
 
 def picture_paths(json_file: Path, picture: Path | None) -> tuple[Path, Path]:
-    """Where the two pictures of a comparison go: ``picture`` (by default beside its JSON), and ``…-curves`` beside it.
+    """Return the paths of a comparison's two pictures: ``picture``, and ``…-curves`` in the same folder.
+
+    The default of ``picture`` is the path of the JSON file with the suffix ``.svg``.
 
     Raises:
-        ComparisonError: as :func:`check_picture` for a ``picture`` that was asked for; or it is the JSON itself.
+        ComparisonError: as for :func:`check_picture` if ``picture`` is given; or a picture would overwrite the JSON
+            file.
     """
     first = picture or json_file.with_suffix(".svg")
     if picture:
@@ -76,10 +80,10 @@ def picture_paths(json_file: Path, picture: Path | None) -> tuple[Path, Path]:
 
 
 def draw(comparison: Comparison, paths: tuple[Path, Path], *, must: bool) -> tuple[str, ...]:
-    """Draw both pictures; returns what to tell the user.
+    """Draw both pictures; return messages for the user.
 
     Raises:
-        ComparisonError: a picture cannot be drawn, and ``must``.
+        ComparisonError: a picture cannot be drawn, and ``must`` is set.
     """
     try:
         for path, picture in zip(paths, (accuracy_picture, curves_picture), strict=True):
@@ -92,15 +96,15 @@ def draw(comparison: Comparison, paths: tuple[Path, Path], *, must: bool) -> tup
 
 
 def accuracy_picture(comparison: Comparison, metric: str | None = None) -> "Figure":
-    """A metric at the end of training against the low ratio: one point a variant, fp32 as a dashed line.
+    """Return a figure of a metric at the end of training against the low ratio: one point per variant.
 
-    Points are means over seeds, bars reach from the lowest to the highest. Where the low ratio fell by promotion, the
-    point stands at its end. Plans of one strategy and recipe are joined by a line, apart for those with and without
-    promotion. Runs that diverged stand in a strip of their own at the bottom.
+    fp32 is a dashed line. Points are means over seeds; bars reach from the lowest to the highest. If promotion lowered
+    the low ratio, the point is at its final value. Lines join plans of one strategy and recipe, with promotion and
+    without it separately. Runs that diverged are shown in a separate strip at the bottom.
 
     Args:
         comparison: the trainings to show.
-        metric: one of the task's; ``comparison.metric`` if left out, the training loss where the task has none.
+        metric: one of the task's. Default: ``comparison.metric``, or the training loss if the task has no metric.
     Raises:
         ComparisonError: matplotlib is not installed, or no run has the metric.
     """
@@ -126,16 +130,16 @@ def accuracy_picture(comparison: Comparison, metric: str | None = None) -> "Figu
 
 
 def curves_picture(comparison: Comparison, metric: str | None = None) -> "Figure":
-    """A metric after every epoch: a variant's mean over seeds as a line, from the lowest to the highest as a band.
+    """Return a figure of a metric after every epoch: a line for a variant's mean over seeds, a band for the range.
 
-    A run that diverged has no part in them: it is a thin line of its own, which ends in a cross after
-    its last whole epoch.
+    Runs that diverged are not part of these: each is a separate thin line that ends with a cross after its last whole
+    epoch.
 
     Args:
         comparison: the trainings to show.
         metric: as for :func:`accuracy_picture`.
     Raises:
-        ComparisonError: as :func:`accuracy_picture`.
+        ComparisonError: as for :func:`accuracy_picture`.
     """
     name = _metric(comparison, metric)
     figure = _figure()
@@ -151,7 +155,7 @@ def curves_picture(comparison: Comparison, metric: str | None = None) -> "Figure
 
 
 def _matplotlib() -> Any:
-    """Looked for when a picture is drawn: nothing else needs it."""
+    """Import matplotlib and return it. Only drawing a picture needs it."""
     try:
         for part in ("matplotlib.figure", "matplotlib.text", "matplotlib.ticker"):
             importlib.import_module(part)
@@ -168,7 +172,7 @@ def _figure() -> "Figure":
 
 
 def _metric(comparison: Comparison, metric: str | None) -> str | None:
-    """Name of the metric to draw; None is the training loss."""
+    """Return the name of the metric to draw; None is the training loss."""
     if not comparison.runs:
         raise ComparisonError("there is nothing to draw: no run of the comparison has finished. Train at least one.")
     known = dict.fromkeys(name for run in comparison.runs for name in run.facts.metrics)
@@ -197,7 +201,7 @@ def _label(name: str, runs: int, diverged: int) -> str:
 
 
 def _reach(spread: Spread) -> list[list[float]]:
-    """How far a bar reaches below and above the mean."""
+    """Return how far a bar reaches below and above the mean."""
     mean, low, high = spread.mean or 0.0, spread.lowest or 0.0, spread.highest or 0.0
     return [[max(0.0, mean - low)], [max(0.0, high - mean)]]
 
@@ -217,7 +221,7 @@ def _draw_level(axes: "Axes", summary: Summary, spread: Spread) -> None:
 def _draw_point(axes: "Axes", number: int, summary: Summary, metric: str | None) -> None:
     ratio, spread = summary.final_low_ratio, _values(summary, metric)
     label = _label(summary.variant, summary.runs, summary.diverged)
-    if spread.mean is None or ratio.mean is None:  # all diverged: in the legend still
+    if spread.mean is None or ratio.mean is None:  # all runs diverged: only in the legend
         axes.errorbar([], [], **_style(number), linestyle="none", fillstyle="none", label=label)
         return
     axes.errorbar(
@@ -238,8 +242,8 @@ def _draw_point(axes: "Axes", number: int, summary: Summary, metric: str | None)
 
 
 def _draw_strip(strip: "Axes", planned: Sequence[tuple[VariantRow, Summary]]) -> None:
-    """Where runs diverged: hollow markers under the axes, whatever the metric's scale."""
-    heights = itertools.cycle((0.0, 0.4, -0.4))  # two at one low ratio are both seen
+    """Draw runs that diverged as hollow markers below the axes, regardless of the metric's scale."""
+    heights = itertools.cycle((0.0, 0.4, -0.4))  # so that two at one low ratio are both visible
     for number, (_, summary) in enumerate(planned):
         if summary.diverged and summary.final_low_ratio.mean is not None:
             strip.plot(
@@ -308,13 +312,13 @@ def _draw_curve(axes: "Axes", name: str, number: int | None, runs: Sequence[RunF
 
 
 def _draw_end(axes: "Axes", values: Sequence[float], colour: str, stroke: Any) -> None:
-    """A run that diverged: its curve as far as it goes, and a cross there."""
+    """Draw a run that diverged: its curve as far as it goes, and a cross at its end."""
     known = [(epoch, value) for epoch, value in enumerate(values, start=1) if not math.isnan(value)]
     if known:
         axes.plot(*zip(*known, strict=True), color=colour, linestyle=stroke, linewidth=0.9)
         axes.plot(*known[-1], color=colour, marker="x", markersize=9, markeredgewidth=2)
     else:
-        bottom = axes.get_xaxis_transform()  # a place on the axes, whatever the metric's scale
+        bottom = axes.get_xaxis_transform()  # a position on the axes, regardless of the metric's scale
         axes.plot(1, 0.02, color=colour, marker="x", markersize=9, markeredgewidth=2, transform=bottom, clip_on=False)
 
 
@@ -327,7 +331,7 @@ def _curve(facts: RunFacts, metric: str | None) -> list[float]:
 
 
 def _finish(axes: "Axes", comparison: Comparison, metric: str | None, when: str, *, bars: str) -> None:
-    """Labels with units, a title that says what is drawn, and the legend beside the axes."""
+    """Add labels with units, a title that says what is drawn, and the legend next to the axes."""
     share = metric is not None and "accuracy" in metric and _within_one(comparison, metric)
     if share:
         axes.yaxis.set_major_formatter(_matplotlib().ticker.PercentFormatter(xmax=1.0))
@@ -336,12 +340,12 @@ def _finish(axes: "Axes", comparison: Comparison, metric: str | None, when: str,
     seeds = len(comparison.seeds)
     spread = f"mean of {seeds} seeds; {bars}: lowest to highest" if seeds > 1 else "one seed"
     lines = [*textwrap.wrap(comparison.task, _TITLE_WIDTH), f"{comparison.epochs} epochs, {spread}"]
-    axes.set_title("\n".join(lines), loc="left", fontsize=11)  # no wider than the axes: the legend stands beside them
+    axes.set_title("\n".join(lines), loc="left", fontsize=11)  # no wider than the axes: the legend is next to them
     axes.grid(alpha=0.3)
     figure: Any = axes.figure
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False, ncols=1 + len(labels) // 25)
-    for text in figure.findobj(_matplotlib().text.Text):  # names come from files, and "$" would begin a formula
+    for text in figure.findobj(_matplotlib().text.Text):  # names come from files, and "$" would start a formula
         text.set_parse_math(False)
         text.set_text(visible(text.get_text()))
 

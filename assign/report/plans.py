@@ -19,15 +19,17 @@ from assign.report.rows import Row, formats_of, tensor_rows
 from assign.report.tables import Bar, new_table
 
 LARGEST = 10
-"""Tensors that are shown of a step."""
+"""Number of tensors shown for a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStep:
-    """One step all in fp32 and under a plan.
+    """One step in fp32 and under a plan.
 
     Attributes:
-        rows: every tensor of it, the most bytes under the plan first.
+        before: the step with all tensors in fp32.
+        after: the step under the plan.
+        rows: every tensor of the step, the one with the most bytes under the plan first.
     """
 
     before: Moments
@@ -36,7 +38,7 @@ class PlannedStep:
 
     @property
     def by_role(self) -> dict[str, tuple[int, int]]:
-        """Role → bytes alive at the peak all in fp32, and at the plan's peak; the largest of either first."""
+        """Role → bytes alive at the peak in fp32, and at the plan's peak; the role with the most bytes first."""
         found = {
             role: (_at_peak(self.before, role), _at_peak(self.after, role))
             for role in dict.fromkeys([*self.before.by_role, *self.after.by_role])
@@ -44,7 +46,7 @@ class PlannedStep:
         return {role: sizes for role, sizes in sorted(found.items(), key=lambda each: -max(each[1])) if max(sizes)}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: bytes by role, and of the largest tensors."""
+        """Return the step as plain data: bytes by role, and of the largest tensors."""
         facts = ("key", "role", "shape", "format", "fp32_bytes", "bytes", "peak_bytes")
         return {
             "peak_bytes": int(self.after.total.max()),
@@ -55,10 +57,10 @@ class PlannedStep:
 
 
 def planned_step(table: TensorTable, plan: Assignment) -> PlannedStep:
-    """What a plan makes of a step.
+    """Return one step in fp32 and under a plan.
 
     Raises:
-        PlanError: no library can keep what the plan stores, or it is of another model.
+        PlanError: no library can store what the plan asks for, or the plan is for another model.
     """
     plan.check_fits(table, where="show")
     before, after = moments(table, {}), moments(table, plan.entries, plan.update_rounding)
@@ -67,12 +69,12 @@ def planned_step(table: TensorTable, plan: Assignment) -> PlannedStep:
 
 
 def plan_table(plan: Assignment, step: PlannedStep | None = None, *, everything: bool = False) -> RenderableType:
-    """A plan's provenance, its formats by share; with a step its memory by role and its largest tensors; all entries.
+    """Return tables of a plan: provenance and formats, for a known step also memory by role and the largest tensors.
 
     Args:
         plan: the plan to show.
-        step: what the plan makes of a step, if its task is known.
-        everything: list every entry.
+        step: the step under the plan, if the task of the plan is known.
+        everything: whether to list every entry.
     """
     parts: list[RenderableType] = [_provenance(plan)]
     if step is not None:
@@ -83,7 +85,7 @@ def plan_table(plan: Assignment, step: PlannedStep | None = None, *, everything:
 
 
 def diff_table(diff: Diff) -> RenderableType:
-    """What changes from one plan to another: how often from what to what, and each tensor."""
+    """Return tables of what changes from one plan to another: counts of each change, and every tensor."""
     if not diff:
         return "The two plans are the same."
     changes = Counter((_entry(first), _entry(second)) for first, second in diff.changed.values())
@@ -132,7 +134,7 @@ def _provenance(plan: Assignment) -> Table:
 
 
 def _cost(name: str, value: Any) -> str:
-    """One of the costs in a plan's file; a value that is no number is shown as it is."""
+    """Return the text for one cost in a plan's file; a value that is not a number is shown as it is."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, (int, float)):
@@ -155,7 +157,7 @@ def _roles(step: PlannedStep) -> Table:
 
 
 def _formats(rows: Sequence[Row]) -> Table:
-    """By share of the bytes that a float32 would take, which is the share of the elements."""
+    """Return the table of formats, by share of the elements."""
     total = sum(row.elements for row in rows) or 1
     table = new_table(f"Formats of {len(rows)} tensors", ["format", "tensors", "bytes", "elements", ""])
     for name in formats_of(rows):
@@ -183,7 +185,7 @@ def _largest(rows: Sequence[Row]) -> Table:
     columns = ["tensor", "shape", "format", "in fp32", "planned", ""]
     table = new_table(f"The {len(shown)} largest of {len(rows)} tensors", columns, right=3)
     for column in table.columns[1:-1]:
-        column.no_wrap = True  # where there is little room, keys are folded
+        column.no_wrap = True  # in a narrow terminal, keys are folded instead
     for row in shown:
         shape = "×".join(map(str, row.shape)) or "scalar"
         sizes = (human_bytes(row.fp32_bytes), human_bytes(row.bytes))

@@ -27,7 +27,7 @@ _GREYS = {
     "$branch": "rgba(128,128,128,0.08)",
     "$paper": "rgba(0,0,0,0)",
 }
-"""In the place of the page's colours: readable on light and dark."""
+"""Colours that replace the page's; they are readable on light and dark backgrounds."""
 
 _MOST_BARS = 25
 

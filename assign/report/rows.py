@@ -30,9 +30,10 @@ class Row:
 
     Attributes:
         path: of its module, ``''`` for the model itself.
-        bytes: in its format, scales included; fp32_bytes: as float32.
-        peak_bytes: of it alive at the plan's peak.
-        noise: that this format adds to the gradient; None where it was not measured, or is no rounding of its own.
+        bytes: in its format, scales included.
+        fp32_bytes: as float32.
+        peak_bytes: its bytes that are alive at the plan's peak.
+        noise: noise that this format adds to the gradient; None if it was not measured, or the tensor is not rounded.
     """
 
     key: str
@@ -49,7 +50,7 @@ class Row:
 
     @property
     def alive_as(self) -> str:
-        """What the memory model calls bytes of this role."""
+        """Name of this role in the memory model."""
         return _ALIVE_AS.get(self.role, str(self.role))
 
     @property
@@ -65,13 +66,13 @@ def tensor_rows(
     after: Moments,
     noise: NoiseTable | None = None,
 ) -> tuple[Row, ...]:
-    """A row for each of the table's tensors, each master, and each state that the plan adds.
+    """Return a row for each of the table's tensors, each master, and each optimizer state that the plan adds.
 
     Args:
         table: of the model.
         plan: for this model.
         after: the plan's moments.
-        noise: gives each row its noise, where it is known.
+        noise: gives each row its noise, if it is known.
     """
     at_peak: dict[tuple[str, str], int] = defaultdict(int)
     for segment in after.alive:
@@ -99,7 +100,7 @@ def tensor_rows(
 
 
 def formats_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Names of all formats, the widest first."""
+    """Return the names of all formats, the widest first."""
     bits: dict[str, float] = {}
     for row in rows:
         bits[row.format] = min(8 * row.bytes / max(row.elements, 1), bits.get(row.format, float("inf")))
@@ -107,7 +108,7 @@ def formats_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _tensors(table: TensorTable, plan: Assignment) -> Iterator[tuple[TensorInfo, str, Role, str, int]]:
-    """Row of the table, key, role, format and bytes of each tensor."""
+    """Yield the table's row, key, role, format and bytes of each tensor."""
     stored = resident(table, plan.entries, plan.update_rounding)
     plan = plan.with_loaded(table.loaded)
     for info in table.tensors:
@@ -120,7 +121,7 @@ def _tensors(table: TensorTable, plan: Assignment) -> Iterator[tuple[TensorInfo,
             yield info, key, info.role, plan.entries[key].format, stored.stored_gradients[info.key]
     for key, size in stored.optimizer_states.items():
         weight = Key.parse(key, table.by_key)
-        if weight.is_of_weight and key not in table.by_key:  # what the plan itself adds
+        if weight.is_of_weight and key not in table.by_key:  # a state that the plan adds
             yield table.by_key[weight.name], key, Role.OPTIM_STATE, master_format(plan.entries, weight.name).name, size
 
 

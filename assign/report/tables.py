@@ -1,4 +1,4 @@
-"""Tables and sentences for the shell; every number has its unit."""
+"""Tables and sentences for the terminal; every number has its unit."""
 
 import itertools
 import math
@@ -26,12 +26,12 @@ from assign.training.history import TrainResult
 from assign.training.tuning import Tuned
 
 _LONGEST = 30
-"""Characters of a bar."""
+"""Greatest length of a bar in characters."""
 _LOWERED = ("makes", "operator", "rounded to", "runs in", "multiplies in", "because")
 
 
 def new_table(title: str, columns: Sequence[str], right: int = 1) -> Table:
-    """An empty table of the house's look, its columns from number ``right`` on flush right."""
+    """Return an empty table in the common style; columns from number ``right`` on are right-aligned."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index >= right else "left", overflow="fold")
@@ -39,10 +39,11 @@ def new_table(title: str, columns: Sequence[str], right: int = 1) -> Table:
 
 
 class Bar:
-    """A bar in a table, from ``█`` and then ``░``, scaled to the room that its column has.
+    """A bar in a table, of ``█`` and then ``░``, scaled to the width of its column.
 
     Args:
-        dark: length of the first part, light: of all of it, as shares of a full bar.
+        dark: length of the ``█`` part, as a share of a full bar.
+        light: length of both parts together, as a share of a full bar.
     """
 
     def __init__(self, dark: float, light: float = 0.0) -> None:
@@ -58,7 +59,7 @@ class Bar:
 
 
 def format_table(formats: Sequence[Format] | None = None) -> Table:
-    """The formats with what they can hold and how they are stored."""
+    """Return a table of formats: their values and how they are stored."""
     columns = [
         "format",
         "bits",
@@ -82,7 +83,7 @@ def format_table(formats: Sequence[Format] | None = None) -> Table:
 
 
 def block_table(formats: Sequence[BlockFormat]) -> Table:
-    """Formats in blocks."""
+    """Return a table of block formats."""
     columns = ["format", "bits per element", "block", "code", "shared by a block", "rounding"]
     table = new_table("Only for saved activations (--saved); each with :sr for stochastic rounding", columns)
     for fmt in formats:
@@ -98,7 +99,7 @@ def block_table(formats: Sequence[BlockFormat]) -> Table:
 
 
 def trace_table(table: TensorTable, limit: int = 20) -> RenderableType:
-    """The table's groups, and its largest tensors."""
+    """Return tables of the groups and of the largest tensors."""
     groups = new_table(
         f"{len(table.groups)} groups, {table.elements:,} elements in the paper's four roles",
         ["group", "elements", "share", "tensors", "first"],
@@ -122,7 +123,13 @@ def trace_table(table: TensorTable, limit: int = 20) -> RenderableType:
 
 
 def estimate_table(costs: Estimate, compiled: Rehearsal | None = None, limit: int = 12) -> RenderableType:
-    """Peak against fp32, split by role, and what is alive at it; and the peak of the compiled step, if it is known."""
+    """Return tables of the peak against fp32, its split by role and the largest tensors at it.
+
+    Args:
+        costs: of the plan.
+        compiled: peak of the compiled step, if it is known.
+        limit: number of tensors.
+    """
     ratio = costs.peak_bytes / costs.baseline_peak_bytes if costs.baseline_peak_bytes else 1.0
     head = new_table("Predicted for one training step", ["", "bytes"])
     head.add_row("peak, all in fp32", human_bytes(costs.baseline_peak_bytes))
@@ -147,7 +154,7 @@ def estimate_table(costs: Estimate, compiled: Rehearsal | None = None, limit: in
 
 
 def timeline_table(costs: Estimate, limit: int = 24) -> Table:
-    """Bytes alive over the step, in about ``limit`` stretches of it: of each the operator with the most."""
+    """Return a table of bytes alive over the step: about ``limit`` intervals, each with its operator of most bytes."""
     table = new_table("Over the step", ["pass", "most in", "bytes", ""], right=2)
     stretches = _stretches(costs.timeline, max(1, -(-len(costs.timeline) // limit)))
     most = max((row[2] for row in stretches), default=0)
@@ -159,7 +166,7 @@ def timeline_table(costs: Estimate, limit: int = 24) -> Table:
 
 
 def _stretches(timeline: Sequence[tuple[str, str, int]], length: int) -> list[tuple[str, str, int]]:
-    """The largest of each ``length`` consecutive rows of one pass."""
+    """Return the largest of each ``length`` consecutive rows of one pass."""
     found = []
     for _, rows in itertools.groupby(timeline, key=lambda row: row[1]):
         phase = list(rows)
@@ -177,7 +184,7 @@ def trial_line(number: int, state: str, facts: Mapping[str, Any]) -> str:
 
 
 def front_table(found: Tuned, names: Mapping[int, str]) -> Table:
-    """The plans that no other beats, the smallest peak first."""
+    """Return a table of the plans on a Pareto front, the smallest peak first."""
     table = new_table(
         f"{len(found.front)} plans that no other beats; {found.trained} trained, {found.pruned} stopped early",
         ["plan", found.metric, "peak", "low ratio"],
@@ -190,7 +197,7 @@ def front_table(found: Tuned, names: Mapping[int, str]) -> Table:
 
 
 def searched_front_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The plans of a front, the lowest peak first: rows are estimates, and the plan's file."""
+    """Return a table of the plans on a front, the lowest peak first. Each row is an estimate and the path of a plan."""
     noisy = all("noise" in row for row in rows)
     table = new_table(
         f"{len(rows)} plans", ["plan", "peak", "× fp32's", "low ratio", *(["noise"] if noisy else [])], right=1
@@ -203,7 +210,7 @@ def searched_front_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def lowered_table(operators: Sequence[Operator]) -> RenderableType:
-    """In which dtype each operator runs and why; behind it, how many of the products in which."""
+    """Return a table of the dtype in which each operator runs and why, and the number of matrix products per dtype."""
     table = new_table("Operators of the forward pass; each runs backward as it does forward", _LOWERED, right=6)
     for each in operators:
         multiplies = each.multiplies if each.product else ""
@@ -214,7 +221,7 @@ def lowered_table(operators: Sequence[Operator]) -> RenderableType:
 
 
 def promotion_line(past: Promoted) -> str:
-    """One promotion in a sentence."""
+    """Return a sentence about one promotion."""
     return (
         f"step {past.step}: {past.key} promoted from {past.from_format} to {past.to_format}, "
         f"{past.overflow_ratio:.2%} of it overflowed"
@@ -222,7 +229,7 @@ def promotion_line(past: Promoted) -> str:
 
 
 def result_table(results: Mapping[str, TrainResult]) -> RenderableType:
-    """Trainings side by side; with two, the ratio of the second to the first."""
+    """Return a table of trainings side by side; for two of them, with the ratio of the second to the first."""
     names = list(results)
     table = new_table("Training", ["", *names, *(["ratio"] if len(names) == 2 else [])])
     metrics = dict.fromkeys(name for result in results.values() for name in result.metrics)
@@ -247,7 +254,7 @@ def result_table(results: Mapping[str, TrainResult]) -> RenderableType:
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
-    """Variants side by side, each over its seeds; what diverged is counted, not averaged."""
+    """Return a table of variants over their seeds; runs that diverged are counted, but not averaged."""
     metric = comparison.metric
     judged_by = [metric, f"{metric}\nin fp32"] if metric else ["last\ntraining loss"]
     columns = ["variant", "low ratio\n(elements)", "low ratio\n(bits)", *judged_by]
@@ -283,7 +290,7 @@ def _metric(summary: Summary, spread: Spread | None) -> str:
 
 
 def _fall(start: float | None, end: Spread) -> str:
-    """A low ratio, and what promotion left of it."""
+    """Return the text for a low ratio, and for its final value if promotion changed it."""
     if start is None or end.mean is None:
         return ""
     return f"{start:.4f}" if all(value == start for value in end.values) else f"{start:.4f} → {end.mean:.4f}"
@@ -294,7 +301,7 @@ def _mean_count(counts: Spread) -> str:
 
 
 def _first_messages(comparison: Comparison) -> list[str]:
-    """What the first run of each variant that diverged says."""
+    """Return the message of the first run of each variant that diverged."""
     found: dict[str, str] = {}
     for run in comparison.runs:
         if run.facts.diverged:
@@ -316,7 +323,7 @@ def _ratio(values: Sequence[float | None]) -> str:
 
 
 def noise_rows(noise: NoiseTable) -> list[dict[str, Any]]:
-    """Every choice, the noisiest first: plain data."""
+    """Return every choice as plain data, the one with the most noise first."""
     rows = [
         {
             "key": key,
@@ -332,7 +339,7 @@ def noise_rows(noise: NoiseTable) -> list[dict[str, Any]]:
 
 
 def noise_table(noise: NoiseTable, limit: int = 20) -> RenderableType:
-    """The noisiest choices."""
+    """Return a table of the choices with the most noise."""
     rows = noise_rows(noise)
     title = f"Noise of {len(rows)} choices, {noise.method}, {noise.batches} batches"
     table = new_table(title, ["tensor", "format", "noise", "± share", "cosine", "loss"], right=2)
@@ -350,7 +357,7 @@ def noise_table(noise: NoiseTable, limit: int = 20) -> RenderableType:
 
 
 def noise_line(figures: Mapping[str, Any]) -> str:
-    """What a search says of its plan's noise."""
+    """Return a sentence about the noise of a plan that a search found."""
     gap = figures.get("optimality_gap")
     words = "" if gap is None else f"; at most {gap:.2%} of it could be saved at these bytes"
     greedy = " (the greedy plan was no worse)" if figures.get("by_greedy") else ""

@@ -38,7 +38,7 @@ class Terminal(Console):
     """A rich console without markup that passes all text through :func:`visible`.
 
     Args:
-        options: as of ``rich.console.Console``.
+        options: as for ``rich.console.Console``.
     """
 
     def __init__(self, **options: Any) -> None:

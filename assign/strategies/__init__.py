@@ -1,8 +1,8 @@
 """Searches: (table, recipe, goals) → the format of every tensor.
 
-A strategy is a function; a new one is a file here and a row of ``METHODS``, and ``tests/contracts.py`` tests it.
-Strategies get the memory model as an argument; they know neither it, nor the executor, nor torch. One that needs more
-of a model than its table, as :class:`assign.strategies.milp.Milp` needs its noise, is made with that first.
+A strategy is a function. To add one, add a file here and a row to ``METHODS``; ``tests/contracts.py`` tests it. A
+strategy gets the memory model as an argument, and does not use the executor or torch. A strategy that needs more of a
+model than its table, as :class:`assign.strategies.milp.Milp` needs noise, is made with that first.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -23,15 +23,16 @@ from assign.strategies.milp import milp_of
 from assign.strategies.request import Question
 
 MILP, OPTUNA = "milp", "optuna"
-"""Names of the strategies that minimize noise, and that train."""
+"""Names of the strategy that minimizes noise, and of the one that trains."""
 
 
 class Strategy(Protocol):
     """A search.
 
     It returns one entry for every tensor in the paper's four roles, chosen from the recipe's candidates, such that at
-    least ``low_ratio`` of the elements are low and ``peak_bytes`` of the entries is at most ``budget_bytes``. It gives
-    the same answer for the same seed, and raises BudgetError, naming the lowest peak it found, where it has none.
+    least ``low_ratio`` of the elements are low and ``peak_bytes`` of the entries is at most ``budget_bytes``. It
+    returns the same entries for the same seed. If there is no such plan, it raises a BudgetError that names the lowest
+    peak it found.
     """
 
     def __call__(
@@ -44,7 +45,7 @@ class Strategy(Protocol):
         budget_bytes: int | None = None,
         seed: int = 0,
     ) -> dict[str, Entry]:
-        """Search.
+        """Return the entries of a plan that meets the goals.
 
         Args:
             table: of the model.
@@ -52,11 +53,11 @@ class Strategy(Protocol):
             peak_bytes: the memory model: peak memory of a step under some entries, in bytes.
             low_ratio: share of the elements that must be low, 0 to 1.
             budget_bytes: the highest peak memory that is allowed.
-            seed: of a search that draws; the others take no notice of it.
+            seed: of a search that draws random numbers; others ignore it.
         Returns:
             Entries of the paper's tensors by key.
         Raises:
-            BudgetError: no plan reaches the goals.
+            BudgetError: no plan meets the goals.
         """
         ...
 
@@ -67,12 +68,12 @@ class Method:
 
     Attributes:
         search: search that needs only a table, a recipe and the memory model.
-        make: question → search for this model, where it needs more; used in place of ``search``.
-        baseline: assignment that follows from the table and the recipe alone.
+        make: question → search for this model, if it needs more; used instead of ``search``.
+        baseline: function of the table and the recipe that returns a plan without a search.
         goals: limits that it takes, by their names in :func:`assign.search`.
         options: fields of :class:`assign.SearchSpace` that it takes, besides those that every strategy takes.
         needs_noise: whether it requires a noise table.
-        trains: whether it trains the model of a task; it is then run by :func:`assign.tune`.
+        trains: whether it trains the model of a task; :func:`assign.tune` then runs it.
     """
 
     search: Strategy | None = None
@@ -101,7 +102,7 @@ class Method:
 
 
 def _uniform(question: Question) -> Strategy:
-    """Return the strategy ``uniform``, which takes the place of the recipe's formats if one format is given.
+    """Return the strategy ``uniform``, with the given format instead of the recipe's if there is one.
 
     Raises:
         BudgetError: several formats, or one format and a goal.
@@ -147,7 +148,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
 """Every search that needs only a table, a recipe and a goal, by its name in ``METHODS``."""
 
 BASELINES = tuple(name for name, method in METHODS.items() if method.baseline is not None)
-"""Names of the assignments that follow from the model alone, with no goal to search for."""
+"""Names of the strategies that follow from the model alone and take no goal."""
 
 _OPTIONAL = frozenset(name for method in METHODS.values() for name in method.options)
 """Fields of a space that only some strategies take."""
@@ -157,7 +158,7 @@ def get_method(name: str) -> Method:
     """Return the strategy called ``name``.
 
     Raises:
-        AssignError: there is none.
+        AssignError: there is no such strategy.
     """
     if name not in METHODS:
         close = suggest(name, METHODS)
@@ -169,7 +170,7 @@ def get_method(name: str) -> Method:
 
 
 def check_request(strategy: str, goal: Goal, space: SearchSpace) -> None:
-    """Check that a strategy takes everything that is asked for, by the facts in its row of ``METHODS``.
+    """Check that a strategy takes every limit and option of a request, by its row of ``METHODS``.
 
     Raises:
         AssignError: there is no such strategy.

@@ -22,12 +22,12 @@ def uniform(
     budget_bytes: int | None = None,
     seed: int = 0,
 ) -> dict[str, Entry]:
-    """Everything high if that meets the goals, else everything low: the paper's π_unif.
+    """Return everything high if that meets the goals, else everything low: the paper's π_unif.
 
     A low ratio of 0 gives all high; any other gives all low.
 
     Raises:
-        BudgetError: a goal that makes no sense, or a budget below the peak of both.
+        BudgetError: a goal is invalid, or the budget is below the peak of both.
     """
     goal = Goal(low_ratio=low_ratio, budget=budget_bytes).required()
     peaks = []
@@ -44,7 +44,7 @@ def uniform(
 
 
 def uniform_in(table: TensorTable, format_name: str, *, low: bool = False) -> dict[str, Entry]:
-    """Every tensor in the format ``format_name``, whatever the recipe; ``low`` is what they count as.
+    """Return every tensor in the format ``format_name``, for any recipe; ``low`` is whether they count as low.
 
     Raises:
         FormatError: there is no such format.
@@ -54,21 +54,21 @@ def uniform_in(table: TensorTable, format_name: str, *, low: bool = False) -> di
 
 
 def as_loaded(table: TensorTable, recipe: Recipe) -> dict[str, Entry]:
-    """Every tensor in the dtype that it has in the model as it was loaded: nothing changes. No recipe is asked."""
+    """Return every tensor in its dtype in the model as loaded: nothing changes, and the recipe is not used."""
     return {row.key: Entry(loaded_format(row.dtype).name, False) for row in table.paper_tensors}
 
 
 def operator_based(table: TensorTable, recipe: Recipe, *, gradients_follow: bool = False) -> dict[str, Entry]:
-    """What reads or leaves a matrix product is low: the paper's π_op, after HFP8.
+    """Return the paper's π_op, after HFP8: tensors that a matrix product reads or makes are low.
 
-    Low are a product's operands, weights included, and the gradient of its output. High are the weights' gradients and
-    all else, the input with what reads it, and the last group with what it reads.
+    Low are the operands of products, weights included, and the gradients of their outputs. Everything else is high, and
+    also the gradients of weights, the input with the tensors made from it, and the last group with its inputs.
 
     Args:
         table: of the model.
         recipe: gives each tensor its high and its low format.
-        gradients_follow: π_op′: the gradient of an activation is low where the activation is. This is a reading: the
-            authors' released code leaves this baseline out.
+        gradients_follow: π_op′: the gradient of an activation is low if the activation is. This is our interpretation:
+            the authors' released code does not contain this baseline.
     Source: arXiv 2301.13464, and the authors' code.
     """
     activations = [row for row in table.paper_tensors if row.role is Role.ACTIVATION]
@@ -82,12 +82,12 @@ def operator_based(table: TensorTable, recipe: Recipe, *, gradients_follow: bool
 
 
 def standalone(table: TensorTable, recipe: Recipe) -> dict[str, Entry]:
-    """Everything in one 16-bit format: what a step computes, and what is stored between steps, running statistics too.
+    """Return everything in one 16-bit format: the tensors of the step and what is stored, running statistics too.
 
-    There is no master beside the weight that is computed with, and no loss scale.
+    There is no master besides the weight that is computed with, and no loss scale.
 
     Raises:
-        FormatError: the recipe's formats are not one 16-bit format of torch's.
+        FormatError: the recipe's formats are not one 16-bit format of torch.
     Source: arXiv 2305.10947.
     """
     names = {name for pair in recipe.by_role.values() for name in pair}
@@ -103,7 +103,7 @@ def standalone(table: TensorTable, recipe: Recipe) -> dict[str, Entry]:
 
 
 def _kept_high(activations: Collection[TensorInfo]) -> set[str]:
-    """Forward tensors that π_op keeps high, with their gradients, whatever reads them."""
+    """Return the forward tensors that π_op keeps high, with their gradients, regardless of what reads them."""
     inputs = {row.key for row in activations if row.op == INPUT}
     last = max((row.group for row in activations), default=0)
     kept = set(inputs)

@@ -29,18 +29,19 @@ class Timeline(Protocol):
     """Bytes of one training step, moment by moment; the largest of them is its peak."""
 
     def at(self, entries: Mapping[str, Entry]) -> Integers:
-        """Bytes alive at every moment under these entries: ``[moments]``."""
+        """Return the bytes alive at every moment under these entries: ``[moments]``."""
 
     def steps(self, entries: Mapping[str, Entry], changes: Sequence[Mapping[str, Entry]]) -> csr_array:
-        """Of each change to these entries, how it moves :meth:`at`: ``[changes, moments]``, sums of whose rows do.
+        """Return how each change to these entries affects :meth:`at`: ``[changes, moments]``.
 
-        The cumulative sum along a row is the change's effect; a row of its differences is mostly zeros.
+        Rows are differences between moments, so most values are zero. The cumulative sum along a row is the change's
+        effect.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """What a plan must meet; each limit may be left out.
+    """Limits that a plan must meet; each may be left out.
 
     Attributes:
         budget: Peak memory of a step: ``512MiB``, ``6GB``, a number of bytes, or ``50%`` of the peak without a plan.
@@ -48,7 +49,7 @@ class Goal:
         max_step_time: Limit on a forward and backward pass, operator by operator: seconds, ``200ms``, or ``1.3x`` of
             the time with all tensors in their high formats. Requires the strategy ``milp``.
     Raises:
-        BudgetError: a share outside 0 to 1, a budget that is no positive number of bytes, or no such time.
+        BudgetError: a share outside 0 to 1, a budget that is not a positive number of bytes, or an invalid time.
     """
 
     budget: str | int | None = field(default=None, metadata=option(type=str))
@@ -92,18 +93,18 @@ class Goal:
         return self
 
     def enough_low(self, low_elements: int, elements: int) -> bool:
-        """Whether ``low_elements`` of ``elements`` reach the low ratio (true where none is asked for)."""
+        """Whether ``low_elements`` of ``elements`` reach the low ratio (true if there is none)."""
         if self.low_ratio is None or elements == 0:
             return True
         return low_elements / elements >= self.low_ratio
 
     def within_budget(self, peak: int) -> bool:
-        """Whether a step with this peak fits (true where no budget is given)."""
+        """Whether a step with this peak fits (true if there is no budget)."""
         return self.budget_bytes is None or peak <= self.budget_bytes
 
 
 def over_budget(goal: Goal, floor: int, tried: str) -> BudgetError:
-    """The error for a budget that nothing tried could meet; ``floor`` is the lowest peak among what was ``tried``."""
+    """Return the error for a budget that no plan met; ``floor`` is the lowest peak, ``tried`` says what was tried."""
     asked = goal.budget_bytes or 0
     return BudgetError(
         f"the budget is {asked} bytes ({asked / MIB:.1f} MiB), but {tried} a training step still needs "
@@ -115,10 +116,10 @@ def over_budget(goal: Goal, floor: int, tried: str) -> BudgetError:
 
 
 def parse_budget(text: str | int, baseline: int) -> int:
-    """Bytes from ``512MiB``, ``6GB``, ``1000000`` or ``50%`` (of ``baseline`` bytes).
+    """Return the bytes in ``512MiB``, ``6GB``, ``1000000`` or ``50%`` (of ``baseline`` bytes).
 
     Raises:
-        BudgetError: none of these.
+        BudgetError: the text is none of these.
     """
     if isinstance(text, int):
         return text

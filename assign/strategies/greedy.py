@@ -1,4 +1,4 @@
-"""Greedy demotion: group after group goes from high to low until the goals are met.
+"""Greedy demotion: groups go from high to low, one after another, until the goals are met.
 
 Source: arXiv 2301.13464, Algorithm 1.
 """
@@ -14,7 +14,10 @@ from assign.strategies.goal import Goal, PeakBytes, over_budget
 
 
 class Order(StrEnum):
-    """Which group is demoted first; of two of one size, the lower id. The paper's is the largest."""
+    """Which group is demoted first. Of two groups with the same size it is the one with the lower id.
+
+    The paper demotes the largest first.
+    """
 
     LARGEST = "largest"
     SMALLEST = "smallest"
@@ -32,28 +35,27 @@ def greedy(
     order: Order = Order.LARGEST,
     trim: bool = True,
 ) -> dict[str, Entry]:
-    """Demote groups in ``order`` until both goals hold.
+    """Demote groups in ``order`` until both goals are met, and return the entries.
 
-    The test stands before the demotion, as in the paper: the last group overshoots the low ratio, and a ratio of 0
-    demotes nothing. A group is demoted in its turn even if the peak does not move with it, for the peak may lie
-    between tensors of several groups.
+    Goals are tested before each demotion, as in the paper: the last group overshoots the low ratio, and a ratio of 0
+    demotes nothing. A group is demoted in its turn even if this does not lower the peak, because the peak may depend on
+    tensors of several groups.
 
-    That is why, under a budget, a group may have been demoted in vain. With ``trim``, the groups demoted after the low
-    ratio was reached are tried high again, the last one first, and stay high where the budget allows it: fewer low
-    groups train better. The groups that the low ratio asked for are never touched, so without a budget the
-    result is the paper's.
+    Under a budget some groups may therefore be demoted in vain. With ``trim``, the groups that were demoted after the
+    low ratio was reached are tried high again, the last one first, and stay high if the budget allows it: fewer low
+    groups train better. Groups that the low ratio requires stay low, so without a budget the result is the paper's.
 
     Args:
         table: of the model.
         recipe: gives each tensor its high and its low format.
-        peak_bytes: asked only under a budget, at most twice per group.
+        peak_bytes: called only under a budget, at most twice per group.
         low_ratio: share of the elements that must be low, 0 to 1.
         budget_bytes: the highest peak memory that is allowed.
         seed: of the random order; the others need none.
-        order: which group comes first: the largest, the smallest, or any.
-        trim: try groups that were demoted for the budget high again.
+        order: which group comes first: the largest, the smallest, or a random one.
+        trim: whether groups that were demoted for the budget are tried high again.
     Raises:
-        BudgetError: a goal that makes no sense, or a budget that even all groups low exceed.
+        BudgetError: a goal is invalid, or the budget is below the peak with all groups low.
     """
     goal = Goal(low_ratio=low_ratio, budget=budget_bytes).required()
     ordered = demotion_order(table.groups, order, seed)
@@ -72,7 +74,9 @@ def greedy(
         peaks.append(peak_bytes(build(low)))
     if not goal.within_budget(peaks[-1]):
         raise over_budget(goal, min(peaks), f"even with all {len(ordered)} groups of tensors low")
-    for group in reversed(low[fixed:-1]) if trim else ():  # the last one is needed: without it the loop went on
+    for group in (
+        reversed(low[fixed:-1]) if trim else ()
+    ):  # the last one is needed: without it the peak was above the budget
         without = [other for other in low if other != group]
         if goal.within_budget(peak_bytes(build(without))):
             low = without
@@ -80,7 +84,7 @@ def greedy(
 
 
 def demotion_order(groups: Sequence[Group], order: Order, seed: int) -> list[Group]:
-    """The groups in the order of their demotion; the same for the same seed, on every machine."""
+    """Return the groups in the order of their demotion; the same for the same seed, on every machine."""
     ordered = sorted(groups, key=lambda group: group.id)
     match Order(order):
         case Order.LARGEST:

@@ -1,10 +1,10 @@
 """Find the plan with the least noise within a budget by an integer program.
 
-One binary variable per decision and format. Noise adds up over tensors, and so do bytes, moment by moment, as long as
-decisions do not meet in one operator: so both are linear, and HiGHS finds the best plan of the linear model and says
-how far it may be from it. The true bytes of that plan are asked for then; at a moment where they are more than the
-model said and more than the budget, the difference is added to the model, and it is solved again. What is returned is
-always truly within the goals.
+There is one binary variable per decision and format. Noise adds up over tensors. So do bytes at every moment, as long
+as decisions do not meet in one operator. Both are therefore linear, and HiGHS finds the best plan of the linear model
+and a bound on how far it may be from the optimum. Then the exact bytes of that plan are computed. At each moment where
+they are more than the model predicted and more than the budget, the difference is added to the model, and it is solved
+again. The returned plan always meets the goals exactly.
 """
 
 import fnmatch
@@ -30,35 +30,37 @@ from assign.strategies.greedy import greedy
 from assign.strategies.request import Question, Solution
 
 RELATIVE_GAP, LARGE_GAP = 1e-6, 1e-2
-"""Share of its noise by which a plan may miss the best of the linear model; the second where the program is large."""
+"""Relative gap of noise between a plan and the best of the linear model; the second is for large programs."""
 
-_SECONDS = 60.0  # for one solution; the gap tells how good it is
-_ROUNDS = 10  # solutions, with what was wrong about the bytes put right
-_LARGE = 100_000  # numbers in the program: beyond, the last percent takes HiGHS minutes
-_UNITS, _PARTS, _MOST = 6, 1e3, 1e8  # tries for a unit; units of noise in the best plan; in what no good plan has
-_INFEASIBLE = 2  # HiGHS's status of a program that no values solve
+_SECONDS = 60.0  # limit for one solution; the gap says how good it is
+_ROUNDS = 10  # solutions, each with the bytes corrected
+_LARGE = 100_000  # nonzero coefficients; in larger programs HiGHS needs minutes for the last percent
+_UNITS, _PARTS, _MOST = 6, 1e3, 1e8  # tries to find a unit; units of noise in the best plan; more than in any good plan
+_INFEASIBLE = 2  # HiGHS's status of an infeasible program
 _TOLERANCE = 1e-6  # share of the bytes by which HiGHS may exceed a constraint
-_NEAR = 64  # moments: of those so near to each other, one gets a constraint at a time
+_NEAR = 64  # moments: of those closer than this, only one gets a constraint at a time
 
 Waiting = Callable[[Mapping[str, Entry]], Sequence[Mapping[str, Entry]]]
-"""Entries of some tensors → entries of their saved copies, one mapping for each format these may have."""
+"""Entries of some tensors → entries of their saved copies, one mapping per format that copies may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Milp:
-    """A strategy, made for one table.
+    """The strategy ``milp``, made for one table.
 
     Args:
-        noise: predicted noise of some entries; of several, the sum.
+        noise: returns the predicted noise of some entries: the sum over them.
         timeline: bytes of a step at every moment; see :class:`assign.strategies.goal.Timeline`.
-        formats: candidates of every tensor in place of the recipe's two, the high one first.
-        granularity: what shares a decision.
-        waiting: entries of some tensors → what their saved copies may have in place of the
-            tensors' own formats; one mapping for each format, of all copies that take fewer bytes in it.
-        pins: pattern of keys → format that these have, whatever the noise; of several that match, the last.
-        seconds: of a step, predicted of some entries; of several, the sum. Asked only with ``most_seconds``.
-        other_seconds: of a step, whatever is chosen.
-        most_seconds: that a step may take. A goal of its own: with it the low ratio and the budget may be left out.
+        formats: candidates of every tensor instead of the recipe's two, the high one first.
+        granularity: which tensors share a decision.
+        waiting: returns, for entries of some tensors, the entries that their saved copies may have instead of the
+            tensors' own formats: one mapping per format, with all copies that take fewer bytes in it.
+        pins: pattern of keys → format that these tensors have, regardless of noise. If several patterns match, the last
+            one counts.
+        seconds: returns the predicted seconds of some entries: the sum over them. Used only with ``most_seconds``.
+        other_seconds: seconds of a step that no choice changes.
+        most_seconds: limit on the seconds of a step. It is a goal of its own: with it the low ratio and the budget may
+            be left out.
         on_solution: called with the solution.
     """
 
@@ -83,11 +85,12 @@ class Milp:
         budget_bytes: int | None = None,
         seed: int = 0,
     ) -> dict[str, Entry]:
-        """Entries of least noise; see :class:`assign.strategies.Strategy`.
+        """Return the entries with the least noise; see :class:`assign.strategies.Strategy`.
 
         Raises:
-            BudgetError: a goal that makes no sense, or that no plan found can meet.
-            PlanError: a pin that matches no tensor. FormatError: unknown formats.
+            BudgetError: a goal is invalid, or no plan that was found meets it.
+            PlanError: a pin matches no tensor.
+            FormatError: a format is unknown.
         """
         if self.most_seconds is not None and budget_bytes is None and low_ratio is None:
             low_ratio = 0.0
@@ -119,7 +122,7 @@ class Milp:
     def _greedy(
         self, table: TensorTable, recipe: Recipe, peak_bytes: PeakBytes, goal: Goal, pinned: dict[str, Entry]
     ) -> dict[str, Entry]:
-        """The greedy plan with the pins.
+        """Return the greedy plan with the pins.
 
         Raises:
             BudgetError: it misses a goal.
@@ -138,7 +141,7 @@ def milp_of(question: Question) -> Milp:
     """Return the strategy ``milp`` for one model.
 
     Raises:
-        PlanError: no noise was measured, or no times although the step time is limited.
+        PlanError: no noise was measured, or the step time is limited and no times were measured.
     """
     noise, space, complete = question.measured.noise, question.space, question.complete
     if noise is None:
@@ -166,7 +169,7 @@ def milp_of(question: Question) -> Milp:
 
 
 def _with_time_limit(milp: Milp, question: Question) -> Milp:
-    """Return the strategy with the seconds that choices take, and the seconds that they may take together."""
+    """Return the strategy with the predicted seconds of entries and the limit on their sum."""
     times, space = question.measured.times, question.space
     if times is None or question.goal.max_step_time is None:
         raise PlanError(
@@ -180,7 +183,7 @@ def _with_time_limit(milp: Milp, question: Question) -> Milp:
 
 
 Decision = tuple[dict[str, Entry], ...]
-"""What may be chosen for some tensors together: entries, the high ones first."""
+"""Options for tensors that share a decision: entries per option, the high ones first."""
 
 
 def _decide(
@@ -190,7 +193,7 @@ def _decide(
     granularity: Granularity,
     waiting: Waiting,
 ) -> list[Decision]:
-    """The choices: formats of tensors, each with its copies as they are or in a format of their own."""
+    """Return the decisions. An option gives formats to tensors, and their own or another format to saved copies."""
     shared = [group.keys for group in table.groups] if granularity is Granularity.GROUP else [(k,) for k in candidates]
     decisions = []
     for keys in shared:
@@ -231,7 +234,7 @@ def _pinned(
 
 
 class _Program:
-    """Variables: every option of every decision, one after the other."""
+    """The integer program. Its variables are the options of all decisions, one after the other."""
 
     def __init__(
         self, table: TensorTable, goal: Goal, decisions: list[Decision], pinned: dict[str, Entry], ask: Milp
@@ -257,17 +260,19 @@ class _Program:
             self.steps = csr_array(ask.timeline.steps(base, self.options)).astype(np.float64)
 
     def entries(self, chosen: Iterable[int]) -> dict[str, Entry]:
-        """The plan of one option per decision."""
+        """Return the plan with these options, one per decision."""
         plan = dict(self.pinned)
         for option in chosen:
             plan |= self.options[option]
         return plan
 
     def run(self, noise_known: float) -> tuple[dict[str, Entry] | None, float, int]:
-        """The best plan that is truly within the goals, a lower bound of noise, and rounds.
+        """Return the best plan that meets the goals, a lower bound of noise, and the number of rounds.
+
+        The plan is None if none was found. Its bytes are exact, not those of the linear model.
 
         Args:
-            noise_known: of some plan within the goals, infinite if none is known.
+            noise_known: noise of some plan that meets the goals; infinite if none is known.
         """
         if not self.options:
             return (dict(self.pinned) if self.is_within(self.pinned) else None), self.fixed_noise, 0
@@ -293,7 +298,7 @@ class _Program:
         return (lowest if lowest is not None and self.is_within(lowest) else None), bound, number
 
     def error(self, greedy_floor: int | None = None) -> BudgetError:
-        """For goals that nothing found could meet: names the least time, the lowest peak, or the highest low ratio.
+        """Return the error for goals that no plan met; it names the least time, lowest peak or highest low ratio.
 
         Args:
             greedy_floor: the lowest peak that the greedy search found.
@@ -323,7 +328,7 @@ class _Program:
         )
 
     def _out_of_time(self, floor: int, enough: float) -> BudgetError:
-        """For a budget that only slower steps could meet."""
+        """Return the error for a budget that only slower steps could meet."""
         return BudgetError(
             f"the budget is {self.goal.budget_bytes} bytes and a step may take {self.ask.most_seconds:.4g} s: each can "
             f"be met, but not both. Within that time a step needs {floor} bytes or more at its peak.\n"
@@ -332,7 +337,7 @@ class _Program:
         )
 
     def is_within(self, plan: Mapping[str, Entry]) -> bool:
-        """Whether a plan truly meets the goals."""
+        """Whether the exact bytes, seconds and low ratio of a plan meet the goals."""
         low = sum(self.elements_of[key] for key, entry in plan.items() if entry.low)
         peak = 0 if self.goal.budget_bytes is None else int(self.ask.timeline.at(plan).max())
         return self._is_fast(plan) and self.goal.enough_low(low, self.elements) and self.goal.within_budget(peak)
@@ -345,10 +350,10 @@ class _Program:
     # ---- the program ------------------------------------------------------------------------------------------------
 
     def _solve(self, extra: Floats | None, known: float) -> tuple[OptimizeResult, float]:
-        """What HiGHS says, and the noise in which it counts."""
-        too_noisy = self.noise > known * (1 + RELATIVE_GAP)  # alone more than a whole plan that is known
+        """Return HiGHS's result, and the unit of noise that its costs are in."""
+        too_noisy = self.noise > known * (1 + RELATIVE_GAP)  # the option alone has more noise than a known plan
         bounds, unit = Bounds(0, np.where(too_noisy, 0.0, 1.0)), float(self.noise.max()) or 1.0
-        for _ in range(_UNITS):  # HiGHS takes a millionth for nothing: count in parts of what any plan has at least
+        for _ in range(_UNITS):  # HiGHS treats 1e-6 as 0: use a unit below the noise of any plan
             relaxed = self._within_budget(self._cost(unit), extra, bounds, whole=0)
             if relaxed.x is None or relaxed.fun > 1 or relaxed.fun <= 0:
                 break
@@ -358,10 +363,11 @@ class _Program:
         return self._within_budget(self._cost(unit), extra, bounds), unit
 
     def _within_budget(self, cost: Floats, extra: Floats | None, bounds: Bounds, whole: int = 1) -> OptimizeResult:
-        """The least cost within the budget: moments that a solution exceeds get a constraint, and it is solved again.
+        """Return the solution of least cost within the budget.
 
-        Most moments never bind, and thousands of constraints would take HiGHS minutes and gigabytes. With some of them
-        left out, a program that has no solution has none with all of them either.
+        A moment gets a constraint only when a solution exceeds the budget there; then the program is solved again. Most
+        moments never bind, and thousands of constraints would cost HiGHS minutes and gigabytes. If a program without
+        some of the constraints is infeasible, so is the program with all of them.
         """
         if extra is None:
             return self._call(cost, self._always(), bounds, whole)
@@ -379,9 +385,9 @@ class _Program:
                 return solved
 
     def _add_moments(self, x: Floats, extra: Floats | float, most: float) -> bool:
-        """Give constraints to the moments at which options ``x`` take more bytes than ``most``; whether there are any.
+        """Add constraints for moments at which the options ``x`` take more than ``most`` bytes; return whether it did.
 
-        Of neighbours that all exceed it, the one with the most bytes; the others follow if that is not enough.
+        Of neighbouring moments only the one with the most bytes gets a constraint; others follow if that is not enough.
         """
         alive = self.base + extra + np.cumsum(np.asarray(x @ self.steps))
         over = np.flatnonzero(alive > most * (1 + _TOLERANCE))
@@ -392,19 +398,19 @@ class _Program:
         return len(over) > 0
 
     def _bytes_at(self, places: Integers) -> csr_array:
-        """What each option adds at some moments in order: ``[places, options]``."""
+        """Return the bytes that each option adds at some sorted moments: ``[places, options]``."""
         steps = self.steps.tocoo()
-        begins = np.searchsorted(places, steps.col, side="left")  # the first of these moments at which it is there
+        begins = np.searchsorted(places, steps.col, side="left")  # the first of these moments that the change affects
         shape = (self.steps.shape[0], len(places) + 1)
         sums = csr_array((steps.data, (steps.row, begins)), shape=shape).toarray()
         return csr_array(np.cumsum(sums[:, :-1], axis=1).T)
 
     def _cost(self, unit: float) -> Floats:
-        """Noise of every option in this unit, up to what no good plan comes near."""
+        """Return the noise of every option in this unit, at most ``_MOST``, which no good plan reaches."""
         return np.minimum(self.noise / unit, _MOST)
 
     def _fewest_bytes(self, *, any_time: bool = False) -> dict[str, Entry] | None:
-        """The plan of the lowest peak in the linear model: one more variable, the peak itself."""
+        """Return the plan with the lowest peak in the linear model; the peak itself is one more variable."""
         if not self.options:
             return dict(self.pinned)
         unit = max(float(self.base.max(initial=1)), 1.0)

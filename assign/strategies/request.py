@@ -1,4 +1,4 @@
-"""What is asked of a search, and what a strategy gets to answer it."""
+"""Inputs and results of a strategy."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +18,12 @@ class Solution:
     """Solution of an integer program.
 
     Attributes:
-        noise: predicted, of the plan returned.
-        gap: share of it by which a plan of less noise could be better, in the linear model of bytes.
-        rounds: solutions until the true bytes were within the budget.
-        by_greedy: the paper's greedy plan was no worse, and is what was returned.
-        decisions: size of the program; moments: those that needed a constraint.
+        noise: predicted noise of the returned plan.
+        gap: share of the noise by which the best plan could be better, in the linear model of bytes.
+        rounds: number of solutions until the exact bytes were within the budget.
+        by_greedy: whether the paper's greedy plan was no worse, and was returned.
+        decisions: number of decisions in the program.
+        moments: number of moments that needed a constraint.
     """
 
     noise: float
@@ -35,7 +36,7 @@ class Solution:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Request for one model: what a strategy is run with.
+    """A request for one model: the input of a strategy.
 
     Attributes:
         table: tensors of one step.

@@ -1,4 +1,4 @@
-"""A batch is any nesting of tuples, lists and mappings with tensors in it."""
+"""Batches: a batch is any nesting of tuples, lists and mappings that contains tensors."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ Batch = Any
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``; whatever has a method ``to`` is asked to move itself."""
+    """Return the batch with its tensors on ``device``; objects with a method ``to`` are moved by it."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -23,7 +23,7 @@ def move(batch: Batch, device: torch.device) -> Batch:
 
 
 def tensors_in(batch: Batch) -> Iterator[Tensor]:
-    """Every tensor of a batch."""
+    """Yield every tensor of a batch."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, (Mapping, tuple, list)):

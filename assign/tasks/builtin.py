@@ -1,4 +1,4 @@
-"""The built-in tasks, by name. A new one is a function here and a row of ``BUILTIN``."""
+"""The built-in tasks, by name. To add one, add a function here and a row to ``BUILTIN``."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -15,13 +15,13 @@ from assign.tasks.models import GPT, ResNet
 from assign.tasks.task import Metrics, Task, TaskOptions
 
 SPLIT_SEED = 0
-"""Of the split into training and test data, the same in every run."""
+"""Seed of the split into training and test data, the same in every run."""
 
 
 def digits(options: TaskOptions) -> Task:
-    """scikit-learn's 1797 handwritten digits, enlarged to 16×16, and a ResNet of three blocks.
+    """Return the task of scikit-learn's 1797 handwritten digits, enlarged to 16×16, with a ResNet of three blocks.
 
-    A hundred and fifty steps train it to 99 %, and almost all of a step's memory is activations.
+    150 steps train it to 99 %, and almost all of a step's memory is activations.
     """
     if options.data is not None:
         raise TaskError("task 'digits' comes with scikit-learn and reads no directory: leave --data out.")
@@ -49,7 +49,7 @@ def digits(options: TaskOptions) -> Task:
 
 
 def cifar(options: TaskOptions, *, classes: int) -> Task:
-    """CIFAR and ResNet-18, trained as arXiv 2301.13464 does, in fewer epochs."""
+    """Return the task of CIFAR with ResNet-18, trained as in arXiv 2301.13464, in fewer epochs."""
     mean, deviation = CIFAR_MOMENTS[classes]
     return photographs(
         options,
@@ -64,7 +64,7 @@ def cifar(options: TaskOptions, *, classes: int) -> Task:
 
 
 def fashion_mnist(options: TaskOptions) -> Task:
-    """Fashion-MNIST and a ResNet of six blocks."""
+    """Return the task of Fashion-MNIST with a ResNet of six blocks."""
     return photographs(
         options,
         name="fashion-mnist",
@@ -78,7 +78,7 @@ def fashion_mnist(options: TaskOptions) -> Task:
 
 
 def shakespeare(options: TaskOptions) -> Task:
-    """Characters of Shakespeare's plays and a GPT of four layers; the last tenth of the text judges it."""
+    """Return the task of characters in Shakespeare's plays with a GPT of four layers; the last tenth is test data."""
     text = read_text(options.data, "tinyshakespeare.txt", "shakespeare")
     symbols = sorted(set(text))
     number = {symbol: index for index, symbol in enumerate(symbols)}
@@ -119,13 +119,13 @@ _CONTEXT = 128
 
 
 def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy of a batch of (inputs, labels)."""
+    """Return the mean cross-entropy of a batch of (inputs, labels)."""
     inputs, labels = batch
     return F.cross_entropy(model(inputs), labels)
 
 
 def next_symbol_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy of every position's next symbol."""
+    """Return the mean cross-entropy of the next symbol at every position."""
     inputs, following = batch
     return F.cross_entropy(model(inputs).flatten(0, 1), following.flatten())
 
@@ -138,7 +138,7 @@ def accuracy(
     size: int,
     prepare: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> Metrics:
-    """Share of images whose label the model finds, ``size`` of them at a time."""
+    """Return the share of images that the model classifies correctly, computed in batches of ``size``."""
     right = 0
     for start in range(0, len(labels), size):
         logits = model(prepare(images[start : start + size]))
@@ -147,7 +147,7 @@ def accuracy(
 
 
 def judge_text(model: nn.Module, *, inputs: Tensor, following: Tensor) -> Metrics:
-    """Mean cross-entropy in nats, and share of right guesses, of every symbol."""
+    """Return the mean cross-entropy in nats, and the share of correct predictions, over all symbols."""
     loss, right = 0.0, 0
     for start in range(0, len(inputs), 64):
         logits = model(inputs[start : start + 64]).flatten(0, 1).float()
@@ -168,7 +168,10 @@ def photographs(
     pad: int,
     epochs: int,
 ) -> Task:
-    """A task on images kept as bytes on the device; moved by up to ``pad`` pixels and mirrored while training."""
+    """Return a task on images stored as bytes on the device.
+
+    Training images are shifted by up to ``pad`` pixels and flipped at random.
+    """
     device = options.device
     epochs = options.epochs or epochs
     normalise = _Normalise(mean, deviation, device)
@@ -192,7 +195,7 @@ def photographs(
 
 
 class _Normalise:
-    """Bytes to numbers of mean 0 and deviation 1, channel by channel."""
+    """Convert bytes to numbers of mean 0 and standard deviation 1, per channel."""
 
     def __init__(self, mean: Iterable[float], deviation: Iterable[float], device: str) -> None:
         self._mean = torch.tensor([*mean], device=device).mul(255).view(1, -1, 1, 1)

@@ -172,7 +172,7 @@ class _Machine:
 
 
 def _is_plain(state: Any) -> bool:
-    """Return whether this is the state of a plain integer dtype."""
+    """Whether this is the state of a plain integer dtype."""
     if not isinstance(state, tuple) or len(state) != 8:
         return False
     version, order, *rest = state

@@ -1,4 +1,4 @@
-"""Data sets read from a directory or from scikit-learn, without torchvision; batches made on the device."""
+"""Data sets read from a directory or from scikit-learn, without torchvision; batches are made on the device."""
 
 import gzip
 import math
@@ -26,7 +26,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Images:
-    """A data set in bytes: images [n, channels, height, width] and labels [n], for training and for judging."""
+    """A data set in bytes: images [n, channels, height, width] and labels [n], for training and for testing."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -35,10 +35,10 @@ class Images:
 
 
 class Batches:
-    """Batches of (inputs, labels), in another order every epoch; what is left over at the end waits for the next.
+    """Batches of (inputs, labels), in a new order every epoch. An incomplete last batch is dropped.
 
-    The order is drawn from torch's global generator when an epoch starts, as a ``DataLoader`` does: who seeds that
-    repeats the epoch.
+    The order is drawn from torch's global generator when an epoch starts, as in a ``DataLoader``: the same seed repeats
+    the epoch.
     """
 
     def __init__(self, inputs: Tensor, labels: Tensor, *, size: int, prepare: Augment) -> None:
@@ -60,7 +60,7 @@ class Batches:
 
 
 def random_crop(images: Tensor, generator: torch.Generator, *, pad: int, flip: bool, fill: float = 0) -> Tensor:
-    """Each image moved by up to ``pad`` pixels both ways, the border filled; mirrored every other time if ``flip``."""
+    """Return the images shifted at random by up to ``pad`` pixels, with filled borders; ``flip`` mirrors half."""
     n, _, height, width = images.shape
     device = images.device
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad), value=fill)
@@ -71,12 +71,12 @@ def random_crop(images: Tensor, generator: torch.Generator, *, pad: int, flip: b
         mirrored = torch.randint(2, (n, 1), generator=generator, device=device, dtype=torch.bool)
         columns = torch.where(mirrored, columns.flip(1), columns)
     which = torch.arange(n, device=device)[:, None, None]
-    # Indices apart from each other put the indexed dimensions first: [n, height, width, channels].
+    # Indices that are not adjacent put the indexed dimensions first: [n, height, width, channels].
     return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's handwritten digits: images [1797, 1, 8, 8] between 0 and 1, labels [1797].
+    """Return scikit-learn's handwritten digits: images [1797, 1, 8, 8] between 0 and 1, labels [1797].
 
     Raises:
         TaskError: scikit-learn is not installed.
@@ -94,7 +94,7 @@ def read_digits() -> tuple[Tensor, Tensor]:
 
 
 def read_cifar(directory: Path | None, classes: int) -> Images:
-    """CIFAR-10 or CIFAR-100, as difference-coded archives or as torchvision keeps it.
+    """Return CIFAR-10 or CIFAR-100, from difference-coded archives or from the files of torchvision.
 
     Raises:
         TaskError: neither is there; says where it looked.
@@ -111,7 +111,7 @@ def read_cifar(directory: Path | None, classes: int) -> Images:
 
 
 def read_fashion_mnist(directory: Path | None) -> Images:
-    """Fashion-MNIST, as one archive of plain arrays or as torchvision keeps it, compressed or not.
+    """Return Fashion-MNIST, from one archive of plain arrays or from the files of torchvision, compressed or not.
 
     Raises:
         TaskError: neither is there; says where it looked.
@@ -132,10 +132,10 @@ def read_fashion_mnist(directory: Path | None) -> Images:
 
 
 def read_text(directory: Path | None, file: str, task: str) -> str:
-    """A text file of ``directory``.
+    """Return a text file of ``directory``.
 
     Raises:
-        TaskError: it is not there, or no text.
+        TaskError: the file does not exist, or is not text.
     """
     path = _find(directory, task, [(file,)]) / file
     try:
@@ -163,7 +163,7 @@ _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-
 
 
 def _find(directory: Path | None, task: str, layouts: list[tuple[str, ...]]) -> Path:
-    """``directory``, if it holds every file of one of the layouts."""
+    """Return ``directory`` if it has every file of one of the layouts."""
     if directory is None:
         raise TaskError(f"task {task!r} needs its data: give the directory with --data. {_describe(layouts)}")
     if not directory.is_dir():
@@ -209,7 +209,7 @@ def _images(train: tuple[Array, Array], test: tuple[Array, Array], classes: int,
 
 
 def _load_archive(path: Path, axes: dict[str, int]) -> dict[str, Array]:
-    """Arrays of a NumPy archive by name; ``axes``: how many each has."""
+    """Return the arrays of a NumPy archive by name; ``axes`` gives the number of axes of each."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {name: _read_array(archive, f"{name}.npy", count) for name, count in axes.items()}
@@ -224,7 +224,7 @@ _UNREADABLE_ARCHIVE = (zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, axes: int) -> Array:
-    """Read one array. The size in its header is compared with the size of the entry, which is bounded."""
+    """Return one array. The size in its header is compared with the size of the entry, which is bounded."""
     size = archive.getinfo(name).file_size
     if size > _MOST_BYTES:
         raise ValueError(f"{name} has {size:,} bytes, more than the {_MOST_BYTES:,} of the largest data set")
@@ -256,10 +256,10 @@ NumPy's own reader evaluates this header as a Python literal. Source: numpy.lib.
 
 
 def _content(path: Path) -> bytes:
-    """Read a whole file, decompressed if its name ends in ``.gz``.
+    """Return the content of a file, decompressed if its name ends in ``.gz``.
 
     Raises:
-        ValueError: there are more than any data set has.
+        ValueError: it is larger than any data set.
     """
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         content: bytes = file.read(_MOST_BYTES + 1)
@@ -269,9 +269,9 @@ def _content(path: Path) -> bytes:
 
 
 def _decode_cifar(path: Path) -> tuple[Array, Array]:
-    """Images [n, 3, 32, 32] and labels of an archive that keeps differences, modulo 256.
+    """Return images [n, 3, 32, 32] and labels of an archive that stores differences, modulo 256.
 
-    The three planes are R−G, G and B−G; each pixel is then less the one to its left, and that less the row above.
+    The three planes are R−G, G and B−G; from each pixel its left neighbour was subtracted, and then the row above.
     """
     archive = _load_archive(path, {"delta": 4, "labels": 1})
     planes = archive["delta"]
@@ -302,7 +302,7 @@ def _read_pickle(path: Path, label: str) -> tuple[Array, Array]:
 
 
 def _read_idx(path: Path) -> Array:
-    """An array in the IDX format: two zero bytes, type, number of axes, big-endian sizes, then the bytes.
+    """Return an array in the IDX format: two zero bytes, type, number of axes, big-endian sizes, then the bytes.
 
     Source: "The IDX file format" in LeCun, Cortes and Burges, The MNIST database.
     """

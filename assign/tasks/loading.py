@@ -26,16 +26,16 @@ _SIGNATURE = (
 )
 _OPTIONS = tuple(field.name for field in dataclasses.fields(TaskOptions))
 _FOR_EVERY_TASK = ("seed", "device", "epochs")
-"""Options that training itself obeys, so that a user's function need not take them."""
+"""Options that training itself uses, so that a user's function need not take them."""
 
 
 def load_task(spec: str, options: TaskOptions | None = None) -> Task:
-    """The task that ``spec`` names.
+    """Return the task that ``spec`` names.
 
     Args:
         spec: a built-in name, ``path/to/file.py:function`` or ``package.module:function``; ``path/to/file.py`` alone
             means its function ``task``. The function takes no argument, or any of the options by their names.
-        options: what the shell said about the task.
+        options: the shell's options of the task.
     Raises:
         TaskError: there is no such name, file or function, or it does not return a task.
     """
@@ -80,7 +80,7 @@ def _checked(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _import_path(directory: Path) -> Iterator[None]:
-    """Let the user's code import its neighbours, as running the file would."""
+    """Let the user's code import modules next to it in the context, as if the file was run."""
     sys.path.insert(0, str(directory))
     try:
         yield
@@ -101,7 +101,7 @@ def _import_file(path: Path) -> ModuleType:
     if found is None or found.loader is None:
         raise TaskError(f"{path} is not a Python file. Give path/to/file.py:function.")
     module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    sys.modules[name] = module  # dataclasses and pickle look up the module of a class there
     try:
         found.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -163,7 +163,7 @@ def _call(make: Callable[..., Any], where: str, options: TaskOptions) -> Task:
 
 
 def _arguments(make: Callable[..., Any], where: str, options: TaskOptions) -> dict[str, Any]:
-    """Those options that the function names. One that is given and has no effect is an error."""
+    """Return the options that the function takes. An option that is given and has no effect is an error."""
     parameters = inspect.signature(make).parameters.values()
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -186,7 +186,7 @@ def _arguments(make: Callable[..., Any], where: str, options: TaskOptions) -> di
 
 
 def _broken(where: str, error: BaseException) -> TaskError:
-    """An error of the user's code, with its last line there."""
+    """Return the error for an exception in the user's code, with its last line there."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     at = f"\n  at: {frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
     return TaskError(f"{where} raised {type(error).__name__}: {error}{at}")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch normalisation beside a shortcut."""
+    """Two 3×3 convolutions with batch normalisation, and a shortcut."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [n, channels, height / stride, width / stride] of images [n, channels_in, height, width]."""
+        """Return images [n, channels, height / stride, width / stride] for images [n, channels_in, height, width]."""
         out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
@@ -31,12 +31,14 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet for small images: a 3×3 convolution, stages of basic blocks, mean over the image, linear layer.
 
-    With widths 64, 128, 256, 512 and two blocks a stage it is ResNet-18 in its CIFAR form (He et al., 2015, as
-    arXiv 2301.13464 trains it).
+    With widths 64, 128, 256, 512 and two blocks per stage it is ResNet-18 in its CIFAR form (He et al., 2015; as
+    trained in arXiv 2301.13464).
 
     Args:
+        channels_in: channels of the images.
         widths: channels of each stage; every stage after the first halves the image.
         blocks: basic blocks in each stage.
+        classes: number of classes.
     """
 
     def __init__(self, *, channels_in: int, widths: Sequence[int], blocks: int, classes: int) -> None:
@@ -56,14 +58,14 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [n, classes] of images [n, channels_in, height, width]."""
+        """Return logits [n, classes] for images [n, channels_in, height, width]."""
         x = self.stages(F.relu(self.bn(self.conv(x))))
         logits: Tensor = self.linear(x.mean(dim=(2, 3)))
         return logits
 
 
 class GPTBlock(nn.Module):
-    """Causal attention and a feed-forward layer, each after a normalisation and beside a shortcut."""
+    """Causal attention and a feed-forward layer, each after a normalisation and with a shortcut."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class GPTBlock(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Vectors of the shape of ``x``, [n, length, width]; each depends on those before it."""
+        """Return vectors of the shape of ``x``, [n, length, width]; each depends only on those up to its position."""
         n, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -100,7 +102,7 @@ class GPT(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [n, length, symbols] of the symbol that follows each of ``x`` [n, length]."""
+        """Return logits [n, length, symbols] of the symbol after each position of ``x`` [n, length]."""
         places = torch.arange(x.shape[1], device=x.device)
         x = self.blocks(self.embedding(x) + self.positions(places))
         logits: Tensor = self.head(self.norm(x))

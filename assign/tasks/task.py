@@ -23,12 +23,13 @@ class Task:
     """Model, loss, data and optimizer of a training; checked when it is created.
 
     Attributes:
-        model: a module, copied for every run, or a function of no arguments that makes one, called after seeding.
+        model: a module, which is copied for every run, or a function without arguments that makes one, called after
+            seeding.
         loss: ``loss(model, batch)`` → scalar tensor.
-        train: batches, read once per epoch: a list, a ``DataLoader``, anything that can be iterated again.
-        evaluate: ``evaluate(model)`` → named numbers or None; called without gradients, the model in eval mode.
+        train: batches, read once per epoch: a list, a ``DataLoader``, or anything that can be iterated repeatedly.
+        evaluate: ``evaluate(model)`` → named numbers or None; called without gradients and with the model in eval mode.
         optimizer: ``optimizer(parameters)`` → a torch optimizer.
-        epochs: passes over ``train``.
+        epochs: number of passes over ``train``.
         scheduler: ``scheduler(optimizer)`` → a learning-rate scheduler, stepped after every epoch.
         name: for reports and messages.
     Raises:
@@ -66,10 +67,10 @@ class Task:
             _refuse("name", self.name, "a text")
 
     def make_model(self) -> nn.Module:
-        """A model of its own for one run; ``self.model`` itself is never trained.
+        """Return a new model for one run; ``self.model`` itself is never trained.
 
         Raises:
-            TaskError: the function made something else.
+            TaskError: the function returned something else.
         """
         if isinstance(self.model, nn.Module):
             return copy.deepcopy(self.model)
@@ -79,10 +80,10 @@ class Task:
         return made
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
-        """The optimizer of the parameters of ``model`` that are trained.
+        """Return an optimizer for the trainable parameters of ``model``.
 
         Raises:
-            TaskError: nothing is to be trained, or the function made something else.
+            TaskError: no parameter is trainable, or the function returned something else.
         """
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not parameters:
@@ -93,10 +94,10 @@ class Task:
         return made
 
     def first_batch(self) -> Batch:
-        """One batch, to trace with.
+        """Return the first batch, e.g. for tracing.
 
         Raises:
-            TaskError: there is none.
+            TaskError: there is no batch.
         """
         for batch in self.train:
             return batch
@@ -105,7 +106,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskOptions:
-    """What a shell says about a task; None leaves it to the task.
+    """Options of a task in the shell; None leaves the value to the task.
 
     Attributes:
         data: Directory with the task's data.
@@ -154,15 +155,15 @@ def check_seed(seed: int, *, where: str = "task") -> int:
 
 
 def check_device(name: str) -> torch.device:
-    """The device called ``name``.
+    """Return the device called ``name``.
 
     Raises:
-        TaskError: there is none here.
+        TaskError: this machine does not have it.
     """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises, by kind of device
+    except (RuntimeError, AssertionError) as error:  # which one torch raises depends on the kind of device
         allowed = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise TaskError(f"device {name!r} cannot be used here: choose from {', '.join(allowed)}.") from error
     return device

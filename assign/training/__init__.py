@@ -1,15 +1,15 @@
-"""Train tasks under plans, measure and compare the trainings, and keep them in files.
+"""Train tasks under plans, measure and compare the trainings, and store them in files.
 
 =================  ============================================================
 ``loop``           Train a task.
-``options``        How.
-``history``        Its steps and epochs.
+``options``        Options of a training.
+``history``        Steps and epochs of a training.
 ``checkpoints``    Resumable files.
 ``weights``        Weights to start from.
 ``compare``        Train several plans.
-``comparison``     Their results, and the file of them.
+``comparison``     Results of several plans, and their file.
 ``tuning``         Search by training, with Optuna.
 ``trials``         One training of a study.
-``database``       Where a study lives.
+``database``       The database of a study.
 =================  ============================================================
 """

@@ -30,7 +30,7 @@ UNREADABLE = (
 
 
 def check(path: Path) -> None:
-    """Make sure, before the training, that a checkpoint can be written to ``path``.
+    """Check, before the training, that a checkpoint can be written to ``path``.
 
     Raises:
         TaskError: it cannot.
@@ -42,10 +42,10 @@ def check(path: Path) -> None:
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write ``state`` to ``path``; whoever is killed meanwhile leaves the old file.
+    """Write ``state`` to ``path`` atomically: if the process is killed meanwhile, the old file remains.
 
     Raises:
-        TaskError: it cannot be written.
+        TaskError: the file cannot be written.
     """
     try:
         with replacing(path) as file:
@@ -59,10 +59,10 @@ def _unwritable(path: Path, error: Exception) -> TaskError:
 
 
 def load(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The state saved in ``path``, whose ``identity`` must be this one.
+    """Return the state saved in ``path``, after checking that its identity is ``identity``.
 
     Raises:
-        TaskError: it is not there, not a checkpoint, or of another run.
+        TaskError: the file does not exist, is not a checkpoint, or belongs to another run.
     """
     if not path.is_file():
         raise TaskError(f"there is no checkpoint {path} to go on from. Start without resume; training writes it.")
@@ -86,7 +86,7 @@ def load(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[
 
 
 def read(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read what ``torch.save`` wrote to ``path``, tensors and plain values, and verify its checksums.
+    """Return what ``torch.save`` wrote to ``path``, tensors and plain values, after verifying its checksums.
 
     ``torch.load`` does not verify the checksums that ``torch.save`` writes.
 

@@ -1,7 +1,7 @@
 """Train several plans on one task with several seeds, and resume a stopped comparison from its file.
 
-Every run starts from a task made anew: none depends on which ran before it, so a comparison stopped and started again
-ends with the numbers of one that was not. A run that diverges is a result like any other.
+Every run starts from a new task, so no run depends on those before it, and a resumed comparison has the same numbers as
+an uninterrupted one. A run that diverges is a result like any other.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class Variant:
         return shared if self.promotion is None else replace(shared, promotion=self.promotion)
 
     def row(self, shared: TrainOptions) -> VariantRow:
-        """Return what a comparison's file says of the variant."""
+        """Return the row for this variant in the file of a comparison."""
         plan, promotion = self.plan, self.options(shared).promotion
         usual = get_recipe(plan.recipe).promote_every if plan else 0
         return VariantRow(
@@ -90,21 +90,21 @@ def compare(
     """Train every variant with every seed, all variants of a seed before the next seed.
 
     Args:
-        make_task: seed → the task; called anew for every run.
-        variants: ways to train; their names differ.
+        make_task: seed → task; called again for every run.
+        variants: ways to train; their names must differ.
         seeds: each trains every variant once.
-        file: written after every run. If it is there, its runs are not trained again; more variants and more seeds than
-            it has may be asked for. A run that is under way has its checkpoint beside it and goes on from there.
+        file: written after every run. If it exists, its runs are not trained again; variants and seeds may be added.
+            The checkpoint of an unfinished run is stored in the same folder, and the run resumes from it.
         options: backend, device, epochs and promotion of all runs.
         on_step: called with ``(variant, seed, progress)`` after every step.
         on_run: called with every run that was trained.
     Returns:
         The comparison, with one run for each variant and seed.
     Raises:
-        ComparisonError: nothing to compare, options that each run decides on its own, or ``file`` is of another
-            comparison; before anything is trained.
-        PlanError: a plan does not fit the task's model; before anything is trained.
-        TaskError, TraceError: as :func:`assign.training.loop.train`.
+        ComparisonError: there is nothing to compare, an option is one that each run sets itself, or ``file`` belongs to
+            another comparison. Raised before training.
+        PlanError: a plan does not fit the task's model. Raised before training.
+        TaskError, TraceError: as for :func:`assign.training.loop.train`.
     """
     options = options or TrainOptions()
     _check(variants, seeds, options)
@@ -165,12 +165,12 @@ def _empty(
 
 
 def load_variants(plans: Sequence[Path], *, fp32: bool = True) -> tuple[Variant, ...]:
-    """Variants of plans' files, plain fp32 first.
+    """Return the variants for the files of plans, plain fp32 first.
 
-    A plan is called by the stem of its file; plans whose stems are equal, or ``fp32``, by their paths.
+    The name of a variant is the stem of its file, or the path if two stems are equal or a stem is ``fp32``.
 
     Raises:
-        ComparisonError: no plan, or one twice.
+        ComparisonError: there is no plan, or one is given twice.
         PlanError: a file cannot be read.
     """
     if not plans:
@@ -187,10 +187,10 @@ def load_variants(plans: Sequence[Path], *, fp32: bool = True) -> tuple[Variant,
 
 
 def seed_range(count: int) -> range:
-    """The seeds 0 to ``count`` − 1.
+    """Return the seeds 0 to ``count`` − 1.
 
     Raises:
-        ComparisonError: that is none.
+        ComparisonError: ``count`` is below 1.
     """
     if count < 1:
         raise ComparisonError(f"compare: {count} seeds were asked for. Give a number of at least 1: --seeds 3.")
@@ -198,7 +198,7 @@ def seed_range(count: int) -> range:
 
 
 _SHARED = ("backend", "device", "epochs", "promotion")
-"""Options of a training that are the same in all runs of a comparison."""
+"""Training options that all runs of a comparison share."""
 
 
 def _check(variants: Sequence[Variant], seeds: Sequence[int], options: TrainOptions) -> None:
@@ -240,7 +240,7 @@ def _check_fits(variant: Variant, table: TensorTable, task: str) -> None:
 
 
 def _continued(wanted: Comparison, stored: Comparison, file: Path) -> Comparison:
-    """``wanted`` with the runs of ``stored``, if they are runs of the same comparison."""
+    """Return ``wanted`` with the runs of ``stored``, after checking that both are the same comparison."""
     facts = {
         "task": "task",
         "model's fingerprint": "fingerprint",
@@ -292,13 +292,13 @@ def _told(row: VariantRow) -> str:
 
 
 def _checkpoint(file: Path, variant: Variant, seed: int) -> Path:
-    name = urllib.parse.quote(variant.name, safe="")  # a name may be a path; no two names become one
+    name = urllib.parse.quote(variant.name, safe="")  # a name may be a path; different names stay different
     return file.with_name(f"{file.name}.{name}-{seed}.ckpt")
 
 
 @contextlib.contextmanager
 def _context(variant: Variant, seed: int, checkpoint: Path | None) -> Iterator[None]:
-    """Say of an error which run it stopped."""
+    """Add to an error which run it stopped."""
     try:
         yield
     except AssignError as error:

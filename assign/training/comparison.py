@@ -25,8 +25,8 @@ class VariantRow:
 
     Attributes:
         plan: hash of the plan's recipe and entries; None without a plan.
-        recipe, strategy: the plan's, '' where unknown.
-        promote_every: steps between two looks at what overflows; 0: nothing is promoted.
+        recipe, strategy: those of the plan, '' if unknown.
+        promote_every: steps between two checks for overflow; 0: nothing is promoted.
         promote_threshold: share of overflowing elements at which a tensor is promoted.
     """
 
@@ -45,10 +45,11 @@ class Run:
     """One training of one variant.
 
     Attributes:
-        low_ratio: share of the elements held low, at the start; ``low_ratio_bits``: the same by bits. None without a
-            plan, as are ``final_low_ratio`` and ``final_low_ratio_bits``: of the plan as promoted when the run ended.
+        low_ratio: share of low elements at the start; None without a plan.
+        low_ratio_bits: the same by bits.
+        final_low_ratio, final_low_ratio_bits: the same at the end of the run, after promotions.
         result: ``TrainResult.to_json()``.
-        hardware: what it ran on, for its seconds.
+        hardware: the hardware of the run, to interpret its seconds.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -69,7 +70,7 @@ class Run:
 
 
 class EpochFacts(BaseModel):
-    """What is read of one epoch of a run; None is a number that was not finite."""
+    """The fields of one epoch that are used. None is a number that was not finite."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -78,7 +79,7 @@ class EpochFacts(BaseModel):
 
 
 class RunFacts(BaseModel):
-    """What is read of a run's result; its other fields are kept, not read."""
+    """The fields of a run's result that are used; others are stored, but not read."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -95,7 +96,7 @@ class RunFacts(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """One number over several seeds; without any, everything is None."""
+    """One number over several seeds; without values, every statistic is None."""
 
     values: tuple[float, ...]
 
@@ -111,32 +112,33 @@ class Spread:
 
     @property
     def lowest(self) -> float | None:
-        """The least of them."""
+        """Smallest value."""
         return min(self.values, default=None)
 
     @property
     def highest(self) -> float | None:
-        """The greatest of them."""
+        """Largest value."""
         return max(self.values, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return values and statistics as plain data."""
         names = ("mean", "deviation", "lowest", "highest")
         return {"values": list(self.values)} | {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """A variant over its seeds.
+    """Statistics of a variant over its seeds.
 
     Attributes:
-        diverged: how many of ``runs`` did. Those have no part in the metrics: what they knew before is no result.
-        low_ratio, low_ratio_bits: at the start, None without a plan; ``final_…``: of the plans as promoted.
-        metrics: by name, computed under the plan; ``fp32_metrics``: by the same weights in plain fp32, which without a
-            plan are the same numbers.
+        diverged: number of ``runs`` that diverged. They are not part of the metrics and the loss.
+        low_ratio, low_ratio_bits: at the start; None without a plan.
+        final_low_ratio, final_low_ratio_bits: at the end, after promotions.
+        metrics: by name, computed under the plan.
+        fp32_metrics: the same with the same weights in plain fp32; without a plan they equal ``metrics``.
         loss: mean training loss of the last epoch.
-        peak_bytes: measured.
-        promotions: tensors promoted in a run.
+        peak_bytes: measured peak memory.
+        promotions: number of tensors promoted in a run.
     """
 
     variant: str
@@ -154,20 +156,21 @@ class Summary:
     promotions: Spread
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the summary as plain data."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What ``comparing.compare`` found, and everything that another run of it must share to be put beside it.
+    """Result of :func:`assign.training.compare.compare`, with everything that must be equal to resume it.
 
     Attributes:
-        fingerprint: of the model; ``elements``: of one step's tensors, so that another batch size is told.
+        fingerprint: of the model.
+        elements: of the tensors of one step, to recognize another batch size.
         epochs: of every run.
-        device: as asked; a run's ``hardware`` says more.
-        created: when the comparison began, ISO 8601.
-        runs: those finished, by variant and then by seed.
+        device: as requested; the ``hardware`` of a run is more precise.
+        created: when the comparison started, ISO 8601.
+        runs: finished runs, by variant and then by seed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -186,32 +189,32 @@ class Comparison:
 
     @property
     def metric(self) -> str | None:
-        """The metric to judge by: ``accuracy`` if the task has it, else its first; None if it has none."""
+        """The metric to compare by: ``accuracy`` if the task has it, else its first; None if it has none."""
         names = [name for run in self.runs for name in run.facts.metrics]
         return "accuracy" if "accuracy" in names else next(iter(names), None)
 
     def of(self, variant: str) -> tuple[Run, ...]:
-        """The finished runs of a variant."""
+        """Return the finished runs of a variant."""
         return tuple(run for run in self.runs if run.variant == variant)
 
     def summaries(self) -> tuple[Summary, ...]:
-        """One for each variant, in their order; one without a finished run has no numbers."""
+        """Return one summary per variant, in their order; one without a finished run has no numbers."""
         return tuple(_summary(row, self.of(row.name)) for row in self.variants)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, with the summaries for whoever reads the file; ``from_json`` makes them anew."""
+        """Return plain data, with summaries for other readers of the file; ``from_json`` ignores them."""
         plain = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists
         return {"assign_comparison": VERSION, **plain, "summaries": [summary.to_json() for summary in self.summaries()]}
 
     @classmethod
     def from_json(cls, text: str, *, where: str = "the comparison") -> Self:
-        """Read the text of a comparison's file.
+        """Return the comparison that the text of a file describes.
 
         Args:
             text: JSON of what :meth:`to_json` returns.
             where: what to call it in an error, e.g. the path of the file.
         Raises:
-            ComparisonError: it is not one, or one that another version wrote.
+            ComparisonError: the text is not a comparison, or another version wrote it.
         """
         data = _FILE.parse(text, where)
         found = data.get("assign_comparison") if isinstance(data, dict) else None
@@ -224,10 +227,10 @@ class Comparison:
         return comparison
 
     def _check(self, where: str) -> None:
-        """Make sure that every run is one of these variants and seeds, and that nothing is there twice.
+        """Check that every run belongs to one of the variants and seeds, and that nothing occurs twice.
 
         Raises:
-            ComparisonError: it is not so.
+            ComparisonError: a check fails.
         """
 
         def refuse(what: str) -> ComparisonError:
@@ -246,7 +249,7 @@ class Comparison:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read the comparison at ``path``.
+        """Return the comparison in the file ``path``.
 
         Raises:
             ComparisonError: it cannot be read, or :meth:`from_json` refuses it.
@@ -254,7 +257,7 @@ class Comparison:
         return cls.from_json(_FILE.read(path), where=str(path))
 
     def save(self, path: Path) -> None:
-        """Write it to ``path``; whoever reads meanwhile sees the old file or the new one, never a half.
+        """Write the comparison to ``path`` atomically: a reader sees the old or the new file, never a part of one.
 
         Raises:
             ComparisonError: the file cannot be written.

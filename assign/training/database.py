@@ -18,10 +18,10 @@ from assign.errors import AssignError, StudyError
 from assign.passwords import mask_argument, mask_text
 
 _WAIT = 60.0
-"""Seconds that a process waits for another one that writes."""
+"""Seconds that a process waits while another one writes."""
 
 _LONGEST_PAUSE = 5.0
-"""Seconds between two attempts at most; the first pause is 0.1 s, and each is twice as long as the one before."""
+"""Longest pause between two attempts in seconds; the first pause is 0.1 s, and each is twice the one before."""
 
 _OPTUNA, _PACKAGE = Path(optuna.__file__).parent, Path(__file__).parents[1]
 
@@ -29,8 +29,8 @@ _LOCKED = re.compile(r"locked|concurrent", re.IGNORECASE)
 """Parts of the errors that databases raise when another process writes."""
 
 _CREATED = re.compile(r"already exists|duplicate|unique", re.IGNORECASE)
-"""Parts of the errors that databases raise when two processes create the same tables at the same time. It does not
-happen to a file, which :func:`exclusive` locks: there the database is damaged."""
+"""Parts of the errors that databases raise when two processes create the same tables at the same time. This cannot
+happen with a file, because :func:`exclusive` locks it: such an error then means that the database is damaged."""
 
 
 class Database(RDBStorage):
@@ -46,7 +46,7 @@ def check_storage(storage: str | Path) -> str:
     """Return the storage as a string: the URL of a database, or the path of a file.
 
     Raises:
-        StudyError: the file's directory is not there.
+        StudyError: the file's directory does not exist.
     """
     text = str(storage)
     if not _is_url(text) and not os.path.isdir(os.path.dirname(os.path.abspath(text))):
@@ -61,7 +61,7 @@ def open_database(storage: str, heartbeat: int) -> Database:
         storage: what :func:`check_storage` returned.
         heartbeat: seconds between two heartbeats of a running trial.
     Raises:
-        StudyError: it cannot be reached or used, or its driver is not installed.
+        StudyError: the database cannot be reached or used, or its driver is not installed.
     """
     until, pause = time.monotonic() + _WAIT, 0.1
     while True:
@@ -87,7 +87,7 @@ def open_database(storage: str, heartbeat: int) -> Database:
 
 def _open(storage: str, heartbeat: int) -> Database:
     options: dict[str, Any] = {}
-    if not _is_url(storage):  # connected to by its path: in a URL some characters mean something else
+    if not _is_url(storage):  # opened by its path: in a URL some characters have another meaning
 
         def connect() -> sqlite3.Connection:
             return sqlite3.connect(storage, timeout=_WAIT, check_same_thread=False)
@@ -108,13 +108,13 @@ def _open(storage: str, heartbeat: int) -> Database:
 def _lock_before_reading(database: Database) -> None:
     """Make each transaction take SQLite's write lock when it begins.
 
-    SQLite ignores ``SELECT … FOR UPDATE``, by which Optuna claims a trial: two processes could read that a trial is
-    waiting, and both would train it.
+    SQLite ignores ``SELECT … FOR UPDATE``, which Optuna uses to claim a trial: two processes could read the same
+    waiting trial, and both would train it.
     """
-    from sqlalchemy import event  # here: it takes a moment to import, and comes with Optuna
+    from sqlalchemy import event  # imported here because it is slow; it comes with Optuna
 
     def begin(connection: Any) -> None:
-        connection.connection.dbapi_connection.isolation_level = None  # Python begins no transaction of its own
+        connection.connection.dbapi_connection.isolation_level = None  # Python starts no transactions itself
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     database.engine.dispose()
@@ -123,9 +123,9 @@ def _lock_before_reading(database: Database) -> None:
 
 @contextlib.contextmanager
 def exclusive(storage: str) -> Iterator[None]:
-    """Hold a lock that only one process of this machine has at a time for files of the same directory.
+    """Hold a lock in the context that only one process of this machine can hold for files of the same directory.
 
-    A database with a URL has locks of its own, so nothing is locked for it; nor on systems without ``fcntl``.
+    A database with a URL has its own locks, so nothing is locked for it; neither on systems without ``fcntl``.
     """
     try:
         import fcntl
@@ -169,7 +169,7 @@ def _is_url(storage: str) -> bool:
 
 
 def _is_of_storage(error: BaseException) -> bool:
-    """Return whether an error is the database's, or Optuna's about rows that it cannot read."""
+    """Whether an error comes from the database, or from Optuna about rows that it cannot read."""
     from sqlalchemy.exc import SQLAlchemyError
 
     if isinstance(error, StorageInternalError | SQLAlchemyError | sqlite3.Error):

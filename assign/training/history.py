@@ -1,4 +1,4 @@
-"""History of a training: its course by step and its epochs, for checkpoints and results."""
+"""History of a training: its training curve and its epochs, for checkpoints and results."""
 
 import dataclasses
 import json
@@ -17,10 +17,10 @@ from assign.plan.plan import Assignment
 from assign.tasks.task import Metrics
 
 MOST_POINTS = 500
-"""Of a course, however long the training; an even number. A chart on a phone has fewer pixels."""
+"""Largest number of points in a training curve; even. A chart on a phone has fewer pixels."""
 
 _DIGITS = {"loss": 6, "seconds": 4, "overflow": 4}
-"""Significant digits of a point's numbers in JSON; the others are whole."""
+"""Significant digits of a point's numbers in JSON; all other numbers are not rounded."""
 
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -28,15 +28,16 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One step of a training, or several that follow each other.
+    """One step of a training, or several consecutive ones.
 
     Attributes:
-        step: the last of them, from 1 on.
-        steps: how many they are.
-        loss, seconds: means over them. Where the peak was measured, and where a process began, a step takes longer.
-        overflow: the largest share of any tensor's elements that overflowed; None where promotion did not look.
-        loss_scale: after the last of them; None where there is none.
-        skipped: those whose gradients were not finite.
+        step: number of the last step, from 1.
+        steps: number of steps in the point.
+        loss, seconds: means over the steps. A step takes longer if its peak was measured, or if it is the first of a
+            process.
+        overflow: largest overflowing share of any tensor's elements; None if overflow was not measured.
+        loss_scale: after the last step; None without loss scaling.
+        skipped: number of steps whose gradients were not finite.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -44,13 +45,13 @@ class Point:
     step: Count
     steps: Count = 1
     loss: float
-    seconds: NotNegative = field(compare=False)  # no second run repeats it
+    seconds: NotNegative = field(compare=False)  # differs between equal runs
     overflow: Share | None = None
     loss_scale: float | None = None
     skipped: Count = 0
 
     def joined(self, after: "Point") -> "Point":
-        """This point and the one after it as one."""
+        """Return this point and the next one as one."""
         steps = self.steps + after.steps
         seen = [share for share in (self.overflow, after.overflow) if share is not None]
         return Point(
@@ -66,11 +67,11 @@ class Point:
 
 @dataclass(slots=True, kw_only=True)
 class Course:
-    """A training step by step, in at most ``MOST_POINTS`` points.
+    """Training curve: a training step by step, in at most ``MOST_POINTS`` points.
 
     Attributes:
-        stride: steps in every point but the last, which may have fewer. When there is no room for one more point,
-            neighbours are joined, and the stride doubles.
+        stride: number of steps in every point except the last, which may have fewer. When there is no room for another
+            point, neighbours are joined, and the stride doubles.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -79,7 +80,7 @@ class Course:
     points: list[Point] = field(default_factory=list)
 
     def add(self, step: Point) -> None:
-        """Take one more step."""
+        """Add one more step."""
         if self.points and self.points[-1].steps < self.stride:
             self.points[-1] = self.points[-1].joined(step)
             return
@@ -95,11 +96,11 @@ class EpochResult:
     """One finished epoch.
 
     Attributes:
-        loss: mean of the steps.
-        metrics: what the task's ``evaluate`` says, the model computing under the plan.
+        loss: mean over the steps.
+        metrics: result of the task's ``evaluate`` under the plan.
         fp32_metrics: the same with the same weights in plain fp32; empty without a plan.
-        loss_scale: at the end; None where there is none.
-        skipped_steps: those whose gradients were not finite.
+        loss_scale: at the end of the epoch; None without loss scaling.
+        skipped_steps: number of steps whose gradients were not finite.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -113,7 +114,7 @@ class EpochResult:
 
 @dataclass(slots=True, kw_only=True)
 class History:
-    """What a run has seen so far; ``dataclasses.asdict`` of it goes into the checkpoint."""
+    """Record of a run so far; ``dataclasses.asdict`` of it is stored in the checkpoint."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -133,10 +134,10 @@ class History:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Self:
-        """The history that a checkpoint holds.
+        """Return the history in a checkpoint.
 
         Raises:
-            TypeError, ValueError: it is not one.
+            TypeError, ValueError: it is not a history.
         """
         found: Self = _HISTORY.validate_json(json.dumps(saved), strict=True)
         finished, seen = len(found.epochs), sum(point.steps for point in found.course.points)
@@ -154,7 +155,7 @@ class History:
         self.course.add(step)
 
     def end_epoch(self, loss_scale: float | None) -> None:
-        """Turn to the next epoch; this one's metrics are known."""
+        """Append the result of the epoch, whose metrics are known, and start the next one."""
         self.epochs.append(
             EpochResult(
                 loss=self.epoch_loss / self.step_in_epoch,
@@ -168,13 +169,13 @@ class History:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """Mean of each epoch, the unfinished one included."""
+        """Mean loss of each epoch, the unfinished one included."""
         unfinished = [self.epoch_loss / self.step_in_epoch] if self.step_in_epoch else []
         return (*(epoch.loss for epoch in self.epochs), *unfinished)
 
     @property
     def step_seconds(self) -> float | None:
-        """Median of the steady steps; None if there was none."""
+        """Median seconds of the steps after the warm-up; None if there was none."""
         return statistics.median(self.seconds) if self.seconds else None
 
 
@@ -186,20 +187,24 @@ class TrainResult:
     """Result of a training.
 
     Attributes:
-        metrics: what the task's ``evaluate`` says at the end; after a divergence, at the end of the last good epoch.
+        metrics: result of the task's ``evaluate`` at the end; after a divergence, at the end of the last good epoch.
         fp32_metrics: the same with the same weights in plain fp32; empty without a plan.
-        loss: mean of the last epoch; ``losses``: of each epoch, the unfinished one included.
-        epochs: the finished ones.
-        course: all steps, in at most ``MOST_POINTS`` points.
-        promotions: tensors that overflowed too often and got their high format back; ``plan`` as it became.
-        promote_threshold: share of overflowing elements at which they did; None where none was looked at.
-        measured_peak_bytes: every byte alive at the worst moment of one steady step; None if there was none.
-        predicted_peak_bytes: what the memory model says of it; None without a table.
+        loss: mean of the last epoch.
+        losses: mean of each epoch, the unfinished one included.
+        epochs: the finished epochs.
+        course: the training curve, all steps in at most ``MOST_POINTS`` points.
+        promotions: tensors that overflowed too often and got their high format back.
+        promote_threshold: share of overflowing elements at which a tensor is promoted; None if overflow was not
+            measured.
+        measured_peak_bytes: peak memory of one step after the warm-up; None if there was none.
+        predicted_peak_bytes: peak memory that the memory model predicts; None without a table.
         fingerprint: of the model; None without a table.
-        step_seconds: median of the steady steps; None if there was none.
-        steps: optimizer steps tried; ``skipped_steps`` of them had gradients that were not finite, and a loss scale.
+        step_seconds: median of the steps after the warm-up; None if there was none.
+        steps: number of optimizer steps, skipped ones included.
+        skipped_steps: number of steps that loss scaling skipped, because gradients were not finite.
         message: after a divergence, where it happened and what to try.
-        model: as trained; where training diverged, not fit for use.
+        plan: the plan with all promotions.
+        model: the trained model; useless if training diverged.
     """
 
     metrics: Metrics
@@ -223,9 +228,9 @@ class TrainResult:
     model: nn.Module = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, without plan and model; numbers that are not finite become None.
+        """Return plain data, without plan and model; numbers that are not finite become None.
 
-        ``course`` is a list for each attribute of its points, rounded to a few digits.
+        ``course`` has a list for each attribute of its points, rounded to a few digits.
         """
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("plan", "model")]
         return {name: _plain(getattr(self, name)) for name in names} | {"course": _columns(self.course)}
@@ -241,7 +246,7 @@ def _rounded(value: Any, digits: int | None) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` for JSON."""
+    """Return ``value`` as plain data for JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""The training loop: with or without a plan; seeds, loss scaling, checkpoints, measured memory.
+"""The training loop, with or without a plan: seeds, loss scaling, checkpoints, measured memory.
 
-Epoch ``n`` is seeded (torch, numpy, random) by the seed and ``n`` alone: two runs see the same data in the same order,
-whatever else they draw, and a resumed run goes on bit for bit.
+Epoch ``n`` is seeded (torch, numpy, random) by the seed and ``n`` alone. Two runs therefore see the same data in the
+same order, whatever random numbers they draw, and a resumed run equals an uninterrupted one bit for bit.
 """
 
 import contextlib
@@ -53,24 +53,25 @@ from assign.training.options import TrainOptions
 from assign.training.weights import continue_from, load_states
 
 WARM_UP = 2
-"""Steps before a step counts as steady: they make the optimizer's states and compile what is compiled."""
+"""Number of warm-up steps, which create the optimizer's states and compile; later steps are measured."""
 
 INITIAL_SCALE = 65536.0
-"""Of dynamic loss scaling; doubled after an epoch without overflow, halved at each. Source: arXiv 2301.13464's code."""
+"""First loss scale; doubled after an epoch without overflow, halved at each. Source: code of arXiv 2301.13464."""
 
 _SMALLEST_GRADIENT = 2.0**-30
-"""A format that reaches no lower needs loss scaling: fp16 (2^-24) does, the paper's FP(6,9,0) (2^-39) does not."""
+"""Formats whose smallest value is above this need loss scaling: fp16 (2^-24), but not the paper's FP(6,9,0) (2^-39)."""
 
 _CHECKPOINT_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Where training stands after a step.
+    """State of the training after a step.
 
     Attributes:
-        steps_per_epoch: None where the data has no length.
-        promoted: what this step's overflow promoted; ``plan``: as promoted so far.
+        steps_per_epoch: None if the data has no length.
+        promoted: tensors that were promoted because of overflow in this step.
+        plan: the plan with all promotions so far.
     """
 
     epoch: int
@@ -104,12 +105,12 @@ def train(
         on_epoch: called after every finished epoch with its number, starting at 1, and its result.
         raise_on_divergence: raise an error instead of returning a result that says so.
     Returns:
-        Loss, metrics, seconds, measured and predicted peak, promotions, and the course of the training.
+        Loss, metrics, seconds, measured and predicted peak, promotions, and the training curve.
     Raises:
-        TaskError: the task does not keep to its interface, several processes train, or the checkpoint or the weights
+        TaskError: the task does not implement its interface, several processes train, or the checkpoint or the weights
             cannot be used, for example because the masters cannot represent them (see ``assign.analysis.audit_range``).
         DivergedError: the loss is not finite, and ``raise_on_divergence`` is set.
-        PlanError, TraceError: as :func:`assign.apply`.
+        PlanError, TraceError: as for :func:`assign.apply`.
     """
     options = options or TrainOptions()
     if distributed.world_size() > 1:
@@ -131,10 +132,11 @@ def train(
 
 
 def needs_loss_scaling(plan: Assignment) -> bool:
-    """Whether small gradients would vanish under ``plan``: its recipe says so, or one's format is as short as fp16.
+    """Whether small gradients would underflow under ``plan``.
 
-    A format with a scale of its own does not count; bf16 reaches as low as fp32. Where masters are in 16 bit themselves
-    there is none: a scale would have to be divided out of gradients in those 16 bits.
+    They would if its recipe says so, or if a gradient's format is as short as fp16. A format with a scale of its own
+    does not count; bf16 has the range of fp32. With 16-bit masters there is no loss scaling: the scale would have to be
+    divided out of gradients in those 16 bits.
     """
     if any(is_narrow(master_format(plan.entries, key)) for key in plan.entries):
         return False
@@ -145,7 +147,7 @@ def needs_loss_scaling(plan: Assignment) -> bool:
 
 
 class _Run:
-    """One run of training: model, optimizer and what belongs to them, made from a seed."""
+    """One run of training: model, optimizer and everything else that it needs, made from a seed."""
 
     def __init__(self, task: Task, plan: Assignment | None, options: TrainOptions) -> None:
         self.task, self.plan, self.seed, self.epochs = task, plan, options.seed, options.epochs or task.epochs
@@ -177,13 +179,13 @@ class _Run:
                 self.scaler = torch.amp.GradScaler(
                     self.device.type, init_scale=INITIAL_SCALE, growth_interval=self.length or 2000
                 )
-        self.optimizer = task.make_optimizer(self.model)  # of parameters that have the plan's dtypes by now
+        self.optimizer = task.make_optimizer(self.model)  # after apply: its parameters have the plan's dtypes
         if plan is not None and stored is not None and is_narrowed(stored.entries):
             self.optimizer = follow(self.optimizer, self.model, plan, update_rounding=self.update_rounding)
         if states:
             load_states(self.optimizer, states)
         self.scheduler = task.scheduler(self.optimizer) if task.scheduler else None
-        self.warm_up = WARM_UP  # counts down, in every process anew
+        self.warm_up = WARM_UP  # counts down; starts again in every process
         self.last_step = math.inf
         self.resumed: Mapping[str, Tensor | None] | None = None
         self.harmless: set[int] = (
@@ -193,7 +195,7 @@ class _Run:
         self.hidden = ""  # why training diverged, if the plan's formats would hide it by saturation
 
     def train(self, checkpoint: Path | None, every: int | None, max_steps: int | None) -> str:
-        """Train to the end; returns where it diverged, '' if it did not."""
+        """Train to the end; return a message that says where training diverged, or '' if it did not."""
         h = self.history
         stop = math.inf if max_steps is None else max_steps
         self.last_step = min(stop, math.inf if self.length is None else self.length * self.epochs)
@@ -221,11 +223,11 @@ class _Run:
         return ""
 
     def _epoch(self) -> Iterator[float]:
-        """Do the rest of the epoch's steps; yields the loss of each."""
+        """Do the remaining steps of the epoch; yield the loss of each."""
         h = self.history
         _seed(self.seed, h.epoch)
         batches = iter(self.task.train)
-        for _ in range(h.step_in_epoch):  # those before the checkpoint
+        for _ in range(h.step_in_epoch):  # skip the batches before the checkpoint
             next(batches, None)
         if self.resumed is not None:
             self._restore_rng(self.resumed)
@@ -258,11 +260,11 @@ class _Run:
             raise TaskError("Task: train has no batch. Give at least one; a batch size above the data's gives none.")
 
     def _hides_infinities(self, loaded: Batch, batch: Batch) -> bool:
-        """Return whether the batch holds infinities that make the loss of the model without a plan non-finite.
+        """Whether the batch holds infinities that make the loss of the model without a plan non-finite.
 
-        A plan's formats may saturate them, so that training would continue with meaningless values. An attention mask
-        holds infinities too, but its loss is finite. The loss without a plan is computed only the first time that a
-        tensor of the batch holds infinities.
+        A plan's formats may saturate them, and training would continue with meaningless values. An attention mask holds
+        infinities too, but its loss is finite. The loss without a plan is computed only the first time that a tensor of
+        the batch holds infinities.
 
         Args:
             loaded: the batch before it is moved to the device.
@@ -283,7 +285,7 @@ class _Run:
         return True
 
     def _end_epoch(self, complete: bool) -> str:
-        """Evaluate, and turn to the next epoch if this one is complete; returns where it diverged, '' if it did not."""
+        """Evaluate, and end the epoch if it is complete; return a message about divergence, or ''."""
         h = self.history
         metrics = self._evaluate(self.planned)
         fp32_metrics = self._evaluate(self._as_loaded()) if self.plan else {}
@@ -300,7 +302,7 @@ class _Run:
         return ""
 
     def _next_step(self, batch: Batch) -> Point:
-        """One whole step; the first steady one is the one whose peak is measured."""
+        """Do one whole step; the first one after the warm-up also measures peak memory."""
         h = self.history
         size = count_bytes(tensors_in(batch))
         h.first_batch_bytes = h.first_batch_bytes or size
@@ -323,7 +325,7 @@ class _Run:
         return steps[0]
 
     def _measure_afterwards(self, batch: Batch) -> None:
-        """Measure the peak memory of one extra step, then restore the state: no step of the training was measured."""
+        """Measure the peak memory of one extra step if no step of the training was measured, then restore the state."""
         before = copy.deepcopy({name: part.state_dict() for name, part in self._parts().items()})
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
@@ -333,7 +335,7 @@ class _Run:
             part.load_state_dict(before[name])
 
     def _step(self, batch: Batch) -> Point:
-        """One whole step; reading its loss waits for the device."""
+        """Do one whole step; reading its loss synchronizes with the device."""
         start = time.perf_counter()
         scale, skipped = None, False
         self.optimizer.zero_grad(set_to_none=True)
@@ -357,7 +359,7 @@ class _Run:
         return Point(step=number, loss=value, seconds=seconds, loss_scale=scale, skipped=int(skipped))
 
     def _as_loaded(self) -> nn.Module:
-        """The model, or a copy of it with its masters in the dtypes in which they were loaded."""
+        """Return the model; if the plan changed dtypes of masters or buffers, a copy of it with those as loaded."""
         changed = stored_otherwise(self.model)
         buffers = narrow_buffers(self.plan.entries if self.plan else {})
         if not changed and not buffers:
@@ -377,7 +379,10 @@ class _Run:
             return {}
         model.eval()
         cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda):  # what it draws must not change the training
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=cuda),
+        ):  # random numbers drawn here must not change the training
             found = self.task.evaluate(model)
         model.train()
         if found is None:
@@ -399,7 +404,7 @@ class _Run:
         return f"{where} The plan is too narrow for this model: try a lower low ratio, a higher budget{other}."
 
     def result(self, table: TensorTable | None, message: str) -> TrainResult:
-        """Return the result of the run; ``message``: where it diverged, or ``''``."""
+        """Return the result of the run; ``message`` says where it diverged, or is ``''``."""
         h, promotion = self.history, self.promotion
         plan = promotion.plan if promotion else self.plan
         later = promotable(table, self.plan) if table and self.plan and promotion and promotion.every else {}
@@ -429,7 +434,7 @@ class _Run:
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that goes on from it."""
+        """Return the properties that a checkpoint must share with the run that resumes from it."""
         entries = sorted((key, entry.format) for key, entry in self.plan.entries.items()) if self.plan else []
         plan = hashlib.sha256(repr(entries).encode()).hexdigest()[:16] if self.plan else "none"
         return {
@@ -441,7 +446,7 @@ class _Run:
         }
 
     def save(self, path: Path) -> None:
-        """Write everything that going on needs."""
+        """Write everything that is needed to resume."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
         rng = {
             "cpu": torch.get_rng_state(),
@@ -451,10 +456,10 @@ class _Run:
         checkpoints.save(path, {"identity": self._identity(), "history": history, "rng": rng, **state})
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
-            TaskError: it is not there, not a checkpoint, or of another run.
+            TaskError: there is no such file, it is not a checkpoint, or it belongs to another run.
         """
         state = checkpoints.load(path, self._identity(), self.device)
         for name, part in self._parts().items():
@@ -471,7 +476,7 @@ class _Run:
             self.resumed = state["rng"] if self.history.step_in_epoch else None
 
     def _parts(self) -> dict[str, Any]:
-        """What has a state of its own."""
+        """Return the objects that have a ``state_dict``, by name."""
         parts = {
             "model": self.model,
             "optimizer": self.optimizer,
@@ -491,13 +496,13 @@ class _Run:
 
 
 def _has_infinities(x: Tensor) -> bool:
-    """Return whether ``x`` holds ±inf. For a tensor in host memory this does not wait for the device."""
+    """Whether ``x`` holds ±inf. For a tensor in host memory this does not synchronize with the device."""
     return x.is_floating_point() and bool(x.isinf().any().cpu().numpy())
 
 
 @contextlib.contextmanager
 def _fits(path: Path, name: str) -> Iterator[None]:
-    """Convert whatever a model or an optimizer raises when it loads its state to a TaskError."""
+    """Convert any error that a model or an optimizer raises when it loads its state to a TaskError."""
     try:
         yield
     except Exception as error:
@@ -508,10 +513,10 @@ def _fits(path: Path, name: str) -> Iterator[None]:
 
 
 def _check_divisible(plan: Assignment) -> None:
-    """Make sure that a loss scale can be divided out of the gradients.
+    """Check that a loss scale can be divided out of the gradients.
 
     Raises:
-        PlanError: they wait in 8 bits, with a scale of their own.
+        PlanError: gradients are stored in 8 bits, with a scale of their own.
     """
     if has_scaled_gradients(plan.entries):
         raise PlanError(
@@ -523,7 +528,7 @@ def _check_divisible(plan: Assignment) -> None:
 
 
 def _seed(seed: int, epoch: int | None = None) -> None:
-    """Seed every global generator; ``epoch`` None is before the first."""
+    """Seed every global generator; ``epoch`` is None before the first epoch."""
     mixed = seed if epoch is None else seed * 1_000_003 + epoch + 1
     torch.manual_seed(mixed)
     random.seed(mixed)

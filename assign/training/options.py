@@ -26,7 +26,7 @@ class TrainOptions:
         resume: Continue from the checkpoint.
         weights: Checkpoint or ``state_dict`` of a float32 training to start from. Weights and optimizer states are
             rounded to the formats of the plan; options of the optimizer are those of the task.
-        update_rounding: How updates of 16-bit masters are rounded. Default: as the plan says.
+        update_rounding: How updates of 16-bit masters are rounded. Default: as in the plan.
         promotion: When tensors that overflow get the high format.
     Raises:
         TaskError: the seed is out of range, or there is no checkpoint to resume from.

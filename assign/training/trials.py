@@ -1,6 +1,6 @@
 """Trials of a study: turn proposed decisions into plans and train them.
 
-A plan is one decision for each group of the table: low or high, in the recipe's two formats.
+A plan is one decision per group of the table: low or high, in the recipe's two formats.
 """
 
 import json
@@ -40,16 +40,16 @@ STARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What all processes of one study must agree on; a study keeps it.
+    """Settings that all processes of one study must share; a study stores them.
 
     Attributes:
         space: What may be chosen for every tensor, without formats, pins and granularity; or the name of a recipe.
         budget: Peak bytes of a step, in any form that :func:`assign.search` takes. Default: the peak is an objective.
-        metric: One of the task's, or ``loss``: that of the last epoch's training.
-        maximize: Whether more of the metric is better.
+        metric: A metric of the task, or ``loss`` for the training loss of the last epoch.
+        maximize: Whether a higher value of the metric is better.
         epochs: Epochs of each trial. Default: the task's own number.
         seed: Seed of the trainings and of the study.
-        backend: What trains. ``eager``: no compiler, exact memory. ``inductor``: compiled, fast.
+        backend: How plans are trained. ``eager``: no compiler, exact memory. ``inductor``: compiled, fast.
         device: Where the model and the data are: ``cpu``, ``cuda``, ``cuda:1``, and so on.
     Raises:
         BudgetError: the space has something that a study does not take.
@@ -72,13 +72,13 @@ class Settings:
 
     @classmethod
     def of(cls, study: str, attributes: Mapping[str, Any]) -> "Settings":
-        """Return the settings that a study keeps in its attributes.
+        """Return the settings in the attributes of a study.
 
         Raises:
-            StudyError: they are damaged, or of a version that knows other settings.
+            StudyError: they are damaged, or from a version with other settings.
         """
         kept = dict(attributes.get("settings", {}))
-        if "stored" in kept:  # of the version that had no search spaces
+        if "stored" in kept:  # from the version without search spaces
             space = {name: kept.pop(name) for name in ("recipe", "update_rounding") if name in kept}
             kept["space"] = {**space, **dict(kept.pop("stored"))}
         text = json.dumps(kept)
@@ -116,7 +116,7 @@ _SETTINGS, _OUTCOME = TypeAdapter(Settings), TypeAdapter(Outcome)
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """Trains what a study proposes."""
+    """Trains the plans that a study proposes."""
 
     make_task: Callable[[int], Task]
     settings: Settings
@@ -132,7 +132,7 @@ class Trainer:
             make_task: returns the task with this seed.
             settings: of the study.
         Raises:
-            TaskError: the device is not there.
+            TaskError: the device does not exist.
             TraceError: the step cannot be captured.
             BudgetError: a plan with everything low exceeds the budget.
         """
@@ -156,20 +156,20 @@ class Trainer:
         return frozenset(group.id for group in self.table.groups)
 
     def entries(self, low: Iterable[int]) -> dict[str, Entry]:
-        """The plan's entries with these groups low."""
+        """Return the plan's entries with these groups low."""
         return self.complete(initial(self.table, self.settings.space.rules, frozenset(low)))
 
     def peak(self, low: Iterable[int]) -> int:
-        """Peak bytes of a step with these groups low."""
+        """Return the peak bytes of a step with these groups low."""
         return peak_bytes(self.table, self.entries(low), self.settings.space.update_rounding)
 
     def costs(self, low: Iterable[int]) -> dict[str, Any]:
-        """The estimate of the plan with these groups low, as its provenance has it."""
+        """Return the estimate of the plan with these groups low, as in its provenance."""
         found = estimate(self.table, self.plan(low))
         return summary(found, 0.0)
 
     def enqueue(self, study: optuna.Study, starts: Sequence[Assignment]) -> None:
-        """Greedy plans and the plans given, to be tried before anything is drawn."""
+        """Enqueue the given plans and greedy ones, to be tried before the sampler proposes any."""
         s = self.settings
         greedy = [search_table(self.table, low_ratio=ratio, space=s.space.recipe, seed=s.seed) for ratio in STARTS]
         for plan in (*starts, *greedy):
@@ -190,7 +190,10 @@ class Trainer:
         return low
 
     def objective(self, trial: optuna.Trial) -> float | tuple[float, float]:
-        """Train what the trial proposes; what is interrupted will be proposed again."""
+        """Train the plan of a trial and return its metric, without a budget also its peak.
+
+        An interrupted trial is proposed again.
+        """
         try:
             return self._objective(trial)
         except KeyboardInterrupt:
@@ -210,7 +213,7 @@ class Trainer:
         return metric if self.budget is not None else (metric, float(peak))
 
     def _fitting(self, low: set[int]) -> set[int]:
-        """``low``, and the largest other groups that it takes to fit the budget."""
+        """Return ``low`` with as many of the largest other groups as it needs to fit the budget."""
         if self.budget is None:
             return low
         rest = sorted((g for g in self.table.groups if g.id not in low), key=lambda g: (g.elements, -g.id))
@@ -219,7 +222,7 @@ class Trainer:
         return low if self.peak(low) <= self.budget else set(self.everything)
 
     def _known(self, trial: optuna.Trial, low: set[int]) -> float | None:
-        """The metric of the same plan in a trial before."""
+        """Return the metric of the same plan in an earlier trial, or None."""
         for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             outcome = Outcome.of(other)
             if set(outcome.low) == low:
@@ -255,7 +258,7 @@ class Trainer:
         return value
 
     def plan(self, low: Iterable[int]) -> Assignment:
-        """The plan with these groups low."""
+        """Return the plan with these groups low."""
         return Assignment(
             entries=self.entries(low),
             recipe=self.settings.space.recipe,

@@ -1,11 +1,11 @@
-"""Search by training: every trial of an Optuna study trains shortly under a plan of its own.
+"""Search by training: every trial of an Optuna study trains briefly under its own plan.
 
-A study lives in a database. All processes that name the same one share its trials, on this machine or on others; one
-that is killed loses its running trial, which the others notice, and train again.
+A study is stored in a database. All processes that use the same study share its trials, on one machine or several. If a
+process is killed, another one notices and repeats its running trial.
 
-Under a budget there is one objective, the metric: a plan that does not fit gets more low groups, the largest first,
-until it does, and trials that fall behind are pruned (Hyperband). Without one there are two, the metric and the peak,
-and the answer is their Pareto front.
+Under a budget there is one objective, the metric. A plan that does not fit gets more low groups, the largest first,
+until it fits, and trials that fall behind are pruned (Hyperband). Without a budget there are two objectives, the metric
+and peak memory, and the result is their Pareto front.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from assign.training.trials import Outcome, Settings, Trainer
 
 SAMPLERS = ("tpe", "nsga2")
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-_PATIENCE = 3.0  # seconds that helpers have to end in
+_PATIENCE = 3.0  # seconds to wait for helpers to end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Candidate:
 
     Attributes:
         metric: of the trained model.
-        costs: its estimate, as a plan's provenance has it; ``peak_bytes`` is one of them.
+        costs: its estimate, as in the provenance of a plan, ``peak_bytes`` included.
         trial: number of its trial in the study.
     """
 
@@ -66,11 +66,11 @@ class Tuned(Drawn):
     """Result of a study.
 
     Attributes:
-        metric: name of what was judged by.
-        front: the plans that no other beats in both metric and peak, the smallest peak first; under a budget the one
-            plan with the best metric.
-        trained: trials to the end.
-        pruned: trials that were stopped because they fell behind or diverged.
+        metric: name of the metric that the study optimizes.
+        front: Pareto front of metric and peak, the smallest peak first; under a budget only the plan with the best
+            metric.
+        trained: number of trials trained to the end.
+        pruned: number of trials stopped because they fell behind or diverged.
     """
 
     metric: str
@@ -79,11 +79,11 @@ class Tuned(Drawn):
     pruned: int
 
     def to_pandas(self) -> Any:
-        """A frame with a row for each plan of the front: trial, the metric, and its estimate. Needs pandas."""
+        """Return a data frame with one row per plan of the front: trial, metric and estimate. Needs pandas."""
         return frame({"trial": each.trial, self.metric: each.metric, **each.costs} for each in self.front)
 
     def _repr_html_(self) -> str:
-        """The front, for a notebook."""
+        """Return the front as an HTML table, for a notebook."""
         most = max((each.peak_bytes for each in self.front), default=1)
         rows = [
             ((f"{each.trial}", f"{each.metric:.4g}", human_bytes(each.peak_bytes)), each.peak_bytes / most)
@@ -95,7 +95,7 @@ class Tuned(Drawn):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyOptions:
-    """How a study is done; processes of one study may differ in it.
+    """How a study is done; processes of one study may use different values.
 
     Attributes:
         trials: Number of trials in the study, those of earlier calls and other processes included.
@@ -137,7 +137,7 @@ def tune(
     starts: Sequence[Assignment] = (),
     on_trial: Callable[[FrozenTrial], None] | None = None,
 ) -> Tuned:
-    """Begin or resume a study until ``options.trials`` of its trials are done.
+    """Start or resume a study until ``options.trials`` of its trials are done.
 
     Greedy plans of several low ratios and the ``starts`` are tried first.
 
@@ -155,8 +155,8 @@ def tune(
             another model.
         BudgetError: the plan with everything low exceeds the budget.
         TaskError: the task cannot be used.
-        TraceError: as :func:`assign.trace`.
-        PlanError: as :func:`assign.apply`.
+        TraceError: as for :func:`assign.trace`.
+        PlanError: as for :func:`assign.apply`.
     Source: Optuna (Akiba et al., 2019); NSGA-II (Deb et al., 2002); Hyperband (Li et al., 2018).
     """
     options = options or StudyOptions()
@@ -177,7 +177,7 @@ def tune(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What every process of this call does; pickled for the others."""
+    """The work of every process of one call of :func:`tune`; pickled for the other processes."""
 
     make_task: Callable[[int], Task]
     storage: str
@@ -187,11 +187,12 @@ class _Job:
     def opened(
         self, settings: Settings | None, starts: Sequence[Assignment] | None = None
     ) -> Iterator[tuple[Trainer, optuna.Study]]:
-        """Open the study and make what trains for it; the connection to the database is closed afterwards.
+        """Open the study and its trainer; the connection to the database is closed afterwards.
 
         Args:
             settings: of all trials; None: those of the study.
-            starts: plans to try before anything is drawn, after the greedy ones; None: another process proposes all.
+            starts: plans to try after the greedy ones, before the sampler proposes any. None: another process enqueues
+                them.
         """
         with _quiet():
             storage = open_database(self.storage, self.options.heartbeat)
@@ -211,7 +212,7 @@ class _Job:
     def work(
         self, trainer: Trainer, study: optuna.Study, on_trial: Callable[[FrozenTrial], None] | None = None
     ) -> None:
-        """Do trials until all of the study's processes together have done enough."""
+        """Do trials until all processes of the study together have done enough."""
         if len(study.get_trials(deepcopy=False, states=_DONE)) >= self.options.trials:
             return
         callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [
@@ -224,10 +225,13 @@ class _Job:
 
 
 def _start(job: _Job, workers: int) -> multiprocessing.process.BaseProcess:
-    """A process that does trials too. It ignores Ctrl-C, which a terminal sends to all: this one ends it."""
+    """Start another process that does trials, and return it.
+
+    It ignores Ctrl-C, which a terminal sends to all processes; this process ends it.
+    """
     threads = max(1, torch.get_num_threads() // workers)
     process = multiprocessing.get_context("spawn").Process(target=_help, args=(job, threads), daemon=True)
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         process.start()
         return process
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
@@ -239,7 +243,7 @@ def _start(job: _Job, workers: int) -> multiprocessing.process.BaseProcess:
 
 
 def _join(helpers: Sequence[multiprocessing.process.BaseProcess], seconds: float | None) -> None:
-    """Wait until they have ended; after so many seconds, end them."""
+    """Wait until the helpers have ended; after ``seconds``, kill them."""
     until = None if seconds is None else time.monotonic() + seconds
     for helper in helpers:
         helper.join(None if until is None else max(0.0, until - time.monotonic()))
@@ -249,7 +253,7 @@ def _join(helpers: Sequence[multiprocessing.process.BaseProcess], seconds: float
 
 
 def _help(job: _Job, threads: int) -> None:
-    """A process that does trials of a study that another one began."""
+    """Do trials of a study that another process started."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its trial is proposed again
@@ -265,7 +269,7 @@ def _help(job: _Job, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it has ended, however that was."""
+    """End this process as soon as its parent has ended, for whatever reason."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -274,7 +278,10 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Optuna's own words on parts of it that may change, and on errors, which are raised anyway."""
+    """Suppress Optuna's warnings about experimental features and its log of errors in the context.
+
+    Errors are raised anyway.
+    """
     logger = logging.getLogger("optuna.study._optimize")
     logger.addFilter(_is_no_failure)
     try:
@@ -290,7 +297,7 @@ def _is_no_failure(record: logging.LogRecord) -> bool:
 
 
 def _agreed(storage: RDBStorage, name: str, settings: Settings | None) -> Settings:
-    """The settings of the study, if there is one; they must be those that are asked for."""
+    """Return the settings of the study if it exists, else ``settings``; check that they do not differ."""
     known = {summary.study_name: summary for summary in optuna.get_all_study_summaries(storage)}
     if name not in known:
         return settings or Settings()
@@ -305,7 +312,7 @@ def _agreed(storage: RDBStorage, name: str, settings: Settings | None) -> Settin
 
 
 def _differences(kept: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the name of each field in which two objects differ, with both values; of a space, those of its fields."""
+    """Yield (name, value, other value) for each field in which two objects differ, nested dataclasses included."""
     for each in dataclasses.fields(kept):
         own, other = getattr(kept, each.name), getattr(asked, each.name)
         if dataclasses.is_dataclass(own):
@@ -315,10 +322,10 @@ def _differences(kept: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _study(trainer: Trainer, storage: RDBStorage, name: str, sampler: str | None) -> optuna.Study:
-    """The study called ``name``, made if there is none.
+    """Return the study called ``name``; create it if it does not exist.
 
     Raises:
-        StudyError: it is of another model.
+        StudyError: it belongs to another model.
     """
     chosen = sampler or ("tpe" if trainer.budget is not None else "nsga2")
     direction = StudyDirection.MAXIMIZE if trainer.settings.maximize else StudyDirection.MINIMIZE

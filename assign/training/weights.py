@@ -1,6 +1,6 @@
 """Load weights from a file, and continue a training in other formats.
 
-Source of the second: arXiv 2311.18587, continuous 16-bit training.
+Source of the latter: arXiv 2311.18587, continuous 16-bit training.
 """
 
 from collections.abc import Mapping
@@ -21,16 +21,16 @@ from assign.training import checkpoints
 
 
 def load_weights(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Fill a model from a file: what ``assign train --checkpoint`` wrote, or a ``state_dict`` saved by ``torch.save``.
+    """Fill a model from a file that ``assign train --checkpoint`` or ``torch.save`` of a ``state_dict`` wrote.
 
-    Masters of the file that have extra bits are joined with them.
+    Masters in the file that have extra bits are joined with them.
 
     Args:
         path: of the file.
         model: gets the weights, in place.
-        optimizer: is filled too, where the file holds its state.
+        optimizer: gets its state, if the file has one.
     Raises:
-        TaskError: it cannot be read, or is of another model; or extra bits are in it, and no optimizer says whose.
+        TaskError: the file cannot be read or belongs to another model; or it has extra bits, and no optimizer is given.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
@@ -72,10 +72,10 @@ def _join(
 
 
 def continue_from(task: Task, model: nn.Module, plan: Assignment | None, weights: Path) -> dict[int, Any]:
-    """Fill ``model`` from an fp32 training; the states of that training's optimizer, if the file has them.
+    """Fill ``model`` from an fp32 training; return the states of that training's optimizer, if the file has them.
 
     Raises:
-        TaskError: the file cannot be used, or a master or buffer of the plan cannot hold what is in it.
+        TaskError: the file cannot be used, or a master or buffer of the plan cannot represent its values.
     """
     optimizer = task.make_optimizer(model)
     load_weights(weights, model, optimizer)
@@ -98,6 +98,6 @@ def continue_from(task: Task, model: nn.Module, plan: Assignment | None, weights
 
 
 def load_states(optimizer: torch.optim.Optimizer, states: dict[int, Any]) -> None:
-    """Give an optimizer the states of another one of the same kind; its options stay its own."""
+    """Give an optimizer the states of another one of the same kind; its options do not change."""
     options: Any = {} if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict else {"lossy": True}
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]}, **options)

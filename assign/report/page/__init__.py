@@ -1,8 +1,8 @@
 """One page about one plan, for a browser: no network, light and dark, readable on a phone.
 
-``page`` puts it together; ``rows``: every tensor; ``runs``: what trainings wrote; ``beside``: other plans;
-``figures``, ``curves``: the charts, as plain data; ``colours``: theirs. ``template.html``, ``style.css`` and
-``script.js`` are the page itself.
+``page`` assembles it; ``rows``: every tensor; ``runs``: results of trainings; ``beside``: other plans; ``figures``,
+``curves``: the charts, as plain data; ``colours``: their colours. ``template.html``, ``style.css`` and ``script.js``
+are the page itself.
 """
 
 from assign.report.page.page import Report, check_libraries, write_report

@@ -1,4 +1,4 @@
-"""Compare a plan with others: memory, quality, and which are on the Pareto front."""
+"""Compare a plan with others: memory, quality, and their Pareto front."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ LOW_RATIO = "low_ratio"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A plan, and what its file says of it by name: ``costs``."""
+    """A plan, with the costs in its file by name."""
 
     name: str
     peak_bytes: int
@@ -22,7 +22,7 @@ class Point:
 
 
 def point_of(plan: Assignment, name: str) -> Point | None:
-    """What a plan's file says of it; None where it does not say its peak."""
+    """Return the point of a plan; None if its file does not give its peak."""
     facts = plan.provenance.estimate
     costs = {key: float(value) for key, value in facts.items() if isinstance(value, (int, float))}
     peak = costs.get("peak_bytes")
@@ -30,19 +30,19 @@ def point_of(plan: Assignment, name: str) -> Point | None:
 
 
 def points_of(plans: Sequence[Assignment]) -> list[Point]:
-    """A point for each plan that says its peak, by its number."""
+    """Return a point for each plan whose file gives its peak, named by number."""
     found = [point_of(plan, f"plan {number} of {len(plans)}") for number, plan in enumerate(plans, 1)]
     return [point for point in found if point is not None]
 
 
 def measure_of(points: Sequence[Point]) -> str:
-    """What all of these plans say of themselves: a metric that was trained for, else noise, else the low ratio."""
+    """Return a measure that all these plans have: a metric of training, else noise, else the low ratio."""
     shared = set.intersection(*(set(point.costs) for point in points)) if points else set()
     trained = sorted(name for name in shared if name.startswith(TRAINED))
     return next(iter([*trained, *({"noise"} & shared)]), LOW_RATIO)
 
 
 def best_of(points: Sequence[Point], measure: str) -> list[Point]:
-    """Points that no other beats in both peak and measure, the lowest peak first."""
+    """Return the Pareto front of the points, the lowest peak first."""
     sign = -1 if is_maximized(measure) else 1
     return pareto_front(points, lambda each: each.peak_bytes, lambda each: sign * each.costs.get(measure, 0.0))

@@ -1,6 +1,6 @@
-"""Colours that the colour-blind tell apart (Okabe and Ito, 2008), and a pattern where there are more things than those.
+"""Colours that colour-blind readers can tell apart (Okabe and Ito, 2008), and patterns if they are not enough.
 
-A name that begins with ``$`` is one of the page's own, which differ between light and dark: ``$ink``, ``$grid``.
+A name that starts with ``$`` is a colour of the page, which depends on light or dark mode: ``$ink``, ``$grid``.
 """
 
 import itertools
@@ -12,7 +12,7 @@ ORANGE, VERMILLION, PURPLE, GREY = "#E69F00", "#D55E00", "#CC79A7", "#999999"
 INK, GRID, BRANCH = "$ink", "$grid", "$branch"
 
 LINES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
-"""Of curves: without yellow and grey, which are hard to see as thin lines."""
+"""Colours of curves: without yellow and grey, which are hard to see as thin lines."""
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "x", "cross")
@@ -23,14 +23,14 @@ _OTHERS = (ORANGE, VERMILLION, GREEN, PURPLE, YELLOW)
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A colour, and a pattern over it; '' is none."""
+    """A colour, and a pattern over it ('' for none)."""
 
     colour: str
     pattern: str = ""
 
     @property
     def text(self) -> str:
-        """Black or white, whichever is easier to read on it (WCAG's contrast: only blue is dark enough for white)."""
+        """Black or white, whichever is easier to read on the colour; by WCAG contrast only blue needs white."""
         return "#ffffff" if self.colour == BLUE else "#000000"
 
 
@@ -46,11 +46,11 @@ ROLES: dict[str, tuple[str, Look]] = {
     "activation_grad": ("gradients of activations", Look(ORANGE)),
     "scratch": ("scratch of operators", Look(PURPLE)),
 }
-"""Roles of bytes → what to call them, and their look; from the bottom of the chart to its top."""
+"""Role of bytes → title and look, from the bottom of the chart to its top."""
 
 
 def of_formats(names: Iterable[str]) -> dict[str, Look]:
-    """Each format's look, in this order: fp32 grey, 16 bits blue, the others in turn."""
+    """Return {format: look}, in this order: fp32 grey, 16 bits blue, the others in turn."""
     fixed = {"fp32": Look(GREY), "bf16": Look(BLUE), "fp16": Look(SKY)}
     others = (Look(colour, pattern) for pattern in itertools.cycle(_PATTERNS) for colour in _OTHERS)
     return {name: fixed.get(name) or next(others) for name in names}

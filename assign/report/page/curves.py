@@ -1,6 +1,6 @@
 """Data of training charts: loss, overflow and loss scale by step, metrics by epoch.
 
-Files of versions that kept no course have what they have by epoch.
+Files of older versions have no training curve; only their values by epoch are drawn.
 """
 
 import functools
@@ -22,7 +22,7 @@ _Looks = Mapping[str, Mapping[str, Any]]
 
 
 def looks_of(runs: Sequence[TrainedRun]) -> dict[str, dict[str, Any]]:
-    """Variant → colour, stroke and marker; its seeds share them."""
+    """Return {variant: colour, stroke and marker}; all its seeds share them."""
     variants = dict.fromkeys(run.variant for run in runs)
     return {
         name: {
@@ -38,14 +38,14 @@ def looks_of(runs: Sequence[TrainedRun]) -> dict[str, dict[str, Any]]:
 
 
 def course_figure(runs: Sequence[TrainedRun]) -> Figure | None:
-    """Training loss by step; None where no run has a course."""
+    """Return a figure of training loss by step; None if no run has a training curve."""
     return _by_step(_with_course(runs), looks_of(runs), {"training loss": lambda course: course.loss})
 
 
 def scale_figure(runs: Sequence[TrainedRun]) -> Figure | None:
-    """Loss scale after each step, as a power of two, and steps skipped up to it, if any were.
+    """Return a figure of the loss scale after each step, as a power of two, and of the skipped steps so far, if any.
 
-    None where no course has a loss scale.
+    None if no run has a loss scale by step.
     """
     scaled = [(run, course) for run, course in _with_course(runs) if any(course.loss_scale)]
     rows: dict[str, Callable[[Course], Sequence[float | None]]] = {
@@ -57,9 +57,9 @@ def scale_figure(runs: Sequence[TrainedRun]) -> Figure | None:
 
 
 def overflow_figure(runs: Sequence[TrainedRun]) -> Figure | None:
-    """Largest share that overflowed, by step; promotions, and the share at which they happen.
+    """Return a figure of the largest overflowed share by step, promotions, and the share at which they happen.
 
-    None where nothing was looked at.
+    None if no overflow was measured.
     """
     looks = looks_of(runs)
     looked = [(run, course) for run, course in _with_course(runs) if any(x is not None for x in course.overflow)]
@@ -114,7 +114,10 @@ def _by_step(
     *,
     whole: bool = False,
 ) -> Figure | None:
-    """A chart for each row, over the same steps; None without runs. ``whole``: their numbers are whole, and last."""
+    """Return charts over the same steps, one per row; None without runs.
+
+    ``whole`` means that the numbers are whole, and hold until the next step.
+    """
     traces = {
         title: [
             _stepped(run, course, values(course), looks[run.variant], f"{title} %{{y:.4g}}", lasts=whole)
@@ -135,9 +138,9 @@ def _stepped(
     *,
     lasts: bool = False,
 ) -> dict[str, Any]:
-    """A thin curve through the points that have a value; ``lasts``: until the next one.
+    """Return a thin curve through the points that have a value; with ``lasts`` each value holds until the next one.
 
-    Its stroke is whole, since dashes would tear single high points off; its marker, here and there, tells it apart.
+    The line is solid, because dashes would hide single high points; sparse markers distinguish the curves.
     """
     seen = [place for place, value in enumerate(values) if value is not None]
     merged = max(course.steps) > 1
@@ -173,9 +176,9 @@ def _log2(scale: float | None) -> float | None:
 
 
 def curves_figure(runs: Sequence[TrainedRun]) -> Figure | None:
-    """Training loss, and each metric, after every epoch; None where no epoch was finished.
+    """Return a figure of training loss and metrics after every epoch; None if no epoch was finished.
 
-    Of more than four metrics the first four are drawn.
+    At most four metrics are drawn.
     """
     metrics = dict.fromkeys(name for run in runs for epoch in run.facts.epochs for name in epoch.metrics)
     rows: dict[str, Callable[[Epoch], float | None]] = {"mean training loss": lambda epoch: epoch.loss}
@@ -185,9 +188,9 @@ def curves_figure(runs: Sequence[TrainedRun]) -> Figure | None:
 
 
 def epoch_scale_figure(runs: Sequence[TrainedRun]) -> Figure | None:
-    """Loss scale at the end of each epoch, as a power of two, and steps skipped in it, of runs without a course.
+    """Return a figure of the loss scale at the end of each epoch and of steps skipped in it, for runs without a curve.
 
-    None where no such run has one.
+    None if no such run has a loss scale.
     """
     rows: dict[str, Callable[[Epoch], float | None]] = {
         _SCALE: lambda epoch: _log2(epoch.loss_scale),
@@ -208,7 +211,7 @@ def _by_epoch(
     *,
     whole: bool = False,
 ) -> Figure | None:
-    """A chart for each row, over the same epochs; None without any. ``whole``: their numbers are whole."""
+    """Return charts over the same epochs, one per row; None without epochs. ``whole``: the numbers are whole."""
     drawn = [run for run in runs if run.facts.epochs]
     if not drawn:
         return None
@@ -240,7 +243,7 @@ def _curve(
 def _above_each_other(
     rows: Mapping[str, Sequence[Mapping[str, Any]]], across: Mapping[str, Any], *, whole: bool
 ) -> Figure:
-    """One chart for each row's traces, under its title; ``whole``: their numbers are whole."""
+    """Return a figure with one chart per row, under its title. ``whole``: the numbers are whole."""
     data, axes, headings = [], {}, []
     for number, (title, traces) in enumerate(rows.items()):
         suffix = "" if number == 0 else str(number + 1)
@@ -256,7 +259,10 @@ def _above_each_other(
 
 
 def _whole(values: Sequence[float | None]) -> dict[str, Any]:
-    """Up to about five ticks, 1, 2, 5, 10, 20, … apart, none of them below zero if no number is."""
+    """Return axis options for up to about five ticks at a distance of 1, 2, 5, 10, 20 and so on.
+
+    No tick is below zero if no number is.
+    """
     known = [value for value in values if value is not None] or [0.0]
     apart = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
     ticks = next(step for step in apart if 5 * step >= max(known) - min(known))

@@ -1,6 +1,6 @@
 """Data of plan charts for plotly: memory over the step, the model, the front.
 
-Colours that begin with ``$`` are the page's; ``script.js`` puts in those of light or dark.
+Colours that start with ``$`` are those of the page; ``script.js`` replaces them for light or dark mode.
 """
 
 import html
@@ -16,7 +16,7 @@ from assign.report.rows import Row
 from assign.report.terminal import visible
 
 Figure = dict[str, Any]
-"""``data``: traces; ``layout``."""
+"""A plotly figure as plain data: ``data`` has the traces, ``layout`` the layout."""
 
 _LONGEST = 40
 _HEADROOM = 1.22
@@ -25,30 +25,30 @@ _UNITS = ("B", "KiB", "MiB", "GiB")
 
 
 def short(text: str, longest: int = _LONGEST) -> str:
-    """The text, without its middle if it is long."""
+    """Return the text, without its middle if it is long."""
     keep = (longest - 1) // 2
     return text if len(text) <= longest else f"{text[:keep]}…{text[-keep:]}"
 
 
 def plain(text: str) -> str:
-    """Text that plotly shows as it is: it reads tags in labels, and ``%{…}`` in templates."""
+    """Return text that plotly shows literally: plotly interprets tags in labels, and ``%{…}`` in templates."""
     return html.escape(visible(text), quote=False).replace("%{", "%&#123;")
 
 
 def unit_of(largest: float) -> tuple[float, str]:
-    """By what to divide bytes, and the unit that they have then."""
+    """Return the divisor for bytes and the unit of the result."""
     power = min(int(math.log(largest, 1024)), len(_UNITS) - 1) if largest >= 1 else 0
     return 1024.0**power, _UNITS[power]
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
-    """An axis of the house's look."""
+    """Return an axis in the common style."""
     look = {"gridcolor": GRID, "zerolinecolor": GRID, "automargin": True, "fixedrange": True}
     return {"title": {"text": title}, **look, **more}
 
 
 def layout(**more: Any) -> dict[str, Any]:
-    """What all charts share."""
+    """Return the layout that all charts share."""
     return {
         "margin": {"l": 8, "r": 24, "t": 28, "b": 8},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -62,7 +62,7 @@ def layout(**more: Any) -> dict[str, Any]:
 
 
 def titled(text: str, y: float) -> dict[str, Any]:
-    """A heading over one of several charts in a figure, at a height from 0 to 1."""
+    """Return a heading for one of several charts in a figure, at a height from 0 to 1."""
     place = {"x": 0, "y": y, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
     return {"text": text, "showarrow": False, **place}
 
@@ -71,7 +71,7 @@ def titled(text: str, y: float) -> dict[str, Any]:
 
 
 def memory_figure(before: Moments, after: Moments) -> Figure:
-    """Bytes over the step, stacked by role: all in fp32 above, under the plan below, on one scale.
+    """Return a figure of bytes over the step, stacked by role: in fp32 above, under the plan below, on one scale.
 
     Both have a point for every moment, and one more at the end of the last.
     """
@@ -109,7 +109,7 @@ def memory_figure(before: Moments, after: Moments) -> Figure:
 
 
 def _edges(count: int) -> list[float]:
-    """Where each moment begins, and the last ends; the optimizer's step is wide enough to be seen."""
+    """Return where each moment starts, and where the last ends; the optimizer's step is wide enough to be visible."""
     return [*map(float, range(count)), count - 1 + max(1.0, round(_OPTIMIZER_SHARE * count, 1))]
 
 
@@ -121,7 +121,7 @@ def _stack(
     name: str,
     named: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Areas, their sum and its peak; a legend has the roles that are not ``named`` in it already."""
+    """Return the areas, their sum and its peak. The legend shows roles that are not in ``named``."""
     where = {"x": list(edges), "yaxis": axis_name, "mode": "lines", "line": {"shape": "hv", "width": 0}}
     traces: list[dict[str, Any]] = []
     for role in sorted(moments.by_role, key=[*ROLES].index):
@@ -171,7 +171,7 @@ def _heights(sizes: Any, divisor: float) -> list[float]:
 
 
 def words(moments: Moments, number: int) -> str:
-    """An operator in words."""
+    """Return the name of an operator with its pass, as text."""
     name = moments.operators[number] or "sum of gradients"
     if moments.passes[number] == OPTIMIZER:
         return "optimizer"
@@ -179,7 +179,7 @@ def words(moments: Moments, number: int) -> str:
 
 
 def _phases(moments: Moments, edges: Sequence[float]) -> dict[str, Any]:
-    """Ticks that name the passes, each in its middle."""
+    """Return axis options for ticks that name the passes, each in its middle."""
     middles = {}
     for name in dict.fromkeys(moments.passes):
         where = [number for number, other in enumerate(moments.passes) if other == name]
@@ -188,7 +188,7 @@ def _phases(moments: Moments, edges: Sequence[float]) -> dict[str, Any]:
 
 
 def _borders(moments: Moments, edges: Sequence[float]) -> list[dict[str, Any]]:
-    """Lines between the passes."""
+    """Return lines between the passes."""
     starts = [n for n in range(1, len(moments.passes)) if moments.passes[n] != moments.passes[n - 1]]
     line = {"color": INK, "width": 1, "dash": "dot"}
     return [
@@ -201,9 +201,9 @@ def _borders(moments: Moments, edges: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def model_figure(rows: Sequence[Row], look_of: Callable[[Row], Look]) -> Figure:
-    """Every tensor as a rectangle as large as its bytes, in its module; its look says its format, say, or its role."""
+    """Return a figure of every tensor as a rectangle in its module; its area shows its bytes."""
     modules = dict.fromkeys(part for row in rows for part in _with_parents(row.path))
-    # an id never looks like another's: a module's ends with a slash, as no tensor's key does
+    # ids are unique: a module's id ends with a slash, and no tensor's key does
     nodes: list[tuple[str, str, str, int, str, str, str, str]] = [("/", "", "model", 0, BRANCH, "", INK, "all tensors")]
     for path in modules:
         parent, _, name = path.rpartition(".")
@@ -244,7 +244,7 @@ def model_figure(rows: Sequence[Row], look_of: Callable[[Row], Look]) -> Figure:
 
 
 def _with_parents(path: str) -> list[str]:
-    """``a.b.c`` → ``a``, ``a.b``, ``a.b.c``."""
+    """Return ``a``, ``a.b``, ``a.b.c`` for ``a.b.c``."""
     parts = path.split(".") if path else []
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
@@ -257,9 +257,9 @@ def _about(row: Row) -> str:
 
 
 def front_figure(points: Sequence[Point], this: Point | None) -> Figure:
-    """Peak against what plans are judged by; those that no other beats are joined, this plan is the star.
+    """Return a figure of peak against the measure of plans; a line joins the front, and this plan is a star.
 
-    Where the plan's own file does not say its measure, its peak is a line.
+    If the plan's file does not have the measure, a vertical line shows its peak.
     """
     measure = measure_of(points)
     divisor, unit = unit_of(max(point.peak_bytes for point in points))
@@ -291,7 +291,7 @@ def front_figure(points: Sequence[Point], this: Point | None) -> Figure:
 
 
 def words_of(measure: str) -> str:
-    """What a measure is, and its unit."""
+    """Return the name of a measure, with its unit."""
     known = {"noise": "noise (relative squared error of the gradient)", LOW_RATIO: "low ratio (share of the elements)"}
     return known.get(measure, f"{measure.removeprefix(TRAINED)} after a short training")
 

@@ -30,15 +30,15 @@ _CHART_PIXELS, _TALL_PIXELS, _ROW_PIXELS = 340, 520, 190
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a page is made of.
+    """Contents of a page.
 
     Attributes:
-        name: of the plan, for people: its file.
-        table: of the plan's model, at the batch size that the page is to speak of.
-        runs: trainings to draw, of :func:`assign.report.page.runs.load_runs`.
-        front: plans to put this one beside.
+        name: of the plan, for readers: its file.
+        table: of the plan's model, at the batch size of the page.
+        runs: trainings to draw, from :func:`assign.report.page.runs.load_runs`.
+        front: plans to compare this one with.
         noise: of the tensors.
-        command: what made the page, ``''`` where there was none.
+        command: the command that made the page, ``''`` if there was none.
     """
 
     name: str
@@ -50,10 +50,10 @@ class Report:
     command: str = ""
 
     def check(self) -> None:
-        """Make sure that all of it is of one model.
+        """Check that everything belongs to one model.
 
         Raises:
-            PlanError: plan, front or noise are of another model than the table.
+            PlanError: plan, front or noise belong to another model than the table.
         """
         advice = "Give the task that the plan was made for, with its own options: --task."
         what = f"{self.name} is a plan of another model"
@@ -67,7 +67,7 @@ class Report:
 
 
 def check_libraries() -> None:
-    """Make sure, before anything is loaded, that a page can be made.
+    """Check, before anything is loaded, that a page can be made.
 
     Raises:
         ReportError: a library is missing.
@@ -80,21 +80,21 @@ def write_report(path: Path, report: Report) -> None:
     """Write the page to ``path``, atomically.
 
     Raises:
-        ReportError: the file cannot be written, or a library is missing (the extra ``report`` has them).
+        ReportError: the file cannot be written, or a library is missing (the extra ``report`` installs them).
         PlanError: plan, table and noise are of different models.
     """
     _FILE.write(path, render(report))
 
 
 def render(report: Report) -> str:
-    """The page's text. Raises as :func:`write_report`."""
+    """Return the text of the page. Raises the same as :func:`write_report`."""
     jinja2, markup = _library("jinja2"), _library("markupsafe").Markup
 
     def breakable(key: str) -> Any:
-        """A key that a browser may break behind its dots and slashes."""
+        """Return a key that a browser may break after its dots and slashes."""
         return markup("<wbr>").join(re.split(r"(?<=[./])", key))
 
-    plotly = gzip.compress(_library("plotly.offline").get_plotlyjs().encode(), mtime=0)  # a third of its bytes
+    plotly = gzip.compress(_library("plotly.offline").get_plotlyjs().encode(), mtime=0)  # reduces it to a third
     report.check()
     loader = jinja2.PackageLoader("assign.report.page", "")
     environment = jinja2.Environment(
@@ -109,7 +109,7 @@ def render(report: Report) -> str:
 
 
 def context(report: Report) -> dict[str, Any]:
-    """What the template is given: figures, rows and words."""
+    """Return what the template gets: figures, rows and texts."""
     plan, table = report.plan, report.table
     costs = estimate(table, plan)
     before, after = moments(table, {}), moments(table, plan.entries, plan.update_rounding)
@@ -156,7 +156,7 @@ _MEASURES = ("bytes", "fp32_bytes", "peak_bytes", "noise")
 
 
 def _library(name: str) -> Any:
-    """Looked for when a page is made: nothing else needs it."""
+    """Import a library and return it. Only making a page needs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -167,18 +167,18 @@ def _library(name: str) -> Any:
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, float]:
-    """Format → share of all elements, the widest format first."""
+    """Return {format: share of all elements}, the widest format first."""
     total = sum(row.elements for row in rows) or 1
     return {name: sum(row.elements for row in rows if row.format == name) / total for name in formats_of(rows)}
 
 
 def _roles(*found: Moments) -> dict[str, tuple[str, colours.Look]]:
-    """Roles that any of them has, from the bottom of the chart to its top."""
+    """Return the roles that any of the moments has, from the bottom of the chart to its top."""
     return {role: look for role, look in colours.ROLES.items() if any(role in each.by_role for each in found)}
 
 
 def _height(name: str, figure: Figure) -> int:
-    """Pixels: more where charts stand above each other."""
+    """Return the height in pixels; it is larger for several charts above each other."""
     if name in ("memory", "model"):
         return _TALL_PIXELS
     rows = sum(key.startswith("yaxis") for key in figure["layout"])
@@ -186,7 +186,7 @@ def _height(name: str, figure: Figure) -> int:
 
 
 def _alive(found: Moments) -> dict[str, Any]:
-    """What comes and goes, for the list of what is alive at a moment: each as start, end, bytes, key, role."""
+    """Return the segments of tensors, for the list of tensors alive at a moment: start, end, bytes, key, role."""
     keys = {key: number for number, key in enumerate(dict.fromkeys(each.key for each in found.alive))}
     roles = [*colours.ROLES]
     rows = [[s.start, s.end, s.bytes, keys[s.key], roles.index(s.role)] for s in found.alive]
@@ -198,5 +198,5 @@ def _words(found: Moments) -> list[str]:
 
 
 def _unowned(costs: Estimate, rows: Sequence[Row]) -> int:
-    """Bytes at the peak that belong to none of the rows: the batch, integers, what operators need for a moment."""
+    """Return the bytes at the peak that belong to no row: the batch, integers, temporary memory of operators."""
     return costs.peak_bytes - sum(row.peak_bytes for row in rows)

@@ -22,7 +22,7 @@ _Scale = Annotated[float, Field(gt=0)]
 
 
 class Epoch(EpochFacts):
-    """One finished epoch of a run; skipped steps are those whose gradients were not finite."""
+    """One finished epoch of a run. A step is skipped if its gradients are not finite."""
 
     fp32_metrics: dict[str, float | None] = Field(default_factory=dict)
     loss_scale: _Scale | None = None
@@ -30,7 +30,7 @@ class Epoch(EpochFacts):
 
 
 class Promotion(BaseModel):
-    """A tensor that got its high format back, at the step from which on it overflowed too often."""
+    """A promoted tensor: the step at which it overflowed too often and got its high format back."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -42,7 +42,7 @@ class Promotion(BaseModel):
 
 
 class Course(BaseModel):
-    """A training step by step: a list for each attribute of its points, which ``assign.training.history`` explains."""
+    """A training step by step: one list per attribute of its points, see ``assign.training.history``."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -61,7 +61,7 @@ class Course(BaseModel):
 
 
 class Facts(BaseModel):
-    """What the page reads of a training's result; None is a number that was not finite, or is not known."""
+    """The part of a training's result that the page uses. None is a number that was not finite, or is not known."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -87,8 +87,8 @@ class TrainedRun:
     """One training.
 
     Attributes:
-        variant: what it shares with those that differ in the seed alone.
-        seed: None where the file does not say.
+        variant: name that runs share if they differ only in the seed.
+        seed: None if the file does not give it.
     """
 
     variant: str
@@ -102,13 +102,13 @@ class TrainedRun:
 
 
 def load_runs(paths: Sequence[Path], fingerprint: str) -> tuple[TrainedRun, ...]:
-    """All trainings in these files; where there are several files, a run's name begins with its file's.
+    """Return all trainings in these files; if there are several files, a run's name starts with its file's.
 
     Args:
-        paths: what ``train``, ``run`` or ``compare`` wrote.
-        fingerprint: of the model that they must be of; older files of ``train`` and ``run`` do not say theirs.
+        paths: files that ``train``, ``run`` or ``compare`` wrote.
+        fingerprint: of the model that they must belong to; older files of ``train`` and ``run`` have none.
     Raises:
-        ReportError: a file cannot be read, holds no training, or one of another model.
+        ReportError: a file cannot be read, has no training, or has one of another model.
     """
     found = []
     for path in paths:
@@ -122,7 +122,7 @@ def load_runs(paths: Sequence[Path], fingerprint: str) -> tuple[TrainedRun, ...]
 
 
 def _results(text: str, path: Path, fingerprint: str) -> Iterator[tuple[str, int | None, Any]]:
-    """Variant, seed and result of each training in a file."""
+    """Yield variant, seed and result of each training in a file."""
     data = _FILE.parse(text, str(path))
     if not isinstance(data, dict):
         raise ReportError(f"{path} is not a training, but a {type(data).__name__}. {_FILE.advice}")
