@@ -220,9 +220,9 @@ class AdamW(_Optimizer16):
     """``torch.optim.AdamW`` for parameters in 16 bits.
 
     Both moments are stored in the parameter's dtype and rounded to nearest. In bf16 the second moment therefore never
-    decays if ``beta2`` is above 0.998, and in fp16 an ``eps`` below 6e-5 loses bits;
-    ``assign.analysis.audit_constants`` reports both. With ``nearest`` the weight decay is rounded separately, as in torch, and then nearly always lost; otherwise
-    it is part of the update.
+    decays if ``beta2`` is above 0.998, and in fp16 an ``eps`` below 6e-5 loses bits; both are reported by
+    ``assign.analysis.audit_constants``. With ``nearest`` the weight decay is rounded separately, as in torch, and then
+    nearly always lost; otherwise it is part of the update.
 
     Args:
         params: parameters or groups of them: bfloat16, float16, or float32, which is updated as in ``torch.optim``.
