@@ -1,7 +1,6 @@
 """Convert between torch dtypes and their names and formats in :mod:`assign.formats.dtypes`."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 
@@ -24,10 +23,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 COMPUTED = tuple(map(torch_dtype, FORMAT_NAMES))
 """Dtypes in which operators compute: float64, float32, bfloat16 and float16."""
 
-ROUNDED: Mapping[torch.dtype, Format] = MappingProxyType(
-    {torch_dtype(name): LOADED[name] for name in ("float32", *NARROW)}
-)
+# Plain dicts, because Dynamo does not compile look-ups in a mapping proxy, and compiled optimizers look up these.
+
+ROUNDED: Mapping[torch.dtype, Format] = {torch_dtype(name): LOADED[name] for name in ("float32", *NARROW)}
 """Dtype of a tensor that rounding kernels accept → format with the same values."""
 
-SIXTEEN_BITS: Mapping[torch.dtype, str] = MappingProxyType({torch_dtype(name): FORMAT_NAMES[name] for name in NARROW})
+SIXTEEN_BITS: Mapping[torch.dtype, str] = {torch_dtype(name): FORMAT_NAMES[name] for name in NARROW}
 """16-bit dtype → name of the format with the same values."""

@@ -108,13 +108,14 @@ def executed(model, batch, plan, promotion):
         functionalize(capture.graph)
         walked = walk(capture)
         step = Step(capture=capture, walked=walked, promotion=promotion, scales=DelayedScales(plan))
+        inputs = capture.graph.graph.find_nodes(op="placeholder")
         mark(capture.graph, Context(plan=complete(plan, model), step=step))
-        examples = [_torch.fake_value(n) for n in capture.graph.graph.find_nodes(op="placeholder")]
-        stored = [capture.dtypes.get(n) for n in capture.graph.graph.find_nodes(op="placeholder")]
+        examples = [_torch.fake_value(n) for n in inputs]
+        stored = [capture.dtypes.get(n) for n in inputs]
         examples = [x if dtype is None else x.to(dtype) for x, dtype in zip(examples, stored, strict=True)]
         values = {}
         with _torch.without_data(examples), torch.enable_grad():
-            Recorder(capture.graph, values).run(*examples)
+            Recorder(capture.graph, values).run(*examples, *(runtime for _, runtime in step.runtime))
         for site in walked.sites:
             made.setdefault(site.key, dtype_of(values[site.node]))  # the first, where it enters a checkpointed block
         for node, key in walked.key_of.items():

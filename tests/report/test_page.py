@@ -22,6 +22,7 @@ from assign.pareto import Front
 from assign.plan.noise_table import Cell, Method, NoiseTable, Sample
 from assign.plan.persistent_state import UpdateRounding
 from assign.plan.plan import Assignment, Provenance
+from assign.plan.space import SearchSpace
 from assign.plan.table import Role, TensorTable
 from assign.planner import search_table
 from assign.report.page import Report, write_report
@@ -35,12 +36,12 @@ from assign.report.rows import formats_of, tensor_rows
 
 EVIL = "<img src=x onerror=evil()>"
 PLANS = {
-    "fp32": {"strategy": "uniform", "format_name": "fp32"},
+    "fp32": {"strategy": "uniform", "space": SearchSpace(formats="fp32")},
     "low": {"low_ratio": 1.0},
-    "emulated": {"low_ratio": 0.5, "recipe": "hfp8"},
-    "blocks": {"low_ratio": 0.0, "saved": "int4:block64"},
-    "stored": {"low_ratio": 0.0, "master": "bf16+8", "optimizer_states": "bf16"},
-    "16 bit": {"strategy": "standalone", "recipe": "bf16"},
+    "emulated": {"low_ratio": 0.5, "space": "hfp8"},
+    "blocks": {"low_ratio": 0.0, "space": SearchSpace(saved="int4:block64")},
+    "stored": {"low_ratio": 0.0, "space": SearchSpace(master="bf16+8", optimizer_states="bf16")},
+    "16 bit": {"strategy": "standalone", "space": "bf16"},
 }
 
 
