@@ -317,6 +317,7 @@ def ddp_model(plan):
     return DDP(assign.apply(made("gpt"), plan, backend="eager"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [{}, {"master": "bf16"}, {"states": "bf16"}])
 def test_fsdp_is_ddp_under_a_plan(both, stored):
     (fsdp, ddp), (other, _) = both(fsdp_and_ddp, **stored)

@@ -201,6 +201,7 @@ def run(data, tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_and_tries_all_strategies_at_the_same_bytes(run, monkeypatch, capsys):
     measured, drawn = [], []
     measure, draw = bench_search.measure_noise, plans.draw

@@ -389,6 +389,7 @@ def stored_plan(model, batch, format_name="bf16", **formats):
     return everything(table, format_name).replace(store(table, **formats))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("formats", [{"master": "bf16"}, {"gradients": "bf16"}], ids=["masters", "gradients"])
 def test_what_is_narrow_already_is_stored_narrow_without_loss(name, formats):

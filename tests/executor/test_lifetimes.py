@@ -63,6 +63,7 @@ def _counts():
     return sum(issubclass(type(each), (fx.Node, fx.GraphModule)) for each in gc.get_objects()), len(cached_backends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [class_loss, branching_loss])
 @pytest.mark.parametrize("use", USES)
 def test_a_model_is_freed_after_each_public_function(use, loss, made):

@@ -317,6 +317,7 @@ def test_predicted_peak_counts_how_updates_are_rounded(factory, rounding):
     assert estimate(table, plan.with_update_rounding(rounding)).peak_bytes == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "states"), [(sgd, "dynamic8"), (adamw, "dynamic8"), (adamw, "dynamic4"), (adamw, "e4m3:block256")]
 )

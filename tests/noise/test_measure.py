@@ -60,6 +60,7 @@ def test_every_tensor_is_touched_once(name):
     assert {row.key for row in rows} - set(seen) <= unread | {"/input.grad"}  # the batch's gradient, parts overwritten
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("mlp", 0.97), ("resnet", 0.95), ("gpt", 0.97)])
 def test_first_order_agrees_with_measured(name, least):
     make, batch = STEPS[name]

@@ -210,6 +210,7 @@ def test_any_shape_in_the_order_of_its_memory(name, dtype):
         assert torch.equal(y.permute(memory_order(x)).reshape(-1), back(flat, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SAVED_FORMATS, *CHANCE])
 def test_sixteen_bits_come_back_as_their_float32_values_do(name):
     """More elements than are widened at a time."""
@@ -375,6 +376,7 @@ def measure_saved(model, batch, plan):
     return loss, sum(_torch.memory_changes(profiler)) - 4  # the loss itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4:block64", "mxfp8", "e4m3:block64"])
 @pytest.mark.parametrize("model_name", STEPS)
 @pytest.mark.parametrize("base", ["fp32", "bf16", "low"])
@@ -547,6 +549,7 @@ def test_both_backends_give_the_same_gradients(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "data"), [(ResNet, images), (Masked, lambda: tokens(8, 16))])
 def test_training_with_four_bits_falls_as_without(make, data):
     model, batch = make(), data()

@@ -65,6 +65,7 @@ def assert_near(one, other, rel):
 # ---- fp8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["native", "native-delayed"])
 def test_low_products_are_of_8_bit_codes_forward_and_backward(recipe, counted, on_fp8_hardware, monkeypatch):
     trained(lambda table: all_low(table, recipe), True, monkeypatch)

@@ -92,6 +92,7 @@ def test_both_oracles_agree(name: str, saturate: bool) -> None:
 # ---- quantize
 
 
+@pytest.mark.slow
 @modes
 @pytest.mark.parametrize("name", [*FORMAT_NAMES, *ODD])
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "op-by-op"])

@@ -269,6 +269,7 @@ def equal(ours, theirs):
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("format_name", ["bf16:sr", "e4m3:pow2:sr"])
 def test_the_seed_decides_a_step(name, format_name):

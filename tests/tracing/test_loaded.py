@@ -139,6 +139,7 @@ def test_a_plan_that_changes_nothing_equals_the_plain_model(name):
     assert all(map(torch.equal, plain.state_dict().values(), planned.state_dict().values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOADED)
 def test_every_plan_trains_near_the_plain_model_and_keeps_its_dtypes(name):
     make, data = LOADED[name]

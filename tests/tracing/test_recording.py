@@ -319,6 +319,7 @@ def last_loss(model, ids):
     return first.square().mean() + F.cross_entropy(last, ids[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_batches_of_any_size_share_the_compiled_pieces(backend):
     torch.manual_seed(0)

@@ -53,6 +53,7 @@ def start(code, *arguments, **options):
     )
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_share_the_trials_that_wait(tmp_path):
     begin, waiting = time.time() + 6, 40
     processes = [start(OPEN_AND_CLAIM, tmp_path / "s.db", begin, waiting) for _ in range(8)]

@@ -672,6 +672,7 @@ class TestStored:
         goal = {"low_ratio": 0} if strategy == "greedy" else {}
         return table, search_table(table, **goal, strategy=strategy, space=SearchSpace(**options))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [
