@@ -9,6 +9,7 @@ import inspect
 import logging
 import operator
 import os
+import threading
 import types
 import typing
 import weakref
@@ -213,7 +214,7 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> torch
 
 
 def source_of(node: fx.Node, position: int = 0) -> fx.Node:
-    """Return the node that is the argument of ``node`` at ``position``."""
+    """Return the argument of ``node`` at ``position``, which must be a node."""
     source = node.args[position]
     assert isinstance(source, fx.Node)
     return source
@@ -402,9 +403,9 @@ def inductor_backend(
 
 @functools.cache
 def _without_gradient_on_meta() -> tuple[Any, ...]:
-    """Operators made of others that torch does not take apart on the ``meta`` device while it traces.
+    """Return the composite operators that torch does not decompose on the ``meta`` device while it traces.
 
-    They have a function of their own for ``meta``, so Python's dispatcher looks no further and finds no derivative.
+    They have a kernel of their own for ``meta``: Python's dispatcher does not decompose them and finds no derivative.
     """
     cpu, meta, parts = DispatchKey.AutogradCPU, DispatchKey.AutogradMeta, DispatchKey.CompositeImplicitAutograd
     packets = (getattr(torch.ops.aten, name) for name in dir(torch.ops.aten))
@@ -413,27 +414,32 @@ def _without_gradient_on_meta() -> tuple[Any, ...]:
     def resolved(operator: Any, key: DispatchKey) -> Any:
         try:
             return resolve_key(operator, key)
-        except (NotImplementedError, RuntimeError):  # it has no kernel there, or is no operator
+        except RuntimeError:  # raised for an operator without a kernel for this key
             return None
 
-    return tuple(each for each in overloads if resolved(each, cpu) == parts and resolved(each, meta) == meta)
+    lost = (each for each in overloads if resolved(each, cpu) == parts and resolved(each, meta) == meta)
+    return tuple(each for each in lost if meta not in each.py_kernels)  # others have a derivative of their own there
+
+
+_META_LOCK = threading.Lock()
+"""Held while operators are changed for ``meta``: another thread must not change them back meanwhile."""
 
 
 @contextlib.contextmanager
 def gradients_on_meta() -> Iterator[None]:
     """Within the context, graphs of tensors on the ``meta`` device have the backward pass that they have elsewhere."""
-    operators = _without_gradient_on_meta()
-    for each in operators:
-        each.py_kernels[DispatchKey.AutogradMeta] = functools.partial(
-            each._op_dk, DispatchKey.CompositeImplicitAutograd
-        )
-        each._dispatch_cache.clear()
-    try:
-        yield
-    finally:
+    meta, parts = DispatchKey.AutogradMeta, DispatchKey.CompositeImplicitAutograd
+    with _META_LOCK:
+        operators = _without_gradient_on_meta()
         for each in operators:
-            each.py_kernels.pop(DispatchKey.AutogradMeta, None)
+            each.py_kernels[meta] = functools.partial(each._op_dk, parts)
             each._dispatch_cache.clear()
+        try:
+            yield
+        finally:
+            for each in operators:
+                del each.py_kernels[meta]
+                each._dispatch_cache.clear()
 
 
 def lays_channels_last(graph: fx.GraphModule) -> bool:
@@ -760,7 +766,7 @@ def register_opaque(kind: type) -> None:
 def schema_of(function: Callable[..., Any], mutates: Sequence[str]) -> str:
     """Return the schema of an operator, made from the annotations of its function.
 
-    Like ``torch.library.infer_schema``, which does not support optional objects of a registered class.
+    Like torch's ``infer_schema``, which does not support optional objects of a registered class.
     """
     signature = inspect.signature(function, eval_str=True)
     objects: dict[str, str] = {}

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from assign.errors import AssignError
 
@@ -100,7 +100,7 @@ def accept_former(*replaced: str, **groups: type) -> Callable[[_F], _F]:
                     warnings.warn(text, FutureWarning, stacklevel=2)
             return function(*arguments, **keywords)
 
-        return call  # type: ignore[return-value]  # it takes what the function takes, and the former keywords
+        return cast(_F, call)
 
     return decorate
 

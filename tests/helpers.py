@@ -84,3 +84,12 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
         bits = torch.int32 if actual.dtype == torch.float32 else torch.int16
         actual, expected = actual[~nan].view(bits), expected[~nan].view(bits)
     assert torch.equal(actual, expected)
+
+
+def trained(step, batch, optimizer, steps):
+    """The parameters after some steps on one batch."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        step(batch).backward()
+        optimizer.step()
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -60,9 +60,9 @@ def expand_groups(command: _F) -> _F:
         plain = {name: value for name, value in values.items() if name in signature.parameters}
         return command(**{**plain, **objects})
 
-    call.__signature__ = signature.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]  # typer reads it
+    call.__signature__ = signature.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]  # not declared, but typer reads it
     call.__annotations__ = {name: each.annotation for name, each in parameters.items()}
-    return call  # type: ignore[return-value]  # typer calls it by keywords
+    return cast(_F, call)
 
 
 def _class_of(annotation: Any) -> Any:

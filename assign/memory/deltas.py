@@ -36,7 +36,7 @@ class Timeline:
         self._near = _Neighbours(table)
 
     def at(self, entries: Mapping[str, Entry]) -> Bytes:
-        """Return the bytes alive at every moment: ``[moments]``."""
+        """Return the bytes alive at each moment of a step, as an array ``[moments]``."""
         return _moments(Replay(self._table, self._complete(entries), self._update_rounding))
 
     def steps(self, entries: Mapping[str, Entry], changes: Sequence[Mapping[str, Entry]]) -> csr_array:

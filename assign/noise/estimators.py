@@ -15,6 +15,7 @@ run instead. Otherwise tensors that are rounded before it are measured, and so a
 finite.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,7 +74,7 @@ def _measure(
         size = _squared_norm(exact)
         for cell in cells:
             rounding = _rounding(cell, largest if loss_scaling else 0.0, seed)
-            found = step.run(batch, lambda x, key: rounding(x) if key == cell.key else x, seed=seed)  # noqa: B023
+            found = step.run(batch, functools.partial(_changed, cell.key, rounding), seed=seed)
             change = [after - before for after, before in zip(found.gradients, exact.gradients, strict=True)]
             along = _product(exact.gradients, change) / size
             yield cell, _as_sample(_product(change, change) / size, along, float(found.loss - exact.loss))
@@ -106,6 +107,11 @@ def _differentiate(
         yield from _measure(step, batch, left, seed, loss_scaling)
 
 
+def _changed(changed: str, rounding: Callable[[Tensor], Tensor], x: Tensor, key: str) -> Tensor:
+    """Return the tensor ``key`` of a step: rounded if it is the one to change."""
+    return rounding(x) if key == changed else x
+
+
 def _derivatives(step: ProbedStep, batch: Any, keys: set[str], seed: int) -> "_Derivatives | None":
     """Return the derivatives of one step without operators that have none; None if torch does not name these."""
     while True:
@@ -113,7 +119,7 @@ def _derivatives(step: ProbedStep, batch: Any, keys: set[str], seed: int) -> "_D
             return _Derivatives.of(step, batch, keys, seed)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # includes NotImplementedError
+        except RuntimeError as error:  # torch raises it for an operator without a derivative
             refused = _NO_DERIVATIVE.search(str(error))
             if refused is None or not step.avoid(refused[1]):
                 return None

@@ -17,7 +17,7 @@ def register(
 
     Args:
         name: without the namespace.
-        function: annotated as ``torch.library.infer_schema`` requires.
+        function: annotated as torch's ``infer_schema`` requires.
         fake: returns the result without data; called with the same arguments, by name.
         mutates: name of the argument that it writes to.
         draws: whether it draws from torch's generator.

@@ -1,4 +1,4 @@
-"""Optimizers whose states follow a plan, and optimizers for weights stored in 16 bits.
+"""Optimizers that store their states as a plan says, and optimizers for weights in 16 bits.
 
 ================  ============================================================
 ``optimizers``    Optimizers from torch, torchao or bitsandbytes.

@@ -501,7 +501,8 @@ def _stepping_one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
                 loss = closure()
         groups = self.param_groups
         chance = None
-        if self.assign_rounding == UpdateRounding.STOCHASTIC:
+        rounded_here = any(each.widened for each in self.assign_stored.values())
+        if rounded_here and self.assign_rounding == UpdateRounding.STOCHASTIC:
             chance = Chance.draw(next(parameter.device for group in groups for parameter in group["params"]))
         try:
             for group in groups:

@@ -29,7 +29,7 @@ class Timeline(Protocol):
     """Bytes of one training step, moment by moment; the largest of them is its peak."""
 
     def at(self, entries: Mapping[str, Entry]) -> Integers:
-        """Return the bytes alive at every moment under these entries: ``[moments]``."""
+        """Return the bytes alive at each moment of a step under these entries, as an array ``[moments]``."""
 
     def steps(self, entries: Mapping[str, Entry], changes: Sequence[Mapping[str, Entry]]) -> csr_array:
         """Return how each change to these entries affects :meth:`at`: ``[changes, moments]``.

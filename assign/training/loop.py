@@ -404,7 +404,12 @@ class _Run:
         return f"{where} The plan is too narrow for this model: try a lower low ratio, a higher budget{other}."
 
     def result(self, table: TensorTable | None, message: str) -> TrainResult:
-        """Return the result of the run; ``message`` says where it diverged, or is ``''``."""
+        """Return the result of the run.
+
+        Args:
+            table: of the model, for the predicted peak.
+            message: where the training diverged; empty if it did not.
+        """
         h, promotion = self.history, self.promotion
         plan = promotion.plan if promotion else self.plan
         later = promotable(table, self.plan) if table and self.plan and promotion and promotion.every else {}

@@ -568,7 +568,7 @@ def test_the_key_of_the_compilers_cache_holds_every_file_that_can_change_a_graph
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_the_log_says_what_each_pass_changed(backend):
-    """Forward rounding is marked, what waits is encoded, and scale and rounding become one operator."""
+    """Tensors are marked, saved activations are encoded, and scale and rounding become one operator."""
     torch.manual_seed(0)
     model, batch = MLP(), vectors()
     plan = all_low(traced(model, batch))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import adamw, everything, measured_peak, sgd, traced
+from helpers import adamw, everything, measured_peak, sgd, traced, trained
 from models import MLP, InPlace, class_loss, vectors
 from torch import nn
 
@@ -46,14 +46,6 @@ def read(model, name):
         with widened(parameter, parse_format(name)):
             found.append(parameter.grad.clone())
     return found
-
-
-def trained(step, optimizer, steps):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        step(BATCH).backward()
-        optimizer.step()
-    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
 
 
 @pytest.mark.parametrize(("name", "backend"), [(EIGHT[0], "eager"), (EIGHT[1], "eager"), (EIGHT[0], "inductor")])
@@ -132,7 +124,7 @@ def test_hooks_and_closures_see_whole_steps():
     assert optimizer.step(closure) > optimizer.step(closure)
     assert calls == [4, 4]
     watched = assign.optim.LostUpdates(model, optimizer)
-    trained(step, optimizer, 2)
+    trained(step, BATCH, optimizer, 2)
     assert watched.to_json()["steps"] == 2
     assert len(watched.shares) == 4
 
@@ -152,15 +144,15 @@ def test_bytes_are_those_measured(factory):
 def test_checkpoints_go_from_plan_to_plan_and_resume_bit_for_bit():
     model, step, _, plan = made(optimizer=adamw)
     optimizer = follow(adamw(model.parameters()), model, plan)
-    trained(step, optimizer, 3)
+    trained(step, BATCH, optimizer, 3)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    straight = trained(step, optimizer, 3)
+    straight = trained(step, BATCH, optimizer, 3)
     for gradients, same in ((EIGHT[0], True), (None, False)):
         other, again, _, chosen = made(gradients, optimizer=adamw)
         fresh = follow(adamw(other.parameters()), other, chosen)
         other.load_state_dict(saved[0])
         fresh.load_state_dict(saved[1])
-        assert all(map(torch.equal, trained(again, fresh, 3), straight)) is same
+        assert all(map(torch.equal, trained(again, BATCH, fresh, 3), straight)) is same
 
 
 # ---- refusals
@@ -176,7 +168,7 @@ def test_a_second_backward_pass_is_refused():
 def test_a_gradient_that_no_plan_made_is_refused():
     model, step, _, plan = made()
     optimizer = follow(sgd(model.parameters()), model, plan)
-    trained(step, optimizer, 1)  # its scales are not those of what follows
+    trained(step, BATCH, optimizer, 1)  # its scales are not those of what follows
     optimizer.zero_grad()
     class_loss(model, BATCH).backward()
     with pytest.raises(PlanError, match="has no scale: no planned model made it"):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import adamw, everything, measured_peak, sgd, traced
+from helpers import adamw, everything, measured_peak, sgd, traced, trained
 from hypothesis import example, given
 from hypothesis import strategies as st
 from models import MLP, class_loss, vectors
@@ -61,14 +61,6 @@ def read(model, plan):
         else:
             found.append(parameter.grad.float())
     return found
-
-
-def trained(step, optimizer, steps):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        step(BATCH).backward()
-        optimizer.step()
-    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
 
 
 # ---- the split
@@ -227,15 +219,15 @@ def test_bytes_are_those_measured(factory, gradients):
 def test_resumes_bit_for_bit(factory, tmp_path):
     model, step, _, plan = made(factory)
     optimizer = follow(factory(model.parameters()), model, plan)
-    trained(step, optimizer, 3)
+    trained(step, BATCH, optimizer, 3)
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "run.pt")
-    straight = trained(step, optimizer, 3), widened_weights(model, optimizer)
+    straight = trained(step, BATCH, optimizer, 3), widened_weights(model, optimizer)
     other, again, _, _ = made(factory)
     fresh = follow(factory(other.parameters()), other, plan)
     weights, states = torch.load(tmp_path / "run.pt", weights_only=True)
     other.load_state_dict(weights)
     fresh.load_state_dict(states)
-    assert all(map(torch.equal, trained(again, fresh, 3), straight[0]))
+    assert all(map(torch.equal, trained(again, BATCH, fresh, 3), straight[0]))
     found = widened_weights(other, fresh)
     assert all(torch.equal(found[name], value) for name, value in straight[1].items())
 
@@ -243,18 +235,18 @@ def test_resumes_bit_for_bit(factory, tmp_path):
 def test_weights_alone_are_not_gone_on_from_in_silence():
     model, step, _, plan = made()
     optimizer = follow(sgd(model.parameters()), model, plan)
-    trained(step, optimizer, 2)
+    trained(step, BATCH, optimizer, 2)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     model.load_state_dict(saved[0])
     with pytest.raises(
         PlanError, match=r"was loaded in bfloat16, without the 8 extra bits.*\n  Allowed: the state_dict"
     ):
-        trained(step, optimizer, 1)
+        trained(step, BATCH, optimizer, 1)
     with pytest.raises(PlanError, match=r"^widened_weights: 'first\.weight': a parameter of shape"):
         widened_weights(model, optimizer)
     assert all(parameter.dtype is torch.bfloat16 for parameter in model.parameters())
     optimizer.load_state_dict(saved[1])
-    trained(step, optimizer, 1)
+    trained(step, BATCH, optimizer, 1)
     kept = widened_weights(model, optimizer)
     with pytest.raises(PlanError, match="values loaded would be rounded"):
         model.load_state_dict(kept)
@@ -273,7 +265,7 @@ def test_from_float32_to_24_bits_and_back():
     for name, value in before.items():
         assert torch.equal(wide[name], parts(value)[2])
         assert not torch.equal(wide[name], value.to(torch.bfloat16).float())
-    trained(step, optimizer, 3)
+    trained(step, BATCH, optimizer, 3)
     plain = MLP()
     plain.load_state_dict(widened_weights(model, optimizer))
     wider = torch.optim.AdamW(plain.parameters())
@@ -291,7 +283,7 @@ def test_from_float32_to_24_bits_and_back():
 def test_states_with_extra_bits_are_not_left_out_in_silence():
     model, step, _, plan = made()
     optimizer = follow(sgd(model.parameters()), model, plan)
-    trained(step, optimizer, 1)
+    trained(step, BATCH, optimizer, 1)
     other, _, _, narrow = made(master="bf16", states="fp32")
     bf16 = follow(sgd(other.parameters()), other, narrow)
     with pytest.raises(
@@ -386,10 +378,10 @@ def test_a_model_that_is_bf16_already_begins_with_zeros_and_a_second_optimizer_d
     step = planned_step(model, class_loss, plan, backend="eager")
     first = follow(sgd(model.parameters()), model, plan)
     assert all(state[EXTRA_BITS].count_nonzero() == 0 for state in first.state.values())
-    trained(step, first, 2)
+    trained(step, BATCH, first, 2)
     wide = widened_weights(model, first)
     second = follow(sgd(model.parameters()), model, plan)
     assert all(torch.equal(value, wide[name]) for name, value in widened_weights(model, second).items())
     model.load_state_dict(copy.deepcopy(model.state_dict()))
     with pytest.raises(PlanError, match="without the 8 extra bits"):
-        trained(step, second, 1)
+        trained(step, BATCH, second, 1)

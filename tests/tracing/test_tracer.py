@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import networkx
 import pytest
@@ -324,3 +325,18 @@ def test_a_model_on_the_meta_device_has_the_tensors_that_it_has_elsewhere(name):
     assert there.schedule.kept == here.schedule.kept
     plain = [[dataclasses.replace(each, scratch=()) for each in table.schedule.events] for table in (there, here)]
     assert plain[0] == plain[1]
+
+
+def test_threads_trace_models_on_the_meta_device_at_once():
+    """Each has the whole backward pass, whoever ends first, and torch's operators are as before."""
+    operator = torch.ops.aten.nll_loss.default
+    before = dict(operator.py_kernels)
+    expected = traced(MLP(), vectors()).schedule.kept
+
+    def call(_number):
+        with torch.device("meta"):
+            return traced(MLP(), vectors()).schedule.kept
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(call, range(6))) == [expected] * 6
+    assert operator.py_kernels == before

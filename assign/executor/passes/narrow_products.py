@@ -109,7 +109,7 @@ def _multiply_in_bf16(graph: fx.Graph, node: fx.Node, matrices: list[fx.Node], o
 
 
 def _live(operands: Sequence[_Operand]) -> dict[str, Any]:
-    """Return arguments for the lookup of the formats of operands that may be promoted; empty if there are none."""
+    """Return the arguments with which a product looks up formats that promotion may change; empty if there are none."""
     promotable = [each for each in operands if each.key]
     if not promotable:
         return {}
