@@ -12,7 +12,8 @@ rounds, the ratio that over the baseline's beside it; column "drift": the larges
 smallest. Compile seconds are those of the warm-up beyond as many steady steps: "cold" with an empty Inductor cache,
 "again" with what an earlier process left. Saved: bytes that the forward pass leaves for the backward pass. Peak: every
 byte alive at the worst moment of a step, parameters and states included. Losses are compared with those of plain fp32
-after as many steps. With ``--data`` every step has a batch of its own, the same for all configurations, and the loss
+after as many steps. With ``--against`` each plan of ours also runs as another checkout of this repository runs it, in the
+same group (``name@other``): has a change made steps slower or larger? With ``--data`` every step has a batch of its own, the same for all configurations, and the loss
 that is shown is the mean of the last 20. What fails or cannot run here is recorded with its reason; the rest goes on.
 
 Assumptions: nothing else runs on the machine (each run records the load); no dropout; fused AdamW for all but 8-bit
@@ -40,10 +41,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import facts
-from benchmarks.steps.configurations import BASELINE, CONFIGURATIONS
+from benchmarks.steps.configurations import BASELINE, CONFIGURATIONS, Configuration
 from benchmarks.steps.processes import run_group
 from benchmarks.steps.workloads import DEFAULTS, WORKLOADS
 
+OTHER = "@other"
+"""Ends the name of a configuration that the checkout of ``--against`` runs."""
 FIRST = next(name for name, row in CONFIGURATIONS.items() if row.name == BASELINE)
 _TOGETHER = 4
 _MB = 1e6
@@ -55,12 +58,15 @@ def main() -> None:
     kind = torch.device(options.device).type
     models = options.models or DEFAULTS[kind]
     names = list(dict.fromkeys([FIRST, *(options.configs or CONFIGURATIONS)]))
+    if options.against:
+        names = [each for name in names for each in ((name, name + OTHER) if CONFIGURATIONS[name].recipe else (name,))]
     which = "".join(f"-{name}" for name in options.models or ())
     path = options.output or (None if options.small else facts.default_path(f"step{which}", options.device))
     result: dict[str, Any] = {
         "facts": facts.gather(options.device, options.threads),
+        "other_commit": facts.commit(options.against) if options.against else None,
         "options": {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(options).items()},
-        "configurations": {name: dataclasses.asdict(CONFIGURATIONS[name]) for name in names},
+        "configurations": {name: dataclasses.asdict(configuration(name)) for name in names},
         "runs": [],
     }
     deadline = time.monotonic() + options.total_seconds
@@ -99,11 +105,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--total-seconds", type=float, default=float("inf"), help="after which all processes end")
     parser.add_argument("--data", type=Path, help="directory of data sets: real batches, a new one for each step")
     parser.add_argument("--small", action="store_true", help="tiny models; writes nothing without --output")
+    parser.add_argument("--against", type=Path, help="another checkout of this repository, to compare with")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
     if options.together is None:
         options.together = _TOGETHER if torch.device(options.device).type == "cpu" else 0
+    if options.against and not (options.against / "benchmarks/steps/worker.py").is_file():
+        parser.error(f"--against {options.against}: no checkout of this repository")
     return options
+
+
+def configuration(name: str) -> Configuration:
+    """Return the configuration of a name, whichever checkout runs it."""
+    row = CONFIGURATIONS[name.removesuffix(OTHER)]
+    return dataclasses.replace(row, name=f"{row.name}, other checkout") if name.endswith(OTHER) else row
 
 
 def schedule(names: list[str], rounds: int, together: int) -> Iterator[tuple[int, list[str]]]:
@@ -143,7 +158,7 @@ def run_together(
     if start < deadline:
         found = run_group(
             directory,
-            [{**job, "configuration": name} for name in alive],
+            [{**job, **checkout(options, name), "configuration": name.removesuffix(OTHER)} for name in alive],
             steps=options.steps,
             step_seconds=options.step_seconds,
             limit=options.run_seconds,
@@ -157,11 +172,15 @@ def run_together(
     return [{**where, "configuration": name, **took, **outcomes[name]} for name in group]
 
 
+def checkout(options: argparse.Namespace, name: str) -> dict[str, str]:
+    return {"checkout": str(options.against.resolve())} if name.endswith(OTHER) else {}
+
+
 # ---- what is printed
 
 
 def progress(run: dict[str, Any]) -> str:
-    where = f"{run['model']}, {CONFIGURATIONS[run['configuration']].name}, round {run['round']}: {run['status']}"
+    where = f"{run['model']}, {configuration(run['configuration']).name}, round {run['round']}: {run['status']}"
     if "median_seconds" not in run:
         return f"{where}: {run['reason']}"
     return f"{where}, {run['median_seconds']:.4f} s per step, its group {run['group_seconds']:.0f} s"
@@ -209,7 +228,7 @@ def final_loss(found: dict[str, Any], count: int | None = None) -> float:
 
 
 def row(name: str, runs: list[dict[str, Any]], base: dict[str, Any] | None, fp32: dict[str, Any] | None) -> str:
-    title, found = CONFIGURATIONS[name].name, summary(runs)
+    title, found = configuration(name).name, summary(runs)
     if found is None:
         reason = runs[0] if runs else {"status": "not run", "reason": ""}
         return f"| {title} |" + " |" * 11 + f" {reason['status']}: {reason['reason'].replace('|', '/')} |"

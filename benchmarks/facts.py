@@ -39,9 +39,9 @@ def _told(argument: str) -> str:
     return f"{option}{separator}…/{Path(value).name}" if Path(value).is_absolute() else argument
 
 
-def commit() -> str:
-    """The short hash of the commit that is checked out, or ``unknown``."""
-    return _git("rev-parse", "--short", "HEAD") or "unknown"
+def commit(checkout: Path = ROOT) -> str:
+    """Return the short hash of the commit that is checked out, or ``unknown``."""
+    return _git("rev-parse", "--short", "HEAD", checkout=checkout) or "unknown"
 
 
 def device_name(device: str) -> str:
@@ -83,8 +83,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*args: str) -> str:
+def _git(*args: str, checkout: Path = ROOT) -> str:
     try:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *args], cwd=checkout, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         return ""

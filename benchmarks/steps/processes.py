@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-WORKER = Path(__file__).parent / "worker.py"
+CHECKOUT = Path(__file__).parents[2]
 TURN = 2
 """Steps that a process takes before the next one's turn."""
 FEWEST_STEPS = 5
@@ -34,7 +34,7 @@ def run_group(
 
     Args:
         directory: where their caches stay: a second run of the same configuration of the same model finds them.
-        jobs: what ``worker.py`` reads.
+        jobs: what ``worker.py`` reads; ``checkout``: directory of the repository whose ``worker.py`` it is.
         steps: the most steps of each worker, after the warm-up.
         step_seconds: no more steps of a worker once its own have taken these seconds.
         limit: seconds for any one answer: to compile, a turn, the end.
@@ -65,7 +65,8 @@ class _Worker:
         self.limit, self.deadline = limit, deadline
         self.found: dict[str, Any] = {"status": "not started"}
         self.seconds: list[float] = []
-        place = directory / f"{job['model']}-{job['configuration']}"
+        checkout = Path(job.get("checkout", CHECKOUT))
+        place = directory / f"{job['model']}-{job['configuration']}-{checkout.name}"
         place.mkdir(exist_ok=True)
         threads = str(job["threads"])
         environment = {
@@ -77,7 +78,7 @@ class _Worker:
         }
         self.log = (place / "log.txt").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), json.dumps(job)],
+            [sys.executable, str(checkout / "benchmarks/steps/worker.py"), json.dumps(job)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
