@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from assign.plan.plan import Assignment, Plan
     from assign.plan.recipes import RECIPES
     from assign.plan.space import SearchSpace
+    from assign.plan.step_options import StepOptions
     from assign.plan.table import TensorTable
     from assign.planner import search
     from assign.report.page import write_report
@@ -76,6 +77,7 @@ __all__ = [
     "PromotionOptions",
     "SearchSpace",
     "Step",
+    "StepOptions",
     "StudyOptions",
     "Task",
     "TensorTable",
@@ -129,6 +131,7 @@ _PLACES = MappingProxyType(
         "NoiseOptions": "assign.noise.options",
         "PromotionOptions": "assign.numerics.promotion",
         "SearchSpace": "assign.plan.space",
+        "StepOptions": "assign.plan.step_options",
         "Step": "assign.tracing.step",
         "TrainOptions": "assign.training.options",
         "StudyOptions": "assign.training.tuning",

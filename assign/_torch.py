@@ -207,6 +207,16 @@ def edge_of(entry: tuple[Any, int]) -> tuple[Any, int]:
     return (id(entry[0].variable), 0) if hasattr(entry[0], "variable") else entry
 
 
+def gradient_hooks(parameter: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor | None]]:
+    """Return the hooks on the gradient of a leaf, in the order in which they were registered."""
+    return list((parameter._backward_hooks or {}).values())
+
+
+def accumulation_hooks(parameter: torch.Tensor) -> list[Callable[[torch.Tensor], None]]:
+    """Return the hooks that run after a gradient was added to ``.grad`` of a leaf."""
+    return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+
+
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
     """Return the result of an autograd function that makes one tensor; torch's own ``apply`` has no types."""
     run: Callable[..., Any] = function.apply

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from assign.errors import BudgetError, PlanError
-from assign.memory.estimate import peak_bytes
+from assign.memory.estimate import peak_bytes, peak_of
 from assign.notebook import Drawn, frame, human_bytes, table_html
 from assign.options import accept_former
 from assign.plan.measured import Measured
@@ -101,7 +101,7 @@ class Front(Drawn):
         limit = parse_budget(budget, peak_bytes(table, {}))
         for plan in reversed(self.plans):
             plan.check_fits(table, where="the front")
-            if peak_bytes(table, plan.entries, plan.update_rounding) <= limit:
+            if peak_of(table, plan) <= limit:
                 return plan
         return None
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from assign.errors import AssignError, PlanError
 from assign.executor.latency import measure_times
+from assign.executor.micro_batches import find_reduction
 from assign.memory.deltas import RunningPeak, Timeline
 from assign.memory.estimate import Estimate, estimate, peak_bytes
 from assign.noise.measure import measure_noise
@@ -101,7 +102,8 @@ def search(
         strategy: ``greedy`` or another name in ``assign.strategies.STRATEGIES``; ``milp``, which minimizes noise; or,
             without a goal, ``as-loaded``, ``operator``, ``operator-prime`` or ``standalone``.
         optimizer: ``optimizer(parameters)`` → torch optimizer, whose states are counted. Default: none are counted.
-        space: what may be chosen for every tensor, or the name of a recipe.
+        space: what may be chosen for every tensor, or the name of a recipe. ``step`` in it has the number of
+            micro-batches. Default: those of the traced step.
         noise: with ``milp``: the result of :func:`assign.measure_noise`, or how to measure it. Its seed is also that of
             ``greedy-random``.
     Returns:
@@ -126,7 +128,9 @@ def search(
         seed=noise.seed if isinstance(noise, NoiseOptions | NoiseTable) else 0,
         command="assign.search",
     )
-    step = as_step("search", model, batch, loss, optimizer)
+    parts = request.space.step.micro_batches
+    step = as_step("search", model, batch, loss, optimizer, micro_batches=parts if parts > 1 else None)
+    request = _in_parts(request, step)
     return find_plan(step, request, measure(step, request, noise=noise))
 
 
@@ -213,7 +217,11 @@ def measure(
     if request.goal.max_step_time is not None:
         on_stage("timing a step in every format")
         times = measure_times(step, space=request.space, non_finite=finite)
-    return Measured(noise=table, times=times, non_finite=finite)
+    reduction = None
+    if request.space.step.micro_batches > 1 and step.whole is not NOT_GIVEN:
+        on_stage("comparing the loss of a batch with those of its micro-batches")
+        reduction = find_reduction(step.model, step.loss, step.whole, request.space.step)
+    return Measured(noise=table, times=times, non_finite=finite, reduction=reduction)
 
 
 def find_plan(table: TensorTable, request: Request, measured: Measured) -> Assignment:
@@ -224,9 +232,13 @@ def find_plan(table: TensorTable, request: Request, measured: Measured) -> Assig
     """
     start = time.perf_counter()
     measured.check(table)
+    request = _in_parts(request, table)
     space, method = request.space, get_method(request.strategy)
+    if measured.reduction is not None:
+        space = replace(space, step=replace(space.step, reduction=measured.reduction))
     chooses_saved = "saved" in method.options and request.goal.budget is not None
     complete = completion(table, replace(space, saved=()) if chooses_saved else space, non_finite=measured.non_finite)
+    inside = space.step.micro_batches > 1
     question = Question(
         table=table,
         goal=request.goal.resolve(peak_bytes(table, {})) if request.goal.budget is not None else request.goal,
@@ -234,8 +246,8 @@ def find_plan(table: TensorTable, request: Request, measured: Measured) -> Assig
         measured=measured,
         seed=request.seed,
         complete=complete,
-        peak_bytes=RunningPeak(table, complete, space.update_rounding),
-        timeline=lambda: Timeline(table, complete, space.update_rounding),
+        peak_bytes=RunningPeak(table, complete, space.update_rounding, sums_inside=inside),
+        timeline=lambda: Timeline(table, complete, space.update_rounding, sums_inside=inside),
     )
     entries = method.run(question)
     plan = _plan(table, space, complete(entries))
@@ -264,7 +276,25 @@ def _plan(table: TensorTable, space: SearchSpace, entries: dict[str, Entry]) -> 
         fingerprint=table.fingerprint,
         loaded={key: name for key, name in table.loaded.items() if name != "fp32" and master_key(key) in entries},
         update_rounding=rounding,
+        step=space.step,
     )
+
+
+def _in_parts(request: Request, table: TensorTable) -> Request:
+    """Return the request with the number of micro-batches with which the step was traced.
+
+    Raises:
+        PlanError: the request has another number.
+    """
+    step = request.space.step
+    asked, traced = step.micro_batches, table.schedule.micro_batches
+    if asked not in (1, traced):
+        raise PlanError(
+            f"search: the search space has {asked} micro-batches, and the step was traced with {traced}.\n"
+            "  Allowed: a step traced with the same number.\n"
+            f"  Trace it with assign.trace(model, batch, loss, optimizer, micro_batches={asked})."
+        )
+    return replace(request, space=replace(request.space, step=replace(step, micro_batches=traced)))
 
 
 def _measured_costs(

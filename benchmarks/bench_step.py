@@ -12,9 +12,10 @@ rounds, the ratio that over the baseline's beside it; column "drift": the larges
 smallest. Compile seconds are those of the warm-up beyond as many steady steps: "cold" with an empty Inductor cache,
 "again" with what an earlier process left. Saved: bytes that the forward pass leaves for the backward pass. Peak: every
 byte alive at the worst moment of a step, parameters and states included. Losses are compared with those of plain fp32
-after as many steps. With ``--against`` each plan of ours also runs as another checkout of this repository runs it, in the
-same group (``name@other``): has a change made steps slower or larger? With ``--data`` every step has a batch of its own, the same for all configurations, and the loss
-that is shown is the mean of the last 20. What fails or cannot run here is recorded with its reason; the rest goes on.
+after as many steps. With ``--against`` each plan of ours also runs as another checkout of this repository runs it, in
+the same group (``name@other``): has a change made steps slower or larger? With ``--data`` every step has a batch of its
+own, the same for all configurations, and the loss that is shown is the mean of the last 20. What fails or cannot run
+here is recorded with its reason; the rest goes on.
 
 Assumptions: nothing else runs on the machine (each run records the load); no dropout; fused AdamW for all but 8-bit
 AdamW; fp32 products are full fp32, no TF32; our plans under ``hfp8`` run with loss scaling and without promotion.

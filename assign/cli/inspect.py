@@ -28,6 +28,7 @@ from assign.report.plans import diff_table, plan_table, planned_step
 from assign.tasks import TaskOptions, check_device
 from assign.tasks.batch import move
 from assign.tracing.step import Step
+from assign.tracing.tracer import largest_part
 
 
 @app.command()
@@ -101,8 +102,9 @@ def estimate(
 ) -> None:
     """Predict the memory of one training step under a plan (or as the model is loaded), before anything runs."""
     check_outputs(json_file, inputs=[task, plan])
-    table = traced(open_task(task, options), options)
-    chosen = Assignment.load(plan) if plan else search_table(table, strategy="as-loaded")
+    loaded = Assignment.load(plan) if plan else None
+    table = traced(open_task(task, options), options, loaded.step if loaded else None)
+    chosen = loaded or search_table(table, strategy="as-loaded")
     chosen = chosen.with_update_rounding(update_rounding, where="estimate")
     costs = estimate_plan(table, chosen)
     compiled = _rehearsed(table, chosen) if backend is Backend.INDUCTOR else None
@@ -141,7 +143,7 @@ def show(
         return
     step, why = None, ""
     try:
-        step = planned_step(origin.table(), chosen)
+        step = planned_step(origin.table(chosen.step), chosen)
     except AssignError as error:
         if given.task is not None:  # the user asked for it
             raise
@@ -155,14 +157,15 @@ def show(
 def _passes(plan: Assignment, origin: Origin) -> dict[str, list[dict[str, Any]]]:
     """Return what each graph pass changes in the plan's step, by backend."""
     task, where = origin.open(), check_device(origin.device)
-    model, batch = task.make_model().to(where), move(task.first_batch(), where)
+    model = task.make_model().to(where)
+    batch = largest_part(move(task.first_batch(), where), plan.step.micro_batches)
     with console.status("running the graph passes"):
         found = {each: log_passes(model, batch, task.loss, plan, backend=each) for each in Backend}
     return {str(backend): [dataclasses.asdict(each) for each in changes] for backend, changes in found.items()}
 
 
 def _show_lowered(plan: Assignment, origin: Origin, json_file: Path | None) -> None:
-    table = origin.table()
+    table = origin.table(plan.step)
     plan.check_fits(table, where=str(origin.plan))
     rows = operators(table, plan.entries, fp8=_torch.multiplies_fp8(check_device(origin.device)))
     console.print(tables.lowered_table(rows))
@@ -187,6 +190,7 @@ def diff(
             "only_first": list(found.only_here),
             "only_second": list(found.only_there),
             "update_rounding": found.update_rounding,
+            "step": [each.to_json() for each in found.step] if found.step else None,
         },
     )
 

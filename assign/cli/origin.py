@@ -11,6 +11,7 @@ from assign.cli.shell import app, open_task, traced
 from assign.errors import TaskError
 from assign.options import option
 from assign.plan.plan import Assignment
+from assign.plan.step_options import StepOptions
 from assign.plan.table import TensorTable
 from assign.tasks import Task, TaskOptions
 from assign.tasks.builtin import BUILTIN
@@ -54,14 +55,14 @@ class Origin:
     data: Path | None
     command: str
 
-    def table(self) -> TensorTable:
-        """Return every tensor of one step of the task.
+    def table(self, step: StepOptions) -> TensorTable:
+        """Return every tensor of one step of the task, carried out as ``step`` says.
 
         Raises:
             TaskError: no task is known.
             AssignError: it cannot be loaded or traced.
         """
-        return traced(self.open(), self._options).table
+        return traced(self.open(), self._options, step).table
 
     def open(self) -> Task:
         """Load the task.

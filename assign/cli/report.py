@@ -49,7 +49,7 @@ def report(
     page = Report(
         name=str(plan),
         plan=chosen,
-        table=origin.table(),
+        table=origin.table(chosen.step),
         runs=runs,
         front=beside,
         noise=NoiseTable.load(found) if found else None,

@@ -73,7 +73,7 @@ def search(
         check_directory(output)
     request = Request(goal=goal, strategy=strategy, space=space, seed=options.seed, command=command_line())
     loaded = open_task(task, options)
-    step = traced(loaded, options)
+    step = traced(loaded, options, space.step)
     picked = _picked(fronts.front, step, goal.budget, output) if fronts.front else None
     if picked is not None:
         write_json(json_file, picked.provenance.estimate)
@@ -92,7 +92,7 @@ def measure_task(
     task: TaskName,
     space: Annotated[
         SearchSpace,
-        without("pins", "granularity", "master", "gradients", "optimizer_states", "update_rounding"),
+        without("pins", "granularity", "master", "gradients", "optimizer_states", "update_rounding", "step"),
     ],
     noise: NoiseOptions,
     options: Annotated[TaskOptions, without("epochs")],

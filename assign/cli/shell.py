@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 
 from assign.atomic_write import is_stdout
-from assign.memory.estimate import peak_bytes
+from assign.memory.estimate import peak_of
 from assign.notebook import human_bytes
 from assign.passwords import mask_argument
-from assign.plan.persistent_state import UpdateRounding
 from assign.plan.plan import Assignment
+from assign.plan.step_options import StepOptions
 from assign.plan.table import TensorTable
 from assign.report import tables
 from assign.report.terminal import Terminal
@@ -50,12 +50,14 @@ def open_task(name: str, options: TaskOptions) -> Task:
         return load_task(name, options)
 
 
-def traced(task: Task, options: TaskOptions) -> Step:
-    """Return one step of the task, with weights initialized by its seed."""
+def traced(task: Task, options: TaskOptions, step: StepOptions | None = None) -> Step:
+    """Return one step of the task, with weights initialized by its seed, carried out as ``step`` says."""
     where = check_device(options.device)
     with console.status("tracing one training step"):
         torch.manual_seed(options.seed)
-        return trace_step(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer)
+        model, batch = task.make_model().to(where), move(task.first_batch(), where)
+        parts = step.micro_batches if step else 1
+        return trace_step(model, batch, task.loss, task.optimizer, micro_batches=parts)
 
 
 def trained(
@@ -71,8 +73,7 @@ def trained(
     if plan is not None:
         plan = plan.with_update_rounding(options.update_rounding, where="train")
         options = replace(options, update_rounding=None)
-    rounding = plan.update_rounding if plan else UpdateRounding.NEAREST
-    meter = Meter(None if table is None else peak_bytes(table, plan.entries if plan else {}, rounding))
+    meter = Meter(None if table is None else peak_of(table, plan))
     with bar(f"training {name}") as advance:
 
         def tell(step: Progress) -> None:

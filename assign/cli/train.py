@@ -38,7 +38,14 @@ def train(
     chosen = Assignment.load(plan) if plan else None
     loaded = open_task(task, options)
     name = "plan" if chosen else "fp32"
-    result = trained(name, loaded, chosen, traced(loaded, options).table, training, promoted=promoted)
+    result = trained(
+        name,
+        loaded,
+        chosen,
+        traced(loaded, options, chosen.step if chosen else None).table,
+        training,
+        promoted=promoted,
+    )
     console.print(tables.result_table({name: result}))
     write_json(json_file, result.to_json())
     if result.diverged:
@@ -62,11 +69,12 @@ def run(
     check_outputs(output, json_file, inputs=[task, noise_file])
     request = Request(goal=goal, strategy=strategy, space=space, seed=options.seed, command=command_line())
     loaded = open_task(task, options)
-    step = traced(loaded, options)
+    step = traced(loaded, options, space.step)
     measured, table = measured_for(loaded, step, request, noise_file, output), step.table
     del step  # frees the model too
     plan = searched(table, output, request, measured)
-    baseline = trained("fp32", loaded, None, table, replace(training, promotion=PromotionOptions()))
+    whole = table if space.step.micro_batches == 1 else traced(loaded, options).table
+    baseline = trained("fp32", loaded, None, whole, replace(training, promotion=PromotionOptions()))
     planned = trained("plan", loaded, plan, table, training, promoted=promoted_path(output))
     console.print(tables.result_table({"fp32": baseline, "plan": planned}))
     write_json(

@@ -87,7 +87,7 @@ def run_study(
         check_directory(output)
     loaded = open_task(task, replace(options, epochs=None))
     options = replace(options, epochs=group.settings.epochs)
-    step = traced(loaded, options)
+    step = traced(loaded, options, space.step)
     metric = group.metric or ("accuracy" if loaded.evaluate else "loss")
     settings = replace(group.settings, space=space, budget=goal.budget, metric=metric, maximize=is_maximized(metric))
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -7,6 +7,7 @@
 ``backends``             Eager, and compiled by Inductor.
 ``fit``                  Check the plan against the captured step.
 ``parameter_storage``    Store parameters in the dtypes of the plan.
+``micro_batches``        Run a batch in parts.
 ``methods``              Methods of a planned model.
 ``unused``               Parameters without a gradient.
 ``sparse``               Sparse gradients.

@@ -20,8 +20,8 @@ from assign.executor.backends import Backend, make_backend
 from assign.executor.context import Context, PassLog, Step
 from assign.executor.fit import Scope, fit
 from assign.executor.methods import methods_of, planned_method
+from assign.executor.micro_batches import MicroBatchedStep, check_statistics, parameters_to_sum
 from assign.executor.parameter_storage import store_parameters
-from assign.executor.passes.mark import taps_of
 from assign.executor.pipeline import CAPTURED, run_passes
 from assign.executor.sparse import sparse_inputs, with_sparse_gradients
 from assign.executor.unused import results_behind_inputs, without_unused_gradients
@@ -194,7 +194,9 @@ def planned_step(
 ) -> Callable[[Any], Tensor]:
     """Return a function ``step(batch)`` → loss that computes model and loss under ``plan``.
 
-    The loss is in the same graph as the model, so entries under ``loss/`` take effect. ``DistributedDataParallel``
+    The loss is in the same graph as the model, so entries under ``loss/`` take effect. Under a plan with micro-batches,
+    the step runs the parts of the batch one after another, forward and backward; the loss that it returns then gives
+    the summed gradients to the parameters in ``backward``. ``DistributedDataParallel``
     reduces only gradients of modules that are called through it: use :func:`apply` there.
 
     Args:
@@ -219,6 +221,8 @@ def planned_step(
     store(model, plan)
     graph_backend = _graph_backend(plan, backend, log_passes)
     compiled = compile_planned(model, loss, plan, graph_backend, promotion, scales, log=log_passes)
+    if plan.step.micro_batches > 1:
+        return MicroBatchedStep(model, compiled, plan.step)
     return functools.partial(compiled, model)
 
 
@@ -258,25 +262,29 @@ def compile_planned(
     given, plan = plan, complete(plan, model)
 
     def receive(capture: Capture) -> Callable[..., Any]:
+        check_statistics(capture, plan.step)
         functionalize(capture.graph)
         needed, sparse = results_behind_inputs(capture.graph), sparse_inputs(capture)
         walked = walk(capture)
         new = fit(given, walked, capture, scope) if capture.training else {}
-        step = Step(capture=capture, walked=walked, promotion=promotion, scales=delayed)
+        summed = parameters_to_sum(capture, needed, sparse) if plan.sums_inside else frozenset()
+        step = Step(capture=capture, walked=walked, promotion=promotion, scales=delayed, summed=summed)
         run_passes(capture.graph, CAPTURED, Context(plan=plan.replace(new), step=step, log=log), "captured")
-        taps = step.taps
 
-        def all_taps(inputs: Sequence[Any]) -> list[Tensor]:
-            return [each for tap in taps for each in taps_of(inputs[tap.position], tap)]
+        def added(inputs: Sequence[Any]) -> list[Any]:
+            return [value for each in step.added for value in each.make(inputs)]
 
-        live = [runtime for _, runtime in step.runtime]
-        examples = [*(tap.detach().requires_grad_() for tap in all_taps(capture.inputs)), *live]
+        def filled(*inputs: Any) -> Any:
+            """Run the graph; autograd gets no gradient of parameters that the graph sums, and calls no hook of them."""
+            own = (x.detach() if place in summed else x for place, x in enumerate(inputs))
+            return run(*own, *added(inputs))
+
+        examples = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in added(capture.inputs)]
         run = with_sparse_gradients(graph_backend(capture.graph, [*capture.inputs, *examples]), sparse)
-        added = [*(node for tap in taps for node in tap.nodes), *(node for node, _ in step.runtime)]
-        for node in added:  # Dynamo counts the inputs of its graph again
+        for node in [node for each in step.added for node in each.nodes]:  # Dynamo counts the inputs of its graph again
             _torch.drop_input(capture.graph, node)
-        tapped = (lambda *inputs: run(*inputs, *all_taps(inputs), *live)) if added else run
-        return without_unused_gradients(tapped, capture, needed) if capture.training else tapped
+        call = filled if step.added else run
+        return without_unused_gradients(call, capture, needed) if capture.training else call
 
     narrow = narrow_buffers(plan.entries)
     compiled = distributed.wrap_distributed(

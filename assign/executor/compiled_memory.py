@@ -90,10 +90,10 @@ def _rehearse(model: nn.Module, batch: Any, loss: Loss, plan: Assignment, table:
     with contextlib.suppress(_Received):
         step(model, batch)
     forward, saved, backward = programs.run()
-    replay = Replay(table, plan.entries, plan.update_rounding)
+    replay = Replay(table, plan.entries, plan.update_rounding, sums_inside=plan.sums_inside)
     peaks = {
-        "forward": replay.resident_bytes + forward,
-        "backward": replay.resident_bytes + backward,
+        "forward": replay.lasting_bytes + forward,
+        "backward": replay.lasting_bytes + backward,
         "optimizer": replay.optimizer_peak_bytes,
     }
     peak_in = max(peaks, key=peaks.__getitem__)

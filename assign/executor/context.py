@@ -1,14 +1,13 @@
 """Information about the plan and the step that the graph passes need."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import fx
 
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.promotion import Promotion
-from assign.numerics.runtime_formats import Runtime
 from assign.plan.plan import Assignment
 from assign.tracing.capture import Capture
 from assign.tracing.tensor_sites import Walk
@@ -42,18 +41,16 @@ PassLog = Callable[[PassChange], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tap:
-    """One more input of a marked graph, after its others: for the gradient of a parameter.
+class Added:
+    """Inputs that a pass adds to a captured graph, after its others.
 
     Attributes:
-        nodes: the input; two if the gradient has a scale, which is the second.
-        position: position of the parameter among the inputs.
-        dtype: dtype of the gradient.
+        nodes: the inputs.
+        make: takes the captured inputs of a call and returns the values of the added ones.
     """
 
     nodes: tuple[fx.Node, ...]
-    position: int
-    dtype: torch.dtype
+    make: Callable[[Sequence[Any]], Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +58,16 @@ class Step:
     """A captured step with names for its tensors, and the objects that change its formats during training.
 
     Attributes:
-        taps: inputs that the marked graph has after its other inputs.
-        runtime: the last input, after the taps, with the formats and scales that promotion and delayed scaling change.
-            Empty if they change nothing in the graph.
+        summed: positions of the parameters whose gradients the graph sums over micro-batches.
+        added: inputs that the passes have added to the graph, in the order of its inputs.
     """
 
     capture: Capture
     walked: Walk
     promotion: Promotion | None
     scales: DelayedScales
-    taps: list[Tap] = field(default_factory=list)
-    runtime: list[tuple[fx.Node, Runtime]] = field(default_factory=list)
+    summed: Collection[int] = ()
+    added: list[Added] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

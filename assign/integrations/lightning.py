@@ -28,7 +28,8 @@ class PlanCallback(pl.Callback):
         promote_every: steps between two measurements of overflow, as ``every`` in :class:`assign.Promotion`.
         promote_threshold: as ``threshold`` there.
     Raises:
-        PlanError: as for :func:`assign.autocast`; or there is no such module.
+        PlanError: as for :func:`assign.autocast`; there is no such module; or the plan has micro-batches, and the
+            trainer accumulates over another number of batches.
     """
 
     def __init__(
@@ -46,6 +47,9 @@ class PlanCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the module under the plan."""
+        self._plan.step.check_accumulation(
+            trainer.accumulate_grad_batches, where="PlanCallback", setting="accumulate_grad_batches"
+        )
         known = dict(pl_module.named_modules())
         if not self._module or self._module not in known:
             named = ", ".join(repr(name) for name, _ in pl_module.named_children()) or "none"

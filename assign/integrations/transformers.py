@@ -5,6 +5,7 @@ through the trainer itself.
 """
 
 import contextlib
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from assign import planner
 from assign.executor.apply import autocast
 from assign.numerics.promotion import THRESHOLD, Promotion
 from assign.plan.plan import Assignment
+from assign.plan.space import SearchSpace
+from assign.tracing.tracer import trace
 
 
 class Writer(Protocol):
@@ -27,11 +30,14 @@ class Writer(Protocol):
 def search(trainer: Trainer, **asked: Any) -> Assignment:
     """Return a plan for one step of the trainer: its model, its first batch, its loss.
 
+    If the trainer has ``gradient_accumulation_steps``, its batches are the micro-batches of the plan: their gradients
+    are summed inside the backward pass. The trainer itself splits, and weights the losses.
+
     Args:
         trainer: with a training dataset; it need not have trained.
         asked: options of :func:`assign.search`, e.g. ``budget="60%"``.
     Raises:
-        AssignError: as for :func:`assign.search`.
+        AssignError: as for :func:`assign.search`; or the search space has another number of micro-batches.
     """
     if trainer.optimizer_cls_and_kwargs is None:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
@@ -50,7 +56,14 @@ def search(trainer: Trainer, **asked: Any) -> Assignment:
         return made
 
     assert trainer.model is not None
-    return planner.search(trainer.model, batch, loss, optimizer=optimizer, **asked)
+    parts = trainer.args.gradient_accumulation_steps
+    if parts == 1:
+        return planner.search(trainer.model, batch, loss, optimizer=optimizer, **asked)
+    space = SearchSpace.of(asked.pop("space", "native"))
+    space.step.check_accumulation(parts, where="search", setting="gradient_accumulation_steps")
+    space = replace(space, step=replace(space.step, part_statistics=True))
+    step = trace(trainer.model, batch, loss, optimizer).as_part_of(parts)
+    return planner.search(step, space=space, **asked)
 
 
 def _items(trainer: Trainer, batch: Any) -> Any:
@@ -93,7 +106,14 @@ class PlanCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Put the model under the plan."""
+        """Put the model under the plan.
+
+        Raises:
+            PlanError: the plan has micro-batches, and the trainer accumulates over another number of batches.
+        """
+        self._plan.step.check_accumulation(
+            args.gradient_accumulation_steps, where="PlanCallback", setting="gradient_accumulation_steps"
+        )
         self._planned.enter_context(
             autocast(given["model"], self._plan, backend=self._backend, promotion=self.promotion)
         )

@@ -4,6 +4,7 @@ The effect of a decision is local: the bytes of an event depend only on the form
 operator reads and makes, and those that their readers make). So only the events near the changed tensors are replayed.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -27,17 +28,24 @@ class Timeline:
         table: of the model.
         complete: adds the other entries of a plan to those that the search decides about, tensor by tensor.
         update_rounding: of 16-bit masters, as in ``assign.optimizer``.
+        sums_inside: as for :class:`assign.memory.replay.Replay`.
     """
 
     def __init__(
-        self, table: TensorTable, complete: Complete = dict, update_rounding: str = UpdateRounding.NEAREST
+        self,
+        table: TensorTable,
+        complete: Complete = dict,
+        update_rounding: str = UpdateRounding.NEAREST,
+        *,
+        sums_inside: bool = False,
     ) -> None:
-        self._table, self._complete, self._update_rounding = table, complete, update_rounding
+        self._table, self._complete = table, complete
+        self._replay_of = functools.partial(Replay, table, update_rounding=update_rounding, sums_inside=sums_inside)
         self._near = _Neighbours(table)
 
     def at(self, entries: Mapping[str, Entry]) -> Bytes:
         """Return the bytes alive at each moment of a step, as an array ``[moments]``."""
-        return _moments(Replay(self._table, self._complete(entries), self._update_rounding))
+        return _moments(self._replay_of(self._complete(entries)))
 
     def steps(self, entries: Mapping[str, Entry], changes: Sequence[Mapping[str, Entry]]) -> csr_array:
         """Return how each change affects :meth:`at`, as differences between moments: ``[changes, moments]``.
@@ -46,7 +54,7 @@ class Timeline:
         in one operator whose dtype depends on both.
         """
         base = self._complete(entries)
-        replay = Replay(self._table, base, self._update_rounding)
+        replay = self._replay_of(base)
         moments = len(_moments(replay))
         rows: list[int] = []
         columns: list[int] = []
@@ -77,13 +85,19 @@ class RunningPeak:
 
     Args:
         table: of the model.
-        complete, update_rounding: as for :class:`Timeline`.
+        complete, update_rounding, sums_inside: as for :class:`Timeline`.
     """
 
     def __init__(
-        self, table: TensorTable, complete: Complete = dict, update_rounding: str = UpdateRounding.NEAREST
+        self,
+        table: TensorTable,
+        complete: Complete = dict,
+        update_rounding: str = UpdateRounding.NEAREST,
+        *,
+        sums_inside: bool = False,
     ) -> None:
-        self._table, self._complete, self._update_rounding = table, complete, update_rounding
+        self._table, self._complete = table, complete
+        self._replay_of = functools.partial(Replay, table, update_rounding=update_rounding, sums_inside=sums_inside)
         self._near = _Neighbours(table)
         self._chosen: Mapping[str, Entry] = {}
         self._entries: dict[str, Entry] = {}
@@ -99,12 +113,12 @@ class RunningPeak:
             self._start(entries)
         self._chosen = dict(entries)
         assert self._replay is not None
-        alive = int(np.cumsum(self._jumps).max(initial=0)) + self._replay.resident_bytes
+        alive = int(np.cumsum(self._jumps).max(initial=0)) + self._replay.lasting_bytes
         return max(alive, self._replay.optimizer_peak_bytes)
 
     def _start(self, entries: Mapping[str, Entry]) -> None:
         self._entries = self._complete(entries)
-        self._replay = Replay(self._table, self._entries, self._update_rounding)
+        self._replay = self._replay_of(self._entries)
         count = len(self._table.schedule.events)
         self._found = [self._replay.of_events([number]) for number in range(count)]
         self._jumps = changes_of(self._replay.segments, count)

@@ -87,7 +87,9 @@ def estimate(table: TensorTable, plan: Assignment, *, promotion: bool = False) -
     """Predict the memory and the low ratio of one step under ``plan``. Nothing is computed.
 
     Args:
-        table: result of :func:`assign.trace` for the plan's model, at any batch size.
+        table: result of :func:`assign.trace` for the plan's model, at any batch size. If it was traced with
+            ``micro_batches``, the gradients of earlier parts are alive: summed by the plan, if it has the same number,
+            or by a training loop, if the plan has none.
         plan: with an entry for every tensor of the table.
         promotion: whether training uses :class:`assign.Promotion`. A tensor that may be promoted then has a dtype that
             can also represent its high format.
@@ -105,7 +107,7 @@ def estimate(table: TensorTable, plan: Assignment, *, promotion: bool = False) -
     plan.check_fits(table, where="estimate")
     check_rounding(plan.update_rounding, with_loaded(plan.entries, table.loaded), where="estimate")
     later = promotable(table, plan) if promotion else {}
-    replay = Replay(table, plan.entries, plan.update_rounding, later)
+    replay = Replay(table, plan.entries, plan.update_rounding, later, sums_inside=plan.sums_inside)
     return Estimate(
         aggregate_bytes=aggregate_bytes(table, plan.entries),
         low_ratio=low_ratio(table, plan.entries),
@@ -126,9 +128,21 @@ def peak_bytes(
     entries: Mapping[str, Entry],
     update_rounding: str = UpdateRounding.NEAREST,
     promotable: Mapping[str, Format] = MappingProxyType({}),
+    *,
+    sums_inside: bool = False,
 ) -> int:
-    """Return the peak bytes of one step; tensors without an entry stay as they were loaded."""
-    return Replay(table, entries, update_rounding, promotable).peak_bytes
+    """Return the peak bytes of one step; tensors without an entry stay as they were loaded.
+
+    Options are as for :class:`assign.memory.replay.Replay`.
+    """
+    return Replay(table, entries, update_rounding, promotable, sums_inside=sums_inside).peak_bytes
+
+
+def peak_of(table: TensorTable, plan: Assignment | None) -> int:
+    """Return the peak bytes of one step under a plan; None means without one."""
+    if plan is None:
+        return peak_bytes(table, {})
+    return peak_bytes(table, plan.entries, plan.update_rounding, sums_inside=plan.sums_inside)
 
 
 def aggregate_bytes(table: TensorTable, entries: Mapping[str, Entry]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from assign.memory.replay import SLOTS, Bytes, Replay, Segment
 from assign.plan.persistent_state import UpdateRounding
-from assign.plan.plan import Entry
+from assign.plan.plan import Assignment, Entry
 from assign.plan.table import MARK, TensorTable
 
 OPTIMIZER = "step"
@@ -49,13 +49,21 @@ class Moments:
         return int(self.total.argmax())
 
 
-def moments(table: TensorTable, entries: Mapping[str, Entry], update_rounding: str = UpdateRounding.NEAREST) -> Moments:
+def moments(
+    table: TensorTable,
+    entries: Mapping[str, Entry],
+    update_rounding: str = UpdateRounding.NEAREST,
+    *,
+    sums_inside: bool = False,
+) -> Moments:
     """Return the moments of a step under some entries; tensors without an entry are as loaded.
+
+    Options are as for :class:`assign.memory.replay.Replay`.
 
     Raises:
         PlanError: no library can store what the entries ask for.
     """
-    replay = Replay(table, entries, update_rounding)
+    replay = Replay(table, entries, update_rounding, sums_inside=sums_inside)
     events = table.schedule.events
     slots = replay.slots[: SLOTS * len(events)].reshape(-1, SLOTS)
     chosen = slots.argmax(axis=1) + SLOTS * np.arange(len(events))
@@ -71,6 +79,11 @@ def moments(table: TensorTable, entries: Mapping[str, Entry], update_rounding: s
         by_role=by_role,
         alive=tuple(alive),
     )
+
+
+def moments_of(table: TensorTable, plan: Assignment) -> Moments:
+    """Return the moments of a step under a plan."""
+    return moments(table, plan.entries, plan.update_rounding, sums_inside=plan.sums_inside)
 
 
 def _at_moments(replay: Replay, chosen: Bytes) -> list[Segment]:

@@ -26,6 +26,7 @@ from assign.plan.keys import base_key, is_grad_key, saved_key
 from assign.plan.ops import CONVERSIONS, FLOAT32_INSIDE, SLICE
 from assign.plan.optimizer_backends import optimizer_scratch, stored_in
 from assign.plan.persistent_state import (
+    SUM_PIECE,
     UpdateRounding,
     buffers,
     gradient_format,
@@ -56,6 +57,13 @@ def _running(number: int) -> int:
 
 def _behind(number: int) -> int:
     return SLOTS * number + 3
+
+
+_SUM_BYTES = {True: 8, False: 46}
+"""Temporary bytes per element of a sum that is rounded stochastically; whether the kernel is compiled."""
+
+_COMPILED_FROM = 2**14
+"""Elements from which :mod:`assign.numerics.dispatch` compiles a rounding kernel, which then serves all sizes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +127,19 @@ def _by_source(alias: Mapping[int, int | None]) -> dict[int | None, list[int]]:
 
 
 class Replay:
-    """The replayed schedule of a table under some entries. A tensor without an entry is as it was loaded."""
+    """The replayed schedule of a table under some entries. A tensor without an entry is as it was loaded.
+
+    If the table was traced with micro-batches, it is the schedule of a part that runs after others: the gradients
+    summed so far are alive from its beginning.
+
+    Args:
+        table: of the model.
+        entries: formats.
+        update_rounding: of 16-bit masters, as in ``assign.optimizer``.
+        promotable: high formats of the tensors that may be promoted.
+        sums_inside: whether the backward pass adds each gradient to the sum where it arises. Otherwise all gradients
+            of a part are alive at its end, as in plain PyTorch.
+    """
 
     def __init__(
         self,
@@ -127,6 +147,8 @@ class Replay:
         entries: Mapping[str, Entry],
         update_rounding: str = UpdateRounding.NEAREST,
         promotable: Mapping[str, Format] = MappingProxyType({}),
+        *,
+        sums_inside: bool = False,
     ) -> None:
         self.table = table
         self.schedule = table.schedule
@@ -138,6 +160,7 @@ class Replay:
         self._dtypes = ComputeDtypes.of_table(table, entries, promotable)
         self._narrowed = is_narrowed(table, entries)
         self._update_rounding = update_rounding
+        self._sums_inside = sums_inside
         self._resident = resident(table, entries, update_rounding)
         self._buffer_bytes, widened = buffers(table, entries)
         self._apart = self._find_apart()
@@ -212,9 +235,9 @@ class Replay:
 
     def _kept(self, key: str) -> str:
         """Return the dtype of the gradient of ``key`` after its mark."""
-        if self._is_weight(key):
-            return stored_dtype(gradient_format(self.entries, key))
-        return self._dtypes.compute(key)
+        if not self._is_weight(key):
+            return self._dtypes.compute(key)
+        return self._dtypes.carrier(key) if self._sums_inside else stored_dtype(gradient_format(self.entries, key))
 
     def _readers(self, buffer: int) -> list[int]:
         family = [buffer, *self._twins.get(buffer, ())]
@@ -234,6 +257,8 @@ class Replay:
             if buffer not in self._alias:
                 self._live(buffer, number, event, compute, is_mark)
         self._add(_running(number), _running(number), event.scratch_in(compute), op, "scratch")
+        if is_mark and event.backward:
+            self._add(_running(number), _running(number), self._sum_scratch(op), op, "scratch")
         if not is_mark:
             for buffer in event.reads:
                 info = self.schedule.buffers[buffer]
@@ -241,6 +266,27 @@ class Replay:
                     size = info.elements * ITEM_BYTES[compute]
                     self._add(_widening(number), _running(number), size, info.holds, "scratch")
         return slice(first, len(self.segments))
+
+    def _sum_scratch(self, key: str) -> int:
+        """Return the temporary bytes of adding a gradient to a sum; see :mod:`assign.optim.summing`."""
+        if not self._sums_inside or not self._is_weight(key):
+            return 0
+        gradient, total = self._dtypes.carrier(key), stored_dtype(gradient_format(self.entries, key))
+        if gradient == total == FLOAT32:
+            return 0
+        return min(self.table.by_key[key].elements, SUM_PIECE) * (
+            4 if total == FLOAT32 else _SUM_BYTES[self._rounds_compiled]
+        )
+
+    @cached_property
+    def _rounds_compiled(self) -> bool:
+        """Whether some sum has so many elements that the rounding kernel is compiled."""
+        return any(row.elements >= _COMPILED_FROM for row in self.table.tensors if row.role is Role.WEIGHT_GRAD)
+
+    def _is_kept(self, buffer: int) -> bool:
+        """Whether a buffer is alive after the backward pass: it holds a gradient, and the pass does not sum it."""
+        family = (buffer, *self._twins.get(buffer, ()))
+        return not self._sums_inside and any(each in self._kept_buffers for each in family)
 
     def _is_converted(self, info: Buffer, event: Event) -> bool:
         """Whether the event reads a copy of the buffer in a wider dtype."""
@@ -267,9 +313,10 @@ class Replay:
         key, role = self._owner(info, event)
         size = self._size(info, event, compute, is_mark)
         readers = self._readers(buffer)
-        end = len(self.schedule.events) - 1 if buffer in self._kept_buffers else max(readers, default=number)
-        if any(twin in self._kept_buffers for twin in self._twins.get(buffer, ())):
-            end, role = len(self.schedule.events) - 1, Role.WEIGHT_GRAD
+        end = max(readers, default=number)
+        if self._is_kept(buffer):
+            end = len(self.schedule.events) - 1
+            role = role if buffer in self._kept_buffers else Role.WEIGHT_GRAD
         start = self._convert(info, number, event, compute, is_mark)
         later = [n for n in readers if self.schedule.events[n].backward]
         if event.backward or not later:
@@ -436,6 +483,16 @@ class Replay:
         s, stored = self.schedule, self._resident
         return stored.parameters + self._buffer_bytes + s.batch_bytes + stored.states
 
+    @property
+    def summed_bytes(self) -> int:
+        """Bytes of the gradients summed in earlier micro-batches, alive during the whole step."""
+        return self._resident.gradients if self.schedule.micro_batches > 1 else 0
+
+    @property
+    def lasting_bytes(self) -> int:
+        """Bytes that are alive during the whole forward and backward pass."""
+        return self.resident_bytes + self.summed_bytes
+
     @cached_property
     def optimizer_scratch_bytes(self) -> int:
         """Bytes of temporary memory of the optimizer's step.
@@ -453,7 +510,7 @@ class Replay:
     @cached_property
     def slots(self) -> Bytes:
         """Bytes alive in each slot, without the optimizer's step: ``SLOTS`` per event, and one more at the end."""
-        alive: Bytes = np.cumsum(changes_of(self.segments, len(self.schedule.events))) + self.resident_bytes
+        alive: Bytes = np.cumsum(changes_of(self.segments, len(self.schedule.events))) + self.lasting_bytes
         return alive
 
     @property
@@ -481,14 +538,19 @@ class Replay:
         found += [(name, "optimizer states", size) for name, size in stored.optimizer_states.items()]
         found += [("buffers", "buffers", self._buffer_bytes), ("batch", "batch", s.batch_bytes)]
         found += [("unused", "parameters", stored.others[0]), ("unused", "optimizer states", stored.others[2])]
+        found += self._gradients if s.micro_batches > 1 else ()
         return tuple(row for row in found if row[2])
+
+    @property
+    def _gradients(self) -> list[tuple[str, str, int]]:
+        stored = self._resident
+        found = [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]
+        return [*found, ("unused", str(Role.WEIGHT_GRAD), stored.others[1])]
 
     @property
     def stepping(self) -> tuple[tuple[str, str, int], ...]:
         """What is alive only while the optimizer steps: (key, role, bytes)."""
-        stored = self._resident
-        found = [(name, str(Role.WEIGHT_GRAD), size) for name, size in stored.stored_gradients.items()]
-        found.append(("unused", str(Role.WEIGHT_GRAD), stored.others[1]))
+        found = [] if self.schedule.micro_batches > 1 else self._gradients
         found.append(("optimizer scratch", "scratch", self.optimizer_scratch_bytes))
         return tuple(row for row in found if row[2])
 

@@ -6,6 +6,7 @@
 ``updates``       SGD and AdamW for 16-bit weights.
 ``widening``      Round the updates of any library.
 ``gradients``     Gradients stored in 8 bits.
+``summing``       Gradients of micro-batches, summed inside the backward pass.
 ``masters``       Masters with extra bits.
 ``beside``        State stored with a parameter.
 ``monitor``       Count updates lost by rounding.

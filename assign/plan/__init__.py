@@ -5,6 +5,8 @@
 ``table``                 TensorTable: every tensor of a step, and its schedule.
 ``entry``                 The format of one tensor.
 ``plan``                  The plan and its file.
+``step_options``          How a step is carried out: micro-batches.
+``split``                 Split a batch into micro-batches.
 ``recipes``               Formats that a search may choose from, by role.
 ``space``                 The search space.
 ``measured``              Measurements for a search.

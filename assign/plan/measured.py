@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from assign.plan.latency_table import TimeTable
 from assign.plan.noise_table import NoiseTable
+from assign.plan.step_options import Reduction
 from assign.plan.table import TensorTable
 
 
@@ -17,11 +18,13 @@ class Measured:
             records its predicted noise.
         times: result of :func:`assign.measure_times`, which a limit on the step time requires.
         non_finite: keys of activations that are not finite; they are saved in their own format.
+        reduction: how the loss of a batch follows from those of its micro-batches. Default: as the search space says.
     """
 
     noise: NoiseTable | None = None
     times: TimeTable | None = None
     non_finite: Collection[str] = frozenset()
+    reduction: Reduction | None = None
 
     def check(self, table: TensorTable) -> None:
         """Check that the measurements belong to the table's model.

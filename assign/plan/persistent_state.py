@@ -44,6 +44,9 @@ GRADIENTS = (*NATIVE, "e5m2:pow2", "e4m3:pow2")
 COMPENSATION = "compensation"
 """The state of Kahan summation: the part of past updates that the weight lost, negated as in the paper."""
 
+SUM_PIECE = 2**15
+"""Elements of a gradient that are added to a sum at a time on a CPU, where the sum or the gradient is not float32."""
+
 EXTRA_BITS = "extra_bits"
 """The state with the extra bits of a master that has more bits than its parameter: one byte per element."""
 

@@ -26,10 +26,13 @@ from assign.plan.persistent_state import (
     UpdateRounding,
     check_stored,
     check_unsplit,
+    has_scaled_gradients,
     parse_rounding,
     parse_stored,
     with_loaded,
 )
+from assign.plan.split import MicroBatch, split
+from assign.plan.step_options import StepOptions
 from assign.plan.table import TensorTable
 
 VERSION = 1
@@ -93,15 +96,17 @@ class Diff:
         only_here, only_there: keys that only one of them has.
         changed: key → (entry here, entry there).
         update_rounding: that of this assignment and of the other; None if they are equal.
+        step: how a step is carried out, here and there; None if they are equal.
     """
 
     only_here: tuple[str, ...]
     only_there: tuple[str, ...]
     changed: dict[str, tuple[Entry, Entry]]
     update_rounding: tuple[UpdateRounding, UpdateRounding] | None = None
+    step: tuple[StepOptions, StepOptions] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.only_here or self.only_there or self.changed or self.update_rounding)
+        return bool(self.only_here or self.only_there or self.changed or self.update_rounding or self.step)
 
 
 class _PlanFile(BaseModel):
@@ -117,6 +122,7 @@ class _PlanFile(BaseModel):
     update_rounding: UpdateRounding = Field(
         default=UpdateRounding.NEAREST, strict=False, description="how updates of 16-bit masters are rounded"
     )
+    step: StepOptions = Field(default_factory=StepOptions, description="how a step is carried out")
     tensors: dict[str, Entry] = Field(description="tensor's key → its format")
 
 
@@ -135,9 +141,11 @@ class Assignment(Drawn):
             needed when a plan is applied again, e.g. to a model that was saved under it: the plan has already changed
             the dtypes of the weights.
         update_rounding: how updates of 16-bit masters are rounded, as in ``assign.optimizer``.
+        step: how a step is carried out: number of micro-batches.
 
     Raises:
-        PlanError: an entry names a format that does not exist or is not allowed there, or there is no such rounding.
+        PlanError: an entry names a format that does not exist or is not allowed there, or there is no such rounding; or
+            gradients in 8 bits would have to be summed over micro-batches.
     Examples:
         ```python
         plan.save("plan.json")
@@ -152,6 +160,7 @@ class Assignment(Drawn):
     provenance: Provenance = field(default_factory=Provenance)
     loaded: Mapping[str, str] = field(default_factory=dict)
     update_rounding: UpdateRounding = UpdateRounding.NEAREST
+    step: StepOptions = field(default_factory=StepOptions)
 
     def __post_init__(self) -> None:
         entries = {key: Entry(self._canonical(key, entry.format), entry.low) for key, entry in self.entries.items()}
@@ -161,6 +170,12 @@ class Assignment(Drawn):
         self._check_loaded()
         object.__setattr__(self, "update_rounding", parse_rounding(self.update_rounding, where="the plan"))
         check_unsplit(self.update_rounding, entries, where="the plan")
+        if self.step.micro_batches > 1 and has_scaled_gradients(entries):
+            raise PlanError(
+                f"the plan sums gradients over {self.step.micro_batches} micro-batches and stores them in 8 bits, in "
+                "which a sum loses most of its parts.\n  Allowed: fp32, bf16 and fp16, whose sums are rounded "
+                "stochastically.\n  Store gradients in one of these, or set micro_batches to 1."
+            )
 
     def _check_loaded(self) -> None:
         allowed = [fmt.name for fmt in LOADED.values()]
@@ -244,6 +259,34 @@ class Assignment(Drawn):
         check_unsplit(chosen, self.entries, where=where)
         return dataclasses.replace(self, update_rounding=chosen)
 
+    def split(self, batch: Any) -> list[MicroBatch]:
+        """Return the micro-batches of a batch, for a training loop of your own.
+
+        Args:
+            batch: a tensor, or any nesting of tuples, lists, mappings and dataclasses that contains tensors. A tensor
+                whose first dimension is that of the batch is split; everything else is given to every part.
+        Returns:
+            Parts with ``batch`` and ``weight``: the loss of the batch is the sum of weight × loss over all parts.
+        Raises:
+            PlanError: the batch contains no rows, or no labels by which the plan weights its parts.
+        Examples:
+            ```python
+            model = assign.apply(model, plan, backend="eager")
+            for part in plan.split(batch):
+                (part.weight * loss(model, part.batch)).backward()
+            ```
+        """
+        return split(batch, self.step)
+
+    @property
+    def sums_inside(self) -> bool:
+        """Whether the backward pass adds each gradient to those of earlier micro-batches where it arises."""
+        return self.step.micro_batches > 1
+
+    def with_step(self, step: StepOptions) -> "Assignment":
+        """Return the same assignment with other options for carrying out a step."""
+        return dataclasses.replace(self, step=step)
+
     def with_provenance(self, provenance: Provenance) -> "Assignment":
         """Return the same assignment with another provenance."""
         return dataclasses.replace(self, provenance=provenance)
@@ -258,6 +301,7 @@ class Assignment(Drawn):
             update_rounding=None
             if self.update_rounding == other.update_rounding
             else (self.update_rounding, other.update_rounding),
+            step=None if self.step == other.step else (self.step, other.step),
         )
 
     def check_covers(self, keys: Collection[str], *, where: str, buffers: Collection[str] = ()) -> None:
@@ -294,8 +338,16 @@ class Assignment(Drawn):
             table: of the model.
             where: what to call this plan in an error, e.g. the path of its file.
         Raises:
-            PlanError: a tensor has no entry, or an entry has no tensor.
+            PlanError: a tensor has no entry, or an entry has no tensor; or the plan has micro-batches, and the table is
+                of a step without them or with another number of them.
         """
+        parts, traced = self.step.micro_batches, table.schedule.micro_batches
+        if parts not in (1, traced):
+            raise PlanError(
+                f"{where}: the plan runs a batch in {parts} micro-batches, and the step was traced with {traced}.\n"
+                f"  Allowed: a step traced with the same number.\n"
+                f"  Trace it with assign.trace(model, batch, loss, optimizer, micro_batches={parts})."
+            )
         self.check_covers([info.key for info in table.paper_tensors], where=where, buffers=table.buffers)
 
     def to_pandas(self) -> Any:
@@ -323,6 +375,7 @@ class Assignment(Drawn):
             "provenance": dataclasses.asdict(self.provenance),
             **({"loaded": dict(self.loaded)} if self.loaded else {}),
             **({"update_rounding": self.update_rounding} if self.update_rounding != UpdateRounding.NEAREST else {}),
+            **({"step": self.step.to_json()} if self.step != StepOptions() else {}),
         }
         rows = [
             f"    {json.dumps(key)}: {json.dumps({'format': entry.format, 'low': entry.low})}"
@@ -351,6 +404,7 @@ class Assignment(Drawn):
                 provenance=file.provenance,
                 loaded=file.loaded,
                 update_rounding=file.update_rounding,
+                step=file.step,
             )
         except PlanError as error:
             raise PlanError(f"{where}: {error}") from error

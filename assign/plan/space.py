@@ -11,6 +11,7 @@ from assign.options import option
 from assign.plan.keys import Part
 from assign.plan.persistent_state import UpdateRounding, parse_rounding, parse_stored
 from assign.plan.recipes import Recipe, get_recipe
+from assign.plan.step_options import StepOptions
 
 
 class Granularity(StrEnum):
@@ -46,6 +47,7 @@ class SearchSpace:
         optimizer_states: Format of optimizer states: ``bf16``, ``fp16``, ``dynamic8``, ``dynamic4`` or
             ``e4m3:block256``. Default: that of their masters.
         update_rounding: How updates of 16-bit masters are rounded: ``nearest``, ``stochastic`` or ``kahan``.
+        step: How a step is carried out: number of micro-batches.
     Raises:
         FormatError: a recipe or a format does not exist or cannot be stored.
         PlanError: a pin cannot be read, or a granularity or rounding does not exist.
@@ -62,6 +64,7 @@ class SearchSpace:
     gradients: str | None = None
     optimizer_states: str | None = None
     update_rounding: UpdateRounding | str = field(default=UpdateRounding.NEAREST, metadata=option(type=UpdateRounding))
+    step: StepOptions = field(default_factory=StepOptions)
 
     def __post_init__(self) -> None:
         get_recipe(self.recipe)

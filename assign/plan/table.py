@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 import networkx
-from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from assign.errors import AssignError, PlanError, suggest
 from assign.formats.dtypes import ITEM_BYTES
@@ -23,6 +23,7 @@ from assign.formats.rows import loaded_format
 from assign.json_file import MOST_ELEMENTS, Count, Kind, shown, twice
 from assign.notebook import SHOWN, Drawn, frame, table_html
 from assign.plan.keys import Key, Part
+from assign.plan.step_options import MOST_MICRO_BATCHES
 
 _FILE = Kind(
     name="tensor table", error=PlanError, advice="Make one with 'assign trace TASK --json FILE', or TensorTable.save."
@@ -183,11 +184,13 @@ class Schedule:
     Attributes:
         buffers, events: see :class:`Buffer` and :class:`Event`.
         kept: buffers that outlive the backward pass (gradients of the parameters).
-        parameter_bytes, buffer_bytes, batch_bytes: resident during the whole step.
+        parameter_bytes, buffer_bytes, batch_bytes: resident during the whole step; of the whole batch.
         gradient_bytes: gradients of all parameters, resident after the backward pass.
         optimizer: name of its class, ``''`` if there is none.
         optimizer_bytes: optimizer states.
         optimizer_scratch_bytes: temporary memory of the optimizer's step.
+        micro_batches: number of parts of the batch that run one after another. The events are those of one part, while
+            the gradients of earlier parts are alive.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -202,6 +205,7 @@ class Schedule:
     optimizer: str = ""
     optimizer_bytes: Count = 0
     optimizer_scratch_bytes: Count = 0
+    micro_batches: Annotated[int, Field(ge=1, le=MOST_MICRO_BATCHES)] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from rich.console import Group as Rows
 from rich.console import RenderableType
 from rich.table import Table
 
-from assign.memory.profile import Moments, moments
+from assign.memory.profile import Moments, moments, moments_of
 from assign.notebook import human_bytes
 from assign.plan.persistent_state import UpdateRounding
 from assign.plan.plan import Assignment, Diff, Entry
@@ -63,7 +63,7 @@ def planned_step(table: TensorTable, plan: Assignment) -> PlannedStep:
         PlanError: no library can store what the plan asks for, or the plan is for another model.
     """
     plan.check_fits(table, where="show")
-    before, after = moments(table, {}), moments(table, plan.entries, plan.update_rounding)
+    before, after = moments(table, {}), moments_of(table, plan)
     rows = tensor_rows(table, plan, after)
     return PlannedStep(before=before, after=after, rows=tuple(sorted(rows, key=lambda row: -row.bytes)))
 
@@ -97,6 +97,8 @@ def diff_table(diff: Diff) -> RenderableType:
             counts.add_row(*((title, "") if keys is diff.only_here else ("", title)), str(len(keys)))
     if diff.update_rounding:
         counts.add_row(*(f"updates rounded {each}" for each in diff.update_rounding), "")
+    if diff.step:
+        counts.add_row(*map(str, diff.step), "")
     table = new_table("Differences", ["tensor", "first", "second"], right=3)
     for key, (one, other) in diff.changed.items():
         table.add_row(key, _entry(one), _entry(other))
@@ -119,6 +121,8 @@ def _provenance(plan: Assignment) -> Table:
     head.add_row("model's fingerprint", plan.fingerprint)
     if plan.update_rounding != UpdateRounding.NEAREST:
         head.add_row("rounding of 16-bit updates", plan.update_rounding)
+    if plan.sums_inside:
+        head.add_row("a step runs", str(plan.step))
     head.add_row("strategy", f"{source.strategy or 'unknown'}, seed {source.seed}")
     head.add_row("made by", source.command or "unknown")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())

@@ -1,7 +1,7 @@
 """A traced training step: its tensors, together with the model, the batch, the loss and the optimizer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -25,13 +25,15 @@ class Step(TensorTable):
 
     Attributes:
         model: the module that was traced.
-        batch: the argument of ``loss`` that was traced.
+        batch: the argument of ``loss`` that was traced: with micro-batches, the largest of them.
+        whole: the batch before it was split into micro-batches; ``NOT_GIVEN`` if a training loop splits it itself.
         loss: ``loss(model, batch)`` → scalar tensor.
         optimizer: ``optimizer(parameters)`` → torch optimizer, or None.
     """
 
     model: nn.Module
     batch: Any
+    whole: Any
     loss: Loss
     optimizer: OptimizerFactory | None = None
 
@@ -39,6 +41,12 @@ class Step(TensorTable):
     def table(self) -> TensorTable:
         """Return the table alone, which does not keep the model alive."""
         return TensorTable(tensors=self.tensors, schedule=self.schedule, breaks=self.breaks, outside=self.outside)
+
+    def as_part_of(self, micro_batches: int) -> "Step":
+        """Return the step as one of several micro-batches, which a training loop makes and weights itself."""
+        if micro_batches == 1:
+            return self
+        return replace(self, schedule=replace(self.schedule, micro_batches=micro_batches), whole=NOT_GIVEN)
 
     def __repr__(self) -> str:
         return repr(self.table)

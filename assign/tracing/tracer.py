@@ -19,6 +19,8 @@ from assign import _torch
 from assign.errors import TraceError
 from assign.plan.grouping import assign_groups
 from assign.plan.keys import Key, buffer_key, grad_key, saved_key
+from assign.plan.split import split
+from assign.plan.step_options import StepOptions
 from assign.plan.table import Buffer, Event, Need, Role, Schedule, TensorInfo
 from assign.tracing.capture import Capture, Loss, check_parameters, compile_step
 from assign.tracing.functionalize import functionalize
@@ -33,7 +35,14 @@ from assign.tracing.tensor_sites import Walk, dtype_of, walk
 from assign.tracing.workspace import kernel_scratch
 
 
-def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory | None = None) -> Step:
+def trace(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    optimizer: OptimizerFactory | None = None,
+    *,
+    micro_batches: int = 1,
+) -> Step:
     """List every tensor of one training step.
 
     The model, its buffers and gradients, and the random generators are left as they were. If Dynamo cannot capture the
@@ -47,6 +56,8 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         optimizer: ``optimizer(parameters)`` → torch optimizer, whose states are counted. Default: no states are
             counted. For an optimizer whose states cannot be found, such as LBFGS, none are counted and a warning is
             issued. A parameter that this loss does not use has neither states nor a gradient.
+        micro_batches: number of parts of the batch that run one after another and whose gradients are summed. The
+            tensors are those of the largest part.
     Returns:
         The table of all tensors, in order of execution, with the data from which :func:`assign.estimate` predicts
         memory. It also refers to the model, the batch, the loss and the optimizer: functions that take these accept it
@@ -54,6 +65,7 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
     Raises:
         TraceError: the step cannot be captured, the loss is not a scalar, the optimizer cannot be made, or, on a CPU,
             another profiler is running.
+        PlanError: the batch cannot be split.
     Examples:
         ```python
         step = assign.trace(model, batch, loss, adamw)
@@ -62,23 +74,12 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         ```
     """
     check_parameters(model)
+    whole, batch = batch, largest_part(batch, micro_batches)
     recorder = _Recorder()
     step = compile_step(model, loss, recorder.receive, whole=True)
     with torch.enable_grad(), kept_state(model):
         result = step(batch)
-    if recorder.walked is None:
-        raise TraceError("trace: the loss does not use the model. loss(model, batch) must call model.")
-    if not isinstance(result, Tensor) or result.numel() != 1:
-        what = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-        raise TraceError(
-            f"trace: loss(model, batch) returned {what}, a scalar tensor is needed. Reduce it with .mean()."
-        )
-    if not recorder.has_gradient:
-        raise TraceError(
-            f"trace: loss(model, batch) returned a {result.dtype} tensor without a gradient, with which nothing can be "
-            "trained.\n  Allowed: a floating-point scalar that depends on the parameters.\n"
-            "  Do not detach it or convert it to integers, and compute it outside of torch.no_grad()."
-        )
+    recorder.check(result)
     breaks, outside = step.recorder.report()
     as_loaded = _as_loaded(model)
     used = as_loaded.keys() if outside else recorder.used  # an operator outside may read any parameter
@@ -88,11 +89,12 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         recorder.schedule,
         parameter_bytes=_bytes(as_loaded.values()),
         buffer_bytes=_bytes(model.buffers()),
-        batch_bytes=_bytes(leaf for leaf in _torch.pytree.tree_leaves(batch) if isinstance(leaf, Tensor)),
+        batch_bytes=_bytes(leaf for leaf in _torch.pytree.tree_leaves(whole) if isinstance(leaf, Tensor)),
         gradient_bytes=_bytes(twin for name, twin in as_loaded.items() if twin.requires_grad and name in used),
         optimizer=kept.name,
         optimizer_bytes=kept.bytes,
         optimizer_scratch_bytes=kept.scratch,
+        micro_batches=micro_batches,
     )
     tensors = assign_groups([*rows, *kept.rows])
     return Step(
@@ -102,15 +104,34 @@ def trace(model: nn.Module, batch: Any, loss: Loss, optimizer: OptimizerFactory 
         outside=outside,
         model=model,
         batch=batch,
+        whole=whole,
         loss=loss,
         optimizer=optimizer,
     )
 
 
+def largest_part(batch: Any, micro_batches: int) -> Any:
+    """Return the micro-batch with the most rows; the batch itself if it is not split.
+
+    Raises:
+        PlanError: the batch cannot be split, or the number of parts is below 1.
+    """
+    options = StepOptions(micro_batches=micro_batches)
+    return batch if micro_batches == 1 else split(batch, options)[-1].batch
+
+
 def as_step(
-    where: str, model: nn.Module | Step, batch: Any, loss: Any, optimizer: OptimizerFactory | None = None
+    where: str,
+    model: nn.Module | Step,
+    batch: Any,
+    loss: Any,
+    optimizer: OptimizerFactory | None = None,
+    *,
+    micro_batches: int | None = None,
 ) -> Step:
     """Return the Step that was given, or trace the model.
+
+    A Step that was traced with another number of micro-batches is traced again.
 
     Args:
         where: name of the function that was called, for errors.
@@ -118,14 +139,17 @@ def as_step(
         batch: as for :func:`trace`; not with a Step.
         loss: as for :func:`trace`; not with a Step.
         optimizer: as for :func:`trace`; not with a Step.
+        micro_batches: as for :func:`trace`. Default: those of the Step, or 1.
     Raises:
         TraceError: a Step and one of the others are given, an argument is missing, or as for :func:`trace`.
     """
     if isinstance(model, Step):
         refuse_more(where, batch=batch, loss=loss, optimizer=NOT_GIVEN if optimizer is None else optimizer)
-        return model
+        if micro_batches in (None, model.schedule.micro_batches) or model.whole is NOT_GIVEN:
+            return model
+        return trace(model.model, model.whole, model.loss, model.optimizer, micro_batches=micro_batches or 1)
     check_given(where, batch=batch, loss=loss)
-    return trace(model, batch, loss, optimizer)
+    return trace(model, batch, loss, optimizer, micro_batches=micro_batches or 1)
 
 
 class _Recorder:
@@ -159,6 +183,26 @@ class _Recorder:
             _torch.eager_backend(self._partition, lambda graph, _: graph)(capture.graph, capture.inputs)
         self.buffers = dict(_updated_buffers(capture))
         return lambda *_: examples
+
+    def check(self, result: Any) -> None:
+        """Check that the loss, ``result``, can be trained with.
+
+        Raises:
+            TraceError: it is no scalar with a gradient, or no graph was captured.
+        """
+        if self.walked is None:
+            raise TraceError("trace: the loss does not use the model. loss(model, batch) must call model.")
+        if not isinstance(result, Tensor) or result.numel() != 1:
+            what = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise TraceError(
+                f"trace: loss(model, batch) returned {what}, a scalar tensor is needed. Reduce it with .mean()."
+            )
+        if not self.has_gradient:
+            raise TraceError(
+                f"trace: loss(model, batch) returned a {result.dtype} tensor without a gradient, with which nothing "
+                "can be trained.\n  Allowed: a floating-point scalar that depends on the parameters.\n"
+                "  Do not detach it or convert it to integers, and compute it outside of torch.no_grad()."
+            )
 
     def _partition(self, joint: fx.GraphModule, split: Callable[[fx.GraphModule], _torch.Graphs]) -> _torch.Graphs:
         read_marked_outputs(joint.graph, torch.ops.assign.probe.default)

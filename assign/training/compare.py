@@ -13,7 +13,7 @@ import json
 import platform
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from assign.numerics.promotion import PromotionOptions
 from assign.options import accept_former
 from assign.plan.plan import Assignment
 from assign.plan.recipes import get_recipe
+from assign.plan.step_options import StepOptions
 from assign.plan.table import TensorTable
 from assign.tasks import Task, check_device
 from assign.tasks.batch import move
@@ -55,6 +56,11 @@ class Variant:
     name: str
     plan: Assignment | None
     promotion: PromotionOptions | None = None
+
+    @property
+    def micro_batches(self) -> int:
+        """Number of parts in which a step runs a batch."""
+        return self.plan.step.micro_batches if self.plan else 1
 
     def options(self, shared: TrainOptions) -> TrainOptions:
         """Return the options of the comparison with the promotion of this variant; nothing is promoted in float32."""
@@ -109,9 +115,10 @@ def compare(
     options = options or TrainOptions()
     _check(variants, seeds, options)
     task = make_task(seeds[0])
-    table = _traced(task, options.device)
+    tables = _traced(task, variants, options.device)
     for variant in variants:
-        _check_fits(variant, table, task.name)
+        _check_fits(variant, tables[variant.micro_batches], task.name)
+    table = next(iter(tables.values()))
     comparison = _empty(task, table, variants, seeds, options)
     goes_on = file is not None and file.exists()
     if file:
@@ -125,11 +132,11 @@ def compare(
                 result = train(
                     make_task(seed),
                     variant.plan,
-                    table=table,
+                    table=tables[variant.micro_batches],
                     options=replace(variant.options(options), seed=seed, checkpoint=checkpoint, resume=resume),
                     on_step=partial(on_step, variant, seed) if on_step else None,
                 )
-            run = _run(variant, seed, result, table, check_device(options.device))
+            run = _run(variant, seed, result, tables[variant.micro_batches], check_device(options.device))
             comparison = _with(comparison, run)
             if file:
                 comparison.save(file)
@@ -140,9 +147,12 @@ def compare(
     return comparison
 
 
-def _traced(task: Task, device: str) -> TensorTable:
+def _traced(task: Task, variants: Iterable[Variant], device: str) -> dict[int, TensorTable]:
+    """Return the task's step by number of micro-batches, for all variants."""
     where = check_device(device)
-    return trace(task.make_model().to(where), move(task.first_batch(), where), task.loss, task.optimizer).table
+    model, batch = task.make_model().to(where), move(task.first_batch(), where)
+    numbers = dict.fromkeys(variant.micro_batches for variant in variants)
+    return {n: trace(model, batch, task.loss, task.optimizer, micro_batches=n).table for n in numbers}
 
 
 def _empty(
@@ -337,4 +347,5 @@ def _hardware(device: torch.device) -> str:
 
 def _hash(plan: Assignment) -> str:
     entries = sorted((key, entry.format, entry.low) for key, entry in plan.entries.items())
-    return hashlib.sha256(repr([plan.recipe, entries]).encode()).hexdigest()[:16]
+    step = [plan.step] if plan.step != StepOptions() else []
+    return hashlib.sha256(repr([plan.recipe, entries, *step]).encode()).hexdigest()[:16]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from assign import distributed
 from assign.errors import DivergedError, PlanError, TaskError
 from assign.executor.apply import apply, planned_step
+from assign.executor.micro_batches import MicroBatchedStep
 from assign.formats.parsing import parse_format
 from assign.memory.estimate import peak_bytes
 from assign.numerics.delayed import DelayedScales
@@ -42,6 +43,7 @@ from assign.plan.persistent_state import (
 )
 from assign.plan.plan import Assignment
 from assign.plan.recipes import get_recipe, promotable
+from assign.plan.step_options import StepOptions
 from assign.plan.table import TensorTable
 from assign.tasks.batch import Batch, move, tensors_in
 from assign.tasks.task import Metrics, Task, check_device
@@ -339,6 +341,8 @@ class _Run:
         start = time.perf_counter()
         scale, skipped = None, False
         self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None and isinstance(self.loss, MicroBatchedStep):
+            self.loss.expect(self.scaler.get_scale())
         loss = self.loss(batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
@@ -413,7 +417,8 @@ class _Run:
         h, promotion = self.history, self.promotion
         plan = promotion.plan if promotion else self.plan
         later = promotable(table, self.plan) if table and self.plan and promotion and promotion.every else {}
-        peak = peak_bytes(table, plan.entries if plan else {}, self.update_rounding, later) if table else None
+        entries, inside = (plan.entries, plan.sums_inside) if plan else ({}, False)
+        peak = peak_bytes(table, entries, self.update_rounding, later, sums_inside=inside) if table else None
         return TrainResult(
             metrics=dict(h.metrics),
             fp32_metrics=dict(h.fp32_metrics),
@@ -448,6 +453,7 @@ class _Run:
             "seed": self.seed,
             "plan": plan,
             "update_rounding": str(self.update_rounding),
+            **({"step": self.plan.step.to_json()} if self.plan and self.plan.step != StepOptions() else {}),
         }
 
     def save(self, path: Path) -> None:

@@ -6,7 +6,7 @@ A plan is one decision per group of the table: low or high, in the recipe's two 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import optuna
@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from assign.errors import PlanError, StudyError
 from assign.executor.backends import Backend
+from assign.executor.micro_batches import find_reduction
 from assign.json_file import Count, Kind
 from assign.memory.estimate import estimate, peak_bytes
 from assign.options import option
@@ -139,7 +140,12 @@ class Trainer:
         where = check_device(settings.device)
         task = make_task(settings.seed)
         model, batch = task.make_model().to(where), move(task.first_batch(), where)
-        table = trace(model, batch, task.loss, task.optimizer).table
+        step = settings.space.step
+        if step.micro_batches > 1:
+            step = replace(step, reduction=find_reduction(model, task.loss, batch, step))
+            settings = replace(settings, space=replace(settings.space, step=step))
+        traced = trace(model, batch, task.loss, task.optimizer, micro_batches=step.micro_batches)
+        table, batch = traced.table, traced.batch
         keep = non_finite(model, batch, task.loss) if settings.space.saved else frozenset[str]()
         budget = None if settings.budget is None else parse_budget(settings.budget, peak_bytes(table, {}))
         complete = completion(table, settings.space, non_finite=keep)
@@ -161,7 +167,9 @@ class Trainer:
 
     def peak(self, low: Iterable[int]) -> int:
         """Return the peak bytes of a step with these groups low."""
-        return peak_bytes(self.table, self.entries(low), self.settings.space.update_rounding)
+        space = self.settings.space
+        inside = space.step.micro_batches > 1
+        return peak_bytes(self.table, self.entries(low), space.update_rounding, sums_inside=inside)
 
     def costs(self, low: Iterable[int]) -> dict[str, Any]:
         """Return the estimate of the plan with these groups low, as in its provenance."""
@@ -264,6 +272,7 @@ class Trainer:
             recipe=self.settings.space.recipe,
             fingerprint=self.table.fingerprint,
             update_rounding=UpdateRounding(self.settings.space.update_rounding),
+            step=self.settings.space.step,
         )
 
 

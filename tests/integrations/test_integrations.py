@@ -75,6 +75,23 @@ class TestTransformers:
         assert type(model) is kind
         assert isinstance(trainer.evaluate()["eval_loss"], float)
 
+    def test_micro_batches_are_those_that_the_trainer_accumulates(self, tmp_path):
+        from assign.integrations import transformers as under
+
+        plain = losses(make_trainer(tmp_path, gradient_accumulation_steps=4))
+        trainer = make_trainer(tmp_path, gradient_accumulation_steps=4)
+        plan = under.search(trainer, space=assign.SearchSpace(recipe="bf16"), low_ratio=0.0)
+        assert plan.step.micro_batches == 4
+        exact = plan.replace(dict.fromkeys(plan.entries, Entry("fp32", low=False)))
+        trainer.add_callback(under.PlanCallback(exact, backend="eager"))
+        assert losses(trainer) == plain
+        other = make_trainer(tmp_path, under.PlanCallback(plan, backend="eager"), gradient_accumulation_steps=2)
+        with pytest.raises(PlanError, match=r"4 micro-batches, and the trainer has gradient_accumulation_steps=2"):
+            other.train()
+        in_three = assign.SearchSpace(step=assign.StepOptions(micro_batches=3))
+        with pytest.raises(PlanError, match="3 micro-batches, and the trainer has gradient_accumulation_steps=4"):
+            under.search(trainer, space=in_three, low_ratio=0.0)
+
     def test_all_fp32_changes_nothing(self, tmp_path):
         from assign.integrations import transformers as under
 
@@ -153,11 +170,12 @@ def data(scale=1.0):
     return [(scale * torch.randn(16), torch.tensor(each % 4)) for each in range(64)]
 
 
-def fit(tmp_path, module, *callbacks, scale=1.0, logger=False):
+def fit(tmp_path, module, *callbacks, scale=1.0, logger=False, accumulate=1):
     import lightning.pytorch as pl
 
     trainer = pl.Trainer(
         max_epochs=2,
+        accumulate_grad_batches=accumulate,
         accelerator="cpu",
         logger=logger,
         callbacks=list(callbacks),
@@ -186,6 +204,16 @@ class TestLightning:
         assert planned != plain
         assert planned == pytest.approx(plain, rel=0.05)
         assert type(module.model) is nn.Sequential
+
+    def test_micro_batches_are_those_that_the_trainer_accumulates(self, tmp_path):
+        from assign.integrations.lightning import PlanCallback
+
+        plain, module = fit(tmp_path, make_module(), accumulate=2), make_module()
+        plan = make_plan(module, low_ratio=0.0).with_step(assign.StepOptions(micro_batches=2))
+        exact = plan.replace(dict.fromkeys(plan.entries, Entry("fp32", low=False)))
+        assert fit(tmp_path, module, PlanCallback(exact, backend="eager"), accumulate=2) == plain
+        with pytest.raises(PlanError, match="2 micro-batches, and the trainer has accumulate_grad_batches=4"):
+            fit(tmp_path, make_module(), PlanCallback(plan, backend="eager"), accumulate=4)
 
     def test_promotions_go_to_tensorboard(self, tmp_path):
         loggers = pytest.importorskip("lightning.pytorch.loggers")

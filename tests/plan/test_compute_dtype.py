@@ -117,13 +117,16 @@ def executed(model, batch, plan, promotion):
         examples = [x if dtype is None else x.to(dtype) for x, dtype in zip(examples, stored, strict=True)]
         values = {}
         with _torch.without_data(examples), torch.enable_grad():
-            Recorder(capture.graph, values).run(*examples, *(runtime for _, runtime in step.runtime))
+            added = [value for each in step.added for value in each.make(capture.inputs)]
+            Recorder(capture.graph, values).run(*examples, *added)
         for site in walked.sites:
             made.setdefault(site.key, dtype_of(values[site.node]))  # the first, where it enters a checkpointed block
         for node, key in walked.key_of.items():
             if node in values and getattr(node.target, "__name__", "") == "mark_tensor":
                 marked[key] = dtype_of(values[node])
-        for node, _ in step.runtime:  # Dynamo counts the inputs of its graph once more
+        for node in (
+            node for each in step.added for node in each.nodes
+        ):  # Dynamo counts the inputs of its graph once more
             _torch.drop_input(capture.graph, node)
         return stop
 

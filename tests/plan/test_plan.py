@@ -13,6 +13,7 @@ from assign.errors import PlanError
 from assign.json_file import LARGEST
 from assign.plan.persistent_state import UpdateRounding
 from assign.plan.plan import Assignment, Entry, Provenance
+from assign.plan.step_options import StepOptions
 
 E4M3, E5M2, BF16, FP32 = Entry("e4m3", True), Entry("e5m2", True), Entry("bf16", False), Entry("fp32", False)
 
@@ -105,7 +106,7 @@ def test_schema_describes_the_file() -> None:
     schema = Assignment.schema()
     assert schema["type"] == "object"
     assert schema["title"] == "assign plan"
-    optional = ["loaded", "provenance", "update_rounding"]
+    optional = ["loaded", "provenance", "step", "update_rounding"]
     assert sorted(schema["properties"]) == sorted([*schema["required"], *optional])
     assert sorted(schema["required"]) == ["assign_plan", "fingerprint", "recipe", "tensors"]
     assert schema["additionalProperties"] is False
@@ -323,3 +324,32 @@ def test_unknown_format_names_the_tensor_and_the_nearest() -> None:
     message = refusal(file_of(tensors={"a": {"format": "bf16", "low": False}, "b": {"format": "e4m33", "low": True}}))
     assert message.startswith("plan.json: 'b' is assigned the format 'e4m33'")
     assert "'e4m3'" in message
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"micro_batches": 0},
+        {"micro_batches": "4"},
+        {"micro_batches": True},
+        {"micro_batches": 4.5},
+        {"micro_batches": 2**40},
+        {"micro_batches": 4, "reduction": "average"},
+        {"micro_batches": 4, "part_statistics": 1},
+        {"micro_batches": 4, "more": 1},
+        4,
+        None,
+    ],
+)
+def test_a_step_that_makes_no_sense_is_refused(step: object) -> None:
+    text = plan().to_json().replace('"tensors":', f'"step": {json.dumps(step)},\n  "tensors":', 1)
+    with pytest.raises(PlanError):
+        Assignment.from_json(text)
+
+
+def test_a_step_is_written_only_if_it_differs_from_plain_torch() -> None:
+    assert '"step"' not in plan().to_json()
+    step = StepOptions(micro_batches=4, reduction="sum", part_statistics=True)
+    text = plan().with_step(step).to_json()
+    assert json.loads(text)["step"] == {"micro_batches": 4, "reduction": "sum", "part_statistics": True}
+    assert Assignment.from_json(text).step == step

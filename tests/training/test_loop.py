@@ -18,6 +18,7 @@ from assign.numerics.promotion import THRESHOLD, PromotionOptions
 from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import get_recipe, initial
 from assign.plan.space import SearchSpace
+from assign.plan.step_options import StepOptions
 from assign.plan.table import TensorTable
 from assign.planner import search_table
 from assign.tasks import Task, load_task
@@ -97,6 +98,12 @@ def stochastic(task: Task) -> Assignment:
     """Every tensor but the loss in 8 bits, rounded stochastically."""
     _, plan = make_plan(task, low=True)
     return plan.replace({key: Entry("e4m3:pow2:sr", True) for key, entry in plan.entries.items() if entry.low})
+
+
+def in_parts(task: Task, recipe: str = "hfp8") -> Assignment:
+    """In micro-batches, whose BatchNorm has statistics of its own; low, so that gradients need the loss scale."""
+    _, plan = make_plan(task, recipe, low=True)
+    return plan.with_step(StepOptions(micro_batches=4, part_statistics=True))
 
 
 def parameters(result: TrainResult) -> list[Tensor]:
@@ -291,8 +298,31 @@ def test_a_step_waits_for_the_device_no_more_than_it_must(monkeypatch: pytest.Mo
         assert reads(task, given, 8, monkeypatch) - reads(task, given, 7, monkeypatch) == expected
 
 
+def test_a_step_in_parts_is_predicted_and_trains_as_well() -> None:
+    task = make_task(train=batches(6, 32, 16), epochs=3)
+    table = trace(task.make_model(), task.first_batch(), task.loss, task.optimizer, micro_batches=4)
+    plan = in_parts(task, "bf16")
+    found = train(task, plan, table=table)
+    whole = train(task, plan.with_step(StepOptions()), table=trace(*table_arguments(task)))
+    assert found.predicted_peak_bytes == pytest.approx(found.measured_peak_bytes, rel=0.05)
+    assert found.measured_peak_bytes < 0.5 * whole.measured_peak_bytes
+    assert found.loss == pytest.approx(whole.loss, rel=0.1)
+
+
+def table_arguments(task: Task) -> tuple[Any, ...]:
+    return task.make_model(), task.first_batch(), task.loss, task.optimizer
+
+
+def test_another_number_of_parts_does_not_resume(tmp_path: Path) -> None:
+    task, file = make_task(), tmp_path / "run.pt"
+    train(task, in_parts(task), options=TrainOptions(epochs=1, checkpoint=file))
+    other = in_parts(task).with_step(StepOptions(micro_batches=2, part_statistics=True))
+    with pytest.raises(TaskError, match="step"):
+        train(task, other, options=TrainOptions(checkpoint=file, resume=True))
+
+
 class TestCheckpoint:
-    @pytest.mark.parametrize("make", [lambda task: None, lambda task: make_plan(task, "hfp8")[1], stochastic])
+    @pytest.mark.parametrize("make", [lambda task: None, lambda task: make_plan(task, "hfp8")[1], stochastic, in_parts])
     def test_resumed_equals_uninterrupted(self, tmp_path: Path, make: Callable[[Task], Assignment | None]) -> None:
         task = make_task(epochs=4)
         plan, file = make(task), tmp_path / "run.pt"
@@ -304,7 +334,7 @@ class TestCheckpoint:
         assert len(resumed.losses) == 4
         assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
 
-    @pytest.mark.parametrize(("steps", "make"), [(2, None), (4, None), (5, None), (5, stochastic)])
+    @pytest.mark.parametrize(("steps", "make"), [(2, None), (4, None), (5, None), (5, stochastic), (5, in_parts)])
     def test_resumes_within_an_epoch(
         self, tmp_path: Path, steps: int, make: Callable[[Task], Assignment] | None
     ) -> None:

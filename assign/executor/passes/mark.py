@@ -13,8 +13,13 @@ Autograd gives a parameter's gradient the parameter's dtype. Where the plan stor
 mark passes it to a *tap*: one more input of the graph, a tensor of that dtype without data. The gradient of the tap
 becomes the parameter's gradient (see :func:`taps_of`). The gradient is thus narrow from the mark on, and not only after
 the whole backward pass.
+
+Under a plan with micro-batches, the mark passes the gradient to :mod:`assign.optim.summing` instead, and autograd gets
+none. The graph has two more inputs for this: the object with the parameters, and the *receipt*, a leaf whose gradient
+depends on all sums, so that no compiler removes them.
 """
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,7 +29,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from assign import _torch
-from assign.executor.context import Context, Step, Tap
+from assign.executor.context import Added, Context, Step
 from assign.formats.dtypes import FLOAT32, NARROW
 from assign.formats.parsing import parse_format
 from assign.formats.rows import FORMATS, LOADED, Format
@@ -34,8 +39,9 @@ from assign.numerics.rounding import draw_seed, stream_of
 from assign.numerics.runtime_formats import Runtime
 from assign.numerics.torch_dtypes import dtype_name, torch_dtype
 from assign.optim.gradients import keep_scale
+from assign.optim.summing import Sums, is_rounded
 from assign.plan.compute_dtype import ComputeDtypes, changes_nothing
-from assign.plan.keys import grad_key, saved_key
+from assign.plan.keys import grad_key, saved_key, stored_grad_key
 from assign.plan.ops import ARITHMETIC, CONVERSIONS, FLOAT32_PARAMETERS
 from assign.plan.persistent_state import gradient_format, stored_dtype
 from assign.plan.plan import Assignment, format_pair
@@ -70,6 +76,9 @@ class Marking(NamedTuple):
         stored: name of the scaled format in which the gradient is stored; empty if it has none.
         slot: key of the tensor if its format may be promoted, else empty.
         histories: keys of the tensor and of its gradient; each is empty unless its scale comes from earlier steps.
+        number: number of the parameter whose gradient is summed over micro-batches; -1 if it is not.
+        sum_format: name of the format in which that sum is stored.
+        sum_stream: stream number of the random bits of the sum.
     """
 
     forward: str
@@ -80,6 +89,9 @@ class Marking(NamedTuple):
     stored: str = ""
     slot: str = ""
     histories: tuple[str, str] = ("", "")
+    number: int = -1
+    sum_format: str = ""
+    sum_stream: int = 0
 
 
 class _Mark(torch.autograd.Function):
@@ -92,9 +104,11 @@ class _Mark(torch.autograd.Function):
         runtime: Runtime | None,
         tap: Tensor | None,
         scale_tap: Tensor | None,
+        sums: Sums | None,
+        receipt: Tensor | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)  # without an incoming gradient, the mark returns None
-        ctx.how, ctx.runtime, ctx.has_tap = how, runtime, tap is not None
+        ctx.how, ctx.runtime, ctx.sums, ctx.has_tap = how, runtime, sums, tap is not None
         ctx.gradient_dtype = x.dtype if tap is None else tap.dtype
         ctx.save_for_backward(seed)
         return _round(x, how, seed, runtime, torch_dtype(how.dtype), backward=False)
@@ -103,15 +117,24 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,), (seed,) = grads, ctx.saved_tensors
         if grad is None:
-            return (None,) * 6
+            return (None,) * 8
         rounded = _round(grad, ctx.how, seed, ctx.runtime, grad.dtype, backward=True)
+        if ctx.sums is not None:
+            return (*(None,) * 7, _summed(rounded, ctx.how, seed, ctx.sums))
         scale = None
         if ctx.how.stored:
             gradient, scale = _encoded(rounded, ctx.how.stored, ctx.gradient_dtype)
         else:
             gradient = rounded.to(ctx.gradient_dtype)
         to_x, to_tap = (None, gradient) if ctx.has_tap else (gradient, None)
-        return to_x, None, None, None, to_tap, scale
+        return to_x, None, None, None, to_tap, scale, None, None
+
+
+def _summed(gradient: Tensor, how: Marking, seed: Tensor | None, sums: Sums) -> Tensor:
+    """Add the gradient to those of earlier micro-batches; return the receipt."""
+    randomness = (seed, how.sum_stream) if is_rounded(how.sum_format) else ()
+    receipt: Tensor = torch.ops.assign.sum_gradient(gradient, how.number, how.sum_format, *randomness, sums=sums)
+    return receipt
 
 
 def _encoded(gradient: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -137,14 +160,14 @@ class _Tap(torch.autograd.Function):
         return gradient, None
 
 
-def taps_of(parameter: Tensor, tap: "Tap") -> list[Tensor]:
+def taps_of(parameter: Tensor, dtype: torch.dtype, *, scaled: bool) -> list[Tensor]:
     """Return one tensor for the gradient of a parameter, and a second one for its scale if the gradient has a scale.
 
-    The first has the parameter's shape, the tap's dtype and no data; its gradient becomes the parameter's gradient. The
-    gradient of the second is the scale.
+    The first has the parameter's shape, the dtype of the stored gradient and no data; its gradient becomes the
+    parameter's gradient. The gradient of the second is the scale.
     """
-    gradient, scale = _torch.apply_function(_Tap, parameter, tap.dtype)
-    return [gradient, scale] if len(tap.nodes) > 1 else [gradient]
+    gradient, scale = _torch.apply_function(_Tap, parameter, dtype)
+    return [gradient, scale] if scaled else [gradient]
 
 
 def _round(
@@ -182,6 +205,8 @@ def mark_tensor(
     runtime: Runtime | None = None,
     tap: Tensor | None = None,
     scale_tap: Tensor | None = None,
+    sums: Sums | None = None,
+    receipt: Tensor | None = None,
 ) -> Tensor:
     """Round ``x`` and, in the backward pass, its gradient.
 
@@ -192,18 +217,20 @@ def mark_tensor(
         runtime: formats and scales that change between steps.
         tap: receives the gradient, in the tap's dtype, instead of ``x``.
         scale_tap: receives the scale by which a stored gradient is divided.
+        sums: receives the gradient, instead of ``x`` and the tap, and adds it to those of earlier micro-batches.
+        receipt: a leaf without axes; its gradient shows that the sum was computed.
     Returns:
         The rounded tensor, in the shape of ``x``.
     """
-    return _torch.apply_function(_Mark, x, how, seed, runtime, tap, scale_tap)
+    return _torch.apply_function(_Mark, x, how, seed, runtime, tap, scale_tap, sums, receipt)
 
 
 def mark(graph: fx.GraphModule, context: Context) -> fx.GraphModule:
     """Insert the marks of the plan into the captured step; the graph of an all-fp32 plan stays as it is.
 
     Tensors that the plan does not name keep their loaded dtype (this happens only in evaluation: training checks the
-    plan first). A tensor that may be promoted has a carrier dtype that also holds its high format. The new taps are
-    added to ``step.taps`` in the order of the graph's inputs.
+    plan first). A tensor that may be promoted has a carrier dtype that also holds its high format. The new inputs are
+    added to ``step.added``.
     """
     step = context.step
     assert step is not None
@@ -213,8 +240,7 @@ def mark(graph: fx.GraphModule, context: Context) -> fx.GraphModule:
         marker.restore_outputs(graph)
     graph.graph.lint()
     graph.recompile()
-    step.taps.extend(marker.taps)
-    step.runtime.extend(marker.runtime_input())
+    step.added.extend(marker.added)
     return graph
 
 
@@ -235,7 +261,9 @@ class _Marker:
             {key: slot.high for key, slot in self.slots.items()},
         )
         self.dtypes = {node: dtype_name(dtype) for node, dtype in capture.dtypes.items()}  # where not the loaded one
-        self.taps: list[Tap] = []
+        self.summed = step.summed
+        self.added: list[Added] = []
+        self.sums: tuple[dict[str, fx.Node], list[int]] | None = None
         self.seeds: dict[fx.Graph, fx.Node] = {}
         self.runtimes: dict[fx.Graph, fx.Node] = {}
         self.histories: dict[str, History] = {}
@@ -366,7 +394,7 @@ class _Marker:
                 return
             # its gradient is rounded in the piece that made the tensor, where all its parts are summed
             formats, histories = (formats[0], FORMATS["fp32"]), ("", "")
-        tap = self._tap(graph, site, have) if site.op == "parameter" else {}
+        tap = self._gradient_inputs(graph, site, have) if site.op == "parameter" else {}
         if have == dtype and names == {dtype} and not explicit and not tap:
             self.dtypes[site.node] = dtype
             return
@@ -381,10 +409,12 @@ class _Marker:
             slot=slot,
             histories=histories,
         )
+        if "sums" in tap:
+            how = self._summing(how, site, stored.name)
         rounded = (*formats, self.slots[site.key].high) if slot else formats
         with graph.graph.inserting_before(before):
             inputs = dict(tap)
-            if any(fmt.stochastic for fmt in rounded):
+            if any(fmt.stochastic for fmt in rounded) or (how.sum_format and is_rounded(how.sum_format)):
                 inputs["seed"] = self._seed(graph)
             if slot or any(histories):
                 inputs["runtime"] = self._runtime(graph)
@@ -408,26 +438,56 @@ class _Marker:
         self.histories[key] = history
         return key
 
-    def _tap(self, graph: fx.GraphModule, site: Site, have: str) -> dict[str, Any]:
-        """Add an input for the gradient of a parameter if that gradient is stored in another dtype than the parameter.
+    def _gradient_inputs(self, graph: fx.GraphModule, site: Site, have: str) -> dict[str, Any]:
+        """Add the inputs that receive the gradient of a parameter, if autograd shall not have it as it is.
 
-        No input is added inside a checkpointed body, which autograd enters as a whole: there the gradient is converted
-        after the backward pass.
+        These are the sums over micro-batches, or a tap if the gradient is stored in another dtype than the parameter.
+        No input is added for a mark inside a checkpointed body, which autograd enters as a whole: there the gradient is
+        converted and summed after the backward pass.
 
         Returns:
-            Keyword arguments of the mark: ``tap`` and, for a gradient with a scale, ``scale_tap``; empty if not needed.
+            Keyword arguments of the mark: ``sums`` and ``receipt``, or ``tap`` and, for a gradient with a scale,
+            ``scale_tap``; empty if nothing is needed.
         """
-        stored = gradient_format(self.plan.entries, site.key)
-        dtype = stored_dtype(stored)
-        if dtype == have or graph is not self.capture.graph or not torch.is_grad_enabled():
+        if graph is not self.capture.graph or not torch.is_grad_enabled():
             return {}
         if not _torch.fake_value(site.node).requires_grad:
             return {}
-        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        name = f"assign_tap_{len(self.taps)}"
+        position = graph.graph.find_nodes(op="placeholder").index(site.node)
+        if position in self.summed:
+            return self._sum_inputs(graph, position)
+        stored = gradient_format(self.plan.entries, site.key)
+        dtype = stored_dtype(stored)
+        if dtype == have:
+            return {}
+        name = f"assign_tap_{len(self.added)}"
         nodes = [_torch.add_input(graph, each) for each in ((name, f"{name}_scale") if stored.scaled else (name,))]
-        self.taps.append(Tap(nodes=tuple(nodes), position=inputs.index(site.node), dtype=torch_dtype(dtype)))
+        make = functools.partial(taps_of, dtype=torch_dtype(dtype), scaled=stored.scaled)
+        self.added.append(Added(nodes=tuple(nodes), make=lambda inputs: make(inputs[position])))
         return {"tap": nodes[0], **({"scale_tap": nodes[1]} if stored.scaled else {})}
+
+    def _sum_inputs(self, graph: fx.GraphModule, position: int) -> dict[str, fx.Node]:
+        """Return the inputs that all sums share, and give the parameter at ``position`` the next number in them."""
+        if self.sums is None:
+            nodes = {name: _torch.add_input(graph, f"assign_{name}") for name in ("sums", "receipt")}
+            positions: list[int] = []
+            self.sums = nodes, positions
+            receipt = functools.partial(torch.zeros, (), device=self._device(), requires_grad=True)
+            self.added.append(
+                Added(
+                    nodes=tuple(nodes.values()),
+                    make=lambda inputs: [Sums([inputs[each] for each in positions]), receipt()],
+                )
+            )
+        nodes, positions = self.sums
+        positions.append(position)
+        return nodes
+
+    def _summing(self, how: Marking, site: Site, stored: str) -> Marking:
+        """Return the same rounding, with the gradient summed for the parameter that was numbered last."""
+        assert self.sums is not None
+        number, stream = len(self.sums[1]) - 1, stream_of(stored_grad_key(site.key))
+        return how._replace(number=number, sum_format=stored, sum_stream=stream)
 
     def _seed(self, graph: fx.GraphModule) -> fx.Node:
         """Return the node that holds the seed: made once at the beginning of the graph; in a body, a placeholder."""
@@ -443,25 +503,23 @@ class _Marker:
         return self.seeds[graph.graph]
 
     def _runtime(self, graph: fx.GraphModule) -> fx.Node:
-        """Return the input for what changes between steps: the last input of the graph; in a body, a placeholder."""
+        """Return the input for what changes between steps; in a body, a placeholder."""
         if graph.graph not in self.runtimes:
             if graph is self.capture.graph:
-                self.runtimes[graph.graph] = _torch.add_input(graph, "assign_runtime")
+                node = self.runtimes[graph.graph] = _torch.add_input(graph, "assign_runtime")
+                live: list[Runtime] = []
+
+                def make(_inputs: Sequence[Any]) -> list[Runtime]:
+                    if not live:  # all slots and histories are known once the whole graph is marked
+                        live.append(Runtime(self.slots, self.histories))
+                    return live
+
+                self.added.append(Added(nodes=(node,), make=make))
             else:
                 first = next(node for node in graph.graph.nodes if node.op != "placeholder")
                 with graph.graph.inserting_before(first):
                     self.runtimes[graph.graph] = graph.graph.placeholder("assign_runtime")
         return self.runtimes[graph.graph]
-
-    def runtime_input(self) -> list[tuple[fx.Node, Runtime]]:
-        """Return the input for what changes between steps, moved after all others, and its value; or an empty list."""
-        node = self.runtimes.get(self.capture.graph.graph)
-        if node is None:
-            return []
-        last = self.capture.graph.graph.find_nodes(op="placeholder")[-1]
-        if last is not node:
-            last.append(node)
-        return [(node, Runtime(self.slots, self.histories))]
 
     def _device(self) -> torch.device:
         return next(value.device for value in self.capture.inputs if isinstance(value, Tensor))

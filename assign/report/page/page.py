@@ -12,7 +12,7 @@ from typing import Any
 from assign.errors import ReportError
 from assign.json_file import Kind
 from assign.memory.estimate import Estimate, estimate
-from assign.memory.profile import Moments, moments
+from assign.memory.profile import Moments, moments, moments_of
 from assign.notebook import human_bytes
 from assign.pareto import Front
 from assign.plan.noise_table import NoiseTable
@@ -112,7 +112,7 @@ def context(report: Report) -> dict[str, Any]:
     """Return what the template gets: figures, rows and texts."""
     plan, table = report.plan, report.table
     costs = estimate(table, plan)
-    before, after = moments(table, {}), moments(table, plan.entries, plan.update_rounding)
+    before, after = moments(table, {}), moments_of(table, plan)
     rows = tensor_rows(table, plan, after, report.noise)
     looks = colours.of_formats(formats_of(rows))
     points, this = points_of(report.front.plans) if report.front else [], point_of(plan, report.name)
