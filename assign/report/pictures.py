@@ -124,7 +124,7 @@ def accuracy_picture(comparison: Comparison, metric: str | None = None) -> "Figu
     for number, (_, summary) in enumerate(planned):
         _draw_point(axes, number, summary, name)
     strip.set_xlim(-0.03, 1.03)
-    strip.set_xlabel("low ratio: share of the elements held low" + _promoted(planned))
+    strip.set_xlabel("low ratio: share of the elements in their low format" + _promoted(planned))
     _finish(axes, comparison, name, "at the end of training", bars="bars")
     return figure
 

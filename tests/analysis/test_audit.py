@@ -306,7 +306,7 @@ def here(tmp_path, monkeypatch):
 def test_audit_in_a_shell(here):
     run("train", "mine.py", "--checkpoint", "c.pt")
     output = run("audit", "mine.py", "--checkpoint", "c.pt", "--json", "a.json")
-    for words in ("Constants that do not survive", "optimizer, group 0", "0.0001", "all weights", "Nothing overflows."):
+    for words in ("Constants that are lost", "optimizer, group 0", "0.0001", "all weights", "Nothing overflows."):
         assert words in output
     found = json.loads((here / "a.json").read_text())
     assert [each["where"] for each in found["constants"]] == ["1", "optimizer, group 0"]

@@ -52,7 +52,7 @@ def test_accuracy_says_what_it_shows(svg: Path) -> None:
     found = texts(svg)
     assert {"fp32", "low", "lower", "bad", "diverged", "(1 of 2 diverged)", "(2 of 2 diverged)"} <= set(found)
     assert "accuracy (%) at the end of training" in found
-    assert "low ratio: share of the elements held low, at the end of training" in found
+    assert "low ratio: share of the elements in their low format, at the end of training" in found
     assert any("mean of 2 seeds; bars: lowest to highest" in text for text in found)
     assert any(text.endswith("%") for text in found)
 
