@@ -91,21 +91,21 @@ class Origin:
 
 def origin_of(path: Path, plan: Assignment, given: OriginOptions) -> Origin:
     """Return the origin of a plan: what the user gives, and otherwise what the command that made the plan was given."""
-    asked = _asked(plan)
-    folder = given.data or asked.get("data")
-    named = asked.get("task")
+    searched = _search_options(plan)
+    folder = given.data or searched.get("data")
+    named = searched.get("task")
     return Origin(
         plan=path,
         task=given.task or (named if named in BUILTIN else None),
         own_task=None if named in BUILTIN else named,
-        batch_size=given.batch_size or asked.get("batch_size"),
-        device=given.device or asked.get("device") or "cpu",
+        batch_size=given.batch_size or searched.get("batch_size"),
+        device=given.device or searched.get("device") or "cpu",
         data=None if folder is None else Path(folder),
         command=plan.provenance.command,
     )
 
 
-def _asked(plan: Assignment) -> dict[str, Any]:
+def _search_options(plan: Assignment) -> dict[str, Any]:
     """Return the options of the command that made a plan, by name; empty if it was not one of these commands."""
     try:
         name, *arguments = shlex.split(plan.provenance.command.removeprefix("assign "))

@@ -123,5 +123,5 @@ def compare_plans(
     if len(found.runs) > len(trained):
         console.print(f"{len(found.runs) - len(trained)} of {len(found.runs)} runs were read from {json_file}")
     console.print(tables.comparison_table(found))
-    for text in pictures.draw(found, drawn, must=picture is not None):
+    for text in pictures.draw(found, drawn, required=picture is not None):
         console.print(text)

@@ -24,12 +24,12 @@ class Writer(Protocol):
         """Add one point to a curve."""
 
 
-def search(trainer: Trainer, **asked: Any) -> Assignment:
+def search(trainer: Trainer, **search_options: Any) -> Assignment:
     """Return a plan for one step of the trainer: its model, its first batch, its loss.
 
     Args:
         trainer: with a training dataset; it need not have trained.
-        asked: options of :func:`assign.search`, e.g. ``budget="60%"``.
+        search_options: options of :func:`assign.search`, e.g. ``budget="60%"``.
     Raises:
         AssignError: as for :func:`assign.search`.
     """
@@ -50,7 +50,7 @@ def search(trainer: Trainer, **asked: Any) -> Assignment:
         return made
 
     assert trainer.model is not None
-    return planner.search(trainer.model, batch, loss, optimizer=optimizer, **asked)
+    return planner.search(trainer.model, batch, loss, optimizer=optimizer, **search_options)
 
 
 def _items(trainer: Trainer, batch: Any) -> Any:

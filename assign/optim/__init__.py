@@ -7,7 +7,7 @@
 ``widening``      Round the updates of any library.
 ``gradients``     Gradients stored in 8 bits.
 ``masters``       Masters with extra bits.
-``beside``        State stored with a parameter.
+``extras``        State stored with a parameter.
 ``monitor``       Count updates lost by rounding.
 ================  ============================================================
 """

@@ -96,7 +96,7 @@ def test_search_by_training(here, capsys, monkeypatch):
         assert Assignment.load(here / row["plan"]).provenance.strategy == "optuna"
     assert (here / "plans.study.db").exists()
     assert "a front of plans" in fails(capsys, monkeypatch, *by_training, "-o", "one.json")
-    assert "Give at least one of each" in fails(capsys, monkeypatch, *by_training, "--trials", "0", "-o", "plans")
+    assert "Give at least 1 for each" in fails(capsys, monkeypatch, *by_training, "--trials", "0", "-o", "plans")
     before = ("search", "mine.py", "--strategy", "optuna")
     for option in ("--low-ratio=0.5", "--granularity=tensor", "--pin=*=bf16"):
         assert "'optuna' does not take" in fails(capsys, monkeypatch, *before, option)
@@ -131,7 +131,7 @@ def test_a_front_and_a_plan_picked_from_it(here, capsys, monkeypatch):
     assert "needs" in fails(capsys, monkeypatch, "search", "mine.py", "--budget", "1KB", "--front", "plans")
     assert "Give one" in fails(capsys, monkeypatch, "search", "mine.py", "--front", "plans")
     assert "names one file" in fails(capsys, monkeypatch, "search", "mine.py", "--pareto", "3")
-    assert "holds files" in fails(capsys, monkeypatch, "search", "mine.py", "--pareto", "3", "-o", "plans")
+    assert "already contains files" in fails(capsys, monkeypatch, "search", "mine.py", "--pareto", "3", "-o", "plans")
 
 
 def test_trace_search_estimate_train_show_diff(here):
@@ -225,7 +225,7 @@ def test_compare_refuses_bad_input_before_it_trains(here, capsys, monkeypatch):
     monkeypatch.setattr("assign.training.compare.train", None)
     assert "no plan to compare" in error("mine.py")
     assert "there is no plan nowhere.json" in error("mine.py", "--plan", "nowhere.json")
-    assert "0 seeds were asked for" in error("mine.py", "--plan", "low.json", "--seeds", "0")
+    assert "0 seeds were requested" in error("mine.py", "--plan", "low.json", "--seeds", "0")
     assert "suffix must be one of .svg, .png" in error("mine.py", "--plan", "low.json", "--picture", "a.gif")
     assert "does not fit this model" in error("mine.py:nan", "--plan", "low.json")
     assert not (here / "compare.json").exists()
@@ -331,7 +331,7 @@ def test_show_lowered_says_where_operators_run_and_why(here):
     rows = {row["key"]: row for row in json.loads((here / "lowered.json").read_text())}
     assert list(rows) == ["0/linear", "1/gelu", "2/linear", "loss/mse_loss"]
     assert [row["dtype"] for row in rows.values()] == ["bfloat16", "bfloat16", "bfloat16", "float32"]
-    assert rows["0/linear"]["why"] == "all it reads and makes lives in bfloat16"
+    assert rows["0/linear"]["why"] == "its inputs and outputs are bfloat16"
     assert "matrix products: 2 in bfloat16" in printed
     plan = json.loads((here / "p.json").read_text())
     plan["tensors"]["0.weight"]["format"] = plan["tensors"]["0.weight.grad"]["format"] = "fp32"
@@ -339,9 +339,9 @@ def test_show_lowered_says_where_operators_run_and_why(here):
     (here / "q.json").write_text(json.dumps(plan))
     run("show", "q.json", "--lowered", "--task", "mine.py:task", "--json", "lowered.json")
     rows = {row["key"]: row for row in json.loads((here / "lowered.json").read_text())}
-    assert rows["0/linear"]["why"] == "it reads 0.weight, which lives in float32"
+    assert rows["0/linear"]["why"] == "it reads 0.weight, which is float32"
     assert rows["1/gelu"]["why"].startswith("its result, fp(4,3,4) and its gradient ")
-    assert rows["2/linear"]["why"] == "it reads 1/gelu, which lives in float32"
+    assert rows["2/linear"]["why"] == "it reads 1/gelu, which is float32"
     assert rows["loss/mse_loss"]["why"] == "not known to sum in float32 when its operands are 16-bit"
 
 
@@ -394,8 +394,8 @@ def test_what_is_stored_can_be_chosen_and_is_shown(here, capsys, monkeypatch):
     def error(*arguments):
         return fails(capsys, monkeypatch, "search", "mine.py", *arguments)
 
-    assert "is not for a master" in error("--low-ratio", "0", "--master", "e4m3")
-    assert "none fits" in error("--low-ratio", "0", "--optimizer-states", "dynamic8")
+    assert "is not allowed for a master" in error("--low-ratio", "0", "--master", "e4m3")
+    assert "no state can be stored in it" in error("--low-ratio", "0", "--optimizer-states", "dynamic8")
     assert "Choose the recipe bf16 or fp16" in error("--strategy", "standalone")
     assert "follows from the model alone" in error("--strategy", "standalone", "--recipe", "bf16", "--budget", "50%")
 
@@ -409,10 +409,10 @@ def test_what_waits_may_be_saved_in_blocks(here, capsys, monkeypatch):
     result = json.loads((here / "run.json").read_text())
     assert not result["plan"]["diverged"]
     assert math.isfinite(result["plan"]["loss"])
-    assert "none takes fewer bytes" in fails(
+    assert "no saved activation takes fewer bytes" in fails(
         capsys, monkeypatch, "search", "mine.py", "--low-ratio", "0", "--saved", "fp32"
     )
-    assert "For saved copies also: e4m3:block64" in fails(
+    assert "For saved activations also: e4m3:block64" in fails(
         capsys, monkeypatch, "search", "mine.py", "--low-ratio", "0", "--saved", "int3"
     )
 
