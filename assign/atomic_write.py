@@ -118,7 +118,7 @@ def _target(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, not a regular file")
     if not os.access(path, os.W_OK):
-        raise OSError(errno.EACCES, "it may not be written")
+        raise OSError(errno.EACCES, "it is not writable")
     return Path(os.path.realpath(path)), stat.S_IMODE(found.st_mode)
 
 

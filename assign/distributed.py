@@ -157,8 +157,8 @@ def check_sharded(model: nn.Module, plan: Assignment) -> None:
         raise PlanError(
             f"apply: the plan stores the gradient of {narrow!r} as {gradient_format(plan.entries, narrow).name} and "
             f"its master as {master_format(plan.entries, narrow).name}, but fully_shard makes a gradient in its "
-            "parameter's dtype.\n  Allowed: gradients stored as their masters are; or DistributedDataParallel.\n"
-            f"  Leave {stored_grad_key(narrow)!r} and the like out of the plan."
+            "parameter's dtype.\n  Allowed: gradients in the format of their masters; or DistributedDataParallel.\n"
+            f"  Leave {stored_grad_key(narrow)!r} and similar entries out of the plan."
         )
     if shards:
         _check_dtypes(model, plan)
@@ -183,16 +183,16 @@ def wrap_distributed(compiled: Callable[..., Any], plan: Assignment) -> Callable
         if has_scaled_gradients(plan.entries) and torch.is_grad_enabled():
             raise PlanError(
                 f"several processes: the plan stores the gradient of {narrow!r} in 8 bits with a scale of its own, and "
-                "no process can add another's to it.\n  Allowed: gradients in fp32, bf16 or fp16; or one process.\n"
-                "  Search a plan with --gradients bf16."
+                "gradients of several processes cannot be added in it.\n"
+                "  Allowed: gradients in fp32, bf16 or fp16; or one process.\n  Search a plan with --gradients bf16."
             )
         if narrow is not None and torch.is_grad_enabled() and _torch.is_reduced_in_buckets():
             raise PlanError(
                 f"DistributedDataParallel: the plan stores the gradient of {narrow!r} as "
                 f"{gradient_format(plan.entries, narrow).name}, and DDP reduces gradients in buckets of "
                 f"{master_format(plan.entries, narrow).name}.\n"
-                "  Allowed: gradients stored as their masters are; or DDP without buckets.\n"
-                "  Use assign.distributed.data_parallel(planned) in the place of DistributedDataParallel(planned)."
+                "  Allowed: gradients in the format of their masters; or DDP without buckets.\n"
+                "  Use assign.distributed.data_parallel(planned) instead of DistributedDataParallel(planned)."
             )
         shards = _shards(module)
         if not shards:
@@ -210,7 +210,7 @@ def _refuse_split(plan: Assignment) -> None:
     if split is not None:
         raise PlanError(
             f"several processes: the plan stores {master_key(split)!r} as {master_format(plan.entries, split).name}, "
-            "and its extra bits are in one process's optimizer, which no other one is told of.\n"
+            "but its extra bits are in the optimizer of one process, and other processes do not get them.\n"
             "  Allowed: masters in fp32, bf16 or fp16; or one process.\n  Search a plan with --master bf16."
         )
 
@@ -223,9 +223,9 @@ def _gathering(module: nn.Module, shards: dict[str, Any], compiled: Callable[...
         for name, shard in shards.items():
             if shard is not module and not _torch.fsdp_has_root(shard):
                 raise PlanError(
-                    f"fully_shard: {name!r} is sharded, but the model around it is not, so that nothing reduces its "
-                    "gradients when the backward pass is over.\n  Allowed: fully_shard on any parts and on the model.\n"
-                    "  Call fully_shard(model) too, after its parts."
+                    f"fully_shard: {name!r} is sharded, but the model that contains it is not, so nothing reduces "
+                    "its gradients after the backward pass.\n  Allowed: fully_shard on any parts and on the model.\n"
+                    "  Also call fully_shard(model), after its parts."
                 )
         with _whole(inner), _torch.hidden_fsdp_hooks(shards.values()):
             return compiled(*args, **kwargs)
@@ -267,8 +267,8 @@ def _check_dtypes(model: nn.Module, plan: Assignment) -> None:
         master = master_format(plan.entries, key)
         if parameter.is_floating_point() and str(parameter.dtype) != f"torch.{stored_dtype(master)}":
             raise PlanError(
-                f"apply: the plan stores the master of {key!r} as {master.name}, but fully_shard has sharded it as "
-                f"{parameter.dtype} already.\n  Allowed: masters that are in their dtype when they are sharded.\n"
+                f"apply: the plan stores the master of {key!r} as {master.name}, but fully_shard has already sharded "
+                f"it as {parameter.dtype}.\n  Allowed: masters that have the plan's dtype when they are sharded.\n"
                 "  Apply the plan first: fully_shard(assign.apply(model, plan))."
             )
 
@@ -280,7 +280,7 @@ def _check_policy(name: str, module: nn.Module) -> None:
         if dtype is not None:
             raise PlanError(
                 f"apply: {name or 'the model'!r} is sharded with MixedPrecisionPolicy({option}={dtype}), but the plan "
-                "decides in which format each tensor is.\n  Allowed: MixedPrecisionPolicy(reduce_dtype=…), or none.\n"
+                "decides the format of each tensor.\n  Allowed: MixedPrecisionPolicy(reduce_dtype=…), or none.\n"
                 f"  Leave {option} out of fully_shard's mp_policy."
             )
 
@@ -296,5 +296,5 @@ def _check_masters(name: str, module: nn.Module, plan: Assignment) -> None:
         raise PlanError(
             f"apply: fully_shard keeps the parameters of {name or 'the model'!r} in one dtype, but the plan stores "
             f"{one!r} as {first} and {another!r} as {second}.\n  Allowed: masters of one format in each part.\n"
-            "  Store them alike, or shard them apart: fully_shard on smaller parts."
+            "  Store them in one format, or shard them separately: fully_shard on smaller parts."
         )

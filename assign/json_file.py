@@ -69,8 +69,8 @@ class Kind:
                 content = file.read(MOST_BYTES + 1)
             if len(content) > MOST_BYTES:
                 raise self.error(
-                    f"{where} is not a {self.name}: it has more than {MOST_BYTES >> 20} MiB, the most that is read. "
-                    f"{self.advice}"
+                    f"{where} is not a {self.name}: it is larger than {MOST_BYTES >> 20} MiB, the largest size "
+                    f"that is read. {self.advice}"
                 )
             return content.decode("utf-8-sig")
         except FileNotFoundError:
@@ -98,10 +98,10 @@ class Kind:
         except json.JSONDecodeError as error:
             raise self.error(
                 f"{where} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}, "
-                f"of {len(text.splitlines())} lines. A file that was cut off ends so. {self.advice}"
+                f"of {len(text.splitlines())} lines. A truncated file has this error. {self.advice}"
             ) from None
         except RecursionError:
-            raise refuse(f"its lists and objects lie in each other deeper than {MOST_LEVELS} levels") from None
+            raise refuse(f"its lists and objects are nested deeper than {MOST_LEVELS} levels") from None
         _check_levels(data, refuse)
         return data
 
@@ -141,7 +141,7 @@ class Kind:
     def unwritable(self, path: str | os.PathLike[str], error: OSError) -> AssignError:
         """Return the error for a file that cannot be written."""
         if error.errno == errno.EPIPE and is_stdout(path):
-            return self.error(f"cannot write the {self.name} to standard output: nobody reads it any more.")
+            return self.error(f"cannot write the {self.name} to standard output: the process that read it has ended.")
         return self.error(
             f"cannot write the {self.name} {path}: {error.strerror or error}. "
             "Give a regular file in a directory that exists and that you may write to."
@@ -182,13 +182,13 @@ def _hooks(refuse: Callable[[str], AssignError]) -> dict[str, Any]:
         if not math.isfinite(value):
             raise refuse(f"it holds the number {shown(number)}, and only finite ones are allowed")
         if abs(value) > LARGEST:
-            raise refuse(f"it holds the number {shown(number)}, and ±{LARGEST:g} is the most that is allowed")
+            raise refuse(f"it holds the number {shown(number)}, and only numbers up to ±{LARGEST:g} are allowed")
         return value
 
     def whole(number: str) -> int:
         if len(number) <= 21 and -LARGEST_WHOLE <= (value := int(number)) < LARGEST_WHOLE:
             return value
-        raise refuse(f"it holds the number {shown(number)}, and whole numbers end at ±2**64")
+        raise refuse(f"it holds the number {shown(number)}, and only whole numbers up to ±2**64 are allowed")
 
     return {"object_pairs_hook": unique, "parse_constant": finite, "parse_float": finite, "parse_int": whole}
 
@@ -208,8 +208,8 @@ def _check_levels(data: Any, refuse: Callable[[str], AssignError]) -> None:
             elif isinstance(value, list):
                 below += value
             elif isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
-                raise refuse(f"it holds the text {shown(ascii(value))}, which is half a character")
+                raise refuse(f"it holds the text {shown(ascii(value))}, which contains half of a surrogate pair")
         if not below:
             return
         level = below
-    raise refuse(f"its lists and objects lie in each other deeper than {MOST_LEVELS} levels")
+    raise refuse(f"its lists and objects are nested deeper than {MOST_LEVELS} levels")

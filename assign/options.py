@@ -134,7 +134,7 @@ def _objects(
         spelling = f"{group}={_spelled(groups[group], paths)}"
         other = keywords.get(group)
         if other is not None and not isinstance(other, (groups[group], str)):
-            text = f"{where}: {names} has no effect beside {group}=, and will be an error in the next version."
+            text = f"{where}: {names} has no effect together with {group}=, and will be an error in the next version."
             warnings.warn(text, FutureWarning, stacklevel=3)
             continue
         if other is not None:

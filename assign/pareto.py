@@ -64,7 +64,7 @@ class Front(Drawn):
         found = {path: Assignment.load(path) for path in sorted(Path(directory).glob("*.json"))}
         if not found:
             raise PlanError(
-                f"there are no plans in {directory}. Give what 'assign search TASK --pareto N -o DIR' wrote."
+                f"there are no plans in {directory}. Give a directory of 'assign search TASK --pareto N -o DIR'."
             )
         first, plan = next(iter(found.items()))
         for path, other in found.items():
@@ -160,9 +160,9 @@ def search_front(
 def find_front(table: TensorTable, plans: int, request: Request, measured: Measured) -> Front:
     """Return the front for a request without a budget and without a low ratio; see :func:`search_front`."""
     if plans < 2:
-        raise BudgetError(f"search: a front of {plans} plans is asked for; give 2 or more.")
+        raise BudgetError(f"search: a front cannot have {plans} plans; give 2 or more.")
     if request.goal.budget is not None or request.goal.low_ratio is not None:
-        raise BudgetError("search: a front has every budget. Leave out the budget and the low ratio.")
+        raise BudgetError("search: a front covers all budgets. Leave out the budget and the low ratio.")
     if "budget" not in get_method(request.strategy).goals:
         raise BudgetError(f"search: the strategy {request.strategy!r} makes one plan. Use 'milp' or 'greedy'.")
 
@@ -183,8 +183,8 @@ def check_empty(directory: str | os.PathLike[str]) -> None:
     """
     target = Path(directory)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        what = "holds files already" if target.is_dir() else "is a file"
-        raise PlanError(f"{target} {what}; a front goes into a directory of its own. Give another, e.g. -o plans.")
+        what = "already contains files" if target.is_dir() else "is a file"
+        raise PlanError(f"{target} {what}; a front is written into a new directory. Give another one, e.g. -o plans.")
 
 
 def _floor(find: Callable[..., Assignment]) -> int:

@@ -62,7 +62,7 @@ class Request:
         check_request(self.strategy, self.goal, self.space)
         if get_method(self.strategy).trains:
             raise AssignError(
-                f"the strategy {self.strategy!r} trains, so it needs a task, and searches on its own.\n"
+                f"the strategy {self.strategy!r} trains, so it needs a task and has its own function.\n"
                 "  Allowed: 'assign tune TASK', or assign.tune(make_task, storage=…)."
             )
 
@@ -253,7 +253,7 @@ def find_plan(table: TensorTable, request: Request, measured: Measured) -> Assig
     plan = _plan(table, space, complete(entries))
     if space.saved and not chooses_saved and not any(map(is_saved_key, plan.entries)):
         raise PlanError(
-            f"search: saved activations are asked for in {', '.join(space.saved)!r}, but none takes fewer bytes in it "
+            f"search: saved is {', '.join(space.saved)!r}, but no saved activation takes fewer bytes in this format "
             "than in its own format.\n"
             "  Allowed: a format narrower than those that tensors are computed in.\n"
             "  Choose int4:block64, or leave it out."

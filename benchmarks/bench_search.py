@@ -270,7 +270,7 @@ class Bench:
             noise=self.noise[noise].of,
             timeline=Timeline(table),
             granularity=granularity,
-            waiting=lambda chosen: [save(table, chosen, name, keep=keep) for name in plans.SAVED if copies],
+            saved_copies=lambda chosen: [save(table, chosen, name, keep=keep) for name in plans.SAVED if copies],
         )
         return strategy(table, recipe=recipe, peak_bytes=partial(peak_bytes, table), budget_bytes=budget)
 

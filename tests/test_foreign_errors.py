@@ -82,7 +82,7 @@ def test_seeds_that_no_generator_takes(seed):
 
 
 def test_a_negative_warm_up(capsys, monkeypatch):
-    with pytest.raises(PlanError, match="warm-up of -1"):
+    with pytest.raises(PlanError, match="warm_up is -1"):
         assign.measure_noise(make_model(), [batch()], class_loss, optimizer=adamw, options=NoiseOptions(warm_up=-1))
     assert "--warm-up" in fails(capsys, monkeypatch, "noise", "digits", "--warm-up", "-1")
 

@@ -27,15 +27,15 @@ def refusal(text: str) -> str:
         ("NaN", "holds the number NaN, and only finite ones"),
         ('{"a": [-Infinity]}', "holds the number -Infinity"),
         ("1e999", "holds the number 1e999, and only finite ones"),
-        ("-1e151", "±1e+150 is the most"),
-        (str(LARGEST_WHOLE), r"whole numbers end at ±2**64"),
-        ("-" + "9" * 100_000, "(100,001 characters), and whole numbers end"),
+        ("-1e151", "only numbers up to ±1e+150"),
+        (str(LARGEST_WHOLE), r"only whole numbers up to ±2**64 are allowed"),
+        ("-" + "9" * 100_000, "(100,001 characters), and only whole numbers"),
         ('{"a": 1, "b": {"c": 1, "c": 1}}', "has the key 'c' twice"),
         ('{"' + "k" * 10_000 + '": 1, "' + "k" * 10_000 + '": 2}', "twice; keep one"),
         ("[" * (MOST_LEVELS + 1) + "]" * (MOST_LEVELS + 1), "deeper than 64 levels"),
         ('{"a":' * 100_000, "deeper than 64 levels"),
-        ('["\\ud800"]', "which is half a character"),
-        ('{"\\udfff": 1}', "which is half a character"),
+        ('["\\ud800"]', "which contains half of a surrogate pair"),
+        ('{"\\udfff": 1}', "which contains half of a surrogate pair"),
         ("[1, 2", "is not JSON: Expecting ',' delimiter at line 1, column 6, of 1 lines"),
     ],
 )
@@ -67,7 +67,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "other").write_text("ключ", encoding="utf-16")
     wanted = {
-        "large": "is not a plan: it has more than 64 MiB",
+        "large": "is not a plan: it is larger than 64 MiB",
         "loop": "cannot read the plan .*loop: Too many levels",
         "other": "it is not text in UTF-8",
         ".": "is a directory, not a plan",

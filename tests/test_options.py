@@ -79,7 +79,7 @@ def test_former_keywords_build_the_object_and_name_the_new_spelling() -> None:
     with pytest.warns(FutureWarning, match="dropped= is not needed") as caught:
         assert use(1, dropped=3) == (1, None)
     assert caught[0].filename == __file__
-    with pytest.warns(FutureWarning, match="name= has no effect beside outer="):
+    with pytest.warns(FutureWarning, match="name= has no effect together with outer="):
         assert use(1, outer=7, name="b") == (1, 7)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -213,9 +213,9 @@ def test_a_space_reads_what_the_shell_and_python_write() -> None:
         (lambda: assign.SearchSpace(recipe="hfp9"), FormatError, "Did you mean 'hfp8'"),
         (lambda: assign.SearchSpace(formats="bf17"), FormatError, "bf17"),
         (lambda: assign.SearchSpace(saved="int3"), FormatError, "int3"),
-        (lambda: assign.SearchSpace(master="dynamic8"), FormatError, "not for a master"),
+        (lambda: assign.SearchSpace(master="dynamic8"), FormatError, "not allowed for a master"),
         (lambda: assign.SearchSpace(gradients="int4:block64"), FormatError, "int4:block64"),
-        (lambda: assign.SearchSpace(pins=["a"]), PlanError, "is no pin"),
+        (lambda: assign.SearchSpace(pins=["a"]), PlanError, "is not a pin"),
         (lambda: assign.SearchSpace(update_rounding="up"), PlanError, "'up' is not known"),
         (lambda: assign.NoiseOptions(warm_up=-1), PlanError, "0 or more"),
         (lambda: assign.NoiseOptions(max_batches=0), PlanError, "1 batch or more"),
@@ -223,13 +223,13 @@ def test_a_space_reads_what_the_shell_and_python_write() -> None:
         (lambda: assign.PromotionOptions(threshold=0.0), PlanError, "above 0 and up to 1"),
         (lambda: assign.TrainOptions(resume=True), TaskError, "resume=True needs checkpoint="),
         (lambda: assign.TrainOptions(seed=2**40), TaskError, "seed"),
-        (lambda: StudyOptions(trials=0), StudyError, "at least one of each"),
+        (lambda: StudyOptions(trials=0), StudyError, "at least 1 for each"),
         (lambda: StudyOptions(sampler="tpe2"), StudyError, "did you mean 'tpe'"),
         (lambda: Settings(space=assign.SearchSpace(formats="bf16,fp16")), BudgetError, "does not take formats"),
         (lambda: Goal(low_ratio=2.0), BudgetError, "from 0 to 1"),
         (lambda: Goal(budget="much"), BudgetError, "is not a budget"),
         (lambda: Goal(budget=0), BudgetError, "positive number of bytes"),
-        (lambda: Goal(max_step_time="soon"), BudgetError, "no limit"),
+        (lambda: Goal(max_step_time="soon"), BudgetError, "not a limit"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_when_they_are_made(make, error, match) -> None:

@@ -114,14 +114,14 @@ def test_another_batch_size_is_counted_anew(front):
 def test_what_is_refused(table, front, tmp_path):
     with pytest.raises(BudgetError, match="2 or more"):
         search_front(table, 1)
-    with pytest.raises(BudgetError, match="every budget"):
+    with pytest.raises(BudgetError, match="all budgets"):
         find_front(table, 3, Request(goal=Goal(budget="50%")), Measured())
     with pytest.raises(BudgetError, match="makes one plan"):
         search_front(table, 3, strategy="operator")
     with pytest.raises(PlanError, match="no plans in"):
         Front.load(tmp_path / "none")
     front.save(tmp_path / "plans")
-    with pytest.raises(PlanError, match="holds files already"):
+    with pytest.raises(PlanError, match="already contains files"):
         front.save(tmp_path / "plans")
     with pytest.raises(PlanError, match="is a file"):
         front.save(tmp_path / "plans" / "plan-01.json")

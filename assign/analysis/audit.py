@@ -165,7 +165,7 @@ def _epsilon(where: str, name: str, value: float, fmt: Format | None, times: int
         return
     becomes = _in_format(value, fmt)
     advice = times * 10.0 ** math.ceil(math.log10(fmt.min_normal))
-    why = "it protects no division" if becomes == 0 else "subnormal, bits of it are lost"
+    why = "it protects against no division by zero" if becomes == 0 else "it is subnormal and loses bits"
     yield Finding(where=where, name=name, value=value, format=fmt.name, becomes=becomes, why=why, advice=advice)
 
 
@@ -177,7 +177,8 @@ def _decay(where: str, name: str, value: float, fmt: Format | None) -> Iterator[
     if fmt is None or not 0 < 1 - value < 2.0 ** -(fmt.mantissa_bits + 1):
         return
     never = 1 - value < 2.0 ** -(fmt.mantissa_bits + 2)
-    why = "a moment of that format never falls" if never else "some values of a moment of that format never fall"
+    what, falls = ("a moment", "decreases") if never else ("some values of a moment", "decrease")
+    why = f"{what} in this format never {falls}"
     advice = math.floor(1000 * (1 - 2.0 ** -(fmt.mantissa_bits + 1))) / 1000
     becomes = _in_format(value, fmt)
     yield Finding(where=where, name=name, value=value, format=fmt.name, becomes=becomes, why=why, advice=advice)
@@ -366,7 +367,7 @@ def _updates(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     ours = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if all(parameter.grad is None for parameter in ours):
         raise TaskError(
-            "audit_range: no parameter has a gradient, so that there is no update to judge.\n"
+            "audit_range: no parameter has a gradient, so there is no update to audit.\n"
             "  Allowed: a model with gradients.\n  Call loss.backward() first, and do not step."
         )
     twin = copy.deepcopy(optimizer)
@@ -380,8 +381,8 @@ def _updates(optimizer: Optimizer) -> dict[Tensor, Tensor]:
         twin.step()
     except TypeError as error:
         raise TaskError(
-            f"audit_range: the step of {type(optimizer).__name__} cannot be made without arguments: {error}.\n"
-            "  Allowed: optimizers that step on the gradients in place.\n  Audit with such a one, e.g. torch.optim.SGD."
+            f"audit_range: {type(optimizer).__name__}.step() cannot be called without arguments: {error}.\n"
+            "  Allowed: optimizers whose step() needs no arguments.\n  Use one of them, e.g. torch.optim.SGD."
         ) from error
     return {p: other - p.double() for p, other in zip(ours, theirs, strict=True) if p.grad is not None}
 

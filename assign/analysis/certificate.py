@@ -98,13 +98,13 @@ def certify(
             both = [_probabilities(_call(each, batch), class_axis, probabilities) for each in (model, other)]
         if both[0].shape != both[1].shape:
             raise TaskError(
-                f"certify: samples × classes are {[*both[0].shape]} of the model, {[*both[1].shape]} of the other.\n"
+                f"certify: samples × classes are {[*both[0].shape]} for the model, {[*both[1].shape]} for the other.\n"
                 "  Allowed: the same shape.\n  Give the same model in another precision."
             )
         parts.append(_compare(*both))
     if not any(len(margins) for margins, _, _ in parts):
         raise TaskError(
-            "certify: there is no batch.\n  Allowed: at least one sample.\n  Give the evaluation data, in a list."
+            "certify: there is no batch.\n  Allowed: at least one.\n  Give the evaluation data as a list of batches."
         )
     margins, deviations, same = (torch.cat(each) for each in zip(*parts, strict=True))
     certified = margins > 2 * deviations  # False if either is NaN
@@ -133,7 +133,7 @@ def certify_task(
     """
     if task.evaluate is None:
         raise TaskError(
-            "certify: the task has no evaluate(model), whose data would be certified.\n"
+            "certify: the task has no evaluate(model), which provides the data to certify.\n"
             "  Allowed: a task with one.\n  Give the Task evaluate=, a function that calls the model on the test data."
         )
     model = model.to(check_device(device))
@@ -194,9 +194,9 @@ def _probabilities(found: Any, class_axis: int, probabilities: bool) -> Tensor:
             f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         )
         raise TaskError(
-            f"certify: the model returns {what}, in which axis {class_axis} is to be the classes.\n"
-            "  Allowed: floating point, samples by at least two classes, or something with such .logits.\n"
-            "  Certify a model that classifies; say class_axis= if the classes stand elsewhere."
+            f"certify: the model returns {what}, and axis {class_axis} must be the classes.\n"
+            "  Allowed: a floating-point tensor, samples by at least two classes, or an object with such .logits.\n"
+            "  Give a model that classifies, and class_axis= if the classes are in another axis."
         )
     wide = found.double().movedim(class_axis, -1).flatten(0, -2)
     found_probabilities: Tensor = wide if probabilities else wide.softmax(-1)

@@ -48,12 +48,12 @@ def main() -> None:
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else 1 if leaving.code else 0
     except AssignError as error:
-        _say("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]))
+        _print_error("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]))
         status = 2
     except OSError as error:  # about a file, not handled anywhere else
-        _say(
+        _print_error(
             f"error: {'a file' if error.filename is None else repr(error.filename)} cannot be used: "
-            f"{error.strerror or error}.\n  Give another file, or mend what is said here."
+            f"{error.strerror or error}.\n  Give another file, or correct the cause named here."
         )
         status = 2
     if interruptible:
@@ -61,7 +61,7 @@ def main() -> None:
             signal.SIGINT, signal.SIG_IGN
         )  # the command has ended; a signal would only interrupt Python's own shutdown
     if status == _INTERRUPTED:
-        _say(_advice())
+        _print_error(_advice())
     sys.exit(check_streams(status))
 
 
@@ -75,7 +75,7 @@ def _advice() -> str:
     return advice(sys.argv[1:])
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     from assign.report.terminal import Terminal
 
     Terminal(stderr=True, soft_wrap=True).print(mask_text(text), style="red", highlight=False)

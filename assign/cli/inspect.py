@@ -34,7 +34,7 @@ from assign.tracing.tracer import largest_part
 @app.command()
 def formats(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Formats to show, e.g. 'fp(4,3,4)' or 'bf16:sr'; the table if none.")
+        list[str] | None, typer.Argument(help="Formats to show, e.g. 'fp(4,3,4)' or 'bf16:sr'. Default: all.")
     ] = None,
     json_file: Json = None,
 ) -> None:
@@ -118,21 +118,22 @@ def estimate(
 def show(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
     given: OriginOptions,
-    everything: Annotated[bool, typer.Option("--all", help="Every entry.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also list every entry.")] = False,
     lowered: Annotated[
-        bool, typer.Option("--lowered", help="Which operators of a step run in 16 bit, which in 32, and why.")
+        bool,
+        typer.Option("--lowered", help="List which operators of a step run in 16 bits and which in 32, with reasons."),
     ] = False,
     log_file: Annotated[
         Path | None,
         typer.Option(
             "--log-passes",
             metavar="FILE",
-            help="Write as JSON what each graph pass adds and removes, for both backends; - is standard output.",
+            help="Write what each graph pass adds and removes, for both backends, as JSON; - is standard output.",
         ),
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Print a plan: where it came from, where its memory goes, its formats, its largest tensors."""
+    """Print a plan: its origin, its memory by role, its formats and its largest tensors."""
     check_outputs(json_file, log_file, inputs=[plan, given.task])
     chosen = Assignment.load(plan)
     origin = origin_of(plan, chosen, given)
@@ -147,7 +148,7 @@ def show(
     except AssignError as error:
         if given.task is not None:  # the user asked for it
             raise
-        why = f"No memory by role: {error}"
+        why = f"Memory by role is not known: {error}"
     console.print(plan_table(chosen, step, everything=everything))
     console.print(why, highlight=False, end="\n" if why else "")
     facts = {"plan": json.loads(chosen.to_json()), "step": step and step.to_json()}
@@ -175,10 +176,10 @@ def _show_lowered(plan: Assignment, origin: Origin, json_file: Path | None) -> N
 @app.command()
 def diff(
     first: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
-    second: Annotated[Path, typer.Argument(metavar="PLAN", help="Another.")],
+    second: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan's file to compare it with.")],
     json_file: Json = None,
 ) -> None:
-    """Print what differs between two plans."""
+    """Print the differences between two plans."""
     check_outputs(json_file, inputs=[first, second])
     found = Assignment.load(first).diff(Assignment.load(second))
     console.print(diff_table(found))
@@ -196,5 +197,5 @@ def diff(
 
 
 def _rehearsed(step: Step, plan: Assignment) -> Rehearsal:
-    with console.status("asking Inductor for its program"):
+    with console.status("compiling the step with Inductor"):
         return rehearse(step, plan=plan)

@@ -17,28 +17,27 @@ TaskName = Annotated[
     ),
 ]
 Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too; - is standard output.")
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON; - is standard output.")
 ]
 Strategy = Annotated[
     str,
     typer.Option(
-        help=f"{', '.join(METHODS)}. milp minimizes the measured noise; optuna is 'assign tune'; standalone, with the "
-        "recipe bf16 or fp16, has everything in 16 bits, masters too."
+        help=f"{', '.join(METHODS)}. milp minimizes the measured noise; optuna is 'assign tune'; standalone keeps all "
+        "tensors in 16 bits, masters too, and requires the recipe bf16 or fp16."
     ),
 ]
 NoiseFile = Annotated[
-    Path | None, typer.Option("--noise", metavar="FILE", help="What 'assign noise' found; measured if left out.")
+    Path | None,
+    typer.Option("--noise", metavar="FILE", help="Noise table of 'assign noise'. Default: measured if needed."),
 ]
-PlanFile = Annotated[
-    Path | None, typer.Option("--plan", metavar="PLAN", help="A plan's file; without one: plain fp32.")
-]
-BackendName = Annotated[Backend, typer.Option(help="eager: no compiler, exact memory. inductor: compiled, fast.")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="PLAN", help="A plan's file. Default: no plan.")]
+BackendName = Annotated[Backend, typer.Option(help="eager: not compiled, exact memory. inductor: compiled, fast.")]
 PlanRounding = Annotated[
     UpdateRounding | None,
-    typer.Option("--update-rounding", help="How updates of 16-bit masters are rounded; as in the plan if left out."),
+    typer.Option("--update-rounding", help="How updates of 16-bit masters are rounded. Default: as in the plan."),
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option("--checkpoint", help="fp32 weights: what 'train --checkpoint' wrote, or a saved state_dict."),
+    typer.Option("--checkpoint", help="File of fp32 weights: of 'train --checkpoint', or a saved state_dict."),
 ]
-Output = Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes; - is standard output.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Path of the plan; - is standard output.")]

@@ -19,13 +19,13 @@ from assign.tasks.builtin import BUILTIN
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OriginOptions:
-    """The task that a plan was searched for, as far as the user gives it; the rest is as searched.
+    """The task that a plan was searched for, as far as the user names it; the rest is as in the search.
 
     Attributes:
         task: The plan's task. Default: the one it was searched for.
-        batch_size: Samples per step. Default: as searched.
-        device: cpu, cuda, and so on. Default: as searched.
-        data: Directory with the task's data. Default: as searched.
+        batch_size: Samples per step. Default: as in the search.
+        device: cpu, cuda, and so on. Default: as in the search.
+        data: Directory with the task's data. Default: as in the search.
     """
 
     task: str | None = field(default=None, metadata=option("--task", metavar="TASK"))
@@ -41,7 +41,7 @@ class Origin:
     Attributes:
         plan: path of the plan.
         task: None if the user names none and the plan was not searched for a built-in one. The other options are as
-            given, or as searched.
+            given, or as in the search.
         own_task: the task that the plan was searched for, if it is not built in. Its code is not run, because the user
             has not named it.
         command: the command that made the plan.
@@ -73,15 +73,15 @@ class Origin:
         """
         if self.task is None and self.own_task:
             raise TaskError(
-                f"{self.plan} was searched for the task {self.own_task!r}, which is code of its own. Code that only a "
-                "plan's file names is not run.\n"
+                f"{self.plan} was searched for the task {self.own_task!r}, which is not built in. Code that is "
+                "named only in a plan's file is not run.\n"
                 f"  If you trust it, name it yourself: --task {shlex.quote(self.own_task)}"
             )
         if self.task is None:
             made = f": it was made by {self.command!r}" if self.command else ""
             raise TaskError(
                 f"{self.plan} does not say which task it was searched for{made}.\n"
-                "  One step of that task must be traced. Give it: --task digits, or --task train.py:task"
+                "  One step of that task must be traced. Name it: --task digits, or --task train.py:task"
             )
         return open_task(self.task, self._options)
 
@@ -92,21 +92,21 @@ class Origin:
 
 def origin_of(path: Path, plan: Assignment, given: OriginOptions) -> Origin:
     """Return the origin of a plan: what the user gives, and otherwise what the command that made the plan was given."""
-    asked = _asked(plan)
-    folder = given.data or asked.get("data")
-    named = asked.get("task")
+    searched = _search_options(plan)
+    folder = given.data or searched.get("data")
+    named = searched.get("task")
     return Origin(
         plan=path,
         task=given.task or (named if named in BUILTIN else None),
         own_task=None if named in BUILTIN else named,
-        batch_size=given.batch_size or asked.get("batch_size"),
-        device=given.device or asked.get("device") or "cpu",
+        batch_size=given.batch_size or searched.get("batch_size"),
+        device=given.device or searched.get("device") or "cpu",
         data=None if folder is None else Path(folder),
         command=plan.provenance.command,
     )
 
 
-def _asked(plan: Assignment) -> dict[str, Any]:
+def _search_options(plan: Assignment) -> dict[str, Any]:
     """Return the options of the command that made a plan, by name; empty if it was not one of these commands."""
     try:
         name, *arguments = shlex.split(plan.provenance.command.removeprefix("assign "))

@@ -31,16 +31,16 @@ def check_outputs(
     for path in often:
         if is_stdout(path):
             raise OutputError(
-                "this output cannot go to standard output, '-': it is read again when the command goes on. Give a file."
+                "this output cannot be standard output, '-', because a resumed command reads it. Give a file."
             )
     read = {os.path.realpath(path): path for path in _files(inputs)}
     seen: set[str] = set()
     for path in (*once, *often):
         where = str(path) if is_stdout(path) else os.path.realpath(path)
         if where in read and not is_stdout(path):
-            raise OutputError(f"{path} is to be written, and the command reads it. Give another file for the output.")
+            raise OutputError(f"{path} is both read and written by the command. Give another file for the output.")
         if where in seen:
-            raise OutputError(f"{path} is to be written twice. Give each output a file of its own.")
+            raise OutputError(f"{path} is given for two outputs. Give each output a file of its own.")
         seen.add(where)
         try:
             check_writable(path)
@@ -56,7 +56,7 @@ def check_directory(directory: Path) -> None:
     """
     nearest = next(each for each in (directory, *directory.absolute().parents) if each.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write into {directory}: {nearest} is no directory that you may write to.")
+        raise OutputError(f"cannot write into {directory}: {nearest} is not a directory that you may write to.")
     remove_leftovers(directory / "plan.json")
 
 

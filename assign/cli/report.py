@@ -23,35 +23,36 @@ from assign.report.page.runs import load_runs
 def report(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's file.")],
     given: OriginOptions,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the page goes; - is standard output.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", help="File for the page; - is standard output.")] = Path(
         "report.html"
     ),
     run: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="What train, run or compare wrote with --json; give several."),
+        typer.Option(metavar="FILE", help="Result of train, run or compare --json. May be repeated."),
     ] = None,
     front: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A directory of plans to put this one among.")
+        Path | None, typer.Option(metavar="DIR", help="Directory of plans to compare this one with.")
     ] = None,
     noise: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What 'assign noise' found; PLAN.noise.json if it is there.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Noise table of 'assign noise'. Default: PLAN.noise.json if it exists."),
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Write one page about a plan, for a browser: its memory, its tensors, its trainings. It needs no network."""
+    """Write a page about a plan for a browser: memory, tensors and trainings. The page needs no network."""
     check_libraries()
-    check_outputs(output, json_file, inputs=[plan, given.task, noise or _noise_beside(plan), front, *(run or [])])
+    check_outputs(output, json_file, inputs=[plan, given.task, noise or _noise_next_to(plan), front, *(run or [])])
     chosen = Assignment.load(plan)
     runs = load_runs(run or [], chosen.fingerprint)
-    beside = Front.load(front) if front else None
-    found = noise or _noise_beside(plan)
+    others = Front.load(front) if front else None
+    found = noise or _noise_next_to(plan)
     origin = origin_of(plan, chosen, given)
     page = Report(
         name=str(plan),
         plan=chosen,
         table=origin.table(chosen.step),
         runs=runs,
-        front=beside,
+        front=others,
         noise=NoiseTable.load(found) if found else None,
         command=command_line(),
     )
@@ -62,7 +63,7 @@ def report(
     write_json(json_file, {"report": str(output), **costs.to_json()})
 
 
-def _noise_beside(plan: Path) -> Path | None:
+def _noise_next_to(plan: Path) -> Path | None:
     """Return the path of the noise that a search measured for this plan, or None if there is no such file."""
     path = plan.with_name(f"{plan.stem}.noise.json")
     return path if path.is_file() else None

@@ -40,7 +40,7 @@ class FrontOptions:
 
     Attributes:
         pareto: Write a front of up to N plans into the directory of --output.
-        front: Pick a plan from this front if one of them fits the budget.
+        front: Pick a plan of this front if one of its plans fits the budget.
     """
 
     pareto: int | None = field(default=None, metadata=option(metavar="N"))
@@ -96,13 +96,13 @@ def measure_task(
     ],
     noise: NoiseOptions,
     options: Annotated[TaskOptions, without("epochs")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The table; the same command resumes from it.")] = Path(
-        "noise.json"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="File for the table. Run the same command to resume.")
+    ] = Path("noise.json"),
     checkpoint: Weights = None,
     json_file: Json = None,
 ) -> None:
-    """Measure how much rounding each tensor perturbs the gradient: what --strategy milp minimizes."""
+    """Measure how much rounding each tensor perturbs the gradient. --strategy milp minimizes this noise."""
     check_outputs(json_file, inputs=[task, checkpoint], continued=[output])
     loaded = open_task(task, options)
     step = traced(loaded, options)
@@ -118,14 +118,14 @@ def measure_task(
             file=output,
             on_batch=lambda so_far: status.update(f"measuring noise: {so_far.batches} batches"),
         )
-    _tell_noise(found, output)
+    _print_noise(found, output)
     console.print(tables.noise_table(found))
     write_json(json_file, tables.noise_rows(found))
 
 
 def measured_for(task: Task, step: Step, request: Request, noise_file: Path | None, output: Path) -> Measured:
     """Return the measurements that a search uses: noise from its file, or measured now if the strategy needs it."""
-    beside = named(output).with_name(f"{named(output).stem}.noise.json")
+    noise_path = named(output).with_name(f"{named(output).stem}.noise.json")
     given = NoiseTable.load(noise_file) if noise_file is not None else None
     with console.status("measuring") as status:
         found = measure(
@@ -133,11 +133,11 @@ def measured_for(task: Task, step: Step, request: Request, noise_file: Path | No
             request,
             noise=given,
             batches=_Moved(task, step),
-            file=beside,
+            file=noise_path,
             on_stage=lambda text: status.update(text),
         )
     if found.noise is not None and given is None:
-        _tell_noise(found.noise, beside)
+        _print_noise(found.noise, noise_path)
     return found
 
 
@@ -147,7 +147,7 @@ def searched(table: TensorTable, output: Path, request: Request, measured: Measu
         plan = find_plan(table, request, measured)
     plan.save(output)
     console.print(f"wrote {output}: {len(plan.entries)} tensors")
-    _tell(table, plan)
+    _print_costs(table, plan)
     return plan
 
 
@@ -162,14 +162,14 @@ class _Moved:
         return (move(batch, self._device) for batch in self._task.train)
 
 
-def _tell_noise(found: NoiseTable, file: Path) -> None:
+def _print_noise(found: NoiseTable, file: Path) -> None:
     console.print(
         f"wrote {file}: {len(found.cells)} choices, {found.batches} batches, relative standard error "
         f"{found.relative_error:.3f}",
     )
 
 
-def _tell(table: TensorTable, plan: Assignment) -> None:
+def _print_costs(table: TensorTable, plan: Assignment) -> None:
     console.print(tables.estimate_table(estimate_plan(table, plan)))
     if "noise" in plan.provenance.estimate:
         console.print(tables.noise_line(plan.provenance.estimate))
@@ -179,7 +179,9 @@ def _search_front(
     table: TensorTable, directory: Path, plans: int, json_file: Path | None, request: Request, measured: Measured
 ) -> None:
     if directory.suffix:
-        raise BudgetError(f"search: --pareto writes several plans, and {directory} is one file. Give -o plans.")
+        raise BudgetError(
+            f"search: --pareto writes several plans, but {directory} names one file. Give a directory: -o plans."
+        )
     check_empty(directory)
     with console.status("searching"):
         front = find_front(table, plans, request, measured)
@@ -192,15 +194,15 @@ def _search_front(
 def _picked(directory: Path, table: TensorTable, budget: str | int | None, output: Path) -> Assignment | None:
     """Write the plan of a stored front that fits the budget to ``output`` and return it; None if none fits."""
     if budget is None:
-        raise BudgetError("search: --front picks for a budget. Give one, e.g. --budget 6GiB.")
+        raise BudgetError("search: --front requires a budget. Give one, e.g. --budget 6GiB.")
     front = Front.load(directory)
     plan = front.pick(table, budget)
     if plan is None:
-        console.print(f"none of the {len(front.plans)} plans in {directory} fits: searching")
+        console.print(f"none of the {len(front.plans)} plans in {directory} fits the budget; searching")
         return None
     plan.save(output)
-    console.print(f"wrote {output}: the best of {len(front.plans)} plans in {directory} that fits")
-    _tell(table, plan)
+    console.print(f"wrote {output}: the best plan that fits, of {len(front.plans)} plans in {directory}")
+    _print_costs(table, plan)
     return plan
 
 
@@ -213,6 +215,6 @@ def _refuse_fronts(fronts: FrontOptions) -> None:
     given = [f"--{each.name}" for each in dataclasses.fields(fronts) if getattr(fronts, each.name) is not None]
     if given:
         raise BudgetError(
-            "search: the strategy 'optuna' finds a front of its own where no budget is given, and does not take "
-            f"{', '.join(given)}.\n  Leave them out, or use another strategy."
+            f"search: the strategy 'optuna' does not take {', '.join(given)}: it finds a front of its own if no budget "
+            "is given.\n  Leave them out, or use another strategy."
         )

@@ -76,14 +76,14 @@ def trained(
     meter = Meter(None if table is None else peak_of(table, plan))
     with bar(f"training {name}") as advance:
 
-        def tell(step: Progress) -> None:
+        def on_step(step: Progress) -> None:
             advance(f"{name}, {meter.after(step)}", step)
             for past in step.promoted:
                 console.print(tables.promotion_line(past), highlight=False)
             if step.promoted and step.plan and promoted:
                 step.plan.save(promoted)
 
-        result = train_task(task, plan, table=table, options=options, on_step=tell, on_epoch=meter.after_epoch)
+        result = train_task(task, plan, table=table, options=options, on_step=on_step, on_epoch=meter.after_epoch)
     if result.promotions and promoted:
         console.print(f"wrote {promoted}: {len(result.promotions)} tensors promoted")
     return result
@@ -111,7 +111,7 @@ class Meter:
         self._last = now
         self._promoted += len(step.promoted)
         parts = [f"loss {step.loss:.4f}", *(f"{name} {value:.4g}" for name, value in self._metrics.items())]
-        parts.append(f"{statistics.median(self._seconds) * 1e3:.0f} ms a step")
+        parts.append(f"{statistics.median(self._seconds) * 1e3:.0f} ms per step")
         if self._peak is not None:
             parts.append(f"peak {human_bytes(self._peak)}")
         if self._promoted:

@@ -16,7 +16,7 @@ def repeat_lost_interrupts() -> None:
     """
     before = sys.unraisablehook
 
-    def hear(lost: "sys.UnraisableHookArgs") -> None:
+    def on_unraisable(lost: "sys.UnraisableHookArgs") -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
             timer = threading.Timer(_AGAIN, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
             timer.daemon = True
@@ -24,7 +24,7 @@ def repeat_lost_interrupts() -> None:
         else:
             before(lost)
 
-    sys.unraisablehook = hear
+    sys.unraisablehook = on_unraisable
 
 
 def advice(arguments: Sequence[str]) -> str:
@@ -33,22 +33,22 @@ def advice(arguments: Sequence[str]) -> str:
     options = {name: _value(arguments, *name.split("/")) for name in ("--checkpoint", "-o/--output", "--strategy")}
     checkpoint, output = options["--checkpoint"], options["-o/--output"]
     if command == "train" and checkpoint:
-        go_on = f"Run the same command with --resume to go on from {checkpoint}, if it was written before."
+        text = f"Run the same command with --resume to resume from {checkpoint}, if it was written."
         if "--resume" in arguments:
-            go_on = f"Run the same command again to go on from {checkpoint}."
+            text = f"Run the same command again to resume from {checkpoint}."
     elif command == "train":
-        go_on = "Nothing was kept. Train with --checkpoint FILE, and --resume goes on from that file."
+        text = "Nothing was saved. Train with --checkpoint FILE; then --resume continues from that file."
     elif command == "compare":
-        go_on = f"Run the same command again: it goes on from {_value(arguments, '--json') or 'compare.json'}."
+        text = f"Run the same command again to resume from {_value(arguments, '--json') or 'compare.json'}."
     elif command == "noise":
-        go_on = f"Run the same command again: it goes on from {output or 'noise.json'}."
+        text = f"Run the same command again to resume from {output or 'noise.json'}."
     elif command == "tune" or (command == "search" and options["--strategy"] == "optuna"):
-        go_on = "Run the same command again to resume the study: the trials that are done are kept."
+        text = "Run the same command again to resume the study. Finished trials are kept."
     elif options["--strategy"] == "milp":
-        go_on = "Run the same command again: it goes on with the noise that was measured, and does the rest anew."
+        text = "Run the same command again: it reuses the noise that was measured, and repeats the rest."
     else:
-        go_on = "Run the same command again to start from the beginning."
-    return f"stopped. {go_on}"
+        text = "Run the same command again to start from the beginning."
+    return f"stopped. {text}"
 
 
 def _value(arguments: Sequence[str], *names: str) -> str | None:

@@ -72,7 +72,7 @@ def check_streams(status: int) -> int:
         return 1
     sys.stderr.write(
         f"error: standard output cannot be written: {stream.failure.strerror or stream.failure}.\n"
-        "  The command went on without it, and files that were asked for are written.\n"
+        "  The command finished without it and wrote the files that were requested.\n"
         "  Free some space, or send the output elsewhere.\n"
     )
     return 2

@@ -65,7 +65,7 @@ def run(
     noise_file: NoiseFile = None,
     json_file: Json = None,
 ) -> None:
-    """The main job: trace, search, train in fp32 and under the plan, print both side by side."""
+    """The main job: trace and search, train in fp32 and under the plan, and print both results side by side."""
     check_outputs(output, json_file, inputs=[task, noise_file])
     request = Request(goal=goal, strategy=strategy, space=space, seed=options.seed, command=command_line())
     loaded = open_task(task, options)
@@ -90,15 +90,17 @@ def compare_plans(
     task: TaskName,
     training: Annotated[TrainOptions, without("seed", "checkpoint", "resume", "weights", "update_rounding")],
     options: Annotated[TaskOptions, without("seed")],
-    plan: Annotated[list[Path] | None, typer.Option(metavar="PLAN", help="A plan's file; give several.")] = None,
+    plan: Annotated[list[Path] | None, typer.Option(metavar="PLAN", help="A plan's file. May be repeated.")] = None,
     seeds: Annotated[int, typer.Option(help="Train with the seeds 0 to SEEDS − 1.")] = 3,
-    fp32: Annotated[bool, typer.Option("--fp32/--no-fp32", help="Train in plain fp32 too.")] = True,
+    fp32: Annotated[bool, typer.Option("--fp32/--no-fp32", help="Also train in plain fp32.")] = True,
     json_file: Annotated[
-        Path, typer.Option("--json", metavar="FILE", help="The results so far; the same command goes on from it.")
+        Path, typer.Option("--json", metavar="FILE", help="File for the results. Run the same command to resume.")
     ] = Path("compare.json"),
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="SVG or PNG, and FILE-curves beside it; by default beside the JSON."),
+        typer.Option(
+            metavar="FILE", help="SVG or PNG file; curves go to FILE-curves next to it. Default: next to the JSON."
+        ),
     ] = None,
 ) -> None:
     """Train a task under several plans and several seeds; print, write and draw how they compare."""
@@ -113,7 +115,7 @@ def compare_plans(
 
     with bar("comparing") as advance:
 
-        def tell(run: Run) -> None:
+        def on_run(run: Run) -> None:
             trained.append(run)
             console.print(f"trained {run.variant}, seed {run.seed}", highlight=False)
 
@@ -124,10 +126,10 @@ def compare_plans(
             file=json_file,
             options=training,
             on_step=lambda variant, seed, step: advance(f"{variant.name}, seed {seed}, loss {step.loss:.4f}", step),
-            on_run=tell,
+            on_run=on_run,
         )
     if len(found.runs) > len(trained):
-        console.print(f"{len(found.runs) - len(trained)} of {len(found.runs)} runs were in {json_file}")
+        console.print(f"{len(found.runs) - len(trained)} of {len(found.runs)} runs were read from {json_file}")
     console.print(tables.comparison_table(found))
-    for text in pictures.draw(found, drawn, must=picture is not None):
+    for text in pictures.draw(found, drawn, required=picture is not None):
         console.print(text)

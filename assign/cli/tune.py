@@ -81,7 +81,7 @@ def run_study(
     if goal.budget is None:
         if output.suffix:
             raise BudgetError(
-                f"tune: without a budget a study finds a front of plans, and {output} is one file.\n"
+                f"tune: without a budget a study finds a front of plans, but {output} names one file.\n"
                 "  Give a budget, or a directory for the plans: -o plans"
             )
         check_directory(output)

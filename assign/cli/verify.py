@@ -25,7 +25,9 @@ from assign.training.weights import load_weights
 def audit(
     task: TaskName,
     options: Annotated[TaskOptions, without("epochs")],
-    format_name: Annotated[str, typer.Option("--format", help="In which training is to go on: fp16, bf16, …")] = "fp16",
+    format_name: Annotated[
+        str, typer.Option("--format", help="Format to continue training in: fp16, bf16, …")
+    ] = "fp16",
     checkpoint: Weights = None,
     json_file: Json = None,
 ) -> None:

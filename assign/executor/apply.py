@@ -159,8 +159,8 @@ def autocast(
     lasting = first_lasting(plan)
     if lasting is not None:
         raise PlanError(
-            f"autocast: the plan stores {lasting!r} as {plan.entries[lasting].format}, and what a model keeps does not "
-            "change back behind the context. Use assign.apply(model, plan)."
+            f"autocast: the plan stores {lasting!r} as {plan.entries[lasting].format}, and a context cannot restore "
+            "stored values at its end. Use assign.apply(model, plan)."
         )
     cache = model.__dict__.get("_assign_planned")
     if not isinstance(cache, _PlannedClasses):

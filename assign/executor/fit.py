@@ -59,21 +59,21 @@ def fit(plan: Assignment, walked: Walk, capture: Capture, scope: Scope) -> dict[
         or (recorded and Key.of_step(key).first in plan.entries)
     ]
     if capture.is_part:
-        waiting = list(plan.entries)
+        optional = list(plan.entries)
     else:
         repeated = [key for key in plan.entries if recorded and Key.of_step(key).is_repeated]
-        waiting = [*(key for key in plan.entries if _waits(key, frozen, run, scope)), *repeated]
+        optional = [*(key for key in plan.entries if _may_be_absent(key, frozen, run, scope)), *repeated]
     expected = [key for key in keys if key not in unknown and key not in unfrozen]
-    plan.check_covers([*expected, *waiting], where="the plan", buffers=capture.buffers.values())
+    plan.check_covers([*expected, *optional], where="the plan", buffers=capture.buffers.values())
     high = get_recipe(plan.recipe).by_role[Role.WEIGHT_GRAD][0]
     if unknown:
-        _say(unknown, "are of a part of the model that the plan does not know: they are not narrowed")
+        _warn(unknown, "are in a part of the model that the plan does not contain: they are not narrowed")
     if unfrozen:
-        _say(unfrozen, f"were not trained when the plan was made: their gradients are {high}")
+        _warn(unfrozen, f"were not trained when the plan was made: their gradients are {high}")
     return {key: Entry(high, False) for key in unfrozen}
 
 
-def _waits(key: str, frozen: Iterable[str], run: Iterable[str], scope: Scope) -> bool:
+def _may_be_absent(key: str, frozen: Iterable[str], run: Iterable[str], scope: Scope) -> bool:
     """Whether an entry may be without a tensor in this step."""
     parts = Key.of_step(key)
     if not parts.is_activation:  # names of parameters were compared before
@@ -82,6 +82,6 @@ def _waits(key: str, frozen: Iterable[str], run: Iterable[str], scope: Scope) ->
     return outside or parts.module not in run or parts.is_input
 
 
-def _say(keys: list[str], what: str) -> None:
+def _warn(keys: list[str], what: str) -> None:
     first = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
     warnings.warn(f"assign: {len(keys)} tensors of this step {what}: {first}.", stacklevel=2)

@@ -74,7 +74,7 @@ def measure_times(
         TraceError: as for :func:`assign.trace`; or a batch or loss is given with a traced step.
     """
     if repeats < 1:
-        raise PlanError(f"times: {repeats} timed steps are asked for; give 1 or more.")
+        raise PlanError(f"times: repeats is {repeats}; give 1 or more timed steps.")
     space, table = SearchSpace.of(space), as_step("times", model, batch, loss)
     candidates = candidates_of(table, space.rules, space.formats)
     seconds: dict[Cell, float] = {}

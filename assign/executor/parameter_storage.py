@@ -58,7 +58,7 @@ def _check_trained(split: Collection[str], named: Mapping[str, nn.Parameter]) ->
     frozen = next((name for name in split if not named[name].requires_grad), None)
     if frozen is not None:
         raise PlanError(
-            f"apply: the plan stores the master of {frozen!r} with extra bits, which wait in its optimizer's state, "
+            f"apply: the plan stores the master of {frozen!r} with extra bits, which its optimizer's state stores, "
             "but the parameter is frozen and has no optimizer.\n  Allowed: fp32, bf16 or fp16 for a frozen parameter.\n"
             f"  Leave {master_key(frozen)!r} out of the plan, or set requires_grad."
         )

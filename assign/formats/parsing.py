@@ -21,8 +21,8 @@ from assign.formats.rows import (
 _PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
 _ALLOWED = (
     f"{', '.join(name for name in FORMATS if ':' not in name)} (e4m3 and e5m2 also with a scale: ':pow2' or ':amax', "
-    "and ':delayed' behind that), or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
-    "each but fp32 with ':sr' behind it for stochastic rounding"
+    "optionally with ':delayed' after it), or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
+    "all but fp32 also with ':sr' at the end for stochastic rounding"
 )
 _STOCHASTIC = ":sr"
 
@@ -53,7 +53,7 @@ def parse_format(name: str) -> Format:
         return fmt
     if fmt.native in ("float32", "float64"):
         raise FormatError(
-            f"{name!r}: everything is computed in fp32, so that rounding to it has nothing to choose between.\n"
+            f"{name!r}: everything is computed in fp32, so stochastic rounding to it has no effect.\n"
             f"  Allowed: {_ALLOWED}.\n  Choose fp32."
         )
     return replace(fmt, name=fmt.name + _STOCHASTIC, rounding=Rounding.STOCHASTIC)
@@ -77,7 +77,7 @@ def parse_saved(name: str) -> Format | BlockFormat:
     try:
         return parse_format(name)
     except FormatError as error:
-        also = f"For saved copies also: {', '.join(SAVED_FORMATS)}; each with ':sr' behind it or not."
+        also = f"For saved activations also: {', '.join(SAVED_FORMATS)}; each also with ':sr' at the end."
         raise FormatError(f"{error}\n  {also}") from None
 
 
@@ -95,9 +95,7 @@ def _find_plain(name: str, wanted: str) -> Format:
     )
     for table, what in only:
         if wanted in table:
-            raise FormatError(
-                f"{name!r} is a format of {what} alone; this is none.\n  Allowed: {_ALLOWED}.\n  Choose one of these."
-            )
+            raise FormatError(f"{name!r} is allowed only for {what}.\n  Allowed: {_ALLOWED}.\n  Choose one of these.")
     if match is None:
         close = suggest(wanted, [*FORMATS, "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)"])
         meant = f" Did you mean {close}?" if close else ""
@@ -118,7 +116,7 @@ def _paper_format(exponent_bits: int, mantissa_bits: int, bias: int) -> Format:
     lowest, highest = max_exponent - single.max_exponent, min_exponent - single.min_exponent
     if not lowest <= bias <= highest:
         raise FormatError(
-            f"{name!r} reaches from 2^{min_exponent - bias} to 2^{max_exponent - bias}; float32, in which it is "
+            f"{name!r} ranges from 2^{min_exponent - bias} to 2^{max_exponent - bias}; float32, in which it is "
             f"computed, from 2^{single.min_exponent} to 2^{single.max_exponent}.\n"
             f"  Allowed for e = {exponent_bits}: {lowest} <= b <= {highest}.\n  Choose b in that range."
         )

@@ -27,7 +27,7 @@ class Writer(Protocol):
         """Add one point to a curve."""
 
 
-def search(trainer: Trainer, **asked: Any) -> Assignment:
+def search(trainer: Trainer, **search_options: Any) -> Assignment:
     """Return a plan for one step of the trainer: its model, its first batch, its loss.
 
     If the trainer has ``gradient_accumulation_steps``, its batches are the micro-batches of the plan: their gradients
@@ -35,7 +35,7 @@ def search(trainer: Trainer, **asked: Any) -> Assignment:
 
     Args:
         trainer: with a training dataset; it need not have trained.
-        asked: options of :func:`assign.search`, e.g. ``budget="60%"``.
+        search_options: options of :func:`assign.search`, e.g. ``budget="60%"``.
     Raises:
         AssignError: as for :func:`assign.search`; or the search space has another number of micro-batches.
     """
@@ -58,12 +58,12 @@ def search(trainer: Trainer, **asked: Any) -> Assignment:
     assert trainer.model is not None
     parts = trainer.args.gradient_accumulation_steps
     if parts == 1:
-        return planner.search(trainer.model, batch, loss, optimizer=optimizer, **asked)
-    space = SearchSpace.of(asked.pop("space", "native"))
+        return planner.search(trainer.model, batch, loss, optimizer=optimizer, **search_options)
+    space = SearchSpace.of(search_options.pop("space", "native"))
     space.step.check_accumulation(parts, where="search", setting="gradient_accumulation_steps")
     space = replace(space, step=replace(space.step, part_statistics=True))
     step = trace(trainer.model, batch, loss, optimizer).as_part_of(parts)
-    return planner.search(step, space=space, **asked)
+    return planner.search(step, space=space, **search_options)
 
 
 def _items(trainer: Trainer, batch: Any) -> Any:

@@ -64,7 +64,7 @@ class Estimate(Drawn):
         found = sorted(self.by_role.items(), key=lambda item: -item[1])
         rows = [((role.replace("_", " "), human_bytes(size)), size / most) for role, size in found]
         share = self.peak_bytes / max(self.baseline_peak_bytes, 1)
-        title = f"peak {human_bytes(self.peak_bytes)}, {share:.1%} of that without a plan, in {self.peak_at}"
+        title = f"peak {human_bytes(self.peak_bytes)}, {share:.1%} of the peak without a plan, in {self.peak_at}"
         return table_html(title, ["alive at the peak", "bytes"], rows)
 
     def to_json(self) -> dict[str, Any]:

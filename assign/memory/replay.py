@@ -31,9 +31,9 @@ from assign.plan.persistent_state import (
     buffers,
     gradient_format,
     master_format,
+    packed_bytes,
     resident,
     stored_dtype,
-    waiting_bytes,
     with_loaded,
 )
 from assign.plan.plan import Entry
@@ -375,7 +375,7 @@ class Replay:
             return None
         explicit = self.entries.get(saved_key(key))
         fmt = parse_saved(explicit.format) if explicit else self._dtypes.formats(key)[0]
-        return waiting_bytes(fmt, info.elements)
+        return packed_bytes(fmt, info.elements)
 
     def _owner(self, info: Buffer, event: Event) -> tuple[str, str]:
         if info.holds:

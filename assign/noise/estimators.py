@@ -63,14 +63,14 @@ def _measure(
 ) -> Iterator[tuple[Cell, Sample]]:
     largest, touched = 0.0, set()
 
-    def look(x: Tensor, key: str) -> Tensor:
+    def record(x: Tensor, key: str) -> Tensor:
         nonlocal largest
         touched.add(key)
         largest = max(largest, largest_gradient({key: x})) if loss_scaling else largest
         return x
 
     with torch.no_grad():
-        exact = step.run(batch, look, seed=seed)
+        exact = step.run(batch, record, seed=seed)
         size = _squared_norm(exact)
         for cell in cells:
             rounding = _rounding(cell, largest if loss_scaling else 0.0, seed)
@@ -226,7 +226,7 @@ def _squared_norm(result: Result) -> float:
         what, loss = "zero" if size == 0 else "not finite", float(result.loss.detach())
         raise DivergedError(
             f"noise: the gradient of the unrounded step is {what} on this batch (loss {loss:g}), so there is "
-            "nothing to compare with.\n  Give another batch, or weights of a training: --checkpoint"
+            "nothing to compare with.\n  Give another batch, or trained weights: --checkpoint"
         )
     return size
 

@@ -181,8 +181,8 @@ class _Joint:
     def run(self, inputs: Sequence[Any], touch: Touch, avoided: Mapping[Any, Callable[..., Any] | None]) -> Result:
         if len(self.tangents) != 1 or math.prod(self.tangents[0].shape) != 1:
             raise TraceError(
-                f"noise: {len(self.tangents)} tensors leave the step with a gradient; noise is measured of one scalar "
-                "loss. Return the loss alone, and detach what the model keeps for itself."
+                f"noise: the step returns {len(self.tangents)} tensors with a gradient; noise is measured for one "
+                "scalar loss. Return only the loss, and detach tensors that the model keeps."
             )
         runner = _Runner(self.module, touch, avoided)
         one = torch.ones(tuple(self.tangents[0].shape), dtype=self.tangents[0].dtype, device=self.tangents[0].device)
@@ -227,14 +227,14 @@ class _Runner(fx.Interpreter):
 
 def _probe_saved(graph: fx.Graph) -> None:
     """Add a probe at every saved activation, where the executor packs it."""
-    waiting: dict[fx.Node, list[fx.Node]] = {}
+    by_source: dict[fx.Node, list[fx.Node]] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or _torch.is_backward(node) or not any(map(_torch.is_backward, node.users)):
             continue
         source = origin(node)
         if source.target is _PROBE and not _torch.is_backward(source):
-            waiting.setdefault(source, []).append(node)
-    for source, nodes in waiting.items():
+            by_source.setdefault(source, []).append(node)
+    for source, nodes in by_source.items():
         with graph.inserting_after(source):
             copied = graph.call_function(_PROBE, (source, saved_key(str(source.args[1]))))
         describe(copied, _torch.joint_value(source), source, backward=False)

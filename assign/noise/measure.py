@@ -189,8 +189,8 @@ def _warmed_up(
             done += 1
     if done < steps:
         raise PlanError(
-            f"noise: a warm-up of {steps} steps was asked for, and there are {done} batches; noise is measured on "
-            "those that follow.\n  Give more batches, a list of batches, or a smaller warm_up."
+            f"noise: the warm-up has {steps} steps, but there are only {done} batches; noise is measured on later "
+            "batches.\n  Give more batches, a list of batches, or a smaller warm_up."
         )
     optimizer.zero_grad()
     return trained
@@ -199,31 +199,31 @@ def _warmed_up(
 def _choices(table: TensorTable, space: SearchSpace) -> list[Cell]:
     """Return every tensor with each format that it may have, except fp32; each pair once."""
     cells: dict[Cell, None] = {}
-    by_recipe, asked = candidates_of(table, space.rules), candidates_of(table, space.rules, space.formats)
+    by_recipe, requested = candidates_of(table, space.rules), candidates_of(table, space.rules, space.formats)
     for row in table.paper_tensors:
-        for fmt in (*by_recipe[row.key], *(asked[row.key] if space.formats else ())):
+        for fmt in (*by_recipe[row.key], *(requested[row.key] if space.formats else ())):
             cells[Cell(row.key, fmt.name)] = None
     for pattern, name in space.pins.items():
         matched = fnmatch.filter(by_recipe, pattern)
         cells |= {Cell(key, parse_format(name).name): None for key in matched}
-    waiting = [parse_saved(name) for name in space.saved]
+    saved_formats = [parse_saved(name) for name in space.saved]
     for row in table.tensors:
         if row.role is Role.SAVED:
-            cells |= {Cell(row.key, fmt.name): None for fmt in waiting}
+            cells |= {Cell(row.key, fmt.name): None for fmt in saved_formats}
     return [cell for cell in cells if cell.format != EXACT]
 
 
-def _resumed(stored: NoiseTable, asked: NoiseTable, table: TensorTable, file: str | os.PathLike[str]) -> NoiseTable:
+def _resumed(stored: NoiseTable, requested: NoiseTable, table: TensorTable, file: str | os.PathLike[str]) -> NoiseTable:
     try:
         stored.check(table)
     except PlanError as error:
         error.add_note(f"The file is {file}.")
         raise
     for name in ("method", "seed", "loss_scaling", "warm_up"):
-        before, now = getattr(stored, name), getattr(asked, name)
+        before, now = getattr(stored, name), getattr(requested, name)
         if before != now:
             raise PlanError(
-                f"noise: {file} was measured with {name.replace('_', ' ')} {before}, {now} is asked for now, and one "
-                "table holds one way of measuring.\n  Give the options that it was begun with, or another file."
+                f"noise: {file} was measured with {name.replace('_', ' ')} {before}, but {now} was requested; "
+                "one table has one value of it.\n  Give the same options as before, or another file."
             )
     return stored

@@ -44,8 +44,7 @@ class NoiseOptions:
             )
         if self.warm_up is not None and self.warm_up < 0:
             raise PlanError(
-                f"noise: a warm-up of {self.warm_up} steps was asked for.\n  Allowed: 0 or more.\n"
-                "  Give 0 for a trained model."
+                f"noise: warm_up is {self.warm_up}.\n  Allowed: 0 or more steps.\n  Give 0 for a trained model."
             )
 
     def steps(self, *, trained: bool) -> int:

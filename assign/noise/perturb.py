@@ -67,7 +67,7 @@ def round_tensor(x: Tensor, key: str, fmt: Format | BlockFormat, *, scale: float
 
 def _round_blocks(x: Tensor, key: str, fmt: BlockFormat, seed: Tensor) -> Tensor:
     order = memory_order(x)
-    chance = (seed, stream_of(key)) if fmt.stochastic else ()
-    codes = torch.ops.assign.encode_blocks(x, fmt.name, order, *chance)
+    randomness = (seed, stream_of(key)) if fmt.stochastic else ()
+    codes = torch.ops.assign.encode_blocks(x, fmt.name, order, *randomness)
     decoded: Tensor = torch.ops.assign.decode_blocks(codes, fmt.name, list(x.shape), order, x.dtype)
     return decoded

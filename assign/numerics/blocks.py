@@ -183,7 +183,7 @@ def _encoder(fmt: BlockFormat, dtype: torch.dtype) -> Kernel:
             return _share_range(lanes, levels)
         return _share_scale(lanes, element) if fmt.shared is Shared.BF16 else _share_power(lanes, element, carry)
 
-    def chance(key: Tensor, rows: int) -> Sequence[Tensor | None]:
+    def draw(key: Tensor, rows: int) -> Sequence[Tensor | None]:
         if not fmt.stochastic:
             return [None] * max(count, 2)
         numbers = torch.arange(rows * fmt.block, dtype=torch.int64, device=key.device) + key[2]
@@ -192,7 +192,7 @@ def _encoder(fmt: BlockFormat, dtype: torch.dtype) -> Kernel:
     def encode(words: Tensor, codes: Tensor, *rest: Tensor) -> None:
         lanes, shared = share(split(words, dtype, 2))
         steps = _cut(lanes, count)
-        random = chance(rest[-1], words.shape[0])
+        random = draw(rest[-1], words.shape[0])
         found = [
             _integers(part, levels, by) if element is None else _elements(part, element, by)
             for part, by in zip(steps, random, strict=True)
@@ -338,7 +338,7 @@ def block_format(name: str) -> BlockFormat:
     if isinstance(fmt, BlockFormat):
         return fmt
     raise FormatError(
-        f"{name!r} has no blocks.\n  Allowed: {', '.join(SAVED_FORMATS)}, each with ':sr' behind it or not.\n"
+        f"{name!r} has no blocks.\n  Allowed: {', '.join(SAVED_FORMATS)}, each also with ':sr' at the end.\n"
         "  Choose one of these."
     )
 
@@ -391,7 +391,7 @@ def decode_blocks(codes: Tensor, format: str, like: Tensor) -> Tensor:
     if codes.dtype != torch.uint8 or codes.shape != (fmt.bytes_of(like.numel()),):
         raise FormatError(
             f"The codes are {codes.dtype} of shape {list(codes.shape)}.\n  Allowed: torch.uint8 of shape "
-            f"[{fmt.bytes_of(like.numel())}], which {fmt.name!r} makes of {like.numel()} elements.\n"
+            f"[{fmt.bytes_of(like.numel())}], the size of {like.numel()} elements in {fmt.name!r}.\n"
             "  Pass what encode_blocks() returned for the same format and shape."
         )
     x: Tensor = torch.ops.assign.decode_blocks(codes, fmt.name, like.shape, memory_order(like), like.dtype)
@@ -401,6 +401,4 @@ def decode_blocks(codes: Tensor, format: str, like: Tensor) -> Tensor:
 def _check_dtype(dtype: torch.dtype, fmt: BlockFormat) -> None:
     if dtype not in ROUNDED:
         allowed = ", ".join(map(str, ROUNDED))
-        raise FormatError(
-            f"{fmt.name!r} does not stand for {dtype}.\n  Allowed: {allowed}.\n  Convert the tensor first."
-        )
+        raise FormatError(f"{fmt.name!r} cannot encode {dtype}.\n  Allowed: {allowed}.\n  Convert the tensor first.")

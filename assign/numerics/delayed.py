@@ -118,7 +118,7 @@ class DelayedScales:
         keys, past = list(state["keys"]), state["past"]
         whole = past is None or (past.dtype is torch.int32 and past.ndim == 2 and past.shape[1] == len(keys))
         if not whole or (past is None) != (not keys):
-            raise PlanError(f"DelayedScales: the state to load has not a column for each of its {len(keys)} tensors.")
+            raise PlanError(f"DelayedScales: the state to load lacks a column for some of its {len(keys)} tensors.")
         self._keys, self._past = keys, past
 
     def _remember(self) -> None:

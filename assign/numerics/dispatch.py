@@ -22,7 +22,7 @@ from assign.numerics.kernels import Scale, Scaler, Work, inverse_power, largest,
 from assign.numerics.words import join, lanes, split, word_dtype
 
 _WORTH_COMPILING = 2**14  # elements; smaller tensors only use code that is compiled already
-_MOST = 2**31 - 1  # elements: compiled code may count them in 32 bits
+_MAX_ELEMENTS = 2**31 - 1  # elements: compiled code may count them in 32 bits
 _PIECE = 2**16  # elements at a time without a compiler: temporaries stay in the processor's cache
 _DEVICE_PIECE = 2**22  # the same on a GPU, where every launch has a cost
 
@@ -315,7 +315,7 @@ def _ran_compiled(x: Tensor, kernel: _Lazy, run: Callable[[], None]) -> bool:
     """Whether compiled code was wanted for ``x`` and ``run``, which calls ``kernel``, succeeded."""
     choice, failed = _choice.get(), _compiler_failed(x.device.type)
     worth_it = kernel.ready or (x.numel() >= _WORTH_COMPILING and not failed.is_set())
-    if not (choice or (choice is None and worth_it)) or x.numel() > _MOST:
+    if not (choice or (choice is None and worth_it)) or x.numel() > _MAX_ELEMENTS:
         return False
     try:
         run()

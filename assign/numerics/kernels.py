@@ -174,7 +174,9 @@ def random_bits_at(index: Tensor, key: Tensor) -> Tensor:
     return (_mix((word + (index >> 32) + key[1]) & _WORD) >> 1).to(torch.int32)
 
 
-def _quantize_by_chance(x: Tensor, scale: Scale | None, numbers: Sequence[Any], key: Tensor, first: int = 0) -> Tensor:
+def _quantize_stochastically(
+    x: Tensor, scale: Scale | None, numbers: Sequence[Any], key: Tensor, first: int = 0
+) -> Tensor:
     """Round stochastically a dense tensor of one axis whose first element has index ``first``.
 
     Above ``min_normal``, a step is one bit of a float32: random bits are added below it and cut, which is exact. Below,
@@ -232,7 +234,7 @@ def quantizing(fmt: Format, saturate: bool) -> Work:
         work = quantizing(fmt, True)
         return work._replace(kernel=_propagating_nonfinite(work.kernel))
     if fmt.stochastic:
-        return _quantizing_by_chance(fmt, saturate)
+        return _quantizing_stochastically(fmt, saturate)
     shift = WIDTH - fmt.mantissa_bits
     away = fmt.rounding is Rounding.AWAY
     if fmt.min_exponent == 1 - BIAS:
@@ -247,14 +249,14 @@ def quantizing(fmt: Format, saturate: bool) -> Work:
     return Work(_quantize_by_sum, (lowest, highest, shift << WIDTH), floats, 2.0**unit)
 
 
-def _quantizing_by_chance(fmt: Format, saturate: bool) -> Work:
+def _quantizing_stochastically(fmt: Format, saturate: bool) -> Work:
     limit = bits_of(fmt.max_value)
     plain = fmt.min_exponent == 1 - BIAS  # subnormals are those of float32: their bits are cut like all others
     lowest = 0 if plain else fmt.min_exponent
     ints = (-(1 << (WIDTH - fmt.mantissa_bits)), 0 if plain else bits_of(fmt.min_normal), limit)
     # a step may be too small for its inverse to be a float32: each direction takes two products
     floats = (2.0**-lowest, 2.0**fmt.mantissa_bits, 2.0**-fmt.mantissa_bits, 2.0**lowest)
-    return Work(_quantize_by_chance, (*ints, limit if saturate else INF), floats, 1.0)
+    return Work(_quantize_stochastically, (*ints, limit if saturate else INF), floats, 1.0)
 
 
 @functools.lru_cache(maxsize=1024)

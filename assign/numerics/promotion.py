@@ -199,7 +199,7 @@ class Promotion:
         past = tuple(Promoted(**saved) for saved in state["promoted"])
         for each in past:
             if each.key not in self._start.entries or type(each.step) is not int:
-                raise PlanError(f"Promotion: the state to load promotes {each.key!r}, which is none of this plan's.")
+                raise PlanError(f"Promotion: the state to load promotes {each.key!r}, which is not in this plan.")
         self._steps = state["steps"]
         self.plan, self.promoted = self._start, ()
         self.overflow, self._looked = {}, False
@@ -244,9 +244,9 @@ class Promotion:
         unknown = next((key for key, place in places.items() if elements[place] and key not in self._slots), None)
         if unknown is not None:
             raise PlanError(
-                f"Promotion: other processes have run {unknown!r}, this one has not, so that it cannot promote what "
-                "they do.\n  Allowed: step() after the same forward passes in every process of the group.\n"
-                "  Run the planned model in each of them, or give those that do a group of their own: group=."
+                f"Promotion: other processes have run {unknown!r}, but this one has not, so it cannot promote the "
+                "same tensors.\n  Allowed: step() after the same forward passes in every process of the group.\n"
+                "  Run the planned model in each of them, or give the processes that run it their own group: group=."
             )
         return {key: overflowed[places[key]] / elements[places[key]] for key in self._slots if elements[places[key]]}
 

@@ -8,7 +8,7 @@
 ``gradients``     Gradients stored in 8 bits.
 ``summing``       Gradients of micro-batches, summed inside the backward pass.
 ``masters``       Masters with extra bits.
-``beside``        State stored with a parameter.
+``extras``        State stored with a parameter.
 ``monitor``       Count updates lost by rounding.
 ================  ============================================================
 """

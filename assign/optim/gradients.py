@@ -14,7 +14,7 @@ from torch import Tensor
 from assign.errors import PlanError
 from assign.formats.rows import Format
 from assign.numerics.torch_dtypes import dtype_name
-from assign.optim.beside import beside
+from assign.optim.extras import extras
 
 
 def keep_scale(parameter: Tensor, scale: Tensor) -> None:
@@ -25,12 +25,12 @@ def keep_scale(parameter: Tensor, scale: Tensor) -> None:
     """
     if parameter.grad is not None:
         raise PlanError(
-            f"backward: a parameter of shape {list(parameter.shape)} has a gradient already, stored as "
+            f"backward: a parameter of shape {list(parameter.shape)} already has a gradient, stored as "
             f"{dtype_name(parameter.grad.dtype)} with a scale, and another one cannot be added to it.\n"
             "  Allowed: one backward pass for each step.\n"
             "  Call optimizer.zero_grad() before, or store gradients in bf16 to accumulate over micro-batches."
         )
-    beside(parameter).gradient_scale = scale
+    extras(parameter).gradient_scale = scale
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def widened(parameter: Tensor, fmt: Format) -> Iterator[None]:
     Raises:
         PlanError: the gradient was not made by a planned model.
     """
-    codes, scale = parameter.grad, beside(parameter).gradient_scale
+    codes, scale = parameter.grad, extras(parameter).gradient_scale
     assert codes is not None
     if scale is None:
         raise PlanError(
@@ -60,7 +60,7 @@ def widened(parameter: Tensor, fmt: Format) -> Iterator[None]:
 
 def forget_scale(parameter: Tensor) -> None:
     """Forget the scale of a used gradient, so that a later gradient of a plain model is not read with it."""
-    beside(parameter).gradient_scale = None
+    extras(parameter).gradient_scale = None
 
 
 def set_gradient(parameter: Tensor, gradient: Tensor) -> None:

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from assign.distributed import unwrapped
 from assign.errors import PlanError
-from assign.optim.beside import beside
+from assign.optim.extras import extras
 from assign.optim.gradients import set_gradient
 from assign.plan.persistent_state import EXTRA_BITS
 
@@ -67,32 +67,32 @@ def store_split(parameter: nn.Parameter) -> None:
     split(parameter.data.clone(), narrow, extra)
     parameter.data = narrow
     forget_extra_bits(parameter)
-    beside(parameter).extra = extra
+    extras(parameter).extra = extra
 
 
 def extra_bits_of(parameter: Tensor) -> Tensor:
     """Return the extra bits of a parameter, always the same tensor; zeros if the parameter was bf16 before the plan."""
-    extra = beside(parameter).extra
+    extra = extras(parameter).extra
     if extra is None or extra.device != parameter.device:
         kept = torch.zeros_like(parameter, dtype=torch.uint8, requires_grad=False)
-        extra = beside(parameter).extra = kept if extra is None else kept.copy_(extra)
+        extra = extras(parameter).extra = kept if extra is None else kept.copy_(extra)
     return extra
 
 
 def load_extra_bits(parameter: Tensor, saved: Tensor) -> Tensor:
     """Set the extra bits of a parameter to those saved with its values, and return them."""
-    beside(parameter).lost = False
+    extras(parameter).lost = False
     return extra_bits_of(parameter).copy_(saved)
 
 
 def is_split(parameter: Tensor) -> bool:
     """Whether the parameter has extra bits."""
-    return beside(parameter).extra is not None
+    return extras(parameter).extra is not None
 
 
 def forget_extra_bits(parameter: Tensor) -> None:
     """Remove the extra bits of a parameter: from now on it is the whole master."""
-    beside(parameter).extra, beside(parameter).lost = None, False
+    extras(parameter).extra, extras(parameter).lost = None, False
 
 
 def note_loaded(parameter: Tensor, value: Tensor) -> None:
@@ -101,11 +101,11 @@ def note_loaded(parameter: Tensor, value: Tensor) -> None:
     If ``value`` is wider than bf16, the extra bits become zero: the caller has checked that loading rounds nothing. If
     it is bf16, they are unknown from now on.
     """
-    extra = beside(parameter).extra
+    extra = extras(parameter).extra
     if extra is None:
         return
-    beside(parameter).lost = value.dtype == parameter.dtype
-    if not beside(parameter).lost:
+    extras(parameter).lost = value.dtype == parameter.dtype
+    if not extras(parameter).lost:
         extra.zero_()
 
 
@@ -115,11 +115,11 @@ def check_known(parameter: Tensor, what: str) -> None:
     Raises:
         PlanError: values were loaded without extra bits; the message begins with ``what``.
     """
-    if beside(parameter).lost:
+    if extras(parameter).lost:
         raise PlanError(
             f"{what}: a parameter of shape {list(parameter.shape)} was loaded in bfloat16, without the 8 extra bits "
             "that its master has in the optimizer's state.\n"
-            "  Allowed: the state_dict of the model first, then that of its optimizer; or weights that need none.\n"
+            "  Allowed: the state_dict of the model first, then that of its optimizer; or weights without extra bits.\n"
             "  Load the optimizer's state_dict now; or load these weights into the float32 model, and apply the plan "
             "after that: its extra bits are zero then."
         )
@@ -171,7 +171,7 @@ def widened_weights(model: nn.Module, planned: Optimizer) -> dict[str, Tensor]:
     module = unwrapped(model)
     wide = {name: value.float() if value.is_floating_point() else value for name, value in module.state_dict().items()}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        extra = planned.state.get(parameter, {}).get(EXTRA_BITS, beside(parameter).extra)
+        extra = planned.state.get(parameter, {}).get(EXTRA_BITS, extras(parameter).extra)
         if extra is not None and parameter.dtype is torch.bfloat16:
             check_known(parameter, f"widened_weights: {name!r}")
             wide[name] = join(parameter.data, extra)

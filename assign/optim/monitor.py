@@ -53,7 +53,7 @@ class LostUpdates:
         if every < 1 or (sample is not None and sample < 1):
             raise TaskError(
                 f"LostUpdates: every={every}, sample={sample}.\n"
-                "  Allowed: whole numbers of at least 1; None as sample.\n  Choose such."
+                "  Allowed: whole numbers of at least 1; None as sample.\n  Give such values."
             )
         self._optimizer, self._every, self._sample = optimizer, every, sample
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in unwrapped(model).named_parameters()}
@@ -61,7 +61,7 @@ class LostUpdates:
         self._before: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
         self._counts: dict[str, Tensor] = {}
         self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._look()),
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._compare()),
         ]
 
@@ -105,7 +105,7 @@ class LostUpdates:
         return {"steps": self._steps, "every": self._every, "share": self.share, "parameters": self.shares}
 
     @torch.no_grad()
-    def _look(self) -> None:
+    def _before_step(self) -> None:
         self._steps += 1
         self._before = {}
         if (self._steps - 1) % self._every:

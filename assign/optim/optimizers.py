@@ -38,7 +38,7 @@ from assign.optim.gradients import forget_scale
 from assign.optim.gradients import widened as widened_gradient
 from assign.optim.masters import check_known, extra_bits_of, joined, load_extra_bits
 from assign.optim.states import count_changed, make_states, restore, unwrapped, widened
-from assign.optim.widening import Chance, widened_master
+from assign.optim.widening import Randomness, widened_master
 from assign.plan.keys import Key, Part, state_key
 from assign.plan.optimizer_backends import Library, Stored, choose_library, rounds_updates_itself, widen_masters
 from assign.plan.persistent_state import (
@@ -154,8 +154,8 @@ def widened_state_dict(planned: Optimizer) -> dict[str, Any]:
 
 def _of_library(states: Mapping[str, Any], *, widened: bool = False) -> dict[str, Any]:
     """Return the states that a library's optimizer knows, without those that this package adds."""
-    beside = (EXTRA_BITS, COMPENSATION) if widened else (EXTRA_BITS,)
-    return {name: value for name, value in states.items() if name not in beside}
+    omitted = (EXTRA_BITS, COMPENSATION) if widened else (EXTRA_BITS,)
+    return {name: value for name, value in states.items() if name not in omitted}
 
 
 # ---- what the plan says
@@ -333,14 +333,14 @@ class _Planned(Optimizer):
         """Reset the states to those before the first step."""
         self.state.clear()
         for parameter, stored in self.assign_stored.items():
-            states = self.assign_beside(parameter)
+            states = self.assign_own_states(parameter)
             with self.assign_joined(parameter, states):
                 made = make_states(self.assign_library, parameter, stored)
             states |= made
             if states:
                 self.state[parameter] = states
 
-    def assign_beside(self, parameter: Tensor) -> dict[str, Any]:
+    def assign_own_states(self, parameter: Tensor) -> dict[str, Any]:
         """Return the states that this package adds to those of the library: extra bits, or Kahan's compensation."""
         stored = self.assign_stored[parameter]
         if stored.master.extra_bits:
@@ -354,12 +354,12 @@ class _Planned(Optimizer):
         parameter: Tensor,
         states: dict[str, Any],
         rounding: UpdateRounding = UpdateRounding.NEAREST,
-        chance: Chance | None = None,
+        randomness: Randomness | None = None,
     ) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the parameter is as its library needs it: float32 if widened or with extra bits."""
         stored = self.assign_stored[parameter]
         if stored.widened:
-            return widened_master(parameter, states, rounding, chance, stored.key)
+            return widened_master(parameter, states, rounding, randomness, stored.key)
         return joined(parameter, states) if stored.master.extra_bits else contextlib.nullcontext()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, lossy: bool = False) -> None:
@@ -377,7 +377,7 @@ class _Planned(Optimizer):
         if sizes[0] != sizes[1]:
             raise PlanError(
                 f"load_state_dict: groups of {sizes[0]} parameters are loaded, this optimizer has {sizes[1]}. "
-                "Load what an optimizer of this model, with the same groups, saved."
+                "Load the state_dict of an optimizer of this model with the same groups."
             )
         numbers = (number for group in packed for number in group["params"])
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
@@ -404,26 +404,26 @@ class _Planned(Optimizer):
         extra = {name: value for name, value in saved.items() if name == EXTRA_BITS}
         if extra and not stored.master.extra_bits and not lossy:
             raise PlanError(
-                f"load_state_dict: what is loaded has extra bits of the master of {stored.key!r}, which the plan "
+                f"load_state_dict: the loaded state has extra bits of the master of {stored.key!r}, which the plan "
                 f"stores as {stored.master.name}.\n  Allowed: states with extra bits for masters in bf16+8.\n"
                 "  Load assign.optim.widened_state_dict(optimizer), and assign.optim.widened_weights(model, optimizer) "
                 "into the float32 model; or leave the bits out: load_state_dict(state, lossy=True)."
             )
-        beside = self.assign_beside(parameter)
-        if COMPENSATION in beside and COMPENSATION in saved:
-            beside[COMPENSATION].copy_(saved[COMPENSATION])
+        own_states = self.assign_own_states(parameter)
+        if COMPENSATION in own_states and COMPENSATION in saved:
+            own_states[COMPENSATION].copy_(saved[COMPENSATION])
         elif COMPENSATION in saved and self.assign_rounding != UpdateRounding.KAHAN:
             if not lossy:
                 raise PlanError(
-                    f"load_state_dict: what is loaded has Kahan's compensation of {stored.key!r}, and this optimizer "
+                    f"load_state_dict: the loaded state has Kahan's compensation of {stored.key!r}, and this optimizer "
                     f"rounds updates {self.assign_rounding}.\n  Allowed: update_rounding='kahan'.\n"
                     "  Make the optimizer with it, or leave the compensation out: load_state_dict(state, lossy=True)."
                 )
             saved = {name: value for name, value in saved.items() if name != COMPENSATION}
         own = _of_library(saved, widened=stored.widened)
-        with self.assign_joined(parameter, beside):
+        with self.assign_joined(parameter, own_states):
             states = self._converted(parameter, own, lossy=lossy)
-        return states | (extra if stored.master.extra_bits else beside)
+        return states | (extra if stored.master.extra_bits else own_states)
 
     def _converted(self, parameter: Tensor, saved: Mapping[str, Any], *, lossy: bool) -> dict[str, Any]:
         stored = self.assign_stored[parameter]
@@ -433,8 +433,8 @@ class _Planned(Optimizer):
         if missing:
             raise PlanError(
                 f"load_state_dict: the plan stores {state_key(stored.key, missing[0])!r} as "
-                f"{stored.states[missing[0]].name}, but what is loaded has {', '.join(wide) or 'no states'} for it.\n"
-                "  Load what an optimizer with these states saved after a step, or go on with a new optimizer."
+                f"{stored.states[missing[0]].name}, but the loaded state has {', '.join(wide) or 'no states'} for it.\n"
+                "  Load the state_dict of an optimizer with these states after a step, or use a new optimizer."
             )
         for name in stored.states if own or saved else ():
             shape = getattr(wide[name], "shape", None)
@@ -442,7 +442,7 @@ class _Planned(Optimizer):
                 raise PlanError(
                     f"load_state_dict: {state_key(stored.key, name)!r} is loaded with the shape "
                     f"{None if shape is None else tuple(shape)}, and its parameter has {tuple(parameter.shape)}. "
-                    "Load what an optimizer of this model saved."
+                    "Load the state_dict of an optimizer of this model."
                 )
         states = restore(own, saved, parameter)
         kept = widened(states)
@@ -500,10 +500,10 @@ def _stepping_one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups
-        chance = None
+        randomness = None
         rounded_here = any(each.widened for each in self.assign_stored.values())
         if rounded_here and self.assign_rounding == UpdateRounding.STOCHASTIC:
-            chance = Chance.draw(next(parameter.device for group in groups for parameter in group["params"]))
+            randomness = Randomness.draw(next(parameter.device for group in groups for parameter in group["params"]))
         try:
             for group in groups:
                 for parameter in [each for each in group["params"] if each.grad is not None]:
@@ -511,7 +511,7 @@ def _stepping_one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
                     self.param_groups = [{**group, "params": [parameter]}]
                     check_known(parameter, "optimizer")
                     with (
-                        self.assign_joined(parameter, self.state[parameter], self.assign_rounding, chance),
+                        self.assign_joined(parameter, self.state[parameter], self.assign_rounding, randomness),
                         widened_gradient(parameter, fmt) if fmt.scaled else contextlib.nullcontext(),
                     ):
                         step(self)

@@ -32,7 +32,7 @@ from assign.numerics.rounding import quantize
 from assign.numerics.torch_dtypes import SIXTEEN_BITS, dtype_name
 from assign.plan.persistent_state import COMPENSATION, UpdateRounding
 
-_BY_CHANCE = {dtype: parse_format(f"{name}:sr") for dtype, name in SIXTEEN_BITS.items()}
+_STOCHASTIC = {dtype: parse_format(f"{name}:sr") for dtype, name in SIXTEEN_BITS.items()}
 _TYPES = "bfloat16, float16; float32, which is updated by the plain rule"
 
 
@@ -69,7 +69,7 @@ class _Optimizer16(Optimizer):
             if parameter.dtype not in (*SIXTEEN_BITS, torch.float32):
                 raise FormatError(
                     f"{type(self).__name__}: a parameter of shape {list(parameter.shape)} is {_dtype(parameter)}.\n"
-                    f"  Allowed: {_TYPES}.\n  Keep narrower or wider weights out of it, or convert them."
+                    f"  Allowed: {_TYPES}.\n  Leave such parameters out of the optimizer, or convert them."
                 )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class _Optimizer16(Optimizer):
                     f"{type(self).__name__}: the saved state was made with rounding={rounding!r}, "
                     f"this optimizer has rounding={own!r}.\n"
                     "  Allowed: the same, or the state of a torch.optim optimizer.\n"
-                    "  Make the optimizer with that rounding, or begin with fresh states."
+                    "  Make the optimizer with that rounding, or start with new states."
                 )
             groups.append({**saved, "rounding": own})
         return {**state, "param_groups": groups}
@@ -121,17 +121,17 @@ class _Optimizer16(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._chance():
+        with self._synchronized():
             for group in self.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self._update(parameter, group)
         return loss
 
-    def _chance(self) -> contextlib.AbstractContextManager[None]:
-        by_chance = any(group["rounding"] == UpdateRounding.STOCHASTIC for group in self.param_groups)
+    def _synchronized(self) -> contextlib.AbstractContextManager[None]:
+        is_stochastic = any(group["rounding"] == UpdateRounding.STOCHASTIC for group in self.param_groups)
         device = next(parameter.device for group in self.param_groups for parameter in group["params"])
-        return synchronized_rng(device) if by_chance else contextlib.nullcontext()
+        return synchronized_rng(device) if is_stochastic else contextlib.nullcontext()
 
     def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
         if parameter.grad is not None and parameter.grad.is_sparse:
@@ -150,7 +150,7 @@ class _Optimizer16(Optimizer):
             return
         change = changes[0] if len(changes) == 1 else changes[0] + changes[1]
         if rounding == UpdateRounding.STOCHASTIC:
-            stored.copy_(quantize(w + change, _BY_CHANCE[parameter.dtype], saturate=False, dtype=parameter.dtype))
+            stored.copy_(quantize(w + change, _STOCHASTIC[parameter.dtype], saturate=False, dtype=parameter.dtype))
             return
         compensation = self._state(parameter, COMPENSATION)
         w, rest = kahan_add(w, change, compensation.float(), parameter.dtype)

@@ -21,7 +21,7 @@ from assign.plan.persistent_state import COMPENSATION, UpdateRounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chance:
+class Randomness:
     """Random bits of one optimizer step. They depend only on the step's seed and the parameter's key.
 
     A parameter is therefore rounded the same way regardless of the order and time of updates, and in all processes that
@@ -31,7 +31,7 @@ class Chance:
     seed: Tensor
 
     @classmethod
-    def draw(cls, device: torch.device) -> "Chance":
+    def draw(cls, device: torch.device) -> "Randomness":
         """Draw the seed of a step from torch's generator, the same in all processes."""
         with synchronized_rng(device):
             return cls(seed=draw_seed(device))
@@ -45,7 +45,11 @@ class Chance:
 
 @contextlib.contextmanager
 def widened_master(
-    parameter: Tensor, states: MutableMapping[str, Any], rounding: UpdateRounding, chance: Chance | None, key: str
+    parameter: Tensor,
+    states: MutableMapping[str, Any],
+    rounding: UpdateRounding,
+    randomness: Randomness | None,
+    key: str,
 ) -> Iterator[None]:
     """Make the parameter and its gradient float32 in the context; afterwards they are as narrow as before.
 
@@ -55,7 +59,7 @@ def widened_master(
         parameter: in bfloat16 or float16.
         states: of the parameter in the optimizer; in the context without Kahan's compensation.
         rounding: how the new value is rounded.
-        chance: of this step; needed for ``stochastic``.
+        randomness: of this step; needed for ``stochastic``.
         key: of the parameter.
     """
     compensation, narrow, gradient = states.pop(COMPENSATION, None), parameter.data, parameter.grad
@@ -66,7 +70,7 @@ def widened_master(
             set_gradient(parameter, gradient if gradient.dtype.itemsize == 1 else gradient.float())
         yield
         parameter.grad = None
-        _round_back(parameter.data, narrow, compensation, rounding, chance, key)
+        _round_back(parameter.data, narrow, compensation, rounding, randomness, key)
     finally:
         parameter.grad = None
         parameter.data = narrow
@@ -81,7 +85,7 @@ def _round_back(
     narrow: Tensor,
     compensation: Tensor | None,
     rounding: UpdateRounding,
-    chance: Chance | None,
+    randomness: Randomness | None,
     key: str,
 ) -> None:
     """Write the new value of a master into its narrow storage."""
@@ -89,8 +93,8 @@ def _round_back(
         narrow.copy_(wide)
         return
     if rounding == UpdateRounding.STOCHASTIC:
-        assert chance is not None
-        narrow.copy_(chance.round(wide, narrow.dtype, key))
+        assert randomness is not None
+        narrow.copy_(randomness.round(wide, narrow.dtype, key))
         return
     assert compensation is not None
     before = narrow.float()

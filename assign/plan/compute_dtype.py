@@ -156,17 +156,17 @@ class ComputeDtypes:
         """Return the rule that decided the dtype in which the operator that makes ``key`` runs, as a sentence."""
         made, dtype = self._made[key], self.compute(key)
         if self.as_written(key):
-            return f"all it reads and makes has the dtype in which the model was loaded: {dtype}"
+            return f"its inputs and outputs have the dtype in which the model was loaded: {dtype}"
         if dtype != FLOAT32:
-            return f"all it reads and makes lives in {dtype}"
+            return f"its inputs and outputs are {dtype}"
         if made.wide:
-            return "the model's own code asks for float32"
+            return "the model's own code requests float32"
         if made.op not in SIXTEEN_BIT:
             return "not known to sum in float32 when its operands are 16-bit"
         if self._made_in(key) == FLOAT32:
             return f"its result, {' and its gradient '.join(fmt.name for fmt in self.formats(key))}, needs float32"
         wide = next((read for read, value in self._operands(made).items() if value.now == FLOAT32), None)
-        return f"it reads {wide}, which lives in float32" if wide else "it reads both bfloat16 and float16"
+        return f"it reads {wide}, which is float32" if wide else "it reads both bfloat16 and float16"
 
     def _operands(self, made: Made) -> dict[str, Value]:
         reads = made.reads or tuple(map(self.loaded, made.inputs))

@@ -68,6 +68,6 @@ def parse_step_time(text: str | float, high: float) -> float:
     if match and float(match[1]) > 0:
         return float(match[1]) * (high if match[2] in ("x", "×") else _UNITS[match[2] or "s"])
     raise BudgetError(
-        f"search: {text!r} is no limit on a step's time. Write seconds ('0.2s', '200ms') or a multiple of what it "
-        "takes with every tensor in its high format ('1.3x')."
+        f"search: {text!r} is not a limit on the step time. Write seconds ('0.2s', '200ms') or a multiple of the "
+        "time with every tensor in its high format ('1.3x')."
     )

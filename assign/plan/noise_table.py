@@ -156,7 +156,7 @@ class NoiseTable(Drawn):
             self.fingerprint,
             table.fingerprint,
             what="the noise was measured on another model",
-            advice="Allowed: a file that was measured on this very model, at any batch size.\n"
+            advice="Allowed: a file that was measured on this model, at any batch size.\n"
             "  Give that file, or measure again: assign noise TASK -o noise.json",
         )
 

@@ -114,7 +114,7 @@ IN_16_BIT: Mapping[str, str] = MappingProxyType(
             ("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "softmax", "softmin", "softplus"),
             "its kernel takes 16-bit tensors and computes in float32; the result has magnitudes near 1",
         ),
-        "log_softmax": "its kernel computes in float32; recipes have a row of their own for it",
+        "log_softmax": "its kernel computes in float32; recipes have a separate row for it",
         **dict.fromkeys(
             ("interpolate", "upsample", "grid_sample"),
             "its result is a mean of a few neighbours, which is computed in float32",
@@ -124,7 +124,7 @@ IN_16_BIT: Mapping[str, str] = MappingProxyType(
                 "avg_pool3d", "adaptive_avg_pool3d", "max_pool3d", "adaptive_max_pool3d", "fractional_max_pool2d",
                 "fractional_max_pool3d", "max_unpool2d", "max_unpool3d", "pad", "fake_quantize_per_tensor_affine",
             ),
-            "autocast names it for want of a 16-bit kernel on CPU; here it computes in float32 where there is none",
+            "autocast lists it because the CPU lacks a 16-bit kernel; here it computes in float32 where there is none",
         ),
         "view_as_complex": "a view; complex tensors have no format",
     }

@@ -95,11 +95,11 @@ def choose_library(optimizer: str, stored: Iterable[Stored], allowed: Collection
         refused = next(((each, why) for each, why in found if why), None)
         if refused is None:
             return library
-        refusals[library] = f"{library} {refused[1]}; asked for: {refused[0]}"
+        refusals[library] = f"{library} {refused[1]}; requested: {refused[0]}"
     raise PlanError(
         "\n  ".join(
             [
-                f"no library has an optimizer {optimizer} that keeps what the plan stores:",
+                f"no library has an optimizer {optimizer} for the formats that the plan stores:",
                 *refusals.values(),
                 "Store fp32 (leave such entries out of the plan), or use torch.optim.AdamW or torch.optim.SGD.",
             ]
@@ -124,7 +124,7 @@ def _refusal(library: Library, optimizer: str, stored: Stored) -> str:
     match library:
         case Library.TORCH:
             if optimizer != "SGD":
-                return "steps on masters, gradients and states of one dtype only (SGD on any native ones)"
+                return "supports masters, gradients and states of one dtype only (SGD: any native dtypes)"
             return "" if formats <= {*NATIVE, "fp64"} else f"keeps SGD's states as {', '.join(NATIVE)}"
         case Library.TORCHAO:
             return "" if optimizer in ("Adam", "AdamW") else "has Adam and AdamW only"
@@ -172,8 +172,8 @@ def widen_masters(optimizer: str, stored: Iterable[Stored]) -> list[Stored]:
     """
     if optimizer not in _KNOWN_STATES:
         raise PlanError(
-            f"optimizer: updates of 16-bit masters are to be rounded stochastically or with Kahan's sum, and "
-            f"{optimizer or 'no optimizer'} steps on them.\n  Allowed: {', '.join(_KNOWN_STATES)}.\n"
+            f"optimizer: {optimizer or 'no optimizer'} was given to round updates of 16-bit masters stochastically or "
+            f"with Kahan's sum.\n  Allowed: {', '.join(_KNOWN_STATES)}.\n"
             "  Use one of these, or round updates to nearest."
         )
     return [replace(each, widened=is_narrow(each.master)) for each in stored]

@@ -83,7 +83,9 @@ def parse_stored(name: str, part: Part) -> StateFormat:
     what, why, allowed = _WORDS[part]
     if wanted not in STATE_FORMATS:
         parse_format(name)  # raises for a name that does not exist, and suggests a similar one
-    raise FormatError(f"{name!r} is not for {what}: {why}.\n  Allowed: {', '.join(allowed)}.\n  Choose one of these.")
+    raise FormatError(
+        f"{name!r} is not allowed for {what}: {why}.\n  Allowed: {', '.join(allowed)}.\n  Choose one of these."
+    )
 
 
 _WORDS: Mapping[Part, tuple[str, str, tuple[str, ...]]] = {
@@ -94,11 +96,11 @@ _WORDS: Mapping[Part, tuple[str, str, tuple[str, ...]]] = {
     ),
     Part.STORED_GRADIENT: (
         "a stored gradient",
-        "it has a dtype of torch's, and in 8 bits a scale too, or small gradients would be zero",
+        "it needs a dtype of torch, and in 8 bits also a scale, because small gradients would become zero",
         GRADIENTS,
     ),
-    Part.BUFFER: ("a buffer", "a step adds to it, in a dtype that torch has arithmetic for", NATIVE),
-    Part.STATE: ("an optimizer state", "no library keeps states in it", (*NATIVE, *STATE_FORMATS)),
+    Part.BUFFER: ("a buffer", "a step adds to it, so it needs a dtype for which torch has arithmetic", NATIVE),
+    Part.STATE: ("an optimizer state", "no library stores states in it", (*NATIVE, *STATE_FORMATS)),
 }
 
 
@@ -180,8 +182,8 @@ def check_stored(entries: Mapping[str, Named]) -> None:
             continue
         if master_format(entries, key.name).name != "fp16":
             raise PlanError(
-                f"{text!r} is assigned fp16, its master {master_format(entries, key.name).name}: gradients this short "
-                "need a loss scale, and dividing it out again in fp16 loses what it saved.\n"
+                f"{text!r} is assigned fp16, but its master {master_format(entries, key.name).name}: fp16 gradients "
+                "need a loss scale, and dividing by it in fp16 loses the small values that it preserved.\n"
                 f"  Choose bf16 for {text!r}, or fp16 for {master_key(key.name)!r} too."
             )
 
@@ -239,8 +241,8 @@ def check_rounding(update_rounding: str, entries: Mapping[str, Named], *, where:
     check_unsplit(chosen, entries, where=where)
     if chosen != UpdateRounding.NEAREST and not has_narrow_masters(entries):
         raise PlanError(
-            f"{where}: update_rounding={str(chosen)!r} is for masters in 16 bit, and this training has none.\n"
-            "  Give a plan that stores them so (--master bf16, or --strategy standalone), or leave it out."
+            f"{where}: update_rounding={str(chosen)!r} is for 16-bit masters, but this training has none.\n"
+            "  Give a plan that stores such masters (--master bf16, or --strategy standalone), or leave it out."
         )
     return chosen
 
@@ -254,8 +256,8 @@ def check_unsplit(update_rounding: str, entries: Mapping[str, Named], *, where: 
     split = first_split(entries)
     if update_rounding != UpdateRounding.NEAREST and split is not None:
         raise PlanError(
-            f"{where}: update_rounding={str(update_rounding)!r} was asked for, but {master_key(split)!r} is "
-            f"{entries[master_key(split)].format}, whose extra bits take what rounding to 16 bits would lose.\n"
+            f"{where}: update_rounding={str(update_rounding)!r} was requested, but {master_key(split)!r} is "
+            f"{entries[master_key(split)].format}, whose extra bits keep what rounding to 16 bits would lose.\n"
             "  Allowed: nearest; the others for masters in bf16 and fp16.\n"
             "  Leave update_rounding out, or store masters as bf16."
         )
@@ -277,7 +279,7 @@ def bytes_of(fmt: StateFormat, elements: int) -> int:
     return fmt.bytes_of(elements) if isinstance(fmt, BlockFormat) else elements * item_bytes(fmt)
 
 
-def waiting_bytes(fmt: StateFormat, elements: int) -> int:
+def packed_bytes(fmt: StateFormat, elements: int) -> int:
     """Return the size of a saved activation in bytes, including its scales."""
     if isinstance(fmt, BlockFormat):
         return fmt.bytes_of(elements)
@@ -346,10 +348,10 @@ def resident(
             name, fmt = master_key(row.key), parameter_format(master_format(entries, row.key))
         else:
             name, fmt = row.key, gradient_format(entries, row.parts.name)
-        sizes[row.role][name] = waiting_bytes(fmt, row.elements) if size is None else size
+        sizes[row.role][name] = packed_bytes(fmt, row.elements) if size is None else size
         known[row.role] += ITEM_BYTES[row.dtype] * row.elements
         if row.role is Role.WEIGHT_GRAD:
-            sizes[Role.OPTIM_STATE] |= _beside(row, master_format(entries, row.parts.name), update_rounding)
+            sizes[Role.OPTIM_STATE] |= _added_states(row, master_format(entries, row.parts.name), update_rounding)
     s = table.schedule
     others = zip((s.parameter_bytes, s.gradient_bytes, s.optimizer_bytes), known.values(), strict=True)
     parameters, gradients, states = (max(total - named, 0) for total, named in others)
@@ -361,7 +363,7 @@ def resident(
     )
 
 
-def _beside(row: TensorInfo, master: Format, update_rounding: str) -> dict[str, int]:
+def _added_states(row: TensorInfo, master: Format, update_rounding: str) -> dict[str, int]:
     """Return the bytes of extra bits or Kahan compensation of a trained weight; ``row`` is that of its gradient."""
     key = row.parts.name
     if master.extra_bits:

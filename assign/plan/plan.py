@@ -182,7 +182,7 @@ class Assignment(Drawn):
         for key, name in self.loaded.items():
             if name not in allowed:
                 raise PlanError(
-                    f"the weight {key!r} is said to be loaded as {name!r}. Allowed: {', '.join(allowed)}. Search again."
+                    f"the weight {key!r} is listed as loaded in {name!r}. Allowed: {', '.join(allowed)}. Search again."
                 )
 
     def _refuse_delayed_copies(self) -> None:
@@ -197,8 +197,9 @@ class Assignment(Drawn):
             fmt = parse_saved(entry.format)
             if isinstance(fmt, Format) and fmt.delayed:
                 raise PlanError(
-                    f"{key!r} is assigned {entry.format!r}, its activation {own.format!r}: a saved copy in a format of "
-                    f"its own takes its scale from its own values.\n  Choose {entry.format.replace(':delayed', '')!r}."
+                    f"{key!r} is assigned {entry.format!r}, but its activation {own.format!r}: a saved copy in "
+                    "another format takes its scale from its own values.\n"
+                    f"  Choose {entry.format.replace(':delayed', '')!r}."
                 )
 
     def _canonical(self, key: str, name: str) -> str:

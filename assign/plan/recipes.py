@@ -14,7 +14,7 @@ from assign.formats.parsing import parse_format, parse_saved
 from assign.formats.rows import BlockFormat, Format, loaded_format
 from assign.plan.keys import Part, buffer_key, grad_key, master_key, saved_key, stored_grad_key
 from assign.plan.ops import EXPONENTIATED, LOSS_OPS
-from assign.plan.persistent_state import is_narrow, is_stored, master_format, parse_stored, waiting_bytes, with_loaded
+from assign.plan.persistent_state import is_narrow, is_stored, master_format, packed_bytes, parse_stored, with_loaded
 from assign.plan.plan import Assignment, Entry
 from assign.plan.table import Need, Role, TensorInfo, TensorTable
 
@@ -100,7 +100,7 @@ _HI = "fp(6,9,0)"
 
 HFP8 = Recipe(
     name="hfp8",
-    description="16 or 8 bits, 8-bit forward FP(4,3,4) and backward FP(5,2,0): the paper's own, after HFP8",
+    description="16 or 8 bits: FP(4,3,4) forward and FP(5,2,0) backward; the recipe of the paper, after HFP8",
     # Source: arXiv 2301.13464, after HFP8 (Sun et al. 2019); a weight's gradient has 16 bits in both.
     by_role={
         Role.ACTIVATION: (_HI, "fp(4,3,4)"),
@@ -114,7 +114,7 @@ HFP8 = Recipe(
 
 NATIVE = Recipe(
     name="native",
-    description="bf16, or torch's own 8 bits with a power of two per tensor as scale: e4m3 forward, e5m2 backward",
+    description="bf16, or the 8-bit dtypes of torch, scaled by a power of two per tensor: e4m3 forward, e5m2 backward",
     # Source: e4m3 forward and e5m2 backward after arXiv 2209.05433; the loss stays in 32 bits, as under autocast.
     by_role={
         Role.ACTIVATION: ("bf16", "e4m3:pow2"),
@@ -140,7 +140,7 @@ def _delayed(pair: Pair) -> Pair:
 NATIVE_DELAYED = replace(
     NATIVE,
     name="native-delayed",
-    description="native, each scale from the magnitudes of the steps before: one pass over memory less",
+    description="native, with scales from the amax of earlier steps, which saves one pass over memory",
     by_role={role: _delayed(pair) for role, pair in NATIVE.by_role.items()},
 )
 
@@ -150,7 +150,7 @@ def _one_format(name: str) -> Recipe:
     roles = (Role.ACTIVATION, Role.ACTIVATION_GRAD, Role.WEIGHT, Role.WEIGHT_GRAD)
     return Recipe(
         name=name,
-        description=f"{name}, float32 where autocast has it; with the strategy standalone {name} in all, stored too",
+        description=f"{name}, and float32 where autocast uses it; with the strategy standalone, {name} everywhere",
         by_role=dict.fromkeys(roles, (name, name)),
         loss_scaling=False,  # training still scales the loss if gradients are fp16 and masters are not
         promote_every=0,
@@ -260,14 +260,14 @@ def store(
         rows = [row for row in stored if row.role is Role.OPTIM_STATE]
         if not rows:
             raise PlanError(
-                f"optimizer states are asked for in {fmt.name}, but the optimizer keeps none (or none was given). "
+                f"optimizer_states is {fmt.name}, but the optimizer has no states (or no optimizer was given). "
                 "Leave them out, or use one with states: torch.optim.AdamW, or SGD with momentum."
             )
         fits = [row for row in rows if not isinstance(fmt, BlockFormat) or fmt.fits(row.elements)]
         if isinstance(fmt, BlockFormat) and not fits:
             largest = max(row.elements for row in rows)
             raise PlanError(
-                f"optimizer states are asked for in {fmt.name}, but none fits: {fmt.rule}, and the largest has "
+                f"optimizer_states is {fmt.name}, but no state can be stored in it: {fmt.rule}, and the largest has "
                 f"{largest} elements. Choose bf16."
             )
         entries |= {row.key: Entry(fmt.name, False) for row in fits}
@@ -305,13 +305,13 @@ def save(
     """
     fmt = parse_saved(saved)
     rows = ((table.by_key.get(saved_key(key)), key) for key in entries)
-    waiting = ((row, key) for row, key in rows if row is not None and row.role is Role.SAVED)
+    saved_rows = ((row, key) for row, key in rows if row is not None and row.role is Role.SAVED)
     return {
         row.key: Entry(fmt.name, False)
-        for row, key in waiting
+        for row, key in saved_rows
         if key not in keep
         and row.op not in EXPONENTIATED
         and not row.need
-        and waiting_bytes(fmt, math.prod(row.shape))
-        < waiting_bytes(parse_format(entries[key].format), math.prod(row.shape))
+        and packed_bytes(fmt, math.prod(row.shape))
+        < packed_bytes(parse_format(entries[key].format), math.prod(row.shape))
     }

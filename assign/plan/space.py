@@ -121,7 +121,7 @@ def parse_pins(texts: Iterable[str]) -> dict[str, str]:
     for text in texts:
         pattern, equals, name = text.rpartition("=")
         if not (pattern and equals and name):
-            raise PlanError(f"search: {text!r} is no pin. Write PATTERN=FORMAT, e.g. 'head.*=bf16'.")
+            raise PlanError(f"search: {text!r} is not a pin. Write PATTERN=FORMAT, e.g. 'head.*=bf16'.")
         pins[pattern] = name
     return pins
 

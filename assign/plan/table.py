@@ -436,7 +436,7 @@ def _schedule_problem(schedule: Schedule) -> str:
         return f"its schedule uses the buffer {max(used)} of {count}, which are numbered from 0"
     long = max((len(event.scratch) for event in schedule.events), default=0)
     if long > len(SCRATCH_DTYPES):
-        return f"an event has scratch in {long} dtypes, of {len(SCRATCH_DTYPES)}"
+        return f"an event has scratch in {long} dtypes, more than {len(SCRATCH_DTYPES)}"
     total = sum(buffer.elements for buffer in schedule.buffers) + sum(sum(event.scratch) for event in schedule.events)
     return f"its buffers have more than {MOST_ELEMENTS} elements" if total > MOST_ELEMENTS else ""
 

@@ -14,9 +14,9 @@ from assign.report.tables import new_table
 def constants_table(found: Sequence[Finding]) -> RenderableType:
     """Return a table of constants that their format cannot represent well, with the values to set instead."""
     if not found:
-        return "Constants: every eps and beta survives."
+        return "Constants: no eps or beta is lost."
     table = new_table(
-        "Constants that do not survive", ["where", "constant", "is", "becomes", "that is", "set"], right=2
+        "Constants that are lost", ["where", "constant", "value", "becomes", "problem", "set it to"], right=2
     )
     for each in found:
         becomes = f"{each.becomes:.4g} ({each.format})"
@@ -27,7 +27,7 @@ def constants_table(found: Sequence[Finding]) -> RenderableType:
 def range_table(report: RangeReport, limit: int = 20) -> RenderableType:
     """Return a table of a format's effect on tensors, those that lose most first; shares are of nonzero elements."""
     columns = ["tensor", "elements", "largest", "overflow", "too small", "lr · gradient\ntoo small", "updates\nlost"]
-    table = new_table(f"Going on in {report.format}", columns)
+    table = new_table(f"Effect of {report.format}", columns)
     rows = sorted(report.rows, key=lambda row: (-row.overflowing, -(row.lost_updates or 0), -(row.small or 0)))
     for row in (report.weights, *rows[:limit]):
         shares = (_percent(share) for share in (row.small, row.small_gradients, row.lost_updates))
@@ -42,7 +42,7 @@ def lost_table(lost: LostUpdates) -> RenderableType:
     table = new_table("Updates lost to rounding", ["parameter", "lost"])
     for name, share in sorted(lost.shares.items(), key=lambda item: -item[1]):
         table.add_row(name, _percent(share))
-    return Rows(table, f"all together: {_percent(lost.share) or 'none tried'}")
+    return Rows(table, f"all parameters: {_percent(lost.share) or 'no updates seen'}")
 
 
 def certificate_table(found: Certificate) -> RenderableType:
@@ -52,12 +52,12 @@ def certificate_table(found: Certificate) -> RenderableType:
         "evaluated": found.samples,
         "certified (Γ > 2δ)": found.certified,
         "predicted differently": found.disagreements,
-        "  certified among them": found.violations,
+        "  of these, certified": found.violations,
         "not finite": found.non_finite,
     }
     for name, count in counts.items():
         head.add_row(name, f"{count:,}", _percent(count / found.samples))
-    spread = new_table("Over the samples", ["quantile", "margin Γ", "deviation δ"])
+    spread = new_table("Distribution over the samples", ["quantile", "margin Γ", "deviation δ"])
     margins, deviations = quantiles(found.margins), quantiles(found.deviations)
     for name, margin in margins.items():
         spread.add_row(name, f"{margin:.4g}", f"{deviations[name]:.4g}")

@@ -79,17 +79,17 @@ def picture_paths(json_file: Path, picture: Path | None) -> tuple[Path, Path]:
     return first, second
 
 
-def draw(comparison: Comparison, paths: tuple[Path, Path], *, must: bool) -> tuple[str, ...]:
+def draw(comparison: Comparison, paths: tuple[Path, Path], *, required: bool) -> tuple[str, ...]:
     """Draw both pictures; return messages for the user.
 
     Raises:
-        ComparisonError: a picture cannot be drawn, and ``must`` is set.
+        ComparisonError: a picture cannot be drawn, and ``required`` is set.
     """
     try:
         for path, picture in zip(paths, (accuracy_picture, curves_picture), strict=True):
             save_picture(picture(comparison), path)
     except ComparisonError as error:
-        if must:
+        if required:
             raise
         return (f"no picture: {error}",)
     return tuple(f"wrote {path}" for path in paths)
@@ -124,7 +124,7 @@ def accuracy_picture(comparison: Comparison, metric: str | None = None) -> "Figu
     for number, (_, summary) in enumerate(planned):
         _draw_point(axes, number, summary, name)
     strip.set_xlim(-0.03, 1.03)
-    strip.set_xlabel("low ratio: share of the elements held low" + _promoted(planned))
+    strip.set_xlabel("low ratio: share of the elements in their low format" + _promoted(planned))
     _finish(axes, comparison, name, "at the end of training", bars="bars")
     return figure
 

@@ -92,7 +92,7 @@ def diff_table(diff: Diff) -> RenderableType:
     counts = new_table("Changes", ["first", "second", "tensors"], right=2)
     for (first, second), count in changes.most_common():
         counts.add_row(first, second, str(count))
-    for title, keys in (("in the first only", diff.only_here), ("in the second only", diff.only_there)):
+    for title, keys in (("only in the first", diff.only_here), ("only in the second", diff.only_there)):
         if keys:
             counts.add_row(*((title, "") if keys is diff.only_here else ("", title)), str(len(keys)))
     if diff.update_rounding:
@@ -103,9 +103,9 @@ def diff_table(diff: Diff) -> RenderableType:
     for key, (one, other) in diff.changed.items():
         table.add_row(key, _entry(one), _entry(other))
     for key in diff.only_here:
-        table.add_row(key, "in this one only", "")
+        table.add_row(key, "only in this plan", "")
     for key in diff.only_there:
-        table.add_row(key, "", "in this one only")
+        table.add_row(key, "", "only in this plan")
     return Rows(counts, table)
 
 
@@ -131,7 +131,7 @@ def _provenance(plan: Assignment) -> Table:
         text = _cost(name, value)
         words = name.removesuffix("_bytes").replace("_", " ")
         if name == "seconds":
-            head.add_row("searched in", f"{text} s")
+            head.add_row("search time", f"{text} s")
         else:
             head.add_row(words if words.startswith("trained") else f"predicted {words}", text)
     return head
@@ -148,14 +148,14 @@ def _cost(name: str, value: Any) -> str:
 
 def _roles(step: PlannedStep) -> Table:
     first, second = int(step.before.total.max()), int(step.after.total.max())
-    title = "Memory at the peak of a step: █ under the plan, ░ what it saves"
+    title = "Memory at the peak of a step: █ under the plan, ░ saved by the plan"
     table = new_table(title, ["role", "all in fp32", "under the plan", ""])
     most = max((max(sizes) for sizes in step.by_role.values()), default=1)
     for role, (before, after) in step.by_role.items():
         bar = Bar(after / most, before / most)
         table.add_row(ROLES[role][0], human_bytes(before), human_bytes(after), bar)
     table.add_section()
-    table.add_row("together", human_bytes(first), human_bytes(second), f"{second / max(first, 1):.1%} of it")
+    table.add_row("total", human_bytes(first), human_bytes(second), f"{second / max(first, 1):.1%} of fp32")
     table.columns[-1].justify = "left"
     return table
 

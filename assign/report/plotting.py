@@ -13,9 +13,9 @@ from assign.plan.plan import Assignment
 from assign.plan.table import TensorTable
 from assign.planner import search_table
 from assign.report.page import figures
-from assign.report.page.beside import TRAINED, Point, points_of
 from assign.report.page.colours import BLUE, ROLES
 from assign.report.page.figures import Figure
+from assign.report.page.points import TRAINED, Point, points_of
 from assign.report.rows import tensor_rows
 from assign.training.tuning import Tuned
 
@@ -42,7 +42,7 @@ def _(thing: TensorTable, table: TensorTable | None = None) -> Any:
 @plot.register
 def _(thing: Assignment, table: TensorTable | None = None) -> Any:
     if table is None:
-        raise ReportError("plot: a plan needs the table of its model. Give it: assign.plot(plan, table)")
+        raise ReportError("plot: a plan is drawn with the table of its model. Write assign.plot(plan, table).")
     thing.check_fits(table, where="plot")
     figure = _figure(figures.memory_figure(moments(table, {}), moments(table, thing.entries)), height=620)
     return figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.08, "yanchor": "bottom"})

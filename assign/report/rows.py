@@ -13,9 +13,9 @@ from assign.plan.persistent_state import (
     buffer_format,
     is_stored,
     master_format,
+    packed_bytes,
     resident,
     state_format,
-    waiting_bytes,
 )
 from assign.plan.plan import Assignment
 from assign.plan.table import PAPER_ROLES, Role, TensorInfo, TensorTable
@@ -113,7 +113,7 @@ def _tensors(table: TensorTable, plan: Assignment) -> Iterator[tuple[TensorInfo,
     plan = plan.with_loaded(table.loaded)
     for info in table.tensors:
         fmt = _format(info, plan)
-        yield info, info.key, info.role, fmt.name, waiting_bytes(fmt, info.elements)
+        yield info, info.key, info.role, fmt.name, packed_bytes(fmt, info.elements)
         if info.role is Role.WEIGHT and is_stored(info):
             key = master_key(info.key)
             yield info, key, Role.MASTER, master_format(plan.entries, info.key).name, stored.masters[key]

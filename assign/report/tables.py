@@ -27,7 +27,7 @@ from assign.training.tuning import Tuned
 
 _LONGEST = 30
 """Greatest length of a bar in characters."""
-_LOWERED = ("makes", "operator", "rounded to", "runs in", "multiplies in", "because")
+_LOWERED = ("tensor", "operator", "rounded to", "runs in", "multiplies in", "reason")
 
 
 def new_table(title: str, columns: Sequence[str], right: int = 1) -> Table:
@@ -69,11 +69,11 @@ def format_table(formats: Sequence[Format] | None = None) -> Table:
         "smallest normal",
         "smallest",
         "rounding",
-        "saved as",
+        "stored as",
         "computes in",
     ]
     table = new_table(
-        "Number formats; any fp(e,m,b) is one too, and each but fp32 with :sr for stochastic rounding", columns
+        "Number formats; also any fp(e,m,b), and all but fp32 with ':sr' for stochastic rounding", columns
     )
     for fmt in formats or [*FORMATS.values()]:
         cells = [fmt.bits, fmt.exponent_bits, fmt.mantissa_bits, f"{fmt.max_value:.6g}", f"{fmt.min_normal:.4g}"]
@@ -84,8 +84,8 @@ def format_table(formats: Sequence[Format] | None = None) -> Table:
 
 def block_table(formats: Sequence[BlockFormat]) -> Table:
     """Return a table of block formats."""
-    columns = ["format", "bits per element", "block", "code", "shared by a block", "rounding"]
-    table = new_table("Only for saved activations (--saved); each with :sr for stochastic rounding", columns)
+    columns = ["format", "bits per element", "block", "code", "shared per block", "rounding"]
+    table = new_table("Formats of saved activations only (--saved); also with ':sr' for stochastic rounding", columns)
     for fmt in formats:
         table.add_row(
             fmt.name,
@@ -115,11 +115,11 @@ def trace_table(table: TensorTable, limit: int = 20) -> RenderableType:
         shape = "×".join(map(str, info.shape)) or "scalar"
         rows.add_row(info.key, info.role, shape, f"{info.elements:,}", str(info.group), info.source)
     notes = (
-        ("Captured in several graphs; places where the code needs a value:", table.breaks),
-        (f"Not under the plan, {len(table.outside)} operators that run as in plain PyTorch:", table.outside),
+        ("The step was captured in several graphs, because the code needs a value at:", table.breaks),
+        (f"{len(table.outside)} operators are not under the plan and run as in plain PyTorch:", table.outside),
     )
-    said = [Text("\n  ".join((title, *places))) for title, places in notes if places]
-    return Rows(groups, rows, *said)
+    texts = [Text("\n  ".join((title, *places))) for title, places in notes if places]
+    return Rows(groups, rows, *texts)
 
 
 def estimate_table(costs: Estimate, compiled: Rehearsal | None = None, limit: int = 12) -> RenderableType:
@@ -155,7 +155,7 @@ def estimate_table(costs: Estimate, compiled: Rehearsal | None = None, limit: in
 
 def timeline_table(costs: Estimate, limit: int = 24) -> Table:
     """Return a table of bytes alive over the step: about ``limit`` intervals, each with its operator of most bytes."""
-    table = new_table("Over the step", ["pass", "most in", "bytes", ""], right=2)
+    table = new_table("Memory over the step", ["pass", "operator", "bytes", ""], right=2)
     stretches = _stretches(costs.timeline, max(1, -(-len(costs.timeline) // limit)))
     most = max((row[2] for row in stretches), default=0)
     for operator, phase, size in stretches:
@@ -186,7 +186,7 @@ def trial_line(number: int, state: str, facts: Mapping[str, Any]) -> str:
 def front_table(found: Tuned, names: Mapping[int, str]) -> Table:
     """Return a table of the plans on a Pareto front, the smallest peak first."""
     table = new_table(
-        f"{len(found.front)} plans that no other beats; {found.trained} trained, {found.pruned} stopped early",
+        f"Pareto front of {len(found.front)} plans; {found.trained} trained, {found.pruned} stopped early",
         ["plan", found.metric, "peak", "low ratio"],
         right=1,
     )
@@ -200,7 +200,7 @@ def searched_front_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table of the plans on a front, the lowest peak first. Each row is an estimate and the path of a plan."""
     noisy = all("noise" in row for row in rows)
     table = new_table(
-        f"{len(rows)} plans", ["plan", "peak", "× fp32's", "low ratio", *(["noise"] if noisy else [])], right=1
+        f"{len(rows)} plans", ["plan", "peak", "× fp32", "low ratio", *(["noise"] if noisy else [])], right=1
     )
     for row in rows:
         share = row["peak_bytes"] / row["baseline_peak_bytes"]
@@ -211,7 +211,7 @@ def searched_front_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def lowered_table(operators: Sequence[Operator]) -> RenderableType:
     """Return a table of the dtype in which each operator runs and why, and the number of matrix products per dtype."""
-    table = new_table("Operators of the forward pass; each runs backward as it does forward", _LOWERED, right=6)
+    table = new_table("Operators of the forward pass; each has the same dtype in the backward pass", _LOWERED, right=6)
     for each in operators:
         multiplies = each.multiplies if each.product else ""
         table.add_row(each.key, each.op, each.format, each.dtype, multiplies, each.why)
@@ -277,7 +277,7 @@ def comparison_table(comparison: Comparison) -> RenderableType:
         )
     notes = ["Means over seeds ± sample standard deviation (n − 1)."] if len(comparison.seeds) > 1 else []
     if any(summary.diverged for summary in comparison.summaries()):
-        notes.append("A run that diverged has no part in the metrics.")
+        notes.append("Metrics do not include runs that diverged.")
     return Rows(table, *notes, *_first_messages(comparison))
 
 
@@ -342,7 +342,7 @@ def noise_table(noise: NoiseTable, limit: int = 20) -> RenderableType:
     """Return a table of the choices with the most noise."""
     rows = noise_rows(noise)
     title = f"Noise of {len(rows)} choices, {noise.method}, {noise.batches} batches"
-    table = new_table(title, ["tensor", "format", "noise", "± share", "cosine", "loss"], right=2)
+    table = new_table(title, ["tensor", "format", "noise", "± relative", "cosine", "loss change"], right=2)
     for row in rows[:limit]:
         share = row["relative_standard_error"]
         table.add_row(
@@ -359,7 +359,7 @@ def noise_table(noise: NoiseTable, limit: int = 20) -> RenderableType:
 def noise_line(figures: Mapping[str, Any]) -> str:
     """Return a sentence about the noise of a plan that a search found."""
     gap = figures.get("optimality_gap")
-    words = "" if gap is None else f"; at most {gap:.2%} of it could be saved at these bytes"
+    words = "" if gap is None else f"; at these bytes it could be at most {gap:.2%} lower"
     greedy = " (the greedy plan was no worse)" if figures.get("by_greedy") else ""
     time = f"; a step takes {figures['step_seconds']:.4g} s" if "step_seconds" in figures else ""
     return f"predicted noise of the gradient {figures['noise']:.4g}{words}{greedy}{time}"

@@ -177,20 +177,20 @@ def check_request(strategy: str, goal: Goal, space: SearchSpace) -> None:
         BudgetError: names what it does not take, and the strategies that do.
     """
     method = get_method(strategy)
-    asked = [name for name in _given(goal) if name not in method.goals]
-    asked += [name for name in _given(space) if name in _OPTIONAL and name not in method.options]
-    if "saved" in asked and len(space.saved) < 2:  # every strategy takes one format for saved activations
-        asked.remove("saved")
-    if not asked:
+    refused = [name for name in _given(goal) if name not in method.goals]
+    refused += [name for name in _given(space) if name in _OPTIONAL and name not in method.options]
+    if "saved" in refused and len(space.saved) < 2:  # every strategy takes one format for saved activations
+        refused.remove("saved")
+    if not refused:
         return
     takers = "".join(
         f"  {_named(name, space)} requires one of the strategies "
         f"{', '.join(other for other, row in METHODS.items() if name in (*row.goals, *row.options))}.\n"
-        for name in asked
+        for name in refused
     )
     why = "follows from the model alone and " if method.baseline is not None else ""
     raise BudgetError(
-        f"search: the strategy {strategy!r} {why}does not take {', '.join(_named(name, space) for name in asked)}.\n"
+        f"search: the strategy {strategy!r} {why}does not take {', '.join(_named(name, space) for name in refused)}.\n"
         f"{takers}  Leave out what it does not take, or use another strategy."
     )
 

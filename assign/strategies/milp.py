@@ -35,12 +35,13 @@ RELATIVE_GAP, LARGE_GAP = 1e-6, 1e-2
 _SECONDS = 60.0  # limit for one solution; the gap says how good it is
 _ROUNDS = 10  # solutions, each with the bytes corrected
 _LARGE = 100_000  # nonzero coefficients; in larger programs HiGHS needs minutes for the last percent
-_UNITS, _PARTS, _MOST = 6, 1e3, 1e8  # tries to find a unit; units of noise in the best plan; more than in any good plan
+_UNITS, _PARTS = 6, 1e3  # tries to find a unit of noise; units of noise in the best plan
+_MAX_COST = 1e8  # units of noise: more than in any good plan
 _INFEASIBLE = 2  # HiGHS's status of an infeasible program
 _TOLERANCE = 1e-6  # share of the bytes by which HiGHS may exceed a constraint
 _NEAR = 64  # moments: of those closer than this, only one gets a constraint at a time
 
-Waiting = Callable[[Mapping[str, Entry]], Sequence[Mapping[str, Entry]]]
+SavedCopies = Callable[[Mapping[str, Entry]], Sequence[Mapping[str, Entry]]]
 """Entries of some tensors → entries of their saved copies, one mapping per format that copies may have."""
 
 
@@ -53,13 +54,13 @@ class Milp:
         timeline: bytes of a step at every moment; see :class:`assign.strategies.goal.Timeline`.
         formats: candidates of every tensor instead of the recipe's two, the high one first.
         granularity: which tensors share a decision.
-        waiting: returns, for entries of some tensors, the entries that their saved copies may have instead of the
+        saved_copies: returns, for entries of some tensors, the entries that their saved copies may have instead of the
             tensors' own formats: one mapping per format, with all copies that take fewer bytes in it.
         pins: pattern of keys → format that these tensors have, regardless of noise. If several patterns match, the last
             one counts.
-        seconds: returns the predicted seconds of some entries: the sum over them. Used only with ``most_seconds``.
+        seconds: returns the predicted seconds of some entries: the sum over them. Used only with ``max_seconds``.
         other_seconds: seconds of a step that no choice changes.
-        most_seconds: limit on the seconds of a step. It is a goal of its own: with it the low ratio and the budget may
+        max_seconds: limit on the seconds of a step. It is a goal of its own: with it the low ratio and the budget may
             be left out.
         on_solution: called with the solution.
     """
@@ -68,11 +69,11 @@ class Milp:
     timeline: Timeline
     formats: Sequence[str] = ()
     granularity: Granularity = Granularity.GROUP
-    waiting: Waiting = lambda _: ()
+    saved_copies: SavedCopies = lambda _: ()
     pins: Mapping[str, str] = field(default_factory=dict)
     seconds: Callable[[Mapping[str, Entry]], float] = lambda _: 0.0
     other_seconds: float = 0.0
-    most_seconds: float | None = None
+    max_seconds: float | None = None
     on_solution: Callable[[Solution], None] = lambda _: None
 
     def __call__(
@@ -92,12 +93,12 @@ class Milp:
             PlanError: a pin matches no tensor.
             FormatError: a format is unknown.
         """
-        if self.most_seconds is not None and budget_bytes is None and low_ratio is None:
+        if self.max_seconds is not None and budget_bytes is None and low_ratio is None:
             low_ratio = 0.0
         goal = Goal(low_ratio=low_ratio, budget=budget_bytes).required()
         candidates = candidates_of(table, recipe, self.formats)
         pinned = _pinned(table, candidates, self.pins)
-        decisions = _decide(table, candidates, pinned, self.granularity, self.waiting)
+        decisions = _decide(table, candidates, pinned, self.granularity, self.saved_copies)
         program = _Program(table, goal, decisions, pinned, self)
         baseline, floor = None, None
         if not self.formats:
@@ -147,11 +148,11 @@ def milp_of(question: Question) -> Milp:
     if noise is None:
         raise PlanError(
             "search: the strategy 'milp' minimizes noise, and no noise was given.\n"
-            "  Allowed: what assign.measure_noise or 'assign noise' found for this model.\n"
+            "  Allowed: the noise table of assign.measure_noise or 'assign noise' for this model.\n"
             "  Give it: measured=Measured(noise=…), or --noise."
         )
 
-    def waiting(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:
+    def saved_copies(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:
         keep = question.measured.non_finite
         return [save(question.table, entries, name, keep=keep) for name in copies]
 
@@ -161,7 +162,7 @@ def milp_of(question: Question) -> Milp:
         timeline=question.timeline(),
         formats=space.formats,
         granularity=Granularity(space.granularity),
-        waiting=waiting,
+        saved_copies=saved_copies,
         pins=space.pins,
         on_solution=question.solutions.append,
     )
@@ -173,13 +174,13 @@ def _with_time_limit(milp: Milp, question: Question) -> Milp:
     times, space = question.measured.times, question.space
     if times is None or question.goal.max_step_time is None:
         raise PlanError(
-            "search: the time of a step is limited, and no times were given.\n"
-            "  Allowed: what assign.measure_times found for this model.\n  Give it: measured=Measured(times=…)."
+            "search: the step time is limited, but no times were given.\n"
+            "  Allowed: the times of assign.measure_times for this model.\n  Give it: measured=Measured(times=…)."
         )
     found = candidates_of(question.table, space.rules, space.formats)
     high = {key: Entry(each[0].name, low=False) for key, each in found.items()}
     limit = parse_step_time(question.goal.max_step_time, times.of(high) + times.rest)
-    return replace(milp, seconds=times.of, other_seconds=times.rest, most_seconds=limit)
+    return replace(milp, seconds=times.of, other_seconds=times.rest, max_seconds=limit)
 
 
 Decision = tuple[dict[str, Entry], ...]
@@ -191,7 +192,7 @@ def _decide(
     candidates: Mapping[str, Sequence[Format]],
     pinned: Mapping[str, Entry],
     granularity: Granularity,
-    waiting: Waiting,
+    saved_copies: SavedCopies,
 ) -> list[Decision]:
     """Return the decisions. An option gives formats to tensors, and their own or another format to saved copies."""
     shared = [group.keys for group in table.groups] if granularity is Granularity.GROUP else [(k,) for k in candidates]
@@ -202,9 +203,9 @@ def _decide(
             {key: Entry(candidates[key][place].name, place > 0) for key in free}
             for place in range(len(candidates[free[0]]) if free else 0)
         ]
-        decisions.append([{**each, **copies} for each in formats for copies in ({}, *waiting(each))])
+        decisions.append([{**each, **copies} for each in formats for copies in ({}, *saved_copies(each))])
         held = {key: pinned[key] for key in keys if key in pinned}
-        decisions.append([{}, *map(dict, waiting(held))] if held else [])
+        decisions.append([{}, *map(dict, saved_copies(held))] if held else [])
     return [tuple(_distinct(options)) for options in decisions if len(options) > 1 or (options and options[0])]
 
 
@@ -227,7 +228,7 @@ def _pinned(
             close = suggest(pattern, candidates)
             raise PlanError(
                 f"the pin {pattern}={name} matches none of the {len(candidates)} tensors; nearest: {close or 'none'}.\n"
-                "  Allowed: keys as 'assign trace' lists them, with * and ?. Mend the pattern, or leave it out."
+                "  Allowed: keys as 'assign trace' lists them, with * and ?. Correct the pattern, or leave it out."
             )
         pinned |= {key: Entry(fmt.name, fmt.bits < candidates[key][0].bits) for key in matched}
     return {row.key: pinned[row.key] for row in table.paper_tensors if row.key in pinned}
@@ -237,27 +238,27 @@ class _Program:
     """The integer program. Its variables are the options of all decisions, one after the other."""
 
     def __init__(
-        self, table: TensorTable, goal: Goal, decisions: list[Decision], pinned: dict[str, Entry], ask: Milp
+        self, table: TensorTable, goal: Goal, decisions: list[Decision], pinned: dict[str, Entry], strategy: Milp
     ) -> None:
-        self.goal, self.decisions, self.pinned, self.ask = goal, decisions, pinned, ask
+        self.goal, self.decisions, self.pinned, self.strategy = goal, decisions, pinned, strategy
         self.options = [option for decision in decisions for option in decision]
         self.owner = np.repeat(np.arange(len(decisions)), [len(decision) for decision in decisions])
-        self.noise = np.array([ask.noise(option) for option in self.options])
-        self.fixed_noise = ask.noise(pinned) if pinned else 0.0
+        self.noise = np.array([strategy.noise(option) for option in self.options])
+        self.fixed_noise = strategy.noise(pinned) if pinned else 0.0
         self.moments = 0
         self.places: set[int] = set()  # moments that have a constraint
         elements = self.elements_of = {row.key: row.elements for row in table.paper_tensors}
         self.elements = table.elements
         self.pinned_low = sum(elements[key] for key, entry in pinned.items() if entry.low)
-        self.most_seconds, self.seconds = math.inf, np.zeros(len(self.options))
-        if ask.most_seconds is not None:
-            self.most_seconds = ask.most_seconds - ask.other_seconds - ask.seconds(pinned)
-            self.seconds = np.array([ask.seconds(option) for option in self.options])
+        self.max_seconds, self.seconds = math.inf, np.zeros(len(self.options))
+        if strategy.max_seconds is not None:
+            self.max_seconds = strategy.max_seconds - strategy.other_seconds - strategy.seconds(pinned)
+            self.seconds = np.array([strategy.seconds(option) for option in self.options])
         self.low = np.array([sum(elements[key] for key, entry in each.items() if entry.low) for each in self.options])
         if goal.budget_bytes is not None:
             base = self.entries(np.flatnonzero(np.diff(self.owner, prepend=-1)))
-            self.base = ask.timeline.at(base).astype(np.float64)
-            self.steps = csr_array(ask.timeline.steps(base, self.options)).astype(np.float64)
+            self.base = strategy.timeline.at(base).astype(np.float64)
+            self.steps = csr_array(strategy.timeline.steps(base, self.options)).astype(np.float64)
 
     def entries(self, chosen: Iterable[int]) -> dict[str, Entry]:
         """Return the plan with these options, one per decision."""
@@ -288,7 +289,7 @@ class _Program:
             plan = self.entries(chosen)
             if extra is None:
                 return plan, bound, number
-            true = self.ask.timeline.at(plan)
+            true = self.strategy.timeline.at(plan)
             if self.goal.within_budget(int(true.max())):
                 return plan, bound, number
             assert self.goal.budget_bytes is not None
@@ -305,33 +306,33 @@ class _Program:
         """
         lowest = self._fewest_bytes() if self.goal.budget_bytes is not None else None
         fastest = sum(self.seconds[self.owner == number].min() for number in range(len(self.decisions)))
-        if fastest > self.most_seconds:
-            asked = self.ask.most_seconds or 0.0
+        if fastest > self.max_seconds:
+            asked = self.strategy.max_seconds or 0.0
             return BudgetError(
-                f"a step may take {asked:.4g} s, but even in the fastest formats it takes "
-                f"{asked + fastest - self.most_seconds:.4g} s.\n"
+                f"the limit on the step time is {asked:.4g} s, but even in the fastest formats a step takes "
+                f"{asked + fastest - self.max_seconds:.4g} s.\n"
                 "  Allow more time, pin fewer tensors, or make the batch smaller."
             )
         if lowest is not None:
-            floor = int(self.ask.timeline.at(lowest).max())
-            slower = self._fewest_bytes(any_time=True) if self.ask.most_seconds is not None else None
-            if slower is not None and self.goal.within_budget(int(self.ask.timeline.at(slower).max())):
-                return self._out_of_time(floor, self.ask.seconds(slower) + self.ask.other_seconds)
-            if greedy_floor is not None and self.ask.most_seconds is None:
+            floor = int(self.strategy.timeline.at(lowest).max())
+            slower = self._fewest_bytes(any_time=True) if self.strategy.max_seconds is not None else None
+            if slower is not None and self.goal.within_budget(int(self.strategy.timeline.at(slower).max())):
+                return self._out_of_time(floor, self.strategy.seconds(slower) + self.strategy.other_seconds)
+            if greedy_floor is not None and self.strategy.max_seconds is None:
                 floor = min(floor, greedy_floor)
             return over_budget(self.goal, floor, f"even with all {len(self.decisions)} decisions for the fewest bytes")
-        most = self.pinned_low + sum(self.low[self.owner == number].max() for number in range(len(self.decisions)))
+        highest = self.pinned_low + sum(self.low[self.owner == number].max() for number in range(len(self.decisions)))
         return BudgetError(
             f"the low ratio is {self.goal.low_ratio}, but with these pins, candidates and limits no more than "
-            f"{most / self.elements:.6f} of the elements can be low.\n"
+            f"{highest / self.elements:.6f} of the elements can be low.\n"
             "  Ask for less, pin fewer tensors high, or allow more time."
         )
 
     def _out_of_time(self, floor: int, enough: float) -> BudgetError:
         """Return the error for a budget that only slower steps could meet."""
         return BudgetError(
-            f"the budget is {self.goal.budget_bytes} bytes and a step may take {self.ask.most_seconds:.4g} s: each can "
-            f"be met, but not both. Within that time a step needs {floor} bytes or more at its peak.\n"
+            f"the budget is {self.goal.budget_bytes} bytes and the step time {self.strategy.max_seconds:.4g} s: each "
+            f"can be met alone, but not both. Within that time a step needs {floor} bytes or more at its peak.\n"
             f"  Allow more time ({enough:.4g} s are enough for the fewest bytes), or ask for at least {floor} bytes.",
             floor=floor,
         )
@@ -339,13 +340,14 @@ class _Program:
     def is_within(self, plan: Mapping[str, Entry]) -> bool:
         """Whether the exact bytes, seconds and low ratio of a plan meet the goals."""
         low = sum(self.elements_of[key] for key, entry in plan.items() if entry.low)
-        peak = 0 if self.goal.budget_bytes is None else int(self.ask.timeline.at(plan).max())
+        peak = 0 if self.goal.budget_bytes is None else int(self.strategy.timeline.at(plan).max())
         return self._is_fast(plan) and self.goal.enough_low(low, self.elements) and self.goal.within_budget(peak)
 
     def _is_fast(self, plan: Mapping[str, Entry]) -> bool:
-        if self.ask.most_seconds is None:
+        if self.strategy.max_seconds is None:
             return True
-        return self.ask.seconds(plan) + self.ask.other_seconds <= self.ask.most_seconds * (1 + RELATIVE_GAP)
+        seconds = self.strategy.seconds(plan) + self.strategy.other_seconds
+        return seconds <= self.strategy.max_seconds * (1 + RELATIVE_GAP)
 
     # ---- the program ------------------------------------------------------------------------------------------------
 
@@ -372,7 +374,7 @@ class _Program:
         if extra is None:
             return self._call(cost, self._always(), bounds, whole)
         assert self.goal.budget_bytes is not None
-        budget, until = self.goal.budget_bytes, time.monotonic() + _SECONDS
+        budget, deadline = self.goal.budget_bytes, time.monotonic() + _SECONDS
         while True:
             places = np.array(sorted(self.places), dtype=np.int64)
             limit = (budget - self.base - extra)[places] / budget
@@ -380,17 +382,17 @@ class _Program:
                 *self._always(),
                 *([LinearConstraint(self._bytes_at(places) / budget, ub=limit)] if len(places) else []),
             ]
-            solved = self._call(cost, constraints, bounds, whole, until - time.monotonic())
+            solved = self._call(cost, constraints, bounds, whole, deadline - time.monotonic())
             if solved.x is None or not self._add_moments(solved.x, extra, budget):
                 return solved
 
-    def _add_moments(self, x: Floats, extra: Floats | float, most: float) -> bool:
-        """Add constraints for moments at which the options ``x`` take more than ``most`` bytes; return whether it did.
+    def _add_moments(self, x: Floats, extra: Floats | float, limit: float) -> bool:
+        """Add constraints for moments at which the options ``x`` take more than ``limit`` bytes; return whether it did.
 
         Of neighbouring moments only the one with the most bytes gets a constraint; others follow if that is not enough.
         """
         alive = self.base + extra + np.cumsum(np.asarray(x @ self.steps))
-        over = np.flatnonzero(alive > most * (1 + _TOLERANCE))
+        over = np.flatnonzero(alive > limit * (1 + _TOLERANCE))
         over = over[~np.isin(over, list(self.places))]
         runs = np.split(over, np.flatnonzero(np.diff(over) > _NEAR) + 1)
         self.places |= {int(run[alive[run].argmax()]) for run in runs if len(run)}
@@ -406,8 +408,8 @@ class _Program:
         return csr_array(np.cumsum(sums[:, :-1], axis=1).T)
 
     def _cost(self, unit: float) -> Floats:
-        """Return the noise of every option in this unit, at most ``_MOST``, which no good plan reaches."""
-        return np.minimum(self.noise / unit, _MOST)
+        """Return the noise of every option in this unit, at most ``_MAX_COST``, which no good plan reaches."""
+        return np.minimum(self.noise / unit, _MAX_COST)
 
     def _fewest_bytes(self, *, any_time: bool = False) -> dict[str, Entry] | None:
         """Return the plan with the lowest peak in the linear model; the peak itself is one more variable."""
@@ -421,13 +423,13 @@ class _Program:
             for each in (self._choose_one() + self._enough_low() if any_time else self._always())
         ]
         self.places.add(int(self.base.argmax()))
-        until = time.monotonic() + _SECONDS
+        deadline = time.monotonic() + _SECONDS
         for whole in (np.zeros(len(cost)), np.append(np.ones(len(self.options)), 0)):
             while True:  # as in _within_budget
                 places = np.array(sorted(self.places), dtype=np.int64)
                 rows = hstack([self._bytes_at(places) / unit, csr_array(-np.ones((len(places), 1)))])
                 constraints = [*always, LinearConstraint(rows, ub=-self.base[places] / unit)]
-                solved = self._call(cost, constraints, bounds, whole, until - time.monotonic())
+                solved = self._call(cost, constraints, bounds, whole, deadline - time.monotonic())
                 if solved.x is None or not self._add_moments(solved.x[:-1], 0.0, solved.x[-1] * unit):
                     break
         return None if solved.x is None else self.entries(np.flatnonzero(solved.x[:-1] > 0.5))
@@ -448,10 +450,10 @@ class _Program:
         return self._choose_one() + self._enough_low() + self._fast_enough()
 
     def _fast_enough(self) -> list[LinearConstraint]:
-        if self.ask.most_seconds is None:
+        if self.strategy.max_seconds is None:
             return []
         unit = float(self.seconds.max()) or 1.0
-        return [LinearConstraint(csr_array(self.seconds[None, :] / unit), ub=self.most_seconds / unit)]
+        return [LinearConstraint(csr_array(self.seconds[None, :] / unit), ub=self.max_seconds / unit)]
 
     def _choose_one(self) -> list[LinearConstraint]:
         count = len(self.options)

@@ -96,7 +96,7 @@ class _Machine:
         elif name in _STEPS:
             _STEPS[name](self)
         elif name not in _NOTHING:
-            raise ValueError(f"it has the instruction {name}, which no such file has")
+            raise ValueError(f"it has the instruction {name}, which these files do not use")
 
     def _top(self) -> Any:
         if not self.stack:
@@ -121,16 +121,16 @@ class _Machine:
     def _extend(self, values: Iterable[Any]) -> None:
         target = self._top()
         if not isinstance(target, list):
-            raise ValueError("it appends to what is no list")
+            raise ValueError("it appends to a value that is not a list")
         target.extend(values)
 
     def _set(self, pairs: list[Any]) -> None:
         target = self._top()
         if not isinstance(target, dict) or len(pairs) % 2:
-            raise ValueError("it sets items of what is no dictionary")
+            raise ValueError("it sets items of a value that is not a dictionary")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             if not isinstance(key, (str, bytes)):
-                raise ValueError("it has a key that is no text")
+                raise ValueError("it has a key that is not a string")
             target[key] = value
 
     def append(self) -> None:
@@ -149,7 +149,7 @@ class _Machine:
     def name_global(self) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise ValueError("it names something to import without a text")
+            raise ValueError("it names an import with a value that is not a string")
         self.stack.append(_Global(f"{module}.{name}"))
 
     def call(self) -> None:
@@ -158,7 +158,7 @@ class _Machine:
         name = function.name if isinstance(function, _Global) else type(function).__name__
         made = _FUNCTIONS.get(name.replace("numpy._core", "numpy.core"))
         if made is None:
-            raise ValueError(f"it holds {name!r}, which is no array")
+            raise ValueError(f"it holds {name!r}, which is not an array")
         self.stack.append(made(arguments if isinstance(arguments, tuple) else ()))
 
     def build(self) -> None:
@@ -215,7 +215,7 @@ def _filled(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any,
 
 def _encode(arguments: tuple[Any, ...]) -> bytes:
     if len(arguments) != 2 or not isinstance(arguments[0], str) or arguments[1] != "latin1":
-        raise ValueError("it encodes a text in another way than latin1")
+        raise ValueError("it encodes a string with an encoding other than latin1")
     return arguments[0].encode("latin1")
 
 

@@ -141,7 +141,7 @@ def read_text(directory: Path | None, file: str, task: str) -> str:
     try:
         return _content(path).decode("utf-8")
     except (ValueError, OSError) as error:
-        raise TaskError(f"{path} cannot be read: {error}. It is to be text in UTF-8; copy it again.") from error
+        raise TaskError(f"{path} cannot be read: {error}. It must be text in UTF-8; copy it again.") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +177,7 @@ def _find(directory: Path | None, task: str, layouts: list[tuple[str, ...]]) -> 
 
 
 def _describe(layouts: list[tuple[str, ...]]) -> str:
-    return "It is to hold " + ", or ".join(" and ".join(files) for files in layouts) + "."
+    return "It must contain " + ", or ".join(" and ".join(files) for files in layouts) + "."
 
 
 def _images(train: tuple[Array, Array], test: tuple[Array, Array], classes: int, root: Path) -> Images:
@@ -194,8 +194,8 @@ def _images(train: tuple[Array, Array], test: tuple[Array, Array], classes: int,
             )
         if len(images) != len(labels) or not len(labels):
             raise TaskError(
-                f"{root}: there are {len(images)} {part} images and {len(labels)} labels. Each image has one label, "
-                "and there is at least one. Copy the data again."
+                f"{root}: there are {len(images)} {part} images and {len(labels)} labels. There must be one label "
+                "per image, and at least one image. Copy the data again."
             )
         if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise TaskError(
@@ -215,7 +215,7 @@ def _load_archive(path: Path, axes: dict[str, int]) -> dict[str, Array]:
             return {name: _read_array(archive, f"{name}.npy", count) for name, count in axes.items()}
     except (*_UNREADABLE_ARCHIVE, KeyError, ValueError, OSError, EOFError) as error:
         raise TaskError(
-            f"{path} cannot be read: {error}. It is to be a NumPy archive with {', '.join(axes)}; copy it again."
+            f"{path} cannot be read: {error}. It must be a NumPy archive with {', '.join(axes)}; copy it again."
         ) from error
 
 
@@ -232,11 +232,11 @@ def _read_array(archive: zipfile.ZipFile, name: str, axes: int) -> Array:
         start = file.read(10)
         head = _HEAD.fullmatch(start[:8] + file.read(int.from_bytes(start[8:], "little")))
         if head is None:
-            raise ValueError(f"{name} is no array of whole numbers, written by rows, as numpy.savez writes one")
+            raise ValueError(f"{name} is not an array of whole numbers in row-major order, as numpy.savez writes it")
         shape = [int(length) for length in head["shape"].split(b",") if length.strip()]
         dtype = np.dtype(head["dtype"].decode())
         if len(shape) != axes:
-            raise ValueError(f"{name} has {len(shape)} axes; {axes} are read")
+            raise ValueError(f"{name} has {len(shape)} axes instead of {axes}")
         content = file.read()
     if len(content) != math.prod(shape) * dtype.itemsize:
         raise ValueError(
@@ -277,7 +277,7 @@ def _decode_cifar(path: Path) -> tuple[Array, Array]:
     planes = archive["delta"]
     if planes.shape[0] != 3 or planes.shape[2:] != (32, 32) or planes.dtype != np.uint8:
         raise TaskError(
-            f"{path} cannot be read: its delta has the shape {planes.shape} of {planes.dtype}. It is to be 3 × images "
+            f"{path} cannot be read: its delta has the shape {planes.shape} of {planes.dtype}. It must be 3 × images "
             "× 32 × 32 bytes; copy it again."
         )
     for axis in (2, 3):
@@ -293,11 +293,11 @@ def _read_pickle(path: Path, label: str) -> tuple[Array, Array]:
         if isinstance(labels, list) and not all(type(value) is int for value in labels):
             raise ValueError(f"its {label} are not whole numbers")
         if not isinstance(content["data"], np.ndarray) or not isinstance(labels, (list, np.ndarray)):
-            raise ValueError(f"its data is no array, or its {label} are no list")
+            raise ValueError(f"its data is not an array, or its {label} are not a list")
         return content["data"].reshape(-1, 3, 32, 32), np.asarray(labels, dtype=np.int64)
     except (EOFError, LookupError, ValueError, OverflowError, OSError) as error:
         raise TaskError(
-            f"{path} cannot be read: {error}. It is to be a batch file of CIFAR's Python version; copy it again."
+            f"{path} cannot be read: {error}. It must be a batch file of CIFAR's Python version; copy it again."
         ) from error
 
 
@@ -312,12 +312,12 @@ def _read_idx(path: Path) -> Array:
             raise ValueError("it does not start as an IDX file of bytes")
         axes = 3 if "idx3" in path.name else 1
         if content[3] != axes or len(content) < 4 + 4 * axes:
-            raise ValueError(f"it has {content[3]} axes and {len(content)} bytes; {axes} axes are read")
+            raise ValueError(f"it has {content[3]} axes and {len(content)} bytes; {axes} axes are required")
         shape = [int(size) for size in np.frombuffer(content, dtype=">u4", count=axes, offset=4)]
         if math.prod(shape) != len(content) - 4 - 4 * axes:
             raise ValueError(f"its sizes {shape} do not fit its {len(content):,} bytes")
         return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape)
     except (ValueError, EOFError, OSError, zlib.error) as error:
         raise TaskError(
-            f"{path} cannot be read: {error}. It is to be an IDX file of Fashion-MNIST; copy it again."
+            f"{path} cannot be read: {error}. It must be an IDX file of Fashion-MNIST; copy it again."
         ) from error

@@ -136,8 +136,8 @@ def _find_function(module: ModuleType, target: str, name: str) -> Callable[..., 
         if not name:
             example = functions[0] if functions else "function"
             raise TaskError(
-                f"{target}: say which function makes the task, {target}:{example}; without it, 'task' is called, "
-                f"and there is none. {there}"
+                f"{target}: name the function that makes the task, {target}:{example}. Without a name, 'task' is "
+                f"called, but it does not exist. {there}"
             )
         near = suggest(name, functions)
         raise TaskError(f"{target} has no function {name!r}{f', did you mean {near}' if near else ''}. {there}")
@@ -171,7 +171,7 @@ def _arguments(make: Callable[..., Any], where: str, options: TaskOptions) -> di
     strange = [name for name in needed if name not in _OPTIONS]
     if strange:
         raise TaskError(
-            f"{where} needs {', '.join(strange)}, which nobody gives. "
+            f"{where} needs {', '.join(strange)}, which assign does not pass. "
             f"A task's function may take {', '.join(_OPTIONS)}; give other parameters a default."
         )
     given = {name: getattr(options, name) for name in _OPTIONS}
@@ -181,7 +181,7 @@ def _arguments(make: Callable[..., Any], where: str, options: TaskOptions) -> di
     missing = [name for name in needed if given[name] is None]
     if missing:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise TaskError(f"{where} needs {', '.join(missing)}: give {flags}, or let the parameter have a default.")
+        raise TaskError(f"{where} needs {', '.join(missing)}: give {flags}, or give the parameter a default.")
     return {name: value for name, value in given.items() if value is not None and (takes_all or name in named)}
 
 

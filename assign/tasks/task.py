@@ -148,7 +148,7 @@ def check_seed(seed: int, *, where: str = "task") -> int:
     """
     if not -SEEDS < seed < SEEDS:
         raise TaskError(
-            f"{where}: the seed is {seed}, and no generator takes a number of that size.\n"
+            f"{where}: the seed is {seed}, which is outside the range of random generators.\n"
             f"  Allowed: whole numbers from {1 - SEEDS} to {SEEDS - 1}.\n  Give a smaller one."
         )
     return seed

@@ -54,7 +54,7 @@ class Aliases:
         with mode or _torch.FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
             _Propagation(graph, self).run(*examples.values())
 
-    def see(self, node: fx.Node, value: Any) -> None:
+    def record(self, node: fx.Node, value: Any) -> None:
         """Record the value of a node; a tensor of known storage belongs to that storage's first node."""
         self.values[node] = value
         if isinstance(value, Tensor):
@@ -73,7 +73,7 @@ class _Propagation(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.op != "output":
-            self.aliases.see(n, value)
+            self.aliases.record(n, value)
         return value
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -155,13 +155,13 @@ def _find_singular(walked: Walk) -> set[str]:
 def _find_angles(walked: Walk) -> set[str]:
     """Return keys of the arguments of periodic operators, and of the tensors from which arithmetic makes these."""
     by_key = {site.key: site for site in walked.sites}
-    waiting = [key for site in walked.sites if site.op in PERIODIC for key in site.inputs]
+    pending = [key for site in walked.sites if site.op in PERIODIC for key in site.inputs]
     found: set[str] = set()
-    while waiting:
-        key = waiting.pop()
+    while pending:
+        key = pending.pop()
         if key not in found:
             found.add(key)
-            waiting += by_key[key].inputs if by_key[key].op in SHIFTS | SELECTING else ()
+            pending += by_key[key].inputs if by_key[key].op in SHIFTS | SELECTING else ()
     return found
 
 

@@ -23,7 +23,7 @@ from assign.tracing.loaded import loaded_dtypes
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
-_MOST = 2**28
+_MAX_ELEMENTS = 2**28
 """Number of parameter elements up to which a step on zeros is taken: 1 GiB, and the same for each state."""
 
 
@@ -61,7 +61,7 @@ def read_optimizer(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     loaded = loaded_dtypes(model)
     ways = [_Way(device="meta")]
-    if sum(p.numel() for _, p in named) <= _MOST:
+    if sum(p.numel() for _, p in named) <= _MAX_ELEMENTS:
         ways += [_Way(device="cpu"), _Way(device="cpu", sparse=True)]
     failures = []
     for way in ways:
@@ -79,8 +79,8 @@ def read_optimizer(
         return OptimizerStates(name=optimizer_name(instance), rows=tuple(rows), bytes=total, scratch=scratch)
     name = optimizer_name(instance)
     warnings.warn(
-        f"trace: the states of {name} are unknown and not counted: no step without data or on zeros shows them "
-        f"({failures[-1]}). The predicted memory of a step is without them.",
+        f"trace: the states of {name} are unknown and not counted: no step without data or on zeros creates them "
+        f"({failures[-1]}). The predicted memory of a step does not include them.",
         stacklevel=3,
     )
     return OptimizerStates(name=name)
@@ -107,7 +107,7 @@ def _made(make: OptimizerFactory, parameters: list[nn.Parameter]) -> torch.optim
         raise TraceError(
             f"trace: optimizer(parameters) failed on the {len(parameters)} trained parameters of the model: "
             f"{type(error).__name__}: {error}\n"
-            "  Allowed: a function that makes a torch optimizer of all of them. Give another, or None to count none."
+            "  Allowed: a function that makes a torch optimizer of them all. Give one, or None to count no states."
         ) from error
 
 

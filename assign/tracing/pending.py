@@ -136,7 +136,7 @@ class Pending:
         script: the recording.
         done: number of its calls that have happened in this step.
         inputs: id of a tensor → its placeholder and the tensor.
-        waiting: the deferred tensors that have a node in this piece.
+        deferred: the deferred tensors that have a node in this piece.
         memory: memory of its inputs.
         dirty: memory that an operator has changed in place → whether the written value depends on a parameter.
         values: values of nodes that were computed in addition to the graph.
@@ -150,7 +150,7 @@ class Pending:
     script: Script = field(default_factory=Script)
     done: int = 0
     inputs: dict[int, tuple[fx.Node, Tensor]] = field(default_factory=dict)
-    waiting: list[weakref.ref[Deferred]] = field(default_factory=list)
+    deferred: list[weakref.ref[Deferred]] = field(default_factory=list)
     memory: set[int] = field(default_factory=set)
     dirty: dict[int, bool] = field(default_factory=dict)
     values: dict[fx.Node, Any] = field(default_factory=dict)
@@ -168,7 +168,7 @@ class Pending:
 
     def alive(self) -> Iterator[Deferred]:
         """Yield the deferred tensors of this piece that the user's code still holds."""
-        for each in self.waiting:
+        for each in self.deferred:
             x = each()
             if x is not None and x.computed is None:
                 yield x
@@ -280,9 +280,9 @@ class Pending:
                 self._add_mode(self.entered, ("autocast", modes))
             self.autocast = modes
 
-    def _add_mode(self, node: fx.Node, said: Any) -> None:
+    def _add_mode(self, node: fx.Node, entry: Any) -> None:
         self.script.count(node)
-        self.script.signature.append(said)
+        self.script.signature.append(entry)
 
     def note(self, key: Any, node: fx.Node, made: Any, inputs: Sequence[fx.Node], **facts: Any) -> None:
         """Add a call to the script."""

@@ -174,7 +174,7 @@ class _Recording(TorchFunctionMode):
     def _keep_order(self, name: str) -> None:
         """Keep the order of random numbers: end the pending piece if it draws some and ``name`` draws or seeds too."""
         if name in DRAWING and self.pending.draws:
-            self._end_piece(f"{name} draws random numbers or sets their generator, behind operators that draw some")
+            self._end_piece(f"{name} draws random numbers or sets their generator, after operators that draw them")
 
     def _end_piece(self, reason: str) -> None:
         """End the pending piece to keep the order of random numbers."""
@@ -230,7 +230,7 @@ class _Recording(TorchFunctionMode):
         line = place()
         if name in ("grad", "backward"):
             raise TraceError(
-                f"trace: {name} is called within the step; a planned step has one backward pass, behind its forward "
+                f"trace: {name} is called within the step; a planned step has one backward pass, after its forward "
                 f"pass, and cannot be differentiated twice.\n  at: {line}\n"
                 "  Hint: compute this part (a gradient penalty, say) with the model itself, without a plan."
             )
@@ -246,7 +246,7 @@ class _Recording(TorchFunctionMode):
     def _real(self, values: Any, reason: str) -> Any:
         """Return ``values`` with real tensors in place of deferred ones."""
         tensors = list(tensors_in(values))
-        known = {id(x): self._beside(x) for x in tensors if isinstance(x, Deferred)}
+        known = {id(x): self._known_value(x) for x in tensors if isinstance(x, Deferred)}
         dirty = self.pending.dirty
         if any(value is None for value in known.values()) or (
             dirty and any(_torch.memory_of(x) in dirty for x in tensors if id(x) not in known)
@@ -255,7 +255,7 @@ class _Recording(TorchFunctionMode):
             known = {}
         return with_tensors(lambda x: known[id(x)] if id(x) in known else unwrapped(x), values)
 
-    def _beside(self, x: Deferred) -> Tensor | None:
+    def _known_value(self, x: Deferred) -> Tensor | None:
         """Return the value of a tensor if it is known, or if it can be computed without a parameter; else None."""
         if x.computed is not None:
             return x.computed_value
@@ -337,21 +337,21 @@ class _Recording(TorchFunctionMode):
         def leaf(x: Any) -> Any:
             if isinstance(x, Deferred) and x.computed is None:
                 return index[x.node]
-            tensor, crossing = self._behind(x)
+            tensor, crossing = self._computed_tensor(x)
             if id(tensor) in pending.inputs:
                 return index[pending.inputs[id(tensor)][0]]
             fresh.setdefault(id(tensor), x)
             return list(fresh).index(id(tensor)), self._owner(tensor), crossing, facts_of(tensor)
 
-        said = frozen((args, kwargs), leaf, numbers)
+        arguments = frozen((args, kwargs), leaf, numbers)
         modes = torch.is_grad_enabled(), _torch.autocast_modes()
-        return (func, self.code.module, self.region, said, numbers, modes), fresh
+        return (func, self.code.module, self.region, arguments, numbers, modes), fresh
 
     def _repeat(self, call: Call, func: Any, args: Any, kwargs: Any, fresh: dict[int, Tensor]) -> Any:
         """Do what :meth:`_write` does, for a call that is in the script."""
         pending = self.pending
         for node, x in zip(call.inputs, fresh.values(), strict=True):
-            pending.hold_input(node, self._behind(x)[0])
+            pending.hold_input(node, self._computed_tensor(x)[0])
         given = list(tensors_in((args, kwargs))) if call.changed else []
         self._note_changes([given[number] for number in call.changed], call.parametric, draws=call.draws)
         if func is operator.setitem:
@@ -434,7 +434,7 @@ class _Recording(TorchFunctionMode):
     def _deferred(self, node: fx.Node, made: Tensor, parametric: bool) -> Deferred:
         x: Deferred = _torch.wrapper_like(Deferred, made)
         x.setup(self, node, made, parametric)
-        self.pending.waiting.append(weakref.ref(x))
+        self.pending.deferred.append(weakref.ref(x))
         return x
 
     def _fake(self, x: Tensor) -> Tensor:
@@ -457,12 +457,12 @@ class _Recording(TorchFunctionMode):
         pending = self.pending
         if isinstance(x, Deferred) and x.computed is None:
             return x.node
-        tensor, crossing = self._behind(x)
+        tensor, crossing = self._computed_tensor(x)
         if id(tensor) not in pending.inputs:
             pending.add_input(tensor, self._fake(x), owner=self._owner(tensor), crossing=crossing)
         return pending.inputs[id(tensor)][0]
 
-    def _behind(self, x: Tensor) -> tuple[Tensor, Crossing | None]:
+    def _computed_tensor(self, x: Tensor) -> tuple[Tensor, Crossing | None]:
         """Return the real tensor (for a deferred tensor, its computed value) and what is known about it."""
         if isinstance(x, Deferred):
             assert x.computed is not None
@@ -669,8 +669,8 @@ class _WholeRecording(_Recording):
         with torch.enable_grad():
             return x.requires_grad_().clone()
 
-    def _beside(self, x: Deferred) -> Tensor:
-        found = super()._beside(x)
+    def _known_value(self, x: Deferred) -> Tensor:
+        found = super()._known_value(x)
         return self._computed(x) if found is None else found
 
     def _computed(self, x: Tensor) -> Tensor:

@@ -196,8 +196,8 @@ def _check_operands(node: fx.Node, walked: Walk) -> None:
     dtypes = dict.fromkeys(dtype_of(value) for value in values if isinstance(value, Tensor))
     if len(dtypes) > 1:
         raise TraceError(
-            f"trace: {operator_name(node.target)} multiplies tensors in {' and '.join(dtypes)}, which torch does not.\n"
-            f"  at: {source_line(node) or 'unknown line'}\n  Allowed: one dtype for all of them.\n"
+            f"trace: {operator_name(node.target)} multiplies tensors in {' and '.join(dtypes)}, which torch "
+            f"does not support.\n  at: {source_line(node) or 'unknown line'}\n  Allowed: one dtype for all of them.\n"
             "  Convert the batch to the dtype of the model's parameters, x.to(weight.dtype), or the model to its dtype."
         )
 

@@ -301,8 +301,8 @@ def _note_saved(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, 
 
 def _saved_by(backward: fx.GraphModule, forward: fx.GraphModule) -> dict[str, fx.Node]:
     """Return the inputs of the backward graph that hold activations: name → probe of the activation."""
-    waiting = {node.name for node in backward.graph.nodes if node.op == "placeholder"}
-    found = {node.name: origin(node) for node in _torch.output_of(forward).all_input_nodes if node.name in waiting}
+    inputs = {node.name for node in backward.graph.nodes if node.op == "placeholder"}
+    found = {node.name: origin(node) for node in _torch.output_of(forward).all_input_nodes if node.name in inputs}
     return {name: source for name, source in found.items() if source.target is torch.ops.assign.probe.default}
 
 

@@ -160,7 +160,7 @@ def _run(operator: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ..
     if _torch.is_profiled():
         raise TraceError(
             "trace: a profiler is running. assign needs torch's profiler to measure what an operator allocates, and "
-            "only one can run at a time.\n  End it before the step is traced."
+            "only one can run at a time.\n  Stop it before the step is traced."
         )
     results: list[Any] = []
     with _torch.without_modes(), _paused_collector():

@@ -65,7 +65,7 @@ def load(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[
         TaskError: the file does not exist, is not a checkpoint, or belongs to another run.
     """
     if not path.is_file():
-        raise TaskError(f"there is no checkpoint {path} to go on from. Start without resume; training writes it.")
+        raise TaskError(f"there is no checkpoint {path} to resume from. Start without resume; training writes it.")
     try:
         state = read(path, device)
         found = state["identity"]
@@ -79,8 +79,8 @@ def load(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[
         given = found.get(name)
         if type(given) is not type(wanted) or given != wanted:
             raise TaskError(
-                f"the checkpoint {path} is of another run: its {name} is {shown(repr(given))}, not {wanted!r}. "
-                "Go on with what it was made with, or start without resume."
+                f"the checkpoint {path} belongs to another run: its {name} is {shown(repr(given))}, not {wanted!r}. "
+                "Resume with the options of that run, or start without resume."
             )
     return state
 
@@ -96,7 +96,7 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("it is packed, which torch.save does not do")
+                raise ValueError("it is compressed, which torch.save does not do")
             damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"the checksum of its part {damaged!r} is wrong")
@@ -115,7 +115,7 @@ def check_like(own: Mapping[str, Any], found: Any) -> None:
         ValueError: they differ.
     """
     if not isinstance(found, Mapping) or found.keys() != own.keys():
-        raise ValueError(f"it has not the entries {', '.join(map(str, own))}")
+        raise ValueError(f"it does not have exactly the entries {', '.join(map(str, own))}")
     for name, value in own.items():
         kinds = (int, float) if type(value) in (int, float) else type(value)
         if value is not None and found[name] is not None and not isinstance(found[name], kinds):

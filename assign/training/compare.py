@@ -203,7 +203,7 @@ def seed_range(count: int) -> range:
         ComparisonError: ``count`` is below 1.
     """
     if count < 1:
-        raise ComparisonError(f"compare: {count} seeds were asked for. Give a number of at least 1: --seeds 3.")
+        raise ComparisonError(f"compare: {count} seeds were requested. Give a number of at least 1: --seeds 3.")
     return range(count)
 
 
@@ -226,8 +226,8 @@ def _check(variants: Sequence[Variant], seeds: Sequence[int], options: TrainOpti
             raise ComparisonError("compare: a variant has no name. Give each a name of its own.")
     if options != TrainOptions(**{name: getattr(options, name) for name in _SHARED}):
         raise ComparisonError(
-            "compare: options were given that each run decides on its own.\n"
-            f"  Allowed: {', '.join(_SHARED)}.\n  Leave out the others; the seeds are seeds=."
+            "compare: options were given that compare sets for each run.\n"
+            f"  Allowed: {', '.join(_SHARED)}.\n  Leave out the others; give the seeds with seeds=."
         )
     backend = options.backend
     if backend not in list(Backend):
@@ -265,26 +265,26 @@ def _continued(wanted: Comparison, stored: Comparison, file: Path) -> Comparison
         for what, name in facts.items()
         if getattr(stored, name) != getattr(wanted, name)
     ]
-    asked = {row.name: row for row in wanted.variants}
+    requested = {row.name: row for row in wanted.variants}
     for row in stored.variants:
-        new = asked.get(row.name)
+        new = requested.get(row.name)
         if new is None:
-            differ.append(f"it has the variant {row.name!r}, which was not asked for")
+            differ.append(f"it has the variant {row.name!r}, which was not requested")
         elif new.plan != row.plan:
-            differ.append(f"its variant {row.name!r} has {_told(row)}, not {_told(new)}")
+            differ.append(f"its variant {row.name!r} has {_described(row)}, not {_described(new)}")
         for rule in ("promote_every", "promote_threshold"):
             if new is not None and getattr(new, rule) != getattr(row, rule):
                 differ.append(f"its variant {row.name!r} has {rule} {getattr(row, rule)}, not {getattr(new, rule)}")
     gone = [seed for seed in stored.seeds if seed not in wanted.seeds]
     if gone:
-        differ.append(f"it has the seeds {', '.join(map(str, gone))}, which were not asked for")
+        differ.append(f"it has the seeds {', '.join(map(str, gone))}, which were not requested")
     if differ:
         raise ComparisonError(
             "\n  ".join(
                 [
                     f"{file} is the file of another comparison:",
                     *differ,
-                    "Ask for what it was made with (more variants or seeds are fine), or give another file.",
+                    "Request the same comparison (more variants or seeds are allowed), or give another file.",
                 ]
             )
         )
@@ -297,7 +297,7 @@ def _with(comparison: Comparison, *runs: Run) -> Comparison:
     return dataclasses.replace(comparison, runs=tuple(ordered))
 
 
-def _told(row: VariantRow) -> str:
+def _described(row: VariantRow) -> str:
     return f"the plan {row.plan}" if row.plan else "no plan"
 
 

@@ -16,7 +16,7 @@ from assign.json_file import Count, Kind, NotNegative, Share, twice
 VERSION = 1
 """Version of the file that this package writes, under the key ``assign_comparison``."""
 
-_FILE = Kind(name="comparison", error=ComparisonError, advice="Give another file, or move this one away to start anew.")
+_FILE = Kind(name="comparison", error=ComparisonError, advice="Give another file, or move this one to start again.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +244,7 @@ class Comparison:
             raise refuse(f"the run of {run_again[0]!r} with seed {run_again[1]} is in it twice")
         for number, run in enumerate(self.runs):
             if run.variant not in names or run.seed not in self.seeds:
-                raise refuse(f"run {number} is of {run.variant!r} with seed {run.seed}, which is none of its own")
+                raise refuse(f"run {number} is of {run.variant!r} with seed {run.seed}, which its lists do not have")
             _FILE.validate(_FACTS, json.dumps(run.result), f"{where}, run {number}")
 
     @classmethod

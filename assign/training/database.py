@@ -50,7 +50,7 @@ def check_storage(storage: str | Path) -> str:
     """
     text = str(storage)
     if not _is_url(text) and not os.path.isdir(os.path.dirname(os.path.abspath(text))):
-        raise StudyError(f"tune: there is no directory for {text}. Make it, or give a file in one that is there.")
+        raise StudyError(f"tune: there is no directory for {text}. Make it, or give a file in a directory that exists.")
     return text
 
 
@@ -63,7 +63,7 @@ def open_database(storage: str, heartbeat: int) -> Database:
     Raises:
         StudyError: the database cannot be reached or used, or its driver is not installed.
     """
-    until, pause = time.monotonic() + _WAIT, 0.1
+    deadline, pause = time.monotonic() + _WAIT, 0.1
     while True:
         try:
             with exclusive(storage):
@@ -75,7 +75,7 @@ def open_database(storage: str, heartbeat: int) -> Database:
             ) from error
         except Exception as error:  # whatever the driver raises
             busy = _LOCKED.search(str(error)) or (_is_url(storage) and _CREATED.search(str(error)))
-            if busy and time.monotonic() < until:
+            if busy and time.monotonic() < deadline:
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 continue
@@ -186,7 +186,7 @@ def _why(error: BaseException) -> str:
     while each is not None and each not in chain:
         chain.append(each)
         each = each.__cause__ or each.__context__
-    said = next((e for e in reversed(chain) if isinstance(e, sqlite3.Error)), None) or next(
+    cause = next((e for e in reversed(chain) if isinstance(e, sqlite3.Error)), None) or next(
         (e for e in reversed(chain) if type(e).__module__.startswith(("sqlalchemy", "psycopg"))), error
     )
-    return mask_text((str(said).splitlines() or [type(said).__name__])[0])
+    return mask_text((str(cause).splitlines() or [type(cause).__name__])[0])

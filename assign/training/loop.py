@@ -117,9 +117,9 @@ def train(
     options = options or TrainOptions()
     if distributed.world_size() > 1:
         raise TaskError(
-            f"train: this is one of {distributed.world_size()} processes, and each would train a model of its own on "
-            "all of the data.\n  Allowed: one process.\n  Start it without torchrun, or write the loop yourself, with "
-            "DistributedDataParallel(assign.apply(model, plan))."
+            f"train: this is one of {distributed.world_size()} processes, and each would train its own model on "
+            "all of the data.\n  Allowed: one process.\n  Start it without torchrun, or write the loop yourself, "
+            "with DistributedDataParallel(assign.apply(model, plan))."
         )
     if options.checkpoint is not None:
         checkpoints.check(options.checkpoint)
@@ -259,7 +259,7 @@ class _Run:
                 )
             yield step.loss
         if not h.step_in_epoch:
-            raise TaskError("Task: train has no batch. Give at least one; a batch size above the data's gives none.")
+            raise TaskError("Task: train has no batch. Give at least one; a batch size above the data size gives none.")
 
     def _hides_infinities(self, loaded: Batch, batch: Batch) -> bool:
         """Whether the batch holds infinities that make the loss of the model without a plan non-finite.
@@ -403,7 +403,7 @@ class _Run:
         if self.plan is None:
             return f"{where} No plan was in use: try a lower learning rate, or look for such values in the data."
         if self.hidden:
-            return f"{where} Look for such values in the data, or in what prepares it."
+            return f"{where} Look for such values in the data, or in the code that prepares it."
         other = "" if self.plan.recipe == "native" else ", or the recipe native, whose 8-bit tensors have a scale each"
         return f"{where} The plan is too narrow for this model: try a lower low ratio, a higher budget{other}."
 
@@ -518,8 +518,8 @@ def _fits(path: Path, name: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise TaskError(
-            f"the checkpoint {path} is of another run: its {name} does not fit: {error}\n"
-            "  Go on with what it was made with, or start without resume."
+            f"the checkpoint {path} belongs to another run: its {name} does not fit: {error}\n"
+            "  Resume with the options of that run, or start without resume."
         ) from error
 
 
@@ -532,7 +532,7 @@ def _check_divisible(plan: Assignment) -> None:
     if has_scaled_gradients(plan.entries):
         raise PlanError(
             f"train: the plan stores gradients in 8 bits with a scale of their own, and its recipe {plan.recipe!r} "
-            "needs a loss scale, which nothing can divide out of them.\n"
+            "needs a loss scale, by which such gradients cannot be divided.\n"
             "  Allowed: gradients in fp32 or bf16, or a recipe without loss scaling: native, bf16.\n"
             "  Search again with one of these."
         )

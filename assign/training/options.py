@@ -47,4 +47,4 @@ class TrainOptions:
     def __post_init__(self) -> None:
         check_seed(self.seed, where="train")
         if self.resume and self.checkpoint is None:
-            raise TaskError("train: resume=True needs checkpoint=, the file to go on from.")
+            raise TaskError("train: resume=True needs checkpoint=, the file to resume from.")

@@ -83,7 +83,7 @@ class Settings:
             space = {name: kept.pop(name) for name in ("recipe", "update_rounding") if name in kept}
             kept["space"] = {**space, **dict(kept.pop("stored"))}
         text = json.dumps(kept)
-        return _KEPT.load(_SETTINGS, text, f"what the study {study!r} keeps of its settings")
+        return _KEPT.load(_SETTINGS, text, f"the stored settings of the study {study!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,10 +108,10 @@ class Outcome:
             StudyError: the study's database is damaged.
         """
         kept = {name: trial.user_attrs.get(name) for name in cls.__dataclass_fields__}
-        return _KEPT.load(_OUTCOME, json.dumps(kept), f"what the study keeps of trial {trial.number}")
+        return _KEPT.load(_OUTCOME, json.dumps(kept), f"the stored result of trial {trial.number}")
 
 
-_KEPT = Kind(name="part of a study", error=StudyError, advice="Give another storage, or begin another study.")
+_KEPT = Kind(name="part of a study", error=StudyError, advice="Give another storage, or start another study.")
 _SETTINGS, _OUTCOME = TypeAdapter(Settings), TypeAdapter(Outcome)
 
 
@@ -191,7 +191,7 @@ class Trainer:
         other = next((key for key, entry in wanted.items() if plan.entries[key].format != entry.format), None)
         if other is not None:
             raise PlanError(
-                f"tune: a plan to start from has {other!r} in {plan.entries[other].format}, and the study chooses "
+                f"tune: a plan to start from has {other!r} in {plan.entries[other].format}, but the study chooses "
                 f"between the two formats of the recipe {self.settings.space.recipe!r}, for whole groups.\n"
                 "  Give plans of that recipe: from the strategies greedy, or milp with groups and without formats."
             )

@@ -89,7 +89,7 @@ class Tuned(Drawn):
             ((f"{each.trial}", f"{each.metric:.4g}", human_bytes(each.peak_bytes)), each.peak_bytes / most)
             for each in self.front
         ]
-        title = f"{len(rows)} plans that no other beats; {self.trained} trained, {self.pruned} stopped early"
+        title = f"Pareto front of {len(rows)} plans; {self.trained} trained, {self.pruned} stopped early"
         return table_html(title, ["trial", self.metric, "peak"], rows)
 
 
@@ -116,9 +116,7 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         if self.trials < 1 or self.workers < 1:
-            raise StudyError(
-                f"tune: {self.trials} trials by {self.workers} workers are asked for. Give at least one of each."
-            )
+            raise StudyError(f"tune: trials is {self.trials} and workers is {self.workers}. Give at least 1 for each.")
         if self.sampler is not None and self.sampler not in SAMPLERS:
             close = suggest(self.sampler, SAMPLERS)
             raise StudyError(
@@ -244,9 +242,9 @@ def _start(job: _Job, workers: int) -> multiprocessing.process.BaseProcess:
 
 def _join(helpers: Sequence[multiprocessing.process.BaseProcess], seconds: float | None) -> None:
     """Wait until the helpers have ended; after ``seconds``, kill them."""
-    until = None if seconds is None else time.monotonic() + seconds
+    deadline = None if seconds is None else time.monotonic() + seconds
     for helper in helpers:
-        helper.join(None if until is None else max(0.0, until - time.monotonic()))
+        helper.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         if helper.is_alive():
             helper.kill()
             helper.join()
@@ -305,16 +303,16 @@ def _agreed(storage: RDBStorage, name: str, settings: Settings | None) -> Settin
     if settings is not None and settings != kept:
         raise StudyError(
             f"tune: the study {name!r} has other settings: "
-            + "; ".join(f"{key} is {own!r}, asked for {other!r}" for key, own, other in _differences(kept, settings))
-            + ".\n  Go on with its own, or give another name or storage."
+            + "; ".join(f"{key} is {own!r}, requested {other!r}" for key, own, other in _differences(kept, settings))
+            + ".\n  Use the settings of the study, or give another name or storage."
         )
     return kept
 
 
-def _differences(kept: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:
+def _differences(kept: Any, requested: Any) -> Iterator[tuple[str, Any, Any]]:
     """Yield (name, value, other value) for each field in which two objects differ, nested dataclasses included."""
     for each in dataclasses.fields(kept):
-        own, other = getattr(kept, each.name), getattr(asked, each.name)
+        own, other = getattr(kept, each.name), getattr(requested, each.name)
         if dataclasses.is_dataclass(own):
             yield from _differences(own, other)
         elif own != other:
@@ -341,8 +339,8 @@ def _study(trainer: Trainer, storage: RDBStorage, name: str, sampler: str | None
     check_same_model(
         fingerprint,
         mine,
-        what=f"tune: the study {name!r} is of another model",
-        advice="Give another name or storage, or the study's own task.",
+        what=f"tune: the study {name!r} belongs to another model",
+        advice="Give another name or storage, or the task of the study.",
         error=StudyError,
     )
     study.set_user_attr("fingerprint", mine)
@@ -359,8 +357,8 @@ def _result(trainer: Trainer, study: optuna.Study) -> Tuned:
         outcome = Outcome.of(trial)
         if unknown := set(outcome.low) - trainer.everything:
             raise StudyError(
-                f"tune: trial {trial.number} of the study {study.study_name!r} has a group {min(unknown)} low, and the "
-                f"model has groups 0 to {max(trainer.everything)}. Give another storage, or begin another study."
+                f"tune: trial {trial.number} of the study {study.study_name!r} has a group {min(unknown)} low, but the "
+                f"model has groups 0 to {max(trainer.everything)}. Give another storage, or start another study."
             )
         best[outcome.low] = trial.number, outcome
     found = [

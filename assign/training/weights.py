@@ -61,8 +61,8 @@ def _join(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if optimizer is None:
         raise TaskError(
-            "its masters have extra bits in the state of its optimizer, by the order of its parameters, and there is "
-            "no optimizer to say that order. Give one, or a file with assign.optim.widened_weights(model, optimizer)."
+            "its masters have extra bits in the state of its optimizer, in the order of the optimizer's parameters, "
+            "and no optimizer was given. Give one, or a file with assign.optim.widened_weights(model, optimizer)."
         )
     names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -90,8 +90,9 @@ def continue_from(task: Task, model: nn.Module, plan: Assignment | None, weights
         largest = float(tensor.detach().abs().amax()) if tensor.numel() else 0.0
         if largest >= fmt.overflow_threshold:
             raise TaskError(
-                f"{weights}: {key!r} holds {largest:.4g}, and its {what} is {fmt.name}, which ends at "
-                f"{fmt.max_value:g}.\n  Give a plan with a wider master for it; 'assign audit' shows all such weights."
+                f"{weights}: {key!r} holds {largest:.4g}, but its {what} is {fmt.name}, whose largest "
+                f"value is {fmt.max_value:g}.\n"
+                f"  Give a plan with a wider master for it; 'assign audit' shows all such weights."
             )
     states: dict[int, Any] = optimizer.state_dict()["state"]
     return states

@@ -106,12 +106,12 @@ def test_modules_are_judged_in_eval_mode_and_left_as_they_were():
     [
         (lambda: certify(mlp(), mlp(), []), "certify: there is no batch"),
         (lambda: certify(mlp(), mlp(), [torch.zeros(0, 784)]), "certify: there is no batch"),
-        (lambda: by_hand([[1.0]], [[1.0]]), r"float32 of shape \[1, 1\], in which axis -1 is to be the classes"),
+        (lambda: by_hand([[1.0]], [[1.0]]), r"float32 of shape \[1, 1\], and axis -1 must be the classes"),
         (lambda: by_hand([[1]], [[1]]), r"int64 of shape \[1, 1\]"),
         (lambda: by_hand([1.0, 2.0], [1.0, 2.0]), r"float32 of shape \[2\]"),
-        (lambda: by_hand([[1.0, 2.0]], [[1.0, 2.0]], class_axis=2), "in which axis 2 is to be the classes"),
+        (lambda: by_hand([[1.0, 2.0]], [[1.0, 2.0]], class_axis=2), "and axis 2 must be the classes"),
         (lambda: certify(lambda x: None, lambda x: None, [1]), "the model returns a NoneType"),
-        (lambda: by_hand([[1.0, 2.0]], [[1.0, 2.0, 3.0]]), r"are \[1, 2\] of the model, \[1, 3\] of the other"),
+        (lambda: by_hand([[1.0, 2.0]], [[1.0, 2.0, 3.0]]), r"are \[1, 2\] for the model, \[1, 3\] for the other"),
     ],
 )
 def test_errors_say_what_to_do(call, message):

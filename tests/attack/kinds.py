@@ -381,7 +381,7 @@ class Subjects:
         Terminal(file=io.StringIO()).print(tables.comparison_table(comparison))
         self._use_run(path, None)
         if self._rarely():  # pictures take a tenth of a second
-            pictures.draw(comparison, (self.folder / "a.svg", self.folder / "b.svg"), must=False)
+            pictures.draw(comparison, (self.folder / "a.svg", self.folder / "b.svg"), required=False)
 
 
 class _NoPlotly:

@@ -75,12 +75,14 @@ def test_a_bar_says_where_training_stands():
     meter = Meter(peak=3 * 2**20, clock=lambda: next(times))
     past = Promoted(step=2, key="a", overflow_ratio=0.5, from_format="e4m3", to_format="bf16")
     step = Progress(epoch=1, epochs=2, step=1, steps_per_epoch=2, loss=0.25)
-    assert meter.after(step) == "loss 0.2500, 100 ms a step, peak 3.0 MiB"
-    assert meter.after(dataclasses.replace(step, promoted=(past,))).endswith("150 ms a step, peak 3.0 MiB, 1 promoted")
+    assert meter.after(step) == "loss 0.2500, 100 ms per step, peak 3.0 MiB"
+    assert meter.after(dataclasses.replace(step, promoted=(past,))).endswith(
+        "150 ms per step, peak 3.0 MiB, 1 promoted"
+    )
     meter.after_epoch(
         1, EpochResult(loss=0.2, metrics={"accuracy": 0.5}, fp32_metrics={}, loss_scale=None, skipped_steps=0)
     )
-    assert meter.after(step) == "loss 0.2500, accuracy 0.5, 200 ms a step, peak 3.0 MiB, 1 promoted"
+    assert meter.after(step) == "loss 0.2500, accuracy 0.5, 200 ms per step, peak 3.0 MiB, 1 promoted"
 
 
 def test_search_by_training(here, capsys, monkeypatch):
@@ -94,7 +96,7 @@ def test_search_by_training(here, capsys, monkeypatch):
         assert Assignment.load(here / row["plan"]).provenance.strategy == "optuna"
     assert (here / "plans.study.db").exists()
     assert "a front of plans" in fails(capsys, monkeypatch, *by_training, "-o", "one.json")
-    assert "Give at least one of each" in fails(capsys, monkeypatch, *by_training, "--trials", "0", "-o", "plans")
+    assert "Give at least 1 for each" in fails(capsys, monkeypatch, *by_training, "--trials", "0", "-o", "plans")
     before = ("search", "mine.py", "--strategy", "optuna")
     for option in ("--low-ratio=0.5", "--granularity=tensor", "--pin=*=bf16"):
         assert "'optuna' does not take" in fails(capsys, monkeypatch, *before, option)
@@ -128,8 +130,8 @@ def test_a_front_and_a_plan_picked_from_it(here, capsys, monkeypatch):
     assert Assignment.load(here / "p.json") == Assignment.load(here / rows[0]["plan"])
     assert "needs" in fails(capsys, monkeypatch, "search", "mine.py", "--budget", "1KB", "--front", "plans")
     assert "Give one" in fails(capsys, monkeypatch, "search", "mine.py", "--front", "plans")
-    assert "is one file" in fails(capsys, monkeypatch, "search", "mine.py", "--pareto", "3")
-    assert "holds files" in fails(capsys, monkeypatch, "search", "mine.py", "--pareto", "3", "-o", "plans")
+    assert "names one file" in fails(capsys, monkeypatch, "search", "mine.py", "--pareto", "3")
+    assert "already contains files" in fails(capsys, monkeypatch, "search", "mine.py", "--pareto", "3", "-o", "plans")
 
 
 def test_trace_search_estimate_train_show_diff(here):
@@ -145,7 +147,7 @@ def test_trace_search_estimate_train_show_diff(here):
     printed = run("estimate", "mine.py", "--plan", "low.json", "--backend", "inductor", "--json", "estimate.json")
     assert "compiled by Inductor" in printed
     assert "low ratio, by bits" in printed
-    timeline = printed[printed.index("Over the step") : printed.index("Largest at the peak")]
+    timeline = printed[printed.index("Memory over the step") : printed.index("Largest at the peak")]
     assert timeline.count("peak: ") == 1
     assert timeline.index("forward") < timeline.index("backward") < timeline.index("optimizer")
     predicted = json.loads((here / "estimate.json").read_text())
@@ -194,7 +196,7 @@ def test_compare_trains_each_and_goes_on(here):
     assert all(len(r["result"]["course"]["loss"]) == 4 for r in data["runs"])
     assert "</svg>" in (here / "compare-curves.svg").read_text()
     again = run(*command, "--picture", "other.png")
-    assert "6 of 6 runs were in compare.json" in again
+    assert "6 of 6 runs were read from compare.json" in again
     assert "trained " not in again
     assert json.loads((here / "compare.json").read_text()) == data
     assert (here / "other-curves.png").is_file()
@@ -223,7 +225,7 @@ def test_compare_refuses_bad_input_before_it_trains(here, capsys, monkeypatch):
     monkeypatch.setattr("assign.training.compare.train", None)
     assert "no plan to compare" in error("mine.py")
     assert "there is no plan nowhere.json" in error("mine.py", "--plan", "nowhere.json")
-    assert "0 seeds were asked for" in error("mine.py", "--plan", "low.json", "--seeds", "0")
+    assert "0 seeds were requested" in error("mine.py", "--plan", "low.json", "--seeds", "0")
     assert "suffix must be one of .svg, .png" in error("mine.py", "--plan", "low.json", "--picture", "a.gif")
     assert "does not fit this model" in error("mine.py:nan", "--plan", "low.json")
     assert not (here / "compare.json").exists()
@@ -303,7 +305,7 @@ def test_a_plan_runs_no_code_that_the_user_does_not_name(here, monkeypatch, caps
         assert f"--task {task}" in run("show", "q.json")
         for more in (["show", "q.json", "--lowered"], ["report", "q.json", "-o", "q.html"]):
             said = fails(capsys, monkeypatch, *more)
-            assert "which is code of its own" in said
+            assert "which is not built in" in said
             assert f"--task {task}" in said
     assert not (here / "harmed").exists()
 
@@ -315,7 +317,7 @@ def test_show_says_why_it_draws_no_memory(here, monkeypatch, capsys):
         plan.with_provenance(dataclasses.replace(plan.provenance, command=command)).save("q.json")
         printed = run("show", "q.json", "--all", "--json", "show.json")
         assert json.loads((here / "show.json").read_text())["step"] is None
-        assert "No memory by role: " in printed
+        assert "Memory by role is not known: " in printed
         assert why in printed
         assert "0.weight.grad" in printed
         assert "The 10 largest" in run("show", "q.json", "--task", "mine.py")
@@ -329,7 +331,7 @@ def test_show_lowered_says_where_operators_run_and_why(here):
     rows = {row["key"]: row for row in json.loads((here / "lowered.json").read_text())}
     assert list(rows) == ["0/linear", "1/gelu", "2/linear", "loss/mse_loss"]
     assert [row["dtype"] for row in rows.values()] == ["bfloat16", "bfloat16", "bfloat16", "float32"]
-    assert rows["0/linear"]["why"] == "all it reads and makes lives in bfloat16"
+    assert rows["0/linear"]["why"] == "its inputs and outputs are bfloat16"
     assert "matrix products: 2 in bfloat16" in printed
     plan = json.loads((here / "p.json").read_text())
     plan["tensors"]["0.weight"]["format"] = plan["tensors"]["0.weight.grad"]["format"] = "fp32"
@@ -337,9 +339,9 @@ def test_show_lowered_says_where_operators_run_and_why(here):
     (here / "q.json").write_text(json.dumps(plan))
     run("show", "q.json", "--lowered", "--task", "mine.py:task", "--json", "lowered.json")
     rows = {row["key"]: row for row in json.loads((here / "lowered.json").read_text())}
-    assert rows["0/linear"]["why"] == "it reads 0.weight, which lives in float32"
+    assert rows["0/linear"]["why"] == "it reads 0.weight, which is float32"
     assert rows["1/gelu"]["why"].startswith("its result, fp(4,3,4) and its gradient ")
-    assert rows["2/linear"]["why"] == "it reads 1/gelu, which lives in float32"
+    assert rows["2/linear"]["why"] == "it reads 1/gelu, which is float32"
     assert rows["loss/mse_loss"]["why"] == "not known to sum in float32 when its operands are 16-bit"
 
 
@@ -392,8 +394,8 @@ def test_what_is_stored_can_be_chosen_and_is_shown(here, capsys, monkeypatch):
     def error(*arguments):
         return fails(capsys, monkeypatch, "search", "mine.py", *arguments)
 
-    assert "is not for a master" in error("--low-ratio", "0", "--master", "e4m3")
-    assert "none fits" in error("--low-ratio", "0", "--optimizer-states", "dynamic8")
+    assert "is not allowed for a master" in error("--low-ratio", "0", "--master", "e4m3")
+    assert "no state can be stored in it" in error("--low-ratio", "0", "--optimizer-states", "dynamic8")
     assert "Choose the recipe bf16 or fp16" in error("--strategy", "standalone")
     assert "follows from the model alone" in error("--strategy", "standalone", "--recipe", "bf16", "--budget", "50%")
 
@@ -407,10 +409,10 @@ def test_what_waits_may_be_saved_in_blocks(here, capsys, monkeypatch):
     result = json.loads((here / "run.json").read_text())
     assert not result["plan"]["diverged"]
     assert math.isfinite(result["plan"]["loss"])
-    assert "none takes fewer bytes" in fails(
+    assert "no saved activation takes fewer bytes" in fails(
         capsys, monkeypatch, "search", "mine.py", "--low-ratio", "0", "--saved", "fp32"
     )
-    assert "For saved copies also: e4m3:block64" in fails(
+    assert "For saved activations also: e4m3:block64" in fails(
         capsys, monkeypatch, "search", "mine.py", "--low-ratio", "0", "--saved", "int3"
     )
 

@@ -177,7 +177,7 @@ def test_goes_on_from_its_own_checkpoint_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("key", "name", "says"),
     [
-        ("bn.running_mean.buffer", "e4m3", "is not for a buffer: a step adds to it"),
+        ("bn.running_mean.buffer", "e4m3", "is not allowed for a buffer: a step adds to it"),
         ("bn.running_mean.buffer", "dynamic8", "Allowed: fp32, bf16, fp16"),
         ("bn.running_men.buffer", "bf16", "which the model does not have; nearest: 'bn.running_mean'"),
         ("bn.num_batches_tracked.buffer", "bf16", "as torch.bfloat16, but it is torch.int64"),
@@ -208,7 +208,7 @@ def test_statistics_that_fp16_cannot_hold_are_refused(tmp_path):
     model.bn.running_var.fill_(1e6)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     plan = search_table(table, strategy="standalone", space="fp16")
-    with pytest.raises(TaskError, match=r"'bn\.running_var' holds 1e\+06, and its stored form is fp16, which ends at"):
+    with pytest.raises(TaskError, match=r"'bn\.running_var' holds 1e\+06, but its stored form is fp16, whose"):
         train(task, plan, options=TrainOptions(weights=tmp_path / "weights.pt"))
 
 
@@ -219,7 +219,7 @@ def test_a_momentum_too_small_for_its_statistics_is_found(name, least):
         found = [each for each in audit_constants(norm, format=name, action="return") if each.name == "momentum"]
         assert bool(found) is wrong
     assert audit_constants(nn.BatchNorm1d(4, momentum=1e-4), action="return") == ()
-    assert "running statistic of that format never fall" in str(
+    assert "running statistic in this format never decrease" in str(
         audit_constants(nn.BatchNorm1d(4, momentum=least / 4), format=name, action="return")[-1]
     )
 

@@ -150,9 +150,9 @@ def test_rows_cannot_be_edited() -> None:
 
 
 ALLOWED = (
-    "fp32, bf16, fp16, e4m3, e5m2 (e4m3 and e5m2 also with a scale: ':pow2' or ':amax', and ':delayed' behind that), "
-    "or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
-    "each but fp32 with ':sr' behind it for stochastic rounding"
+    "fp32, bf16, fp16, e4m3, e5m2 (e4m3 and e5m2 also with a scale: ':pow2' or ':amax', "
+    "optionally with ':delayed' after it), or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
+    "all but fp32 also with ':sr' at the end for stochastic rounding"
 )
 
 
@@ -172,7 +172,7 @@ ALLOWED = (
         ),
         (
             "fp32:sr",
-            "'fp32:sr': everything is computed in fp32, so that rounding to it has nothing to choose between.\n"
+            "'fp32:sr': everything is computed in fp32, so stochastic rounding to it has no effect.\n"
             f"  Allowed: {ALLOWED}.\n  Choose fp32.",
         ),
         (
@@ -182,7 +182,7 @@ ALLOWED = (
         ),
         (
             "fp(4,3,200)",
-            "'fp(4,3,200)' reaches from 2^-206 to 2^-192; float32, in which it is computed, from 2^-126 to 2^127.\n"
+            "'fp(4,3,200)' ranges from 2^-206 to 2^-192; float32, in which it is computed, from 2^-126 to 2^127.\n"
             "  Allowed for e = 4: -119 <= b <= 120.\n  Choose b in that range.",
         ),
     ],

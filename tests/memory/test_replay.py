@@ -345,7 +345,7 @@ def test_a_budget_counts_what_kahans_sum_keeps():
     assert kahan >= plain + 2 * elements
     with pytest.raises(BudgetError):
         search_table(table, space=SearchSpace(master="bf16", update_rounding="kahan"), budget=2 * elements)
-    with pytest.raises(PlanError, match="search: update_rounding='kahan' is for masters in 16 bit"):
+    with pytest.raises(PlanError, match="search: update_rounding='kahan' is for 16-bit masters"):
         search_table(table, low_ratio=0, space=SearchSpace(update_rounding="kahan"))
 
 

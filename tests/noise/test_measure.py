@@ -160,9 +160,9 @@ def test_a_file_of_another_model_or_another_way_is_refused(tmp_path):
     found = measure_noise(MLP(), [vectors()], class_loss, file=file)
     with pytest.raises(PlanError, match=f"another model: its fingerprint is {found.fingerprint}, this model's is"):
         measure_noise(GPT(), [tokens()], class_loss, file=file)
-    with pytest.raises(PlanError, match="with method first-order, measured is asked for now"):
+    with pytest.raises(PlanError, match="with method first-order, but measured was requested"):
         measure_noise(MLP(), [vectors()], class_loss, file=file, options=NoiseOptions(method="measured"))
-    with pytest.raises(PlanError, match="with loss scaling False, True is asked for"):
+    with pytest.raises(PlanError, match="with loss scaling False, but True was requested"):
         measure_noise(MLP(), [vectors()], class_loss, file=file, space="hfp8")
     with pytest.raises(PlanError, match="no batch was given"):
         measure_noise(MLP(), [], class_loss)
@@ -200,11 +200,11 @@ def test_a_warm_up_trains_a_copy_on_the_first_batches(tmp_path):
     assert again.cells == by_hand.cells  # batches of a list are trained on in turn, and measured from the first
     at_start = measure_noise(MLP(), batches[4:], class_loss, options=NoiseOptions(rtol=0.0))
     assert at_start.noise("first.weight", "e4m3:pow2") != found.noise("first.weight", "e4m3:pow2")
-    with pytest.raises(PlanError, match="measured with warm up 4, 0 is asked for now"):
+    with pytest.raises(PlanError, match="measured with warm up 4, but 0 was requested"):
         measure_noise(model, batches, class_loss, options=NoiseOptions(rtol=0.0), file=file)
     with pytest.raises(PlanError, match="a warm-up of 2 steps needs an optimizer"):
         measure_noise(model, batches, class_loss, options=NoiseOptions(warm_up=2))
-    with pytest.raises(PlanError, match="a warm-up of 7 steps was asked for, and there are 6 batches"):
+    with pytest.raises(PlanError, match="the warm-up has 7 steps, but there are only 6 batches"):
         measure_noise(model, iter(batches), class_loss, optimizer=sgd, options=NoiseOptions(warm_up=7))
     with pytest.raises(PlanError, match="no batch was given"):
         measure_noise(model, iter(batches), class_loss, optimizer=sgd, options=NoiseOptions(warm_up=6))

@@ -307,12 +307,12 @@ def test_the_operators_say_what_comes_out(name):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(FormatError, match=r"'e4m3' has no blocks\.\n  Allowed: e4m3:block64, int8:block64"):
         encode_blocks(torch.ones(3), "e4m3")
-    match = r"'int3:block64' is not a number format(.|\n)*For saved copies also: e4m3:block64, int8:block64"
+    match = r"'int3:block64' is not a number format(.|\n)*For saved activations also: e4m3:block64, int8:block64"
     with pytest.raises(FormatError, match=match):
         encode_blocks(torch.ones(3), "int3:block64")
-    with pytest.raises(FormatError, match=r"'mxfp4' does not stand for torch\.float64\.\n  Allowed: torch\.float32"):
+    with pytest.raises(FormatError, match=r"'mxfp4' cannot encode torch\.float64\.\n  Allowed: torch\.float32"):
         encode_blocks(torch.ones(3).double(), "mxfp4")
-    with pytest.raises(FormatError, match=r"torch\.uint8 of shape \[36\], which 'int4:block64' makes of 3 elements"):
+    with pytest.raises(FormatError, match=r"torch\.uint8 of shape \[36\], the size of 3 elements in 'int4:block64'"):
         decode_blocks(torch.zeros(35, dtype=torch.uint8), "int4:block64", torch.ones(3))
     assert parse_saved(" MXFP4 : SR") == block_format("mxfp4:sr")
     assert parse_saved("e4m3:sr").stochastic

@@ -137,6 +137,6 @@ def test_table_and_errors():
         console.print(lost_table(lost))
     assert captured.get().index("large") < captured.get().index("small")
     assert "100.00%" in captured.get()
-    assert "all together: 50.00%" in captured.get()
+    assert "all parameters: 50.00%" in captured.get()
     with pytest.raises(TaskError, match=r"every=0, sample=65536.\n  Allowed"):
         LostUpdates(model, optimizer, every=0)

@@ -428,7 +428,7 @@ def test_a_narrow_model_refuses_values_that_it_would_round():
         (
             (torch.optim.RMSprop, {"lr": 0.1}),
             {"master": "bf16", "update_rounding": "kahan"},
-            "and RMSprop steps on them.\n  Allowed: SGD, Adam, AdamW",
+            "with Kahan's sum.\n  Allowed: SGD, Adam, AdamW",
         ),
     ],
 )

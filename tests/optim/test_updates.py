@@ -323,7 +323,7 @@ def from_kahan_to_nearest():
             lambda: AdamW([weight(torch.ones(3, 2), torch.float8_e4m3fn)]),
             "AdamW: a parameter of shape [3, 2] is float8_e4m3fn.\n"
             "  Allowed: bfloat16, float16; float32, which is updated by the plain rule.\n"
-            "  Keep narrower or wider weights out of it, or convert them.",
+            "  Leave such parameters out of the optimizer, or convert them.",
         ),
         (
             lambda: SGD([weight(torch.ones(3), torch.float32)], rounding="kahan"),
@@ -340,7 +340,7 @@ def from_kahan_to_nearest():
             from_kahan_to_nearest,
             "SGD: the saved state was made with rounding='kahan', this optimizer has rounding='nearest'.\n"
             "  Allowed: the same, or the state of a torch.optim optimizer.\n"
-            "  Make the optimizer with that rounding, or begin with fresh states.",
+            "  Make the optimizer with that rounding, or start with new states.",
         ),
     ],
 )

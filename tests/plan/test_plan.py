@@ -146,7 +146,7 @@ def test_saved_copies_have_formats_of_their_own() -> None:
     assert blocks.saved_format("a").bits_per_element == 4.5
     assert Assignment.from_json(blocks.to_json()) == blocks
     with pytest.raises(
-        PlanError, match=r"'a\.saved' is assigned the format 'int5:block64'(.|\n)*For saved copies also"
+        PlanError, match=r"'a\.saved' is assigned the format 'int5:block64'(.|\n)*For saved activations also"
     ):
         plan(**{"a": Entry("bf16", True), "a.saved": Entry("int5:block64", False)})
 
@@ -154,7 +154,7 @@ def test_saved_copies_have_formats_of_their_own() -> None:
 @pytest.mark.parametrize("key", ["a", "a.grad", "w.master", "w.grad.stored", "w.optim.exp_avg"])
 @pytest.mark.parametrize("name", ["mxfp4", "int4:block64:sr"])
 def test_blocks_of_saved_copies_are_for_nothing_else(key: str, name: str) -> None:
-    match = rf"'{key}' is assigned the format '{name}': .*is a format of saved activations alone"
+    match = rf"'{key}' is assigned the format '{name}': .*is allowed only for saved activations"
     with pytest.raises(PlanError, match=match):
         plan(**{"a": BF16, "w": BF16, key: Entry(name, False)})
 

@@ -26,11 +26,11 @@ from assign.plan.space import SearchSpace
 from assign.plan.table import Role, TensorTable
 from assign.planner import search_table
 from assign.report.page import Report, write_report
-from assign.report.page.beside import Point, best_of, measure_of, points_of
 from assign.report.page.colours import of_formats
 from assign.report.page.curves import course_figure, curves_figure, epoch_scale_figure, overflow_figure, scale_figure
 from assign.report.page.figures import front_figure, memory_figure, model_figure, plain, words
 from assign.report.page.page import context, render
+from assign.report.page.points import Point, best_of, measure_of, points_of
 from assign.report.page.runs import load_runs
 from assign.report.rows import formats_of, tensor_rows
 
@@ -213,10 +213,10 @@ def test_front_says_which_plans_are_beaten_and_where_this_one_is(table):
 
 def test_a_front_of_the_page_is_of_its_model(table, low):
     page = render(Report(name="low.json", plan=low, table=table, front=Front((low,))))
-    assert "so the low ratio stands for what they cost" in page
+    assert "so the chart shows their low ratio" in page
     assert "The star is low.json" in page
     other = dataclasses.replace(low, fingerprint="other")
-    with pytest.raises(PlanError, match="the front has plans of another model"):
+    with pytest.raises(PlanError, match="the front has plans for another model"):
         render(Report(name="low.json", plan=low, table=table, front=Front((other,))))
 
 
@@ -281,7 +281,7 @@ def test_files_that_hold_no_run_are_refused(results):
         "both": "holds trainings of another model",
         "torn": "is not a valid training:\n  course: its lists differ in length",
         "compare": "compares plans of another model: its fingerprint is f, this model's is g",
-        "list": "is not a training, but a list",
+        "list": "is not the result of a training, but a list",
         "cut": "is not JSON",
         "plan": "is not a valid training:\n  metrics: Field required",
         "none": "there is no training",
@@ -391,7 +391,7 @@ def test_a_page_of_500_tensors_is_small_and_loads_nothing(many, tmp_path):
 
 def test_a_page_says_what_it_has_not(table, low):
     page = render(Report(name="low.json", plan=dataclasses.replace(low, provenance=Provenance()), table=table))
-    for note in ("No noise was given", "No other plans were given", "No run was given", "does not say which command"):
+    for note in ("No noise was given", "No other plans were given", "No run was given", "does not contain the command"):
         assert note in page
 
 
@@ -437,7 +437,7 @@ def test_labels_from_files_are_no_mark_up_and_no_template(table, results):
 
 def test_another_models_plan_is_refused(table, low, tmp_path):
     other = dataclasses.replace(low, fingerprint="other")
-    with pytest.raises(PlanError, match=r"low\.json is a plan of another model: its fingerprint is other"):
+    with pytest.raises(PlanError, match=r"low\.json is a plan for another model: its fingerprint is other"):
         render(Report(name="low.json", plan=other, table=table))
     with pytest.raises(ReportError, match="cannot write the report"):
         write_report(tmp_path / "nowhere" / "r.html", Report(name="low.json", plan=low, table=table))
@@ -548,8 +548,8 @@ def test_a_browser_shows_it_searches_and_sorts(browser, table, results, tmp_path
     assert len(page.query_selector_all(".chart svg.main-svg")) >= 5
     curves = {"course": 1, "overflow": 1, "scale": 2, "scale_by_epoch": 2}
     assert {name: len(page.query_selector_all(f"#chart-{name} path.js-line")) for name in curves} == curves
-    assert "the share from which on a tensor is promoted, 2 %." in page.text_content("#overflow")
-    assert "the mean of the steps since the one before: up to 2 of them" in page.text_content("#training")
+    assert "the share at which a tensor is promoted, 2 %." in page.text_content("#overflow")
+    assert "the mean of the steps since the previous point, up to 2 of them" in page.text_content("#training")
     page.fill("#search", "LAYERS grad")
     assert set(shown(page)) == {key for key in rows if "layers" in key and "grad" in key}
     assert f"{len(shown(page))} of {len(rows)} tensors" in page.text_content("#shown")

@@ -52,7 +52,7 @@ def test_accuracy_says_what_it_shows(svg: Path) -> None:
     found = texts(svg)
     assert {"fp32", "low", "lower", "bad", "diverged", "(1 of 2 diverged)", "(2 of 2 diverged)"} <= set(found)
     assert "accuracy (%) at the end of training" in found
-    assert "low ratio: share of the elements held low, at the end of training" in found
+    assert "low ratio: share of the elements in their low format, at the end of training" in found
     assert any("mean of 2 seeds; bars: lowest to highest" in text for text in found)
     assert any(text.endswith("%") for text in found)
 
@@ -150,9 +150,9 @@ def test_long_names_leave_room_for_the_axes(svg: Path) -> None:
 def test_both_pictures_are_written_and_the_same_again(tmp_path: Path) -> None:
     paths = picture_paths(tmp_path / "compare.json", None)
     assert [path.name for path in paths] == ["compare.svg", "compare-curves.svg"]
-    assert draw(comparison(), paths, must=True) == tuple(f"wrote {path}" for path in paths)
+    assert draw(comparison(), paths, required=True) == tuple(f"wrote {path}" for path in paths)
     before = [path.read_bytes() for path in paths]
-    draw(comparison(), paths, must=True)
+    draw(comparison(), paths, required=True)
     assert [path.read_bytes() for path in paths] == before
 
 
@@ -182,10 +182,10 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch:
     with pytest.raises(ComparisonError, match=r"pip install 'precision-assign\[report\]'"):
         picture_paths(tmp_path / "compare.json", tmp_path / "a.svg")
     paths = picture_paths(tmp_path / "compare.json", None)  # nobody asked for one
-    (said,) = draw(comparison(), paths, must=False)
+    (said,) = draw(comparison(), paths, required=False)
     assert said.startswith("no picture: pictures are drawn with matplotlib")
     with pytest.raises(ComparisonError, match="not installed"):
-        draw(comparison(), paths, must=True)
+        draw(comparison(), paths, required=True)
 
 
 @pytest.mark.parametrize("picture", BOTH)

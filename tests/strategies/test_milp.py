@@ -229,7 +229,7 @@ def test_pins_hold_and_a_pin_that_matches_nothing_is_an_error():
     with pytest.raises(BudgetError, match="even with all 0 decisions for the fewest bytes"):
         solve(table, timeline, pins={"*": "fp32"}, budget_bytes=8)
     assert parse_pins(["head.*=bf16", "a=b=fp32"]) == {"head.*": "bf16", "a=b": "fp32"}
-    with pytest.raises(PlanError, match="'bf16' is no pin"):
+    with pytest.raises(PlanError, match="'bf16' is not a pin"):
         parse_pins(["bf16"])
 
 

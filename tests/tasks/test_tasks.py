@@ -295,7 +295,7 @@ class TestData:
         folder.mkdir()
         for part in ("train", "test"):
             (folder / part).write_bytes(pickle.dumps({"data": Evil(), "fine_labels": []}))
-        with pytest.raises(TaskError, match=r"train cannot be read: it holds .*, which is no array"):
+        with pytest.raises(TaskError, match=r"train cannot be read: it holds .*, which is not an array"):
             read_cifar(tmp_path, 100)
         assert not (tmp_path / "ran").exists()
 
@@ -321,7 +321,7 @@ class TestData:
             "    try: read_cifar(Path(each), 100)\n"
             "    except TaskError as error: print('refused', error)"
         )
-        wanted = {"a dtype that is not plain": bad_dtype, "a key that is no text": deep, "not a dictionary": array}
+        wanted = {"a dtype that is not plain": bad_dtype, "a key that is not a string": deep, "not a dictionary": array}
         for number, content in enumerate(wanted.values()):
             folder = tmp_path / str(number) / "cifar-100-python"
             folder.mkdir(parents=True)
@@ -514,8 +514,12 @@ class TestLoadTask:
             ("broken", {}, "my_train.py:broken raised ValueError: no such luck\n  at: "),
             ("leaves", {}, "my_train.py:leaves raised SystemExit: 2"),
             ("invalid", {}, "Task: model is 3; it must be a torch.nn.Module"),
-            ("strange", {}, "my_train.py:strange needs colour, which nobody gives. A task's function may take data, "),
-            ("needs", {}, "my_train.py:needs needs data: give --data, or let the parameter have a default."),
+            (
+                "strange",
+                {},
+                "my_train.py:strange needs colour, which assign does not pass. A task's function may take data, ",
+            ),
+            ("needs", {}, "my_train.py:needs needs data: give --data, or give the parameter a default."),
             ("plain", {"batch_size": 4}, "my_train.py:plain takes no batch_size, but batch_size=4 was given."),
         ],
     )
@@ -551,7 +555,9 @@ class TestLoadTask:
 
     def test_a_file_without_a_function(self, tmp_path: Path) -> None:
         (tmp_path / "other.py").write_text("def build(): pass\n")
-        with pytest.raises(TaskError, match=r"say which function makes the task, .*other.py:build; without it, 'task'"):
+        with pytest.raises(
+            TaskError, match=r"name the function that makes the task, .*other.py:build. Without a name, 'task'"
+        ):
             load_task(str(tmp_path / "other.py"))
 
     @pytest.mark.parametrize(

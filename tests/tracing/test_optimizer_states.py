@@ -64,15 +64,13 @@ def test_unknown_states_are_said_to_be() -> None:
 
 
 def test_a_step_on_zeros_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_states, "_MOST", 10)
+    monkeypatch.setattr(optimizer_states, "_MAX_ELEMENTS", 10)
     with pytest.warns(UserWarning, match="Adafactor are unknown"):
         read_optimizer(model_for("Adafactor"), torch.optim.Adafactor)
 
 
 def test_an_optimizer_that_cannot_be_made() -> None:
-    with pytest.raises(
-        TraceError, match=r"(?s)optimizer\(parameters\) failed on the 4 trained parameters.*Give another"
-    ):
+    with pytest.raises(TraceError, match=r"(?s)optimizer\(parameters\) failed on the 4 trained parameters.*Give one"):
         read_optimizer(model_for(""), torch.optim.Muon)
 
 

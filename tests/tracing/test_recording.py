@@ -727,7 +727,7 @@ def test_a_table_says_where_the_code_needs_a_value():
     console = Terminal(width=200, record=True, file=io.StringIO())
     console.print(trace_table(table))
     text = console.export_text()
-    assert "places where the code needs a value" in text
+    assert "because the code needs a value at" in text
     assert "test_recording.py" in text
     assert assign.TensorTable.from_json(table.to_json()).breaks == table.breaks
 

@@ -149,7 +149,7 @@ def test_attention_with_a_mask_computed_in_other_dtypes_than_loaded(loaded):
 def test_a_profiler_of_the_users_own_is_in_the_way():
     source, weight = torch.ones(1, 3, 5, 5), torch.ones(7, 3, 3, 3)
     options = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
-    with torch.profiler.profile(), pytest.raises(TraceError, match="End it before"):
+    with torch.profiler.profile(), pytest.raises(TraceError, match="Stop it before"):
         scratch_of(aten.convolution.default, (source, weight, None, *options), {}, None)
 
 

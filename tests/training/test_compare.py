@@ -186,7 +186,7 @@ class TestCompare:
         refuses("seed 3 is given twice", [FP32], seeds=[3, 3])
         refuses("variant 'fp32' is given twice", [FP32, FP32])
         refuses("has no name", [dataclasses.replace(FP32, name="")])
-        refuses("each run decides on its own", [FP32], options=TrainOptions(seed=1))
+        refuses("that compare sets for each run", [FP32], options=TrainOptions(seed=1))
         refuses("did you mean 'eager'", [FP32], options=TrainOptions(backend="eagre"))
         refuses("nowhere", [FP32], file=tmp_path / "nowhere" / "compare.json")
         refuses("is not JSON", [FP32], file=_written(tmp_path / "broken.json", '{"assign_comparison": 1, '))
@@ -293,8 +293,8 @@ class TestFile:
             "variant 'first' has promote_every 0, not 5",
             variants=[FP32, dataclasses.replace(FIRST, promotion=PromotionOptions(every=5))],
         )
-        refuses("has the variant 'first', which was not asked for", variants=[FP32])
-        refuses("has the seeds 1, which were not asked for", seeds=[0])
+        refuses("has the variant 'first', which was not requested", variants=[FP32])
+        refuses("has the seeds 1, which were not requested", seeds=[0])
         refuses(
             "its task", "its number of epochs", task=partial(make_task, name="huge"), options=TrainOptions(epochs=3)
         )
@@ -347,7 +347,7 @@ class TestVariants:
             load_variants([tmp_path / "a.json", tmp_path / "b" / ".." / "a.json"])
         with pytest.raises(PlanError, match=r"there is no plan .*b\.json"):
             load_variants([tmp_path / "b.json"])
-        with pytest.raises(ComparisonError, match="0 seeds were asked for"):
+        with pytest.raises(ComparisonError, match="0 seeds were requested"):
             seed_range(0)
         assert list(seed_range(2)) == [0, 1]
 

@@ -377,16 +377,18 @@ class TestCheckpoint:
         go_on = partial(train, options=options)
         with pytest.raises(TaskError, match="resume=True needs checkpoint="):
             train(make_task(), options=TrainOptions(resume=True))
-        with pytest.raises(TaskError, match=r"there is no checkpoint .*run.pt to go on from. Start without resume"):
+        with pytest.raises(TaskError, match=r"there is no checkpoint .*run.pt to resume from. Start without resume"):
             go_on(make_task())
         train(make_task(), options=TrainOptions(checkpoint=file))
-        with pytest.raises(TaskError, match=r"run.pt is of another run: its seed is 0, not 1. Go on with what it"):
+        with pytest.raises(
+            TaskError, match=r"run.pt belongs to another run: its seed is 0, not 1. Resume with the options"
+        ):
             train(make_task(), options=dataclasses.replace(options, seed=1))
         with pytest.raises(TaskError, match="its task is 'tiny', not 'other'"):
             go_on(make_task(name="other"))
         with pytest.raises(TaskError, match="its plan is 'none', not '"):
             go_on(make_task(), make_plan(make_task())[1])
-        with pytest.raises(TaskError, match="is of another run: its model does not fit: "):
+        with pytest.raises(TaskError, match="belongs to another run: its model does not fit: "):
             go_on(make_task(model=partial(Net, channels=5)))
         whole = file.read_bytes()
         for content in (whole[: len(whole) // 2], b"", b"some text"):
@@ -787,14 +789,14 @@ class TestStored:
         state[key] *= 1e6
         torch.save(state, file)
         _, plan = self.search(task, strategy="standalone", recipe="fp16")
-        with pytest.raises(TaskError, match=rf"'{key}' holds .* its master is fp16, which ends at 65504"):
+        with pytest.raises(TaskError, match=rf"'{key}' holds .* its master is fp16, whose largest value is 65504"):
             train(task, plan, options=TrainOptions(weights=file))
         assert train(task, options=TrainOptions(weights=file, max_steps=1)).losses
 
     def test_a_rounding_of_updates_without_16_bit_masters_is_refused(self) -> None:
         task = self.task()
         for plan in (None, self.search(task)[1]):
-            with pytest.raises(PlanError, match="for masters in 16 bit, and this training has none"):
+            with pytest.raises(PlanError, match="for 16-bit masters, but this training has none"):
                 train(task, plan, options=TrainOptions(update_rounding="kahan"))
         with pytest.raises(PlanError, match=r"'up' is not known\. Choose one of: nearest, stochastic, kahan"):
             train(task, options=TrainOptions(update_rounding="up"))

@@ -219,7 +219,7 @@ def test_refusals(tmp_path, change, error, says):
 
 def test_another_study_is_refused(tmp_path):
     tune(make_task, storage=tmp_path / "s.db", options=StudyOptions(trials=1))
-    with pytest.raises(StudyError, match="recipe is 'native', asked for 'hfp8'"):
+    with pytest.raises(StudyError, match="recipe is 'native', requested 'hfp8'"):
         tune(make_task, storage=tmp_path / "s.db", options=StudyOptions(trials=1), settings=Settings(space="hfp8"))
 
     class Other(Net):

@@ -59,13 +59,13 @@ class _Packer:
 
     def run(self) -> None:
         """Group the values that the backward pass reads by their origin, and handle each origin once."""
-        waiting: dict[fx.Node, list[fx.Node]] = {}
+        by_source: dict[fx.Node, list[fx.Node]] = {}
         for node in self.graph.nodes:
             if node.op != "call_function" or _torch.is_backward(node) or _torch.is_recomputed(node):
                 continue
             if isinstance(_torch.joint_value(node), torch.Tensor) and any(map(_torch.is_backward, node.users)):
-                waiting.setdefault(origin(node), []).append(node)
-        for source, saved in waiting.items():
+                by_source.setdefault(origin(node), []).append(node)
+        for source, saved in by_source.items():
             if saved != [source] or source.target is _QUANTIZE:
                 self._move(source, saved)
 
@@ -142,9 +142,9 @@ class _Packer:
             return mark
         order = list(_CHANNELS_LAST) if self._becomes_channels_last(value) else memory_order(value)
         size = self._size(mark)
-        chance = (self._seed(value.device), self._stream(mark)) if fmt.stochastic else ()
+        randomness = (self._seed(value.device), self._stream(mark)) if fmt.stochastic else ()
         encode, decode = torch.ops.assign.encode_blocks.default, torch.ops.assign.decode_blocks.default
-        code = self._call(encode, (mark, fmt.name, order, *chance), mark, after=after)
+        code = self._call(encode, (mark, fmt.name, order, *randomness), mark, after=after)
         return self._call(decode, (code, fmt.name, size, order, value.dtype), mark, before=first)
 
     def _size(self, mark: fx.Node) -> list[Any]:
@@ -160,11 +160,11 @@ class _Packer:
         scale = None
         if fmt.scaled:
             after = scale = self._call(torch.ops.assign.scale.default, (mark, fmt.name), mark, after=after)
-        chance: tuple[Any, ...] = ()
+        randomness: tuple[Any, ...] = ()
         if fmt.stochastic:
-            chance = (self._seed(_torch.joint_value(mark).device), self._stream(mark))
+            randomness = (self._seed(_torch.joint_value(mark).device), self._stream(mark))
         dtype = _torch.joint_value(mark).dtype
-        rounded = self._call(_QUANTIZE, (mark, scale, fmt.name, True, dtype, *chance), mark, after=after)
+        rounded = self._call(_QUANTIZE, (mark, scale, fmt.name, True, dtype, *randomness), mark, after=after)
         return rounded, scale, rounded
 
     def _stream(self, mark: fx.Node) -> int:

@@ -44,7 +44,7 @@ ROLES: dict[str, tuple[str, Look]] = {
     "saved": ("saved for the backward pass", Look(GREEN)),
     "activation": ("activations", Look(YELLOW)),
     "activation_grad": ("gradients of activations", Look(ORANGE)),
-    "scratch": ("scratch of operators", Look(PURPLE)),
+    "scratch": ("temporary memory of operators", Look(PURPLE)),
 }
 """Role of bytes → title and look, from the bottom of the chart to its top."""
 

@@ -134,7 +134,7 @@ def _stepped(
     course: Course,
     values: Sequence[float | None],
     look: Mapping[str, Any],
-    said: str,
+    label: str,
     *,
     lasts: bool = False,
 ) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _stepped(
         "line": {"color": look["color"], "width": 1.2, "shape": "hv" if lasts else "linear"},
         "marker": {"size": 6, "symbol": look["symbol"], "maxdisplayed": _MOST_MARKERS},
         "cliponaxis": False,
-        "hovertemplate": f"{plain(short(run.name))}<br>{where}: {said}<extra></extra>",
+        "hovertemplate": f"{plain(short(run.name))}<br>{where}: {label}<extra></extra>",
     }
 
 
@@ -264,6 +264,6 @@ def _whole(values: Sequence[float | None]) -> dict[str, Any]:
     No tick is below zero if no number is.
     """
     known = [value for value in values if value is not None] or [0.0]
-    apart = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
-    ticks = next(step for step in apart if 5 * step >= max(known) - min(known))
+    spacings = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    ticks = next(step for step in spacings if 5 * step >= max(known) - min(known))
     return {"tickformat": "d", "dtick": ticks, "rangemode": "nonnegative" if min(known) >= 0 else "normal"}

@@ -10,8 +10,8 @@ from typing import Any
 
 from assign.memory.profile import OPTIMIZER, Moments
 from assign.notebook import human_bytes
-from assign.report.page.beside import LOW_RATIO, TRAINED, Point, best_of, measure_of
 from assign.report.page.colours import BLUE, BRANCH, GREY, GRID, INK, ROLES, VERMILLION, Look
+from assign.report.page.points import LOW_RATIO, TRAINED, Point, best_of, measure_of
 from assign.report.rows import Row
 from assign.report.terminal import visible
 

@@ -19,8 +19,8 @@ from assign.plan.noise_table import NoiseTable
 from assign.plan.plan import Assignment
 from assign.plan.table import TensorTable, check_same_model
 from assign.report.page import colours, curves, figures
-from assign.report.page.beside import LOW_RATIO, measure_of, point_of, points_of
 from assign.report.page.figures import Figure
+from assign.report.page.points import LOW_RATIO, measure_of, point_of, points_of
 from assign.report.page.runs import TrainedRun
 from assign.report.rows import Row, formats_of, tensor_rows
 
@@ -55,12 +55,12 @@ class Report:
         Raises:
             PlanError: plan, front or noise belong to another model than the table.
         """
-        advice = "Give the task that the plan was made for, with its own options: --task."
-        what = f"{self.name} is a plan of another model"
+        advice = "Give the task that the plan was made for, with the same options: --task."
+        what = f"{self.name} is a plan for another model"
         check_same_model(self.plan.fingerprint, self.table.fingerprint, what=what, advice=advice)
         for plan in self.front.plans if self.front else ():
-            advice = "Give the directory of a front for the plan's own model."
-            what = "the front has plans of another model"
+            advice = "Give the directory of a front for the plan's model."
+            what = "the front has plans for another model"
             check_same_model(plan.fingerprint, self.table.fingerprint, what=what, advice=advice)
         if self.noise is not None:
             self.noise.check(self.table)

@@ -16,7 +16,7 @@ from assign.training.comparison import Comparison, EpochFacts
 _FILE = Kind(
     name="training",
     error=ReportError,
-    advice="Give what 'assign train', 'assign run' or 'assign compare' wrote with --json.",
+    advice="Give a file that 'assign train', 'assign run' or 'assign compare' wrote with --json.",
 )
 _Scale = Annotated[float, Field(gt=0)]
 
@@ -125,7 +125,7 @@ def _results(text: str, path: Path, fingerprint: str) -> Iterator[tuple[str, int
     """Yield variant, seed and result of each training in a file."""
     data = _FILE.parse(text, str(path))
     if not isinstance(data, dict):
-        raise ReportError(f"{path} is not a training, but a {type(data).__name__}. {_FILE.advice}")
+        raise ReportError(f"{path} is not the result of a training, but a {type(data).__name__}. {_FILE.advice}")
     if "assign_comparison" in data:
         comparison = Comparison.from_json(text, where=str(path))
         _check(comparison.fingerprint, fingerprint, f"{path} compares plans of another model")
@@ -137,7 +137,7 @@ def _results(text: str, path: Path, fingerprint: str) -> Iterator[tuple[str, int
 
 
 def _check(found: str | None, wanted: str, what: str) -> None:
-    advice = "Give trainings of the plan's own model, or leave the file out."
+    advice = "Give trainings of the plan's model, or leave the file out."
     check_same_model(wanted if found is None else found, wanted, what=what, advice=advice, error=ReportError)
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-_ATTRIBUTE = "assign_beside"
+_ATTRIBUTE = "assign_extras"
 
 
 @dataclass(slots=True, kw_only=True)
-class Beside:
+class Extras:
     """State that is stored with one parameter.
 
     Attributes:
@@ -27,10 +27,10 @@ class Beside:
         return dict, ()
 
 
-def beside(parameter: Tensor) -> Beside:
+def extras(parameter: Tensor) -> Extras:
     """Return the state that is stored with a parameter; it is empty at first."""
     found = getattr(parameter, _ATTRIBUTE, None)
-    if not isinstance(found, Beside):
-        found = Beside()
+    if not isinstance(found, Extras):
+        found = Extras()
         setattr(parameter, _ATTRIBUTE, found)
     return found
