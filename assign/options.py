@@ -57,7 +57,17 @@ def nested(field: "dataclasses.Field[Any]") -> Any:
 
 
 def help_of(options: type) -> dict[str, str]:
-    """Return the help of every field: its entry under ``Attributes:``, without code markup."""
+    """Return the help of every field: its entry under ``Attributes:``, without code markup.
+
+    A field that the class inherits is described in the class that declares it.
+    """
+    found: dict[str, str] = {}
+    for declared in reversed(options.__mro__):
+        found |= _help_of_own(declared)
+    return found
+
+
+def _help_of_own(options: type) -> dict[str, str]:
     text = inspect.cleandoc(options.__doc__ or "").partition("Attributes:\n")[2]
     found: dict[str, str] = {}
     name = ""

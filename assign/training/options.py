@@ -12,14 +12,27 @@ from assign.tasks.task import check_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOptions:
-    """How a task is trained.
+class RunOptions:
+    """Options of every training, whether of a task or of a trial of a study.
 
     Attributes:
         backend: How a plan runs. ``eager``: no compiler, exact memory. ``inductor``: compiled, fast.
-        seed: Seed of the weights, the order of the data, and random numbers in the steps.
+        seed: Seed of the weights, the order of the data, random numbers in the steps, and the choices of a study.
         device: Where the model and the data are: ``cpu``, ``cuda``, ``cuda:1``, and so on.
         epochs: Epochs to train. Default: the task's own number.
+    """
+
+    backend: Backend | str = field(default=Backend.EAGER, metadata=option(type=Backend))
+    seed: int = 0
+    device: str = "cpu"
+    epochs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions(RunOptions):
+    """How a task is trained.
+
+    Attributes:
         max_steps: Number of steps after which training stops.
         checkpoint: File that is written after every epoch.
         checkpoint_every: Steps after which the checkpoint is also written.
@@ -32,10 +45,6 @@ class TrainOptions:
         TaskError: the seed is out of range, or there is no checkpoint to resume from.
     """
 
-    backend: Backend | str = field(default=Backend.EAGER, metadata=option(type=Backend))
-    seed: int = 0
-    device: str = "cpu"
-    epochs: int | None = None
     max_steps: int | None = field(default=None, metadata=option(hidden=True))
     checkpoint: Path | None = None
     checkpoint_every: int | None = field(default=None, metadata=option(hidden=True))

@@ -6,7 +6,7 @@ A plan is one decision per group of the table: low or high, in the recipe's two 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import optuna
@@ -14,7 +14,6 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import ConfigDict, TypeAdapter
 
 from assign.errors import PlanError, StudyError
-from assign.executor.backends import Backend
 from assign.executor.micro_batches import find_reduction
 from assign.json_file import Count, Kind
 from assign.memory.estimate import estimate, peak_bytes
@@ -33,14 +32,14 @@ from assign.tracing.nonfinite import non_finite
 from assign.tracing.tracer import trace
 from assign.training.history import EpochResult
 from assign.training.loop import train
-from assign.training.options import TrainOptions
+from assign.training.options import RunOptions, TrainOptions
 
 STARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Low ratios of the greedy plans that are tried first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(RunOptions):
     """Settings that all processes of one study must share; a study stores them.
 
     Attributes:
@@ -48,10 +47,6 @@ class Settings:
         budget: Peak bytes of a step, in any form that :func:`assign.search` takes. Default: the peak is an objective.
         metric: A metric of the task, or ``loss`` for the training loss of the last epoch.
         maximize: Whether a higher value of the metric is better.
-        epochs: Epochs of each trial. Default: the task's own number.
-        seed: Seed of the trainings and of the study.
-        backend: How plans are trained. ``eager``: no compiler, exact memory. ``inductor``: compiled, fast.
-        device: Where the model and the data are: ``cpu``, ``cuda``, ``cuda:1``, and so on.
     Raises:
         BudgetError: the space has something that a study does not take.
     """
@@ -62,10 +57,6 @@ class Settings:
     budget: str | int | None = field(default=None, metadata=option(hidden=True))
     metric: str = field(default="accuracy", metadata=option(hidden=True))
     maximize: bool = field(default=True, metadata=option(hidden=True))
-    epochs: int | None = None
-    seed: int = 0
-    backend: Backend | str = field(default=Backend.EAGER, metadata=option(type=Backend))
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "space", SearchSpace.of(self.space))
@@ -250,7 +241,7 @@ class Trainer:
         result = train(
             self.make_task(s.seed),
             plan,
-            options=TrainOptions(backend=s.backend, seed=s.seed, epochs=s.epochs, device=s.device),
+            options=TrainOptions(**{each.name: getattr(s, each.name) for each in fields(RunOptions)}),
             on_epoch=watch,
         )
         if result.diverged:
