@@ -2,6 +2,7 @@
 
 =============  ============================================================
 ``rows``       Every format.
+``posits``     The layout of posits.
 ``parsing``    The parser of their names.
 ``dtypes``     Bytes and formats of torch's dtypes.
 =============  ============================================================

@@ -3,6 +3,7 @@
 =====================  ============================================================
 ``rounding``           Quantize, encode and decode.
 ``kernels``            The arithmetic, written once in plain torch.
+``posits``             The arithmetic of posits.
 ``dispatch``           Run a kernel compiled, or operator by operator.
 ``words``              Several narrow elements in one word.
 ``blocks``             Formats with a scale for each block.

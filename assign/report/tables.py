@@ -73,7 +73,8 @@ def format_table(formats: Sequence[Format] | None = None) -> Table:
         "computes in",
     ]
     table = new_table(
-        "Number formats; any fp(e,m,b) is one too, and each but fp32 with :sr for stochastic rounding", columns
+        "Number formats; any fp(e,m,b) is one too, and each but fp32 with :sr for stochastic rounding; and posit(n,es)",
+        columns,
     )
     for fmt in formats or [*FORMATS.values()]:
         cells = [fmt.bits, fmt.exponent_bits, fmt.mantissa_bits, f"{fmt.max_value:.6g}", f"{fmt.min_normal:.4g}"]
