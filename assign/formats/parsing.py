@@ -14,18 +14,19 @@ from assign.formats.rows import (
     MASTER_FORMATS,
     SAVED_FORMATS,
     STATE_FORMATS,
+    Accumulation,
     BlockFormat,
     Format,
     Rounding,
 )
 
 _PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
-_POSIT_NAME = re.compile(r"posit\(([+-]?\d{1,6}),([+-]?\d{1,6})\)(:underflow)?", re.ASCII)
+_POSIT_NAME = re.compile(r"posit\(([+-]?\d{1,6}),([+-]?\d{1,6})\)(:underflow)?(?::(quire|noquire))?", re.ASCII)
 _ALLOWED = (
     f"{', '.join(name for name in FORMATS if ':' not in name)} (e4m3 and e5m2 also with a scale: ':pow2' or ':amax', "
     "and ':delayed' behind that), or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
     "each but fp32 with ':sr' behind it for stochastic rounding; or 'posit(n,es)' with 5 <= n <= 16 and 0 <= es <= 3, "
-    "also with ':underflow'"
+    "also with ':underflow', and ':quire' or ':noquire' behind that"
 )
 _EXAMPLES = ("fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)", "posit(8,2)", "posit(16,1)", "posit(16,2)")
 _STOCHASTIC = ":sr"
@@ -42,7 +43,8 @@ def parse_format(name: str) -> Format:
 
     ``posit(n,es)`` has n bits and es exponent bits. A value is rounded to nearest in the infinitely long posit, ties to
     the even code, never to zero and never beyond the largest value; in ``posit(n,es):underflow`` small ones become zero
-    (see :class:`assign.formats.posits.Posit`).
+    (see :class:`assign.formats.posits.Posit`). With ``:quire`` behind it, the sums of products that make a tensor are
+    exact, and with ``:noquire`` each partial sum is rounded (see :class:`assign.formats.rows.Accumulation`).
 
     Raises:
         FormatError: there is no such format, or float32 cannot represent its values.
@@ -102,7 +104,8 @@ def _find_plain(name: str, wanted: str) -> Format:
         return FP64
     posit = _POSIT_NAME.fullmatch(wanted)
     if posit is not None:
-        return _posit_format(int(posit[1]), int(posit[2]), underflows=posit[3] is not None)
+        fmt = _posit_format(int(posit[1]), int(posit[2]), underflows=posit[3] is not None)
+        return replace(fmt, name=f"{fmt.name}:{posit[4]}", accumulation=Accumulation(posit[4])) if posit[4] else fmt
     match = _PAPER_NAME.fullmatch(wanted)
     only: tuple[tuple[Collection[str], str], ...] = (
         (STATE_FORMATS, "optimizer states"),

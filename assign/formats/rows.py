@@ -42,6 +42,18 @@ class Scaling(StrEnum):
     AMAX = "amax"
 
 
+class Accumulation(StrEnum):
+    """How the products are summed that make a tensor: by a matrix product, a convolution, or their gradients.
+
+    ``FLOAT32``: in float32, and rounded once, as by emulators. ``QUIRE``: exactly, and rounded once. ``NOQUIRE``: each
+    product and each partial sum is rounded to the format, as by a processor of posits without a quire.
+    """
+
+    FLOAT32 = "float32"
+    QUIRE = "quire"
+    NOQUIRE = "noquire"
+
+
 class Storage(StrEnum):
     """How the values of a format are stored in memory.
 
@@ -71,6 +83,7 @@ class Format:
         native: the torch dtype that has exactly these values and codes, e.g. ``float8_e4m3fn``; None if there is none.
         extra_bits: mantissa bits that are stored separately from the parameter, which is rounded to the others.
         layout: how values and codes are defined if a code is not sign, exponent and mantissa; None if it is.
+        accumulation: how the products are summed that make a tensor of the format. It changes neither values nor codes.
     """
 
     name: str
@@ -86,6 +99,7 @@ class Format:
     native: str | None = None
     extra_bits: int = 0
     layout: Posit | None = None
+    accumulation: Accumulation = Accumulation.FLOAT32
 
     @property
     def bits(self) -> int:

@@ -8,6 +8,8 @@
 ``words``              Several narrow elements in one word.
 ``blocks``             Formats with a scale for each block.
 ``matmul``             Matrix products of rounded values.
+``accumulate``         Sums of products with a quire, or rounded one by one.
+``exact``              Exact sums of products.
 ``promotion``          Change tensors that overflow to their high format.
 ``delayed``            Scales from earlier steps.
 ``runtime_formats``    Formats and scales that change, as a graph input.
@@ -16,8 +18,8 @@
 =====================  ============================================================
 """
 
-from assign.numerics import blocks, matmul, rounding
+from assign.numerics import accumulate, blocks, matmul, rounding
 from assign.numerics.delayed import DelayedScales
 from assign.numerics.rounding import quantize
 
-__all__ = ["DelayedScales", "blocks", "matmul", "quantize", "rounding"]
+__all__ = ["DelayedScales", "accumulate", "blocks", "matmul", "quantize", "rounding"]

@@ -153,7 +153,7 @@ ALLOWED = (
     "fp32, bf16, fp16, e4m3, e5m2 (e4m3 and e5m2 also with a scale: ':pow2' or ':amax', and ':delayed' behind that), "
     "or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
     "each but fp32 with ':sr' behind it for stochastic rounding; or 'posit(n,es)' with 5 <= n <= 16 and 0 <= es <= 3, "
-    "also with ':underflow'"
+    "also with ':underflow', and ':quire' or ':noquire' behind that"
 )
 
 

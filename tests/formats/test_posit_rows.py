@@ -1,5 +1,6 @@
 """Facts about posits in the table of formats, and their names."""
 
+import dataclasses
 import itertools
 import math
 
@@ -11,7 +12,7 @@ import pytest
 
 from assign.errors import FormatError
 from assign.formats.parsing import parse_format
-from assign.formats.rows import Rounding, Storage
+from assign.formats.rows import Accumulation, Rounding, Storage
 
 
 @pytest.mark.parametrize("name", oracle.NAMES)
@@ -93,13 +94,28 @@ def test_the_variant_has_a_name_of_its_own() -> None:
     assert parse_format(fmt.name) == fmt
 
 
+def test_accumulation_changes_neither_values_nor_storage() -> None:
+    for name in ("posit(8,2)", "posit(16,1):underflow"):
+        plain = parse_format(name)
+        assert plain.accumulation is Accumulation.FLOAT32
+        for way in (Accumulation.QUIRE, Accumulation.NOQUIRE):
+            fmt = parse_format(f"{name}:{way}")
+            assert (fmt.name, fmt.accumulation) == (f"{name}:{way}", way)
+            assert dataclasses.replace(fmt, name=name, accumulation=plain.accumulation) == plain
+            assert fmt.contains(plain)
+            assert plain.contains(fmt)
+
+
 @pytest.mark.parametrize("n", [4, 17, 32])
 def test_the_limits_of_n_are_inclusive(n: int) -> None:
     with pytest.raises(FormatError, match=rf"'posit\({n},1\)' has {n} bits and 1 exponent bits.\n  Allowed: .*5 <= n"):
         parse_format(f"posit({n},1)")
 
 
-@pytest.mark.parametrize("name", ["posit(8,4)", "posit(8,-1)", "posit(8)", "posit(8,2):overflow", "posit"])
+@pytest.mark.parametrize(
+    "name",
+    ["posit(8,4)", "posit(8,-1)", "posit(8)", "posit(8,2):overflow", "posit", "posit(8,2):quire:quire", "e4m3:quire"],
+)
 def test_rejected(name: str) -> None:
     with pytest.raises(FormatError, match=r"Allowed: .*'posit\(n,es\)' with 5 <= n <= 16 and 0 <= es <= 3"):
         parse_format(name)
