@@ -24,8 +24,9 @@ Bilinear = Callable[[Tensor, Tensor], Tensor]
 """A function that sums products of elements of its two arguments, e.g. ``torch.matmul``."""
 
 _FLOAT64_BITS = 53
-_SPARE = 5
-"""Bits for sums of products of the same weight: at most 2^5 of them, as float32 numbers have at most 277 bits."""
+_SPARE = 2
+"""Bits for sums of products of the same weight: at most 2^2 for each pair of elements, as 24 bits are in at most 4 parts
+of at least 8 bits."""
 
 
 @torch.no_grad()

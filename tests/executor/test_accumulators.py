@@ -115,3 +115,22 @@ def test_saved_activations_are_the_codes_of_the_plain_format(graphs):
     assert codes
     assert {node.meta["val"].dtype for node in codes} == {torch.uint8}
     assert assign.Assignment.from_json(plan.to_json()).entries == plan.entries
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.left, self.right = nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        return self.left(hidden) * self.right(hidden)
+
+
+def test_each_product_in_a_gradient_with_two_readers_has_the_accumulator(graphs):
+    model, batch = Twice(), torch.randn(4, 6)
+    plan = everything(traced(model, batch, squares), "posit(8,1):quire")
+    planned_step(model, squares, plan, backend="eager")(batch).backward()
+    plain = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, ops.product.default)
+    left = [node for graph in graphs for node in graph.graph.nodes if node.target in plain]
+    assert left == []

@@ -111,3 +111,15 @@ def test_to_odd() -> None:
     for y in (0.0, far, -far, 1.0, -1.0):
         wanted = torch.tensor([odd(Fraction(value) + Fraction(y)) for value in values])
         assert torch.equal(to_odd(x, torch.tensor(y, dtype=torch.float64)), wanted)
+
+
+@pytest.mark.parametrize("terms", [1, 33, 8191])
+def test_many_products_of_one_sign_fill_all_the_bits(terms: int) -> None:
+    """What the first 24 bits of a sum leave is found where these cancel: nothing was lost below them."""
+    for exponents in (torch.zeros(1, terms), (torch.arange(terms) % 25)[None], (torch.arange(terms) % 61)[None]):
+        full = (2 - 2.0**-23) * torch.tensor(2.0) ** exponents
+        addend = -product_of(full, full.T)[0]
+        assert torch.equal(sum_of_products(torch.matmul, full, full.T, terms=terms), -addend[None])
+        rest = sum_of_products(torch.matmul, full, full.T, terms=terms, addend=addend)
+        assert torch.equal(rest, product_of(full, full.T, addend))
+        assert rest.item() != 0
