@@ -25,7 +25,7 @@ Bilinear = Callable[[Tensor, Tensor], Tensor]
 
 _FLOAT64_BITS = 53
 _SPARE = 2
-"""Bits for sums of products of the same weight: at most 2^2 for each pair of elements, as 24 bits are in at most 4 parts
+"""Bits for sums of products of the same weight: at most 2^2 per pair of elements, as 24 bits are in at most 4 parts
 of at least 8 bits."""
 
 
