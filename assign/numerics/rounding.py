@@ -283,6 +283,11 @@ def quantize(
     return result
 
 
+def round_in_place(x: Tensor, fmt: Format) -> None:
+    """Round a float32 tensor to a format without scale that rounds to nearest; values beyond it saturate."""
+    torch.ops.assign.quantize_(x.detach(), None, fmt.name, True)
+
+
 def draw_seed(device: torch.device | str = "cpu") -> Tensor:
     """Return a seed for stochastic rounding from torch's generator of ``device``: int64 without axes, on ``device``."""
     seed: Tensor = torch.ops.assign.seed(torch.device(device))
