@@ -30,6 +30,12 @@ _ALLOWED = (
 )
 _EXAMPLES = ("fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)", "posit(8,2)", "posit(16,1)", "posit(16,2)")
 _STOCHASTIC = ":sr"
+_REGISTERED: dict[str, Format] = {}
+
+
+def add_format(fmt: Format) -> Format:
+    """Let ``parse_format`` find a format by its name; return it, or the format of that name that was added before."""
+    return _REGISTERED.setdefault(fmt.name, fmt)
 
 
 @lru_cache(maxsize=1024)
@@ -68,7 +74,7 @@ def parse_format(name: str) -> Format:
         )
     if fmt.layout:
         raise FormatError(
-            f"{name!r}: posits are rounded to nearest in their code, not stochastically.\n  Allowed: {_ALLOWED}.\n"
+            f"{name!r}: posits and registered formats are not rounded stochastically.\n  Allowed: {_ALLOWED}.\n"
             f"  Choose {fmt.name}."
         )
     return replace(fmt, name=fmt.name + _STOCHASTIC, rounding=Rounding.STOCHASTIC)
@@ -98,8 +104,8 @@ def parse_saved(name: str) -> Format | BlockFormat:
 
 def _find_plain(name: str, wanted: str) -> Format:
     """Return the format ``wanted``; ``name`` is what the user wrote."""
-    if wanted in FORMATS:
-        return FORMATS[wanted]
+    if wanted in FORMATS or wanted in _REGISTERED:
+        return FORMATS.get(wanted) or _REGISTERED[wanted]
     if wanted == FP64.name:
         return FP64
     posit = _POSIT_NAME.fullmatch(wanted)
@@ -118,7 +124,7 @@ def _find_plain(name: str, wanted: str) -> Format:
                 f"{name!r} is a format of {what} alone; this is none.\n  Allowed: {_ALLOWED}.\n  Choose one of these."
             )
     if match is None:
-        close = suggest(wanted, [*FORMATS, *_EXAMPLES])
+        close = suggest(wanted, [*FORMATS, *_REGISTERED, *_EXAMPLES])
         meant = f" Did you mean {close}?" if close else ""
         raise FormatError(f"{name!r} is not a number format.{meant}\n  Allowed: {_ALLOWED}.\n  Choose one of these.")
     return _paper_format(*(int(part) for part in match.groups()))

@@ -31,6 +31,11 @@ class Posit:
     underflows: bool = False
 
     @property
+    def saturates(self) -> bool:
+        """Whether finite gradients beyond the format saturate, and do not become infinite: always."""
+        return True
+
+    @property
     def regime(self) -> int:
         """How much the exponent of a value grows with ``k``: ``2^es``."""
         return 1 << self.exponent_bits

@@ -3,7 +3,7 @@
 A *format* is the set of values that a tensor may have; a *dtype* is what torch stores. This module does not import
 torch: dtypes are names. To add a format, add a row to ``FORMATS``, or to ``STATE_FORMATS`` if only optimizer states may
 have it, to ``SAVED_FORMATS`` for saved activations only, to ``MASTER_FORMATS`` for masters only. A format whose codes
-are not sign, exponent and mantissa has a *layout* (:mod:`assign.formats.posits`).
+are not sign, exponent and mantissa has a *layout* (:mod:`assign.formats.posits`, :mod:`assign.formats.tables`).
 """
 
 import functools
@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from assign.formats.dtypes import FORMAT_NAMES, ITEM_BYTES
 from assign.formats.posits import Posit
+from assign.formats.tables import Table
 
 
 class Rounding(StrEnum):
@@ -98,7 +99,7 @@ class Format:
     delayed: bool = False
     native: str | None = None
     extra_bits: int = 0
-    layout: Posit | None = None
+    layout: Posit | Table | None = None
     accumulation: Accumulation = Accumulation.FLOAT32
 
     @property

@@ -4,6 +4,7 @@
 ``rounding``           Quantize, encode and decode.
 ``kernels``            The arithmetic, written once in plain torch.
 ``posits``             The arithmetic of posits.
+``tables``             Formats that are a table of values.
 ``dispatch``           Run a kernel compiled, or operator by operator.
 ``words``              Several narrow elements in one word.
 ``blocks``             Formats with a scale for each block.

@@ -5,11 +5,13 @@ The format of a result says how its products are summed (:class:`assign.formats.
 * ``:quire``: exactly (:mod:`assign.numerics.exact`); the result is rounded to the format by the node after it;
 * ``:noquire``: each product is rounded to the format, and each sum of two: ``s ← rnd(s + rnd(x · y))``, from zero on,
   in the order of the summed index; a bias is added last. A convolution sums over the channels, then the rows and
-  columns of its kernel. The gradient of its kernel sums over the positions of each image, then over images;
+  columns of its kernel. The gradient of its kernel sums over the positions of each image, then over images. A sum over
+  several axes, such as the gradient of a bias, sums over the last of them first;
 * otherwise, e.g. after a promotion to a format with neither, in float32.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -64,14 +66,15 @@ def _accumulated_sum(
     axes = sorted(dim % x.dim() for dim in dims)
     if fmt.accumulation is Accumulation.FLOAT32:
         return x.sum(axes, keepdim=keepdim)
-    summed = x.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
     if fmt.accumulation is Accumulation.QUIRE:
-        one = x.new_ones(())
-        result = sum_of_products(lambda a, b: a.sum(0) * b, summed, one, terms=summed.shape[0])
+        terms = math.prod(x.shape[axis] for axis in axes)
+        result = sum_of_products(lambda a, b: a.sum(axes) * b, x, x.new_ones(()), terms=terms)
     else:
-        result = torch.zeros_like(summed[0])
-        for each in summed:
-            result = _added(result, each, fmt)
+        result = x
+        for axis in reversed(axes):
+            parts, result = result.unbind(axis), torch.zeros_like(result.select(axis, 0))
+            for part in parts:
+                result = _added(result, part, fmt)
     return result.reshape([1 if axis in axes else size for axis, size in enumerate(x.shape)]) if keepdim else result
 
 

@@ -32,10 +32,20 @@ from torch import Tensor
 
 from assign.errors import FormatError
 from assign.formats.parsing import parse_format
+from assign.formats.posits import Posit
 from assign.formats.rows import FORMATS, Format
-from assign.numerics import kernels, posits
+from assign.formats.tables import Table
+from assign.numerics import kernels, posits, tables
 from assign.numerics.delayed import History
-from assign.numerics.dispatch import amax_bits, count_at_least, find_scale, run, run_measured, run_scaled
+from assign.numerics.dispatch import (
+    amax_bits,
+    count_at_least,
+    find_scale,
+    run,
+    run_measured,
+    run_scaled,
+    use_compiled,
+)
 from assign.numerics.kernels import WIDTH, Work, scaling
 from assign.numerics.registry import register
 from assign.numerics.runtime_formats import Runtime, current_format
@@ -55,12 +65,26 @@ def stream_of(key: str) -> int:
 
 def _quantizing(fmt: Format, saturate: bool) -> Work:
     """Return the kernel that rounds to a format, and its numbers."""
-    return posits.quantizing(fmt.layout, saturate) if fmt.layout else kernels.quantizing(fmt, saturate)
+    if isinstance(fmt.layout, Posit):
+        return posits.quantizing(fmt.layout, saturate)
+    return tables.quantizing(fmt.layout, saturate) if fmt.layout else kernels.quantizing(fmt, saturate)
 
 
 def _coding(fmt: Format) -> tuple[Work, Work]:
     """Return encoder and decoder of a format."""
-    return posits.coding(fmt.layout) if fmt.layout else kernels.coding(fmt)
+    if isinstance(fmt.layout, Posit):
+        return posits.coding(fmt.layout)
+    return tables.coding(fmt.layout) if fmt.layout else kernels.coding(fmt)
+
+
+def _run(
+    fmt: Format, work: Work, x: Tensor, scale: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Run a kernel of a format. That of a table is run operator by operator: it would be compiled for each format."""
+    if not isinstance(fmt.layout, Table):
+        return run(work, x, scale, dtype, out=out)
+    with use_compiled(False):
+        return run(work, x, scale, dtype, out=out)
 
 
 def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
@@ -143,7 +167,7 @@ def _round(
     if scale is None and fmt.native == fmt.code_dtype:
         cast = _cast(x, fmt, saturate, dtype)
         return cast if out is None else out.copy_(cast)
-    return run(_quantizing(fmt, saturate), x, scale, dtype, out=out)
+    return _run(fmt, _quantizing(fmt, saturate), x, scale, dtype, out)
 
 
 def _scale(x: Tensor, format: str, *, runtime: Runtime | None = None, key: str = "") -> Tensor:
@@ -192,7 +216,7 @@ def _encode(x: Tensor, scale: Tensor | None, format: str, *, runtime: Runtime | 
     dtype = torch_dtype(fmt.code_dtype)
     if dtype.is_floating_point:
         return torch.empty_like(x, dtype=dtype).copy_(x)
-    return run(_coding(fmt)[0], x, scale, dtype)
+    return _run(fmt, _coding(fmt)[0], x, scale, dtype)
 
 
 def _decode(
@@ -206,7 +230,8 @@ def _decode(
 ) -> Tensor:
     if codes.is_floating_point():
         return torch.empty_like(codes, dtype=dtype).copy_(codes)
-    return run(_coding(current_format(format, runtime, key))[1], codes, scale, dtype)
+    fmt = current_format(format, runtime, key)
+    return _run(fmt, _coding(fmt)[1], codes, scale, dtype)
 
 
 def _seed(device: torch.device) -> Tensor:

@@ -122,5 +122,7 @@ def test_rejected(name: str) -> None:
 
 
 def test_no_stochastic_rounding() -> None:
-    with pytest.raises(FormatError, match=r"'posit\(8,2\):sr': posits are rounded to nearest .*\n.*\n  Choose posit"):
+    with pytest.raises(
+        FormatError, match=r"'posit\(8,2\):sr': posits and registered formats are .*\n.*\n  Choose posit"
+    ):
         parse_format("posit(8,2):sr")

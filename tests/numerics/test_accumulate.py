@@ -174,11 +174,17 @@ def test_sums(way: str) -> None:
     x = operand(3, 4, 5, name=name)
     for dims, keep in (([0], True), ([0], False), ([0, 2], False), ([-1], True)):
         result = quantize(ops.accumulated_sum(x, dims, keep, f"{name}:{way}"), name, dtype=torch.float32)
-        moved = x.movedim(sorted(d % 3 for d in dims), [*range(len(dims))]).flatten(0, len(dims) - 1)
-        wanted = [
-            sum_of([(value, Fraction(1)) for value in fractions(column)], name, way) for column in moved.flatten(1).T
-        ]
-        assert_same(result, torch.tensor(wanted).view(x.sum(dims, keepdim=keep).shape))
+        parts = x
+        for axis in sorted((d % 3 for d in dims), reverse=True) if way == "noquire" else ():
+            parts = parts.movedim(axis, -1)
+            sums = [
+                sum_of([(value, Fraction(1)) for value in fractions(row)], name, way) for row in parts.flatten(0, -2)
+            ]
+            parts = torch.tensor(sums).view(parts.shape[:-1])
+        if way == "quire":
+            parts = quantize(x.double().sum(dims).float(), name, dtype=torch.float32)  # exact in float64 and float32
+        wanted = parts
+        assert_same(result, wanted.view(x.sum(dims, keepdim=keep).shape))
         torch.testing.assert_close(ops.accumulated_sum(x, dims, keep, "fp32"), x.sum(dims, keepdim=keep))
 
 
