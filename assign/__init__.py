@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from assign.executor.apply import apply, autocast, planned_step
     from assign.executor.compiled_memory import rehearse
     from assign.executor.latency import measure_times
+    from assign.formats.own import register_format
     from assign.memory.estimate import Estimate, estimate
     from assign.noise.measure import measure_noise
     from assign.noise.options import NoiseOptions
@@ -91,6 +92,7 @@ __all__ = [
     "optimizer",
     "planned_step",
     "plot",
+    "register_format",
     "rehearse",
     "search",
     "search_front",
@@ -107,6 +109,7 @@ _PLACES = MappingProxyType(
         "autocast": "assign.executor.apply",
         "planned_step": "assign.executor.apply",
         "rehearse": "assign.executor.compiled_memory",
+        "register_format": "assign.formats.own",
         "measure_times": "assign.executor.latency",
         "Front": "assign.pareto",
         "search_front": "assign.pareto",

@@ -31,9 +31,10 @@ from assign.tracing.tracer import trace
 
 PAPER = ("fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)")
 ODD = ("fp(2,1,0)", "fp(8,7,0)", "fp(7,3,-63)", "fp(8,22,0)")
+POSITS = ("posit(8,0)", "posit(8,2)", "posit(8,2):underflow", "posit(12,1)", "posit(16,3)")
 """Few bits, float32's own lowest exponent, its highest, and nearly all of its mantissa."""
 
-NAMES = (*(name for name, row in FORMATS.items() if not row.delayed), *PAPER, *ODD)
+NAMES = (*(name for name, row in FORMATS.items() if not row.delayed), *PAPER, *ODD, *POSITS)
 _STEPS = 3
 _SCALE = 0.125
 _SEED = 1234567890123456789

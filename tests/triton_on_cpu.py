@@ -37,7 +37,7 @@ from benchmarks import device_checks
 
 H100 = GPUTarget("cuda", 90, 32)
 CPU = torch.device("cpu")
-FORMATS = ("e4m3", "e5m2:pow2", "e4m3:amax", "fp(8,7,0)")
+FORMATS = ("e4m3", "e5m2:pow2", "e4m3:amax", "fp(8,7,0)", "posit(8,2)", "posit(16,1):underflow")
 SAVED = ("int4:block64", "mxfp4", "e4m3:block64")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from assign.errors import PlanError, suggest
+from assign.numerics.rounding import round_in_place
 from assign.numerics.torch_dtypes import torch_dtype
 from assign.optim.masters import extra_bits_of, forget_extra_bits, is_split, note_loaded, store_split
 from assign.optim.states import count_changed
@@ -23,6 +24,8 @@ def master_dtype(plan: Assignment, key: str) -> torch.dtype:
 
 def store_parameters(model: nn.Module, plan: Assignment) -> None:
     """Convert the model's parameters to the dtypes of their masters, rounded to nearest, and its gradients and buffers.
+
+    Parameters with emulated masters, such as posits, stay float32 and are rounded.
 
     The extra bits of a master are kept for the optimizer (:mod:`assign.optim.masters`).
 
@@ -46,6 +49,9 @@ def store_parameters(model: nn.Module, plan: Assignment) -> None:
     for name, parameter in named.items():
         gradient_dtype = torch_dtype(stored_dtype(gradient_format(plan.entries, name)))
         _store(parameter, masters[name], gradient_dtype, to_split=name in split)
+        master = master_format(plan.entries, name)
+        if master.layout:
+            round_in_place(parameter, master)
         if name in split:
             extra_bits_of(parameter)
         else:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from assign.executor.context import Context, PassChange
+from assign.executor.passes.accumulate import accumulate
 from assign.executor.passes.fuse_scales import fuse_scales
 from assign.executor.passes.inline_casts import inline_casts
 from assign.executor.passes.keep_in_backward import keep_in_backward
@@ -25,7 +26,7 @@ Pass = Callable[[fx.GraphModule, Context], fx.GraphModule]
 CAPTURED: Sequence[Pass] = (mark,)
 """Passes on the captured step, once its tensors have names."""
 
-JOINT: Sequence[Pass] = (pack, narrow_products)
+JOINT: Sequence[Pass] = (pack, accumulate, narrow_products)
 """Passes on the joint graph of forward and backward pass."""
 
 JOINT_COMPILED: Sequence[Pass] = (*JOINT, reuse_grids, keep_in_backward)

@@ -7,34 +7,50 @@ from dataclasses import replace
 from functools import lru_cache
 
 from assign.errors import FormatError, suggest
+from assign.formats.posits import BITS, EXPONENT_BITS, Posit
 from assign.formats.rows import (
     FORMATS,
     FP64,
     MASTER_FORMATS,
     SAVED_FORMATS,
     STATE_FORMATS,
+    Accumulation,
     BlockFormat,
     Format,
     Rounding,
 )
 
 _PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
+_POSIT_NAME = re.compile(r"posit\(([+-]?\d{1,6}),([+-]?\d{1,6})\)(:underflow)?(?::(quire|noquire))?", re.ASCII)
 _ALLOWED = (
     f"{', '.join(name for name in FORMATS if ':' not in name)} (e4m3 and e5m2 also with a scale: ':pow2' or ':amax', "
     "optionally with ':delayed' after it), or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
-    "all but fp32 also with ':sr' at the end for stochastic rounding"
+    "all but fp32 also with ':sr' at the end for stochastic rounding; or 'posit(n,es)' with 5 <= n <= 16 and "
+    "0 <= es <= 3, optionally with ':underflow', and ':quire' or ':noquire' after it"
 )
+_EXAMPLES = ("fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)", "posit(8,2)", "posit(16,1)", "posit(16,2)")
 _STOCHASTIC = ":sr"
+_REGISTERED: dict[str, Format] = {}
+
+
+def add_format(fmt: Format) -> Format:
+    """Let ``parse_format`` find a format by its name; return it, or the format of that name that was added before."""
+    return _REGISTERED.setdefault(fmt.name, fmt)
 
 
 @lru_cache(maxsize=1024)
 def parse_format(name: str) -> Format:
-    """Return the format called ``name``: a row of ``FORMATS``, or ``fp(e,m,b)``; ``:sr`` rounds stochastically.
+    """Return the format called ``name``: a row of ``FORMATS``, ``fp(e,m,b)`` or ``posit(n,es)``.
 
     ``fp(e,m,b)`` has e exponent and m mantissa bits and is scaled by ``2^-b``. It has no codes for inf or NaN, and ties
     are rounded away from zero. At ``e = 8`` the largest exponent is 127, as in the authors' code, so that float32 can
     represent it. A name that ends with ``:sr`` is the same format with stochastic rounding. Case and spaces do not
     matter.
+
+    ``posit(n,es)`` has n bits and es exponent bits. A value is rounded to nearest in the infinitely long posit, ties to
+    the even code, never to zero and never beyond the largest value; in ``posit(n,es):underflow`` small ones become zero
+    (see :class:`assign.formats.posits.Posit`). With ``:quire`` behind it, the sums of products that make a tensor are
+    exact, and with ``:noquire`` each partial sum is rounded (see :class:`assign.formats.rows.Accumulation`).
 
     Raises:
         FormatError: there is no such format, or float32 cannot represent its values.
@@ -44,7 +60,7 @@ def parse_format(name: str) -> Format:
         >>> parse_format("e4m3:pow2:sr").rounding
         <Rounding.STOCHASTIC: 'stochastic'>
 
-    Source: arXiv 2301.13464, section 2, and the authors' code.
+    Source: arXiv 2301.13464, section 2, and the authors' code; Posit Standard 2022 and arXiv 2105.00053.
     """
     wanted = "".join(name.split()).lower()
     plain = wanted.removesuffix(_STOCHASTIC)
@@ -55,6 +71,11 @@ def parse_format(name: str) -> Format:
         raise FormatError(
             f"{name!r}: everything is computed in fp32, so stochastic rounding to it has no effect.\n"
             f"  Allowed: {_ALLOWED}.\n  Choose fp32."
+        )
+    if fmt.layout:
+        raise FormatError(
+            f"{name!r}: posits and registered formats are not rounded stochastically.\n  Allowed: {_ALLOWED}.\n"
+            f"  Choose {fmt.name}."
         )
     return replace(fmt, name=fmt.name + _STOCHASTIC, rounding=Rounding.STOCHASTIC)
 
@@ -83,10 +104,14 @@ def parse_saved(name: str) -> Format | BlockFormat:
 
 def _find_plain(name: str, wanted: str) -> Format:
     """Return the format ``wanted``; ``name`` is what the user wrote."""
-    if wanted in FORMATS:
-        return FORMATS[wanted]
+    if wanted in FORMATS or wanted in _REGISTERED:
+        return FORMATS.get(wanted) or _REGISTERED[wanted]
     if wanted == FP64.name:
         return FP64
+    posit = _POSIT_NAME.fullmatch(wanted)
+    if posit is not None:
+        fmt = _posit_format(int(posit[1]), int(posit[2]), underflows=posit[3] is not None)
+        return replace(fmt, name=f"{fmt.name}:{posit[4]}", accumulation=Accumulation(posit[4])) if posit[4] else fmt
     match = _PAPER_NAME.fullmatch(wanted)
     only: tuple[tuple[Collection[str], str], ...] = (
         (STATE_FORMATS, "optimizer states"),
@@ -97,7 +122,7 @@ def _find_plain(name: str, wanted: str) -> Format:
         if wanted in table:
             raise FormatError(f"{name!r} is allowed only for {what}.\n  Allowed: {_ALLOWED}.\n  Choose one of these.")
     if match is None:
-        close = suggest(wanted, [*FORMATS, "fp(4,3,4)", "fp(5,2,0)", "fp(6,9,0)"])
+        close = suggest(wanted, [*FORMATS, *_REGISTERED, *_EXAMPLES])
         meant = f" Did you mean {close}?" if close else ""
         raise FormatError(f"{name!r} is not a number format.{meant}\n  Allowed: {_ALLOWED}.\n  Choose one of these.")
     return _paper_format(*(int(part) for part in match.groups()))
@@ -127,4 +152,23 @@ def _paper_format(exponent_bits: int, mantissa_bits: int, bias: int) -> Format:
         min_exponent=min_exponent - bias,
         max_value=math.ldexp(2 - 2**-mantissa_bits, max_exponent - bias),
         rounding=Rounding.AWAY,
+    )
+
+
+def _posit_format(bits: int, exponent_bits: int, *, underflows: bool) -> Format:
+    name = f"posit({bits},{exponent_bits})" + (":underflow" if underflows else "")
+    if bits not in BITS or exponent_bits not in EXPONENT_BITS:
+        raise FormatError(
+            f"{name!r} has {bits} bits and {exponent_bits} exponent bits.\n  Allowed: {_ALLOWED}.\n"
+            "  Choose n and es in these ranges."
+        )
+    layout = Posit(bits=bits, exponent_bits=exponent_bits, underflows=underflows)
+    return Format(
+        name=name,
+        exponent_bits=exponent_bits,
+        mantissa_bits=max(bits - 3 - exponent_bits, 0),  # behind the sign and the shortest regime, of two bits
+        min_exponent=-layout.max_exponent,
+        max_value=math.ldexp(1.0, layout.max_exponent),
+        has_nan=True,
+        layout=layout,
     )

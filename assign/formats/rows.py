@@ -2,9 +2,11 @@
 
 A *format* is the set of values that a tensor may have; a *dtype* is what torch stores. This module does not import
 torch: dtypes are names. To add a format, add a row to ``FORMATS``, or to ``STATE_FORMATS`` if only optimizer states may
-have it, to ``SAVED_FORMATS`` for saved activations only, to ``MASTER_FORMATS`` for masters only.
+have it, to ``SAVED_FORMATS`` for saved activations only, to ``MASTER_FORMATS`` for masters only. A format whose codes
+are not sign, exponent and mantissa has a *layout* (:mod:`assign.formats.posits`, :mod:`assign.formats.tables`).
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +14,8 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from assign.formats.dtypes import FORMAT_NAMES, ITEM_BYTES
+from assign.formats.posits import Posit
+from assign.formats.tables import Table
 
 
 class Rounding(StrEnum):
@@ -39,6 +43,18 @@ class Scaling(StrEnum):
     AMAX = "amax"
 
 
+class Accumulation(StrEnum):
+    """How the products are summed that make a tensor: by a matrix product, a convolution, or their gradients.
+
+    ``FLOAT32``: in float32, and rounded once, as by emulators. ``QUIRE``: exactly, and rounded once. ``NOQUIRE``: each
+    product and each partial sum is rounded to the format, as by a processor of posits without a quire.
+    """
+
+    FLOAT32 = "float32"
+    QUIRE = "quire"
+    NOQUIRE = "noquire"
+
+
 class Storage(StrEnum):
     """How the values of a format are stored in memory.
 
@@ -55,8 +71,11 @@ class Storage(StrEnum):
 class Format:
     """The values ``±k · 2^(E - mantissa_bits)``, ``k < 2^(mantissa_bits + 1)``, from subnormals up to ``max_value``.
 
+    A format with a ``layout`` has the values of that layout instead.
+
     Attributes:
-        name: as written in plans, e.g. ``e4m3``, ``fp(4,3,4)``, ``e4m3:sr``.
+        name: as written in plans, e.g. ``e4m3``, ``fp(4,3,4)``, ``e4m3:sr``, ``posit(8,2)``.
+        mantissa_bits: of a value; with a layout, of the values that have most of them.
         min_exponent: exponent of the smallest normal value.
         max_value: largest finite value.
         rounding: how values between two neighbours are rounded. It changes neither the values nor their codes.
@@ -64,6 +83,8 @@ class Format:
             computed.
         native: the torch dtype that has exactly these values and codes, e.g. ``float8_e4m3fn``; None if there is none.
         extra_bits: mantissa bits that are stored separately from the parameter, which is rounded to the others.
+        layout: how values and codes are defined if a code is not sign, exponent and mantissa; None if it is.
+        accumulation: how the products are summed that make a tensor of the format. It changes neither values nor codes.
     """
 
     name: str
@@ -78,11 +99,13 @@ class Format:
     delayed: bool = False
     native: str | None = None
     extra_bits: int = 0
+    layout: Posit | Table | None = None
+    accumulation: Accumulation = Accumulation.FLOAT32
 
     @property
     def bits(self) -> int:
-        """Number of bits: sign, exponent and mantissa."""
-        return 1 + self.exponent_bits + self.mantissa_bits
+        """Number of bits of a code: sign, exponent and mantissa, or those of the layout."""
+        return self.layout.bits if self.layout else 1 + self.exponent_bits + self.mantissa_bits
 
     @property
     def max_exponent(self) -> int:
@@ -91,13 +114,13 @@ class Format:
 
     @property
     def min_normal(self) -> float:
-        """Smallest positive value with a full mantissa."""
+        """Smallest positive value that is not subnormal; with a layout, the smallest positive value."""
         return math.ldexp(1.0, self.min_exponent)
 
     @property
     def min_subnormal(self) -> float:
         """Smallest positive value."""
-        return math.ldexp(1.0, self.min_exponent - self.mantissa_bits)
+        return self.layout.smallest if self.layout else math.ldexp(1.0, self.min_exponent - self.mantissa_bits)
 
     @property
     def overflow_threshold(self) -> float:
@@ -107,6 +130,8 @@ class Format:
         stochastic rounding, half of the elements at the threshold overflow: see ``rounding``.
         Source: arXiv 2301.13464.
         """
+        if self.layout:
+            return self.layout.overflow_threshold
         return self.max_value + math.ldexp(0.5, self.max_exponent - self.mantissa_bits)
 
     @property
@@ -115,7 +140,7 @@ class Format:
 
         With stochastic rounding, half of the elements at the threshold underflow.
         """
-        return self.min_subnormal / 2
+        return self.layout.underflow_threshold if self.layout else self.min_subnormal / 2
 
     @property
     def carrier(self) -> str:
@@ -182,12 +207,28 @@ class Format:
         """
         if self.scaled:
             return self == replace(other, name=self.name, rounding=self.rounding)
+        if self.layout:
+            return other.bits <= self.bits and not other.scaled and _magnitudes(self) >= _magnitudes(other)
         lowest, highest = other.scale_exponents if other.scaled else (0, 0)
+        granule = other.layout.granule if other.layout else other.min_subnormal
         return (
             self.mantissa_bits >= other.mantissa_bits
-            and self.min_subnormal <= math.ldexp(other.min_subnormal, lowest)
+            and self.min_subnormal <= math.ldexp(granule, lowest)
             and self.max_value >= math.ldexp(other.max_value, highest)
         )
+
+
+@functools.lru_cache(maxsize=32)
+def _magnitudes(fmt: Format) -> frozenset[float]:
+    """Return the magnitudes of all finite values of a format of up to 16 bits."""
+    if fmt.layout:
+        return frozenset(fmt.layout.magnitudes())
+    found = {
+        math.ldexp(k, exponent - fmt.mantissa_bits)
+        for exponent in range(fmt.min_exponent, fmt.max_exponent + 1)
+        for k in range(2 ** (fmt.mantissa_bits + 1))
+    }
+    return frozenset(value for value in found if value <= fmt.max_value)
 
 
 _PLAIN = ("float64", "float32", "bfloat16", "float16")

@@ -29,13 +29,14 @@ def largest_gradient(tensors: Mapping[str, Tensor]) -> float:
 def loss_scale(fmt: Format | BlockFormat, largest: float) -> float:
     """Return the power of two that a loss scaler arrives at: with it no gradient overflows ``fmt``.
 
-    It is 1 for a format with a scale of its own.
+    It is 1 for a format with a scale of its own, and for formats that saturate, such as posits: see
+    ``training.loop.needs_loss_scaling``.
 
     Args:
         fmt: the format of the gradients.
         largest: largest magnitude among the gradients without a loss scale.
     """
-    if isinstance(fmt, BlockFormat) or fmt.scaled or largest == 0:
+    if isinstance(fmt, BlockFormat) or fmt.scaled or (fmt.layout and fmt.layout.saturates) or largest == 0:
         return 1.0
     return min(LARGEST_SCALE, 2.0 ** math.floor(math.log2(fmt.max_value / largest)))
 

@@ -5,6 +5,9 @@ The results are the same on every device and torch release, whatever their own c
 * NaN stays NaN and −0 stays −0; a value below half of the smallest subnormal becomes a zero of its sign;
 * a value beyond the format, inf included, becomes ±``max_value`` with ``saturate`` (forward tensors), otherwise ±inf
   (backward tensors, so that the loss scaler sees it); ``fp32`` changes nothing;
+* posits have neither −0 nor inf: −0 becomes 0, finite values saturate in any case, and without ``saturate`` inf becomes
+  NaN, so that the loss scaler sees it. No finite value becomes NaN, and none but 0 becomes 0, or, in the variant
+  ``:underflow``, those below :attr:`assign.formats.posits.Posit.underflow_threshold` too;
 * ``x ≈ q · scale``, with ``q`` on the format's grid;
 * a stochastic format rounds a value between two neighbours to either of them, so that its mean is the value: exactly,
   or to 2^-31 of the smallest subnormal below ``min_normal``. A value on the grid stays as it is. Overflow is rounded as
@@ -17,8 +20,8 @@ numbers, so a compiler cannot change their order, and rounding itself is pure: a
 it is computed again in the backward pass, in other pieces, in another layout or by another compiler.
 ``torch.manual_seed`` makes a run repeatable.
 
-Each kernel is written once, in plain torch, over a few numbers taken from the format (:mod:`assign.numerics.kernels`),
-and run by :mod:`assign.numerics.dispatch`.
+Each kernel is written once, in plain torch, over a few numbers taken from the format (:mod:`assign.numerics.kernels`,
+:mod:`assign.numerics.posits`), and run by :mod:`assign.numerics.dispatch`.
 """
 
 import zlib
@@ -29,10 +32,21 @@ from torch import Tensor
 
 from assign.errors import FormatError
 from assign.formats.parsing import parse_format
+from assign.formats.posits import Posit
 from assign.formats.rows import FORMATS, Format
+from assign.formats.tables import Table
+from assign.numerics import kernels, posits, tables
 from assign.numerics.delayed import History
-from assign.numerics.dispatch import amax_bits, count_at_least, find_scale, run, run_measured, run_scaled
-from assign.numerics.kernels import WIDTH, coding, quantizing, scaling
+from assign.numerics.dispatch import (
+    amax_bits,
+    count_at_least,
+    find_scale,
+    run,
+    run_measured,
+    run_scaled,
+    use_compiled,
+)
+from assign.numerics.kernels import WIDTH, Work, scaling
 from assign.numerics.registry import register
 from assign.numerics.runtime_formats import Runtime, current_format
 from assign.numerics.torch_dtypes import ROUNDED, dtype_name, torch_dtype
@@ -47,6 +61,30 @@ def key_of(seed: Tensor, stream: int) -> Tensor:
 def stream_of(key: str) -> int:
     """Return the stream number of the tensor ``key``: it selects its random bits under a seed shared with others."""
     return zlib.crc32(key.encode())
+
+
+def _quantizing(fmt: Format, saturate: bool) -> Work:
+    """Return the kernel that rounds to a format, and its numbers."""
+    if isinstance(fmt.layout, Posit):
+        return posits.quantizing(fmt.layout, saturate)
+    return tables.quantizing(fmt.layout, saturate) if fmt.layout else kernels.quantizing(fmt, saturate)
+
+
+def _coding(fmt: Format) -> tuple[Work, Work]:
+    """Return encoder and decoder of a format."""
+    if isinstance(fmt.layout, Posit):
+        return posits.coding(fmt.layout)
+    return tables.coding(fmt.layout) if fmt.layout else kernels.coding(fmt)
+
+
+def _run(
+    fmt: Format, work: Work, x: Tensor, scale: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Run a kernel of a format. That of a table is run operator by operator: it would be compiled for each format."""
+    if not isinstance(fmt.layout, Table):
+        return run(work, x, scale, dtype, out=out)
+    with use_compiled(False):
+        return run(work, x, scale, dtype, out=out)
 
 
 def _cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> Tensor:
@@ -67,7 +105,7 @@ def inline_cast(x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype) -> T
         return x.to(dtype)
     if fmt.native is not None and torch_dtype(fmt.native) == dtype:
         return (x.to(torch.float32).clamp(-fmt.max_value, fmt.max_value) if saturate else x).to(dtype)
-    work = quantizing(fmt, saturate)
+    work = _quantizing(fmt, saturate)
     return work.kernel(x, None, (*work.ints, *work.floats)).to(dtype)
 
 
@@ -125,11 +163,11 @@ def _round(
         seed, stream = randomness
         if seed is None:
             raise FormatError(f"{fmt.name!r} needs a seed, and none was given.\n  Take it from draw_seed().")
-        return run(quantizing(fmt, saturate), x, scale, dtype, key_of(seed, stream), out=out)
+        return run(_quantizing(fmt, saturate), x, scale, dtype, key_of(seed, stream), out=out)
     if scale is None and fmt.native == fmt.code_dtype:
         cast = _cast(x, fmt, saturate, dtype)
         return cast if out is None else out.copy_(cast)
-    return run(quantizing(fmt, saturate), x, scale, dtype, out=out)
+    return _run(fmt, _quantizing(fmt, saturate), x, scale, dtype, out)
 
 
 def _scale(x: Tensor, format: str, *, runtime: Runtime | None = None, key: str = "") -> Tensor:
@@ -166,9 +204,9 @@ def _scale_and_round(
     x: Tensor, fmt: Format, saturate: bool, dtype: torch.dtype, history: History | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if history is None:
-        return run_scaled(quantizing(fmt, saturate), scaling(fmt), x, dtype, out=out)
+        return run_scaled(_quantizing(fmt, saturate), scaling(fmt), x, dtype, out=out)
     scale = _known_scale(history, x)
-    result, largest = run_measured(quantizing(history.format, saturate), x, scale, dtype, out=out)
+    result, largest = run_measured(_quantizing(history.format, saturate), x, scale, dtype, out=out)
     history.record(largest)
     return result, scale
 
@@ -178,7 +216,7 @@ def _encode(x: Tensor, scale: Tensor | None, format: str, *, runtime: Runtime | 
     dtype = torch_dtype(fmt.code_dtype)
     if dtype.is_floating_point:
         return torch.empty_like(x, dtype=dtype).copy_(x)
-    return run(coding(fmt)[0], x, scale, dtype)
+    return _run(fmt, _coding(fmt)[0], x, scale, dtype)
 
 
 def _decode(
@@ -192,7 +230,8 @@ def _decode(
 ) -> Tensor:
     if codes.is_floating_point():
         return torch.empty_like(codes, dtype=dtype).copy_(codes)
-    return run(coding(current_format(format, runtime, key))[1], codes, scale, dtype)
+    fmt = current_format(format, runtime, key)
+    return _run(fmt, _coding(fmt)[1], codes, scale, dtype)
 
 
 def _seed(device: torch.device) -> Tensor:
@@ -241,7 +280,7 @@ def quantize(
         scale: float32, one element, as returned by ``amax_scale``. If it is no power of two, ``x / scale`` and the
             product with ``scale`` are rounded too. None: 1, or for a scaled format ``amax_scale(x, fmt)``.
         saturate: whether values beyond ±``fmt.max_value``, inf included, become that limit; otherwise they become ±inf.
-            NaN stays NaN.
+            NaN stays NaN. Finite values beyond a posit saturate in any case; otherwise inf becomes NaN there.
         dtype: dtype of the result; it must hold every value of ``fmt``. None: that of ``x`` if it does, else the
             carrier.
         seed: int64, one element, not negative: the seed of a stochastic format. None: ``draw_seed``, which follows
@@ -267,6 +306,11 @@ def quantize(
     _check_holds(dtype, fmt)
     result: Tensor = torch.ops.assign.quantize(x, scale, fmt.name, saturate, dtype, seed)
     return result
+
+
+def round_in_place(x: Tensor, fmt: Format) -> None:
+    """Round a float32 tensor to a format without scale that rounds to nearest; values beyond it saturate."""
+    torch.ops.assign.quantize_(x.detach(), None, fmt.name, True)
 
 
 def draw_seed(device: torch.device | str = "cpu") -> Tensor:
@@ -304,9 +348,9 @@ def amax_scale(x: Tensor, fmt: Format | str) -> Tensor:
 def encode(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None) -> Tensor:
     """Return the codes of values that ``quantize`` returned for the same ``fmt`` and ``scale``.
 
-    A code is sign | exponent | mantissa. Encoding is lossless for every value of the format. Inf and NaN in a format
-    that has no such code become ±``max_value``, as in any cast that saturates; values off the grid become the nearest
-    code.
+    A code is sign | exponent | mantissa, or a posit. Encoding is lossless for every value of the format. Inf and NaN in
+    a format that has no such code become ±``max_value``, as in any cast that saturates; values off the grid become the
+    nearest code.
 
     Args:
         x: any shape; float32, bfloat16 or float16.
@@ -316,7 +360,7 @@ def encode(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None) -> Tens
         Shape and strides as in the result of ``quantize``; dtype ``fmt.code_dtype``.
     Raises:
         FormatError: an unknown format, a dtype or scale that does not fit, a scale that is missing.
-    Source: OCP OFP8 1.0 (e4m3, e5m2); arXiv 2301.13464 (fp(e,m,b)).
+    Source: OCP OFP8 1.0 (e4m3, e5m2); arXiv 2301.13464 (fp(e,m,b)); Posit Standard 2022.
     """
     fmt = _checked(x, fmt, scale)
     _check_scaled(fmt, scale)

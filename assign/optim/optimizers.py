@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 
 from assign import distributed
 from assign.errors import PlanError, suggest
+from assign.numerics.rounding import round_in_place
 from assign.numerics.torch_dtypes import torch_dtype
 from assign.optim import updates
 from assign.optim.gradients import forget_scale
@@ -50,6 +51,7 @@ from assign.plan.persistent_state import (
     gradient_format,
     master_format,
     parse_rounding,
+    rounded_states,
     state_format,
     stored_dtype,
 )
@@ -131,6 +133,7 @@ def follow(
     planned = _planned(
         _from_updates(made, rounding) if own else _MAKERS[chosen](made),
         one_by_one=any(each.is_alone for each in stored.values()),
+        rounded=any(each.master.layout or each.rounded for each in stored.values()),
     )
     planned.assign_library, planned.assign_stored, planned.assign_rounding = chosen, stored, rounding
     planned.assign_reset()
@@ -181,6 +184,7 @@ def _stored(made: Optimizer, model: nn.Module, plan: Assignment) -> dict[Tensor,
                 master=master_format(plan.entries, key),
                 gradient=gradient_format(plan.entries, key),
                 states={state: state_format(plan.entries, key, state) for state in has or given},
+                rounded=rounded_states(plan.entries, key, has or given),
             )
             _check_dtypes(found[parameter], parameter)
     if explicit:
@@ -468,23 +472,43 @@ def _translated(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str,
     return {**mine, **known}
 
 
-def _planned(made: Optimizer, *, one_by_one: bool) -> _Planned:
+def _planned(made: Optimizer, *, one_by_one: bool, rounded: bool) -> _Planned:
     """Return ``made`` with a class that is also a :class:`_Planned`.
 
     Args:
         made: an optimizer of any of the libraries; its class is replaced.
         one_by_one: whether it steps one parameter after another, so that only one of them and its gradient is widened
             at a time.
+        rounded: whether parameters or states are rounded to emulated formats after each step.
     """
     kind = type(made)
     body: dict[str, Any] = {"__module__": kind.__module__}
-    if one_by_one:
+    if one_by_one or rounded:
         step: Any = kind.step
         plain = step.__wrapped__ if getattr(step, "hooked", False) else step  # hooks are for whole steps
-        body["step"] = Optimizer.profile_hook_step(_stepping_one_by_one(plain))
+        plain = _stepping_one_by_one(plain) if one_by_one else plain
+        body["step"] = Optimizer.profile_hook_step(_rounding_after(plain) if rounded else plain)
     made.__class__ = type(kind.__name__, (_Planned, kind), body)
     assert isinstance(made, _Planned)
     return made
+
+
+def _rounding_after(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a step that rounds emulated masters and states, of the parameters that have a gradient, at its end."""
+
+    def whole_step(self: _Planned, closure: Callable[[], float] | None = None) -> float | None:
+        loss: float | None = step(self, closure)
+        with torch.no_grad():
+            for parameter, stored in self.assign_stored.items():
+                if parameter.grad is not None:
+                    formats = {name: fmt for name, fmt in stored.rounded.items() if name in self.state[parameter]}
+                    for name, fmt in formats.items():
+                        round_in_place(distributed.local_part(self.state[parameter][name]), fmt)
+                    if stored.master.layout:
+                        round_in_place(distributed.local_part(parameter), stored.master)
+        return loss
+
+    return whole_step
 
 
 def _stepping_one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:

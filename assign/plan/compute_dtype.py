@@ -18,7 +18,7 @@ runs. The rules:
   simulation.
 * Matrices are multiplied in the narrowest dtype that represents their elements exactly, with sums and result as above:
   float32 tensors on grids that bf16 can represent, in bf16; two tensors in scaled 8-bit formats, in 8 bits if the
-  device can.
+  device can. Products whose result is a posit with ``:quire`` or ``:noquire`` are computed in float64.
 """
 
 import functools
@@ -29,7 +29,7 @@ from typing import NamedTuple, Protocol
 
 from assign.formats.dtypes import FLOAT32, FLOAT64, ITEM_BYTES, NARROW
 from assign.formats.parsing import parse_format
-from assign.formats.rows import FORMATS, LOADED, Format, Storage, loaded_format
+from assign.formats.rows import FORMATS, LOADED, Accumulation, Format, Storage, loaded_format
 from assign.plan.keys import saved_key
 from assign.plan.ops import CONVERSIONS, FLOAT32_PARAMETERS, INPUT, MATRIX_PRODUCTS, PLAIN_PRODUCTS, SIXTEEN_BIT, SLICE
 from assign.plan.plan import Entry, format_pair
@@ -296,6 +296,9 @@ def operators(table: TensorTable, entries: Mapping[str, Entry], *, fp8: bool = F
     def multiplies(info: TensorInfo) -> str:
         matrices = info.inputs[-2:] if info.op == "addmm" else info.inputs[:2]
         formats = [dtypes.formats(key)[0] for key in matrices]
+        result = dtypes.formats(info.key)[0]
+        if info.op in MATRIX_PRODUCTS and result.accumulation is not Accumulation.FLOAT32:
+            return FLOAT64
         return multiply_dtype(info.op, dtypes.compute(info.key), formats, fp8=fp8)
 
     return tuple(

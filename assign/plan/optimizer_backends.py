@@ -1,7 +1,7 @@
 """Optimizer libraries: which one can store the states of a plan, and the temporary memory of its step."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from assign.errors import PlanError
@@ -41,6 +41,7 @@ class Stored:
     Attributes:
         loaded: the format in which it was loaded.
         widened: whether its 16-bit master is float32 while the optimizer steps on it, and is rounded afterwards.
+        rounded: {state: format} of the float32 states that are rounded after each step.
     """
 
     key: str
@@ -50,6 +51,7 @@ class Stored:
     states: Mapping[str, StateFormat]
     loaded: Format = FORMATS["fp32"]
     widened: bool = False
+    rounded: Mapping[str, Format] = field(default_factory=dict)
 
     @property
     def read_master(self) -> Format:

@@ -8,6 +8,9 @@ the loaded model, whatever formats it has for the step.
 A master in ``bf16+8`` is a parameter in bf16 (its gradients are bf16 by default) and 8 extra bits in the optimizer's
 state. The optimizer joins both to float32 for its step, and its other states are float32.
 
+A master or an optimizer state may also be a posit or another format with a layout. It is then a float32 tensor that
+holds only values of the format: it is rounded when the plan is applied, and after each step of the optimizer.
+
 Buffers in float32 that the step updates, such as the running statistics of batch normalisation, have rows of their own.
 A buffer without an entry stays as it was loaded. A step computes buffers in float32 and rounds them to nearest at its
 end, so a moving average stops before it reaches its target: an update that is smaller than half the spacing of values
@@ -17,7 +20,7 @@ momentum, proportionally earlier. A variance above 65504 overflows in fp16.
 :mod:`assign.plan.optimizer_backends` says which library can store what. This module does not import torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -78,6 +81,8 @@ def parse_stored(name: str, part: Part) -> StateFormat:
         return STATE_FORMATS[wanted]
     if part is Part.MASTER and wanted in MASTER_FORMATS:
         return MASTER_FORMATS[wanted]
+    if part in (Part.MASTER, Part.STATE) and _is_emulated(wanted):
+        return parse_format(wanted)
     if wanted in (*NATIVE, "fp64") or (part is Part.STORED_GRADIENT and wanted in GRADIENTS):
         return parse_format(wanted)
     what, why, allowed = _WORDS[part]
@@ -88,11 +93,19 @@ def parse_stored(name: str, part: Part) -> StateFormat:
     )
 
 
+def _is_emulated(name: str) -> bool:
+    """Whether ``name`` is that of a format with a layout."""
+    try:
+        return parse_format(name).layout is not None
+    except FormatError:
+        return False
+
+
 _WORDS: Mapping[Part, tuple[str, str, tuple[str, ...]]] = {
     Part.MASTER: (
         "a master",
         "training adds its updates to it, and in 8 bits or less almost every update is below half a step and lost",
-        (*NATIVE, *MASTER_FORMATS),
+        (*NATIVE, *MASTER_FORMATS, "posit(n,es)"),
     ),
     Part.STORED_GRADIENT: (
         "a stored gradient",
@@ -100,7 +113,7 @@ _WORDS: Mapping[Part, tuple[str, str, tuple[str, ...]]] = {
         GRADIENTS,
     ),
     Part.BUFFER: ("a buffer", "a step adds to it, so it needs a dtype for which torch has arithmetic", NATIVE),
-    Part.STATE: ("an optimizer state", "no library stores states in it", (*NATIVE, *STATE_FORMATS)),
+    Part.STATE: ("an optimizer state", "no library stores states in it", (*NATIVE, *STATE_FORMATS, "posit(n,es)")),
 }
 
 
@@ -125,13 +138,18 @@ def master_format(entries: Mapping[str, Named], key: str) -> Format:
 
 
 def parameter_format(master: Format) -> Format:
-    """Return the format of the parameter itself: that of its master, without the extra bits."""
-    return FORMATS["bf16"] if master.extra_bits else master
+    """Return the format of the parameter itself: that of its master, without the extra bits; fp32 if it is emulated."""
+    return FORMATS["bf16"] if master.extra_bits else _stored_as(master)
 
 
 def stepped_format(master: Format) -> Format:
-    """Return the format that the optimizer's step computes with: the master's, or fp32 for one with extra bits."""
-    return FORMATS["fp32"] if master.extra_bits else master
+    """Return the format that the optimizer's step computes with: the master's, or fp32 if it is split or emulated."""
+    return FORMATS["fp32"] if master.extra_bits else _stored_as(master)
+
+
+def _stored_as(fmt: Format) -> Format:
+    """Return the format of the tensor that holds a master or state: fp32 for a format with a layout."""
+    return FORMATS["fp32"] if fmt.layout else fmt
 
 
 def gradient_format(entries: Mapping[str, Named], key: str) -> Format:
@@ -153,9 +171,23 @@ def has_scaled_gradients(entries: Mapping[str, Named]) -> bool:
 
 
 def state_format(entries: Mapping[str, Named], key: str, state: str) -> StateFormat:
-    """Return the format of one optimizer state of weight ``key``."""
+    """Return the format of the tensor of one optimizer state of weight ``key``; fp32 if the state is emulated."""
     entry = entries.get(state_key(key, state))
-    return parse_stored(entry.format, Part.STATE) if entry else stepped_format(master_format(entries, key))
+    if entry is None:
+        return stepped_format(master_format(entries, key))
+    fmt = parse_stored(entry.format, Part.STATE)
+    return _stored_as(fmt) if isinstance(fmt, Format) else fmt
+
+
+def rounded_states(entries: Mapping[str, Named], key: str, states: Iterable[str]) -> dict[str, Format]:
+    """Return {state: format to which it is rounded after each step} of the emulated states of weight ``key``.
+
+    A state without an entry is rounded to the format of an emulated master.
+    """
+    master = master_format(entries, key)
+    named = {state: entries.get(state_key(key, state)) for state in states}
+    found = {state: parse_stored(entry.format, Part.STATE) if entry else master for state, entry in named.items()}
+    return {state: fmt for state, fmt in found.items() if isinstance(fmt, Format) and fmt.layout}
 
 
 def buffer_format(entries: Mapping[str, Named], name: str) -> Format:

@@ -157,12 +157,25 @@ def _one_format(name: str) -> Recipe:
     )
 
 
+_POSIT16, _POSIT8 = "posit(16,2):quire", "posit(8,2):quire"
+
+POSIT = Recipe(
+    name="posit",
+    description="posit(16,2) or posit(8,2), products summed in a quire, the loss in 16 bits; emulated: PositNN's",
+    # Source: arXiv 2105.00053: forward, backward and gradients in 8 bits, optimizer and loss in 16, with a quire.
+    by_role=dict.fromkeys((Role.ACTIVATION, Role.ACTIVATION_GRAD, Role.WEIGHT, Role.WEIGHT_GRAD), (_POSIT16, _POSIT8)),
+    overrides={op: _value_and_gradient((_POSIT16, _POSIT16)) for op in ("log_softmax", *sorted(LOSS_OPS))},
+    loss_scaling=False,
+    promote_every=0,
+)
+
 BF16, FP16 = _one_format("bf16"), _one_format("fp16")
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {recipe.name: recipe for recipe in (HFP8, NATIVE, NATIVE_DELAYED, BF16, FP16)}
+    {recipe.name: recipe for recipe in (HFP8, NATIVE, NATIVE_DELAYED, POSIT, BF16, FP16)}
 )
-"""Every recipe by name: ``hfp8``, ``native``, ``native-delayed``, ``bf16``, ``fp16``. To add one, add a row."""
+"""Every recipe by name: ``hfp8``, ``native``, ``native-delayed``, ``posit``, ``bf16``, ``fp16``. To add
+one, add a row."""
 
 
 def get_recipe(name: str) -> Recipe:

@@ -28,8 +28,8 @@ class SearchSpace:
     A function that takes a space also takes the name of a recipe, which means ``SearchSpace(recipe=name)``.
 
     Attributes:
-        recipe: Formats that a tensor may have, by its role: ``native``, ``native-delayed``, ``hfp8``, ``bf16`` or
-            ``fp16``.
+        recipe: Formats that a tensor may have, by its role: ``native``, ``native-delayed``, ``hfp8``, ``posit``,
+            ``bf16`` or ``fp16``.
         formats: Formats of every tensor instead of the recipe's two, the widest first: names with commas, or a
             sequence. ``e4m3:pow2/e5m2:pow2`` means the first for values and the second for gradients. Requires the
             strategy ``milp``, or, for one format everywhere, ``uniform``.

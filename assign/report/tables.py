@@ -73,7 +73,8 @@ def format_table(formats: Sequence[Format] | None = None) -> Table:
         "computes in",
     ]
     table = new_table(
-        "Number formats; also any fp(e,m,b), and all but fp32 with ':sr' for stochastic rounding", columns
+        "Number formats; also fp(e,m,b) and posit(n,es); all but fp32 and posits with ':sr' for stochastic rounding",
+        columns,
     )
     for fmt in formats or [*FORMATS.values()]:
         cells = [fmt.bits, fmt.exponent_bits, fmt.mantissa_bits, f"{fmt.max_value:.6g}", f"{fmt.min_normal:.4g}"]

@@ -138,13 +138,17 @@ def needs_loss_scaling(plan: Assignment) -> bool:
 
     They would if its recipe says so, or if a gradient's format is as short as fp16. A format with a scale of its own
     does not count; bf16 has the range of fp32. With 16-bit masters there is no loss scaling: the scale would have to be
-    divided out of gradients in those 16 bits.
+    divided out of gradients in those 16 bits. Nor is there any if all gradients are in formats that
+    saturate, such as posits: none becomes infinite, so that the scale would grow without limit.
     """
     if any(is_narrow(master_format(plan.entries, key)) for key in plan.entries):
         return False
     formats = {entry.format for key, entry in plan.entries.items() if is_grad_key(key)}
     rows = [parse_format(name) for name in formats]
-    short = any(not row.scaled and row.min_subnormal > _SMALLEST_GRADIENT for row in rows)
+    if rows and all(row.layout and row.layout.saturates for row in rows):
+        return False
+    scalable = [row for row in rows if not row.scaled and not (row.layout and row.layout.saturates)]
+    short = any(row.min_subnormal > _SMALLEST_GRADIENT for row in scalable)
     return get_recipe(plan.recipe).loss_scaling or short
 
 

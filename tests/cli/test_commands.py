@@ -352,6 +352,7 @@ def test_show_writes_what_each_graph_pass_changes(here):
     assert [each["name"] for each in found["eager"]] == [
         "mark",
         "pack",
+        "accumulate",
         "narrow_products",
         "fuse_scales",
         "fuse_scales",

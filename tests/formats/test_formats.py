@@ -152,7 +152,8 @@ def test_rows_cannot_be_edited() -> None:
 ALLOWED = (
     "fp32, bf16, fp16, e4m3, e5m2 (e4m3 and e5m2 also with a scale: ':pow2' or ':amax', "
     "optionally with ':delayed' after it), or 'fp(e,m,b)' with 2 <= e <= 8 and 0 <= m <= 22; "
-    "all but fp32 also with ':sr' at the end for stochastic rounding"
+    "all but fp32 also with ':sr' at the end for stochastic rounding; or 'posit(n,es)' with 5 <= n <= 16 and "
+    "0 <= es <= 3, optionally with ':underflow', and ':quire' or ':noquire' after it"
 )
 
 

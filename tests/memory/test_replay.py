@@ -227,7 +227,8 @@ BIG = {  # large enough that operators on whole tensors dominate, small enough f
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BIG)
 @pytest.mark.parametrize(
-    "plan_name", ["fp32", "bf16", "native high", "native low", "hfp8 low", "fp32, saved int2", "bf16, saved int4"]
+    "plan_name",
+    ["fp32", "bf16", "native high", "native low", "hfp8 low", "fp32, saved int2", "bf16, saved int4", "posit8"],
 )
 def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
     make, data = BIG[name]
@@ -239,6 +240,7 @@ def test_predicted_peak_is_within_five_per_cent_of_measured(name, plan_name):
         "native high": lambda: all_high(table),
         "native low": lambda: all_low(table),
         "hfp8 low": lambda: all_low(table, "hfp8"),
+        "posit8": lambda: everything(table, "posit(8,2)"),
         "fp32, saved int2": lambda: search_table(
             table, strategy="uniform", space=SearchSpace(formats="fp32", saved="int2:block64:sr")
         ),

@@ -101,6 +101,7 @@ def test_rounding_every_element_is_what_the_executor_does():
     assert torch.equal(round_tensor(small, "a/relu.grad", e5m2, scale=scale) * scale, quantize(small * scale, e5m2))
     assert loss_scale(e5m2, 1.0) * 1.0 <= e5m2.max_value < loss_scale(e5m2, 1.0) * 4 or loss_scale(e5m2, 1.0) == 2**16
     assert torch.equal(round_tensor(small, "a/relu", e5m2, scale=scale), quantize(small, e5m2))  # no gradient
+    assert loss_scale(parse_format("posit(8,2)"), float(small.abs().max())) == 1
     masked = torch.tensor([-torch.inf, 1.03, torch.nan])
     assert round_tensor(masked, "a/add", parse_format("fp(4,3,4)"))[:2].tolist() == [-torch.inf, 1.0]
     assert round_tensor(x, "a/relu.saved", parse_saved("int2:block64")).unique().numel() <= 4

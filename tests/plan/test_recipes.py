@@ -34,6 +34,16 @@ def test_native() -> None:
     assert not get_recipe("native").loss_scaling
 
 
+def test_posit_is_positnns() -> None:
+    for role in PAPER_ROLES:
+        assert names("posit", role) == ("posit(16,2):quire", "posit(8,2):quire")
+    for op in ("log_softmax", "nll_loss", "cross_entropy"):
+        for role in (Role.ACTIVATION, Role.ACTIVATION_GRAD):
+            assert names("posit", role, op) == ("posit(16,2):quire", "posit(16,2):quire")
+    assert not get_recipe("posit").loss_scaling
+    assert get_recipe("posit").promote_every == 0
+
+
 def test_every_loss_of_torch_is_known() -> None:
     functions = dir(torch.nn.functional)
     losses = {name for name in functions if name.endswith(("_loss", "cross_entropy", "_logits", "kl_div"))}
@@ -63,7 +73,7 @@ def test_other_roles_have_no_candidates(role: Role) -> None:
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(
         FormatError,
-        match=r"no recipe 'nativ'; choose from bf16, fp16, hfp8, native, native-delayed\. Did you mean 'native'",
+        match=r"no recipe 'nativ'; choose from bf16, fp16, hfp8, native, native-delayed, posit\. Did you mean 'native'",
     ):
         get_recipe("nativ")
     with pytest.raises(FormatError, match="choose from bf16, fp16, hfp8, native"):

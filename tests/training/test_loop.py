@@ -591,6 +591,12 @@ def test_short_gradient_formats_are_scaled_whatever_the_recipe():
     assert [needs_loss_scaling(plan(name)) for name in ("fp32", "bf16", "e5m2:pow2", "fp(6,9,0)")] == [False] * 4
     assert [needs_loss_scaling(plan(name)) for name in ("fp16", "e5m2", "fp(5,2,0)")] == [True] * 3
     assert needs_loss_scaling(plan("fp32", recipe="hfp8"))
+    assert not needs_loss_scaling(plan("posit(8,2)"))
+    assert not needs_loss_scaling(
+        plan("posit(8,2):underflow", recipe="hfp8")
+    )  # it never overflows: the scale would grow
+    mixed = {"w.grad": Entry("posit(8,2)", False), "v.grad": Entry("fp(5,2,0)", False)}
+    assert needs_loss_scaling(Assignment(entries=mixed, recipe="hfp8", fingerprint=""))
 
 
 class TestPromotion:

@@ -5,6 +5,7 @@
 ======================  =========================================================================================
 ``mark``                Captured step: round every tensor and its gradient after the operator that makes it.
 ``pack``                Joint graph: save activations in their own format.
+``accumulate``          Joint graph: sum products exactly, or rounded one by one, as the format of the result says.
 ``narrow_products``     Joint graph: multiply matrices in a narrow dtype that holds their elements exactly.
 ``reuse_grids``         Joint graph: do not round values that lie on the format's grid already.
 ``keep_in_backward``    Joint graph: keep restored values in the backward pass.
