@@ -121,6 +121,8 @@ class Kind:
             if len(found) > _NAMED:
                 lines.append(f"and {len(found) - _NAMED} more")
             raise self.error(f"{where} is not a valid {self.name}:\n  " + "\n  ".join([*lines, self.advice])) from None
+        except AssignError as error:  # an object of the file refuses its own values
+            raise self.error(f"{where} is not a valid {self.name}:\n  {error}") from error
 
     def load(self, schema: TypeAdapter[T], text: str, where: str) -> T:
         """Apply :meth:`parse`, then :meth:`validate`, and return the object."""

@@ -434,6 +434,13 @@ def _schedule_problem(schedule: Schedule) -> str:
     used = (*schedule.kept, *(number for event in schedule.events for number in (*event.reads, *event.writes)))
     if max(used, default=0) >= max(count, 1):
         return f"its schedule uses the buffer {max(used)} of {count}, which are numbered from 0"
+    made: set[int] = set()
+    for number, event in enumerate(schedule.events):
+        early, again = set(event.reads) - made, made.intersection(event.writes)
+        if early or again or len(set(event.writes)) < len(event.writes):
+            what = f"reads the buffer {min(early)} before it is made" if early else "makes a buffer a second time"
+            return f"event {number} {what}"
+        made.update(event.writes)
     long = max((len(event.scratch) for event in schedule.events), default=0)
     if long > len(SCRATCH_DTYPES):
         return f"an event has scratch in {long} dtypes, more than {len(SCRATCH_DTYPES)}"

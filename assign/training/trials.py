@@ -69,10 +69,13 @@ class Settings(RunOptions):
         Raises:
             StudyError: they are damaged, or from a version with other settings.
         """
-        kept = dict(attributes.get("settings", {}))
-        if "stored" in kept:  # from the version without search spaces
-            space = {name: kept.pop(name) for name in ("recipe", "update_rounding") if name in kept}
-            kept["space"] = {**space, **dict(kept.pop("stored"))}
+        kept = attributes.get("settings", {})
+        if isinstance(kept, dict) and isinstance(kept.get("stored"), dict):  # from the version without search spaces
+            space = {name: kept[name] for name in ("recipe", "update_rounding") if name in kept} | kept["stored"]
+            others = {
+                name: value for name, value in kept.items() if name not in ("recipe", "update_rounding", "stored")
+            }
+            kept = {**others, "space": space}
         text = json.dumps(kept)
         return _KEPT.load(_SETTINGS, text, f"the stored settings of the study {study!r}")
 

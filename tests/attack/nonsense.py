@@ -37,6 +37,10 @@ PLAN: list[tuple[Place, Any]] = [
     (("provenance", "estimate"), {"peak_bytes": 1.5}),
     (("provenance", "estimate"), {"noise": "low"}),
     (("provenance", "estimate"), {"low_ratio": True}),
+    (("step",), {"micro_batches": 0}),
+    (("step",), {"micro_batches": 1e3}),
+    (("step",), {"reduction": "some"}),
+    (("step",), {"parts": 4}),
     (("comment",), "hello"),
 ]
 NOISE: list[tuple[Place, Any]] = [
@@ -73,6 +77,10 @@ TABLE: list[tuple[Place, Any]] = [
     (("schedule", "kept"), [10**6]),
     (("schedule", "parameter_bytes"), -1),
     (("schedule", "events", 0, "reads"), [99999]),
+    (("schedule", "events", 0, "reads"), [0]),
+    (("schedule", "events", -1, "writes"), [0]),
+    (("schedule", "events", 0, "writes"), [0, 0]),
+    (("schedule", "micro_batches"), 0),
     (("schedule", "events", 0, "scratch"), [1, 2, 3, 4, 5, 6]),
     (("schedule", "buffers", 0, "dtype"), "text"),
     (("schedule", "buffers", 0, "elements"), 0.5),

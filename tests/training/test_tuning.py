@@ -323,3 +323,18 @@ def wait_for(what, process):
                 return
         time.sleep(0.2)
     raise AssertionError("nothing came in time")
+
+
+@pytest.mark.parametrize("stored", [None, 1, 2.5, "master", ["master"], [["master", "bf16"]], {"master": 5}])
+def test_damaged_settings_of_a_study_are_a_study_error(stored):
+    with pytest.raises(StudyError, match="the stored settings of the study 'mine'"):
+        Settings.of("mine", {"settings": {"recipe": "bf16", "stored": stored}})
+    with pytest.raises(StudyError, match="the stored settings of the study 'mine'"):
+        Settings.of("mine", {"settings": stored or 0})
+
+
+def test_settings_from_before_search_spaces_are_read():
+    settings = {"recipe": "bf16", "update_rounding": "stochastic", "stored": {"master": "bf16"}, "epochs": 3}
+    found = Settings.of("mine", {"settings": settings})
+    space = SearchSpace(recipe="bf16", update_rounding="stochastic", master="bf16")
+    assert found == Settings(space=space, epochs=3)
