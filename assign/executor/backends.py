@@ -11,6 +11,7 @@ from assign import _torch
 from assign.executor import pipeline
 from assign.executor.context import Context, PassLog
 from assign.executor.pipeline import run_passes
+from assign.formats.parsing import registered
 from assign.plan.plan import Assignment
 
 
@@ -51,6 +52,15 @@ def make_backend(
 
     if not compiled:
         return _torch.eager_backend(partition, compiler) if compiler else _torch.eager_backend(partition)
-    entries = "\n".join(f"{key} {entry.format}" for key, entry in sorted(plan.entries.items()))
     files = pipeline.source_files(Path(__file__).parents[1])
-    return _torch.inductor_backend(partition, lower, identity=entries, passes=files, compiler=compiler)
+    return _torch.inductor_backend(partition, lower, identity=identity(plan), passes=files, compiler=compiler)
+
+
+def identity(plan: Assignment) -> str:
+    """Return the text of everything in a plan that the compiled graphs depend on, for Inductor's cache key.
+
+    The definition of a format from outside the package may change while its name stays.
+    """
+    entries = [f"{key} {entry.format}" for key, entry in sorted(plan.entries.items())]
+    own = registered(entry.format for entry in plan.entries.values())
+    return "\n".join([*entries, *(f"{name} is {fingerprint}" for name, fingerprint in sorted(own.items()))])

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ from assign.formats.rows import (
     Format,
     Rounding,
 )
+from assign.formats.tables import Table
 
 _PAPER_NAME = re.compile(r"fp\(([+-]?\d{1,6}),([+-]?\d{1,6}),([+-]?\d{1,6})\)", re.ASCII)
 _POSIT_NAME = re.compile(r"posit\(([+-]?\d{1,6}),([+-]?\d{1,6})\)(:underflow)?(?::(quire|noquire))?", re.ASCII)
@@ -36,6 +37,12 @@ _REGISTERED: dict[str, Format] = {}
 def add_format(fmt: Format) -> Format:
     """Let ``parse_format`` find a format by its name; return it, or the format of that name that was added before."""
     return _REGISTERED.setdefault(fmt.name, fmt)
+
+
+def registered(names: Iterable[str]) -> dict[str, str]:
+    """Return the fingerprint of each format from outside the package among these, by name."""
+    found = {name: _REGISTERED[name].layout for name in names if name in _REGISTERED}
+    return {name: layout.fingerprint for name, layout in found.items() if isinstance(layout, Table)}
 
 
 @lru_cache(maxsize=1024)

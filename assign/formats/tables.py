@@ -1,5 +1,6 @@
 """The layout of formats that are a table of values. This module does not import torch."""
 
+import hashlib
 import itertools
 import math
 import struct
@@ -89,11 +90,15 @@ class Table:
         """Return the magnitudes of all values, in ascending order."""
         return sorted({abs(value) for value in self.values})
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that rounding, encoding and decoding depend on."""
+        facts = (self.bits, self.saturates, self.values, self.codes, self.limits)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
     def same(self, other: "Table") -> bool:
         """Whether both round, encode and decode alike."""
-        return (self.bits, self.saturates, self.values, self.codes, self.limits) == (
-            (other.bits, other.saturates, other.values, other.codes, other.limits)
-        )
+        return self.fingerprint == other.fingerprint
 
 
 def _last_bit(value: float) -> int:

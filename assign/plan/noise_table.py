@@ -10,9 +10,10 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -133,13 +134,20 @@ class NoiseTable(Drawn):
         """Number of batches on which every choice was measured."""
         return min(map(len, self.cells.values()), default=0)
 
-    def of(self, entries: Mapping[str, Entry]) -> float:
-        """Return the predicted noise of a whole plan. Tensors that are stored between steps have none.
+    @cached_property
+    def _keys(self) -> frozenset[str]:
+        return frozenset(cell.key for cell in self.cells)
 
+    def of(self, entries: Mapping[str, Entry]) -> float:
+        """Return the predicted noise of a plan, or of a part of it. What is stored between steps has none.
+
+        Args:
+            entries: of some tensors, and of what is stored for any weight of the model.
         Raises:
             PlanError: one of its choices was not measured.
         """
-        return sum(self.noise(key, entry.format) for key, entry in entries.items() if _is_rounded(key, entries))
+        rounded = (key for key in entries if _is_rounded(key, entries, self._keys))
+        return sum(self.noise(key, entries[key].format) for key in rounded)
 
     def add(self, samples: Mapping[Cell, Iterable[Sample]]) -> "NoiseTable":
         """Return the table with these samples added."""
@@ -261,9 +269,11 @@ def _standard_error(samples: tuple[Sample, ...]) -> float:
     return statistics.stdev(s.gradient for s in samples) / math.sqrt(len(samples))
 
 
-def _is_rounded(key: str, entries: Mapping[str, Entry]) -> bool:
-    """Whether an entry causes a separate rounding in the step."""
+def _is_rounded(key: str, entries: Mapping[str, Entry], measured: Collection[str]) -> bool:
+    """Whether an entry causes a separate rounding in the step; ``measured``: keys of the noise."""
     parts = Key.parse(key, entries)
+    if parts.part is Part.TENSOR:  # or it is of a weight that has no entry here
+        parts = Key.parse(key, measured)
     if parts.part is Part.SAVED:
         return parts.name not in entries or entries[parts.name].format != entries[key].format
     return not parts.is_of_weight

@@ -21,9 +21,10 @@ from assign import _torch
 from assign.errors import PlanError
 from assign.executor import pipeline
 from assign.executor.apply import apply, autocast, planned_step
-from assign.executor.backends import Backend, make_backend
+from assign.executor.backends import Backend, identity, make_backend
 from assign.executor.compiled_memory import log_passes
 from assign.executor.pipeline import source_files
+from assign.formats.tables import make_table
 from assign.numerics.rounding import quantize
 from assign.optim.optimizers import follow
 from assign.plan.keys import saved_key
@@ -564,6 +565,15 @@ def test_the_key_of_the_compilers_cache_holds_every_file_that_can_change_a_graph
         (copied / edited).write_text((copied / edited).read_text() + "\n# edited\n")
         assert key() != before
         before = key()
+
+
+def test_the_key_of_the_compilers_cache_holds_the_definition_of_a_format_from_outside():
+    fmt = assign.register_format("halves5", bits=5, decode=lambda code: (code - 32 * (code > 15)) / 2)
+    plan = Assignment(entries={"/input": Entry("halves5", low=True)}, recipe="native", fingerprint="")
+    assert f"halves5 is {fmt.layout.fingerprint}" in identity(plan).splitlines()
+    other = make_table("halves5", 5, lambda code: (code - 32 * (code > 15)) / 4, None, False)
+    assert other.fingerprint != fmt.layout.fingerprint
+    assert "is" not in identity(plan.replace({"/input": Entry("bf16", low=False)}))
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])

@@ -390,7 +390,7 @@ def test_finding_the_reduction_leaves_the_model_and_random_numbers_alone():
     model.blocks[0].mlp.eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    find_reduction(model, class_loss, batch, IN_FOUR)
+    find_reduction(model, lambda m, b: class_loss(m, b) + 0 * torch.rand(()), batch, IN_FOUR)
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [module.training for module in model.modules()]
-    assert gradients(model) == [None] * len(modes[:0]) or all(g is None for g in gradients(model))
+    assert all(gradient is None for gradient in gradients(model))

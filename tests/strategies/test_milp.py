@@ -6,7 +6,9 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from contracts import FORMATS, HFP8, LOSSY, TABLES, AllAtOnce, GroupByGroup, all_plans, chain, made_up_noise
+from helpers import adamw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import GPT, MLP, ResNet, class_loss, images, tokens, vectors
@@ -16,11 +18,13 @@ from assign.errors import AssignError, BudgetError, PlanError
 from assign.memory.deltas import RunningPeak, Timeline
 from assign.memory.estimate import peak_bytes
 from assign.noise.measure import measure_noise
+from assign.noise.options import NoiseOptions
 from assign.plan.keys import is_saved_key
 from assign.plan.measured import Measured
 from assign.plan.plan import Entry
 from assign.plan.recipes import candidates_of, get_recipe, initial, save
 from assign.plan.space import Granularity, SearchSpace, parse_pins, split_names
+from assign.plan.table import PAPER_ROLES
 from assign.planner import completion, search_table
 from assign.strategies.greedy import greedy
 from assign.strategies.milp import Milp
@@ -260,6 +264,29 @@ def test_in_python_noise_is_measured_where_none_is_given():
         search_table(table, low_ratio=0.5, space=SearchSpace(pins={"*": "bf16"}))
     with pytest.raises(PlanError, match="no granularity 'row'"):
         SearchSpace(granularity="row")
+
+
+@pytest.mark.parametrize("goal", [{"low_ratio": 0.5}, {"budget": 1_000_000}], ids=str)
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"master": "bf16"},
+        {"master": "bf16+8", "gradients": "bf16"},
+        {"master": "bf16", "gradients": "bf16", "optimizer_states": "dynamic8"},
+    ],
+    ids=str,
+)
+def test_what_is_stored_between_steps_has_no_noise(stored, goal):
+    torch.manual_seed(0)
+    model, batch = MLP(256), vectors()
+    table = trace(model, batch, class_loss, adamw)
+    noise = measure_noise(model, [batch], class_loss, options=NoiseOptions(max_batches=1, warm_up=0))
+    measured = Measured(noise=noise)
+    plan = search_table(table, **goal, strategy="milp", space=SearchSpace(**stored), measured=measured)
+    of_step = {key: entry for key, entry in plan.entries.items() if key in table.by_key and entry.format != "fp32"}
+    of_step = {key: entry for key, entry in of_step.items() if table.by_key[key].role in PAPER_ROLES}
+    assert plan.provenance.estimate["noise"] == pytest.approx(noise.of(of_step))
+    assert any(key.endswith(".master") for key in plan.entries)
 
 
 def test_low_formats_are_noisier():
