@@ -23,15 +23,13 @@ from assign.formats.parsing import parse_format
 from assign.numerics.dispatch import run
 from assign.numerics.kernels import quantizing
 from assign.numerics.registry import register
-from assign.numerics.rounding import key_of
+from assign.numerics.rounding import STOCHASTIC, key_of
 from assign.numerics.torch_dtypes import SIXTEEN_BITS, torch_dtype
 from assign.optim.gradients import set_gradient
 from assign.plan.persistent_state import SUM_PIECE, stored_dtype
 
 _DEVICE_PIECE = 2**22
 """Elements that are summed at a time on a GPU, where every launch has a cost."""
-
-_STOCHASTIC = {dtype: parse_format(f"{name}:sr") for dtype, name in SIXTEEN_BITS.items()}
 
 
 class Sums(_torch.OpaqueBase):
@@ -70,7 +68,7 @@ def add_gradient(parameter: Tensor, gradient: Tensor, dtype: torch.dtype, key: T
         total.add_(gradient)
         return
     for number, (sums, part) in enumerate(zip(_pieces(total), _pieces(gradient), strict=True)):
-        if key is None or dtype not in _STOCHASTIC:
+        if key is None or dtype not in STOCHASTIC:
             sums.add_(part)
         else:
             _add_by_chance(sums, part, key + number)
@@ -79,7 +77,7 @@ def add_gradient(parameter: Tensor, gradient: Tensor, dtype: torch.dtype, key: T
 def _add_by_chance(total: Tensor, gradient: Tensor, key: Tensor) -> None:
     """Add to a 16-bit sum in float32, and round the result stochastically."""
     wide = total.float().add_(gradient)
-    total.copy_(run(quantizing(_STOCHASTIC[total.dtype], saturate=False), wide, None, total.dtype, key))
+    total.copy_(run(quantizing(STOCHASTIC[total.dtype], saturate=False), wide, None, total.dtype, key))
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:

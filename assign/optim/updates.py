@@ -27,12 +27,10 @@ from torch.optim import Optimizer
 
 from assign.distributed import local_part, synchronized_rng
 from assign.errors import FormatError, suggest
-from assign.formats.parsing import parse_format
-from assign.numerics.rounding import quantize
+from assign.numerics.rounding import STOCHASTIC, quantize
 from assign.numerics.torch_dtypes import SIXTEEN_BITS, dtype_name
 from assign.plan.persistent_state import COMPENSATION, UpdateRounding
 
-_STOCHASTIC = {dtype: parse_format(f"{name}:sr") for dtype, name in SIXTEEN_BITS.items()}
 _TYPES = "bfloat16, float16; float32, which is updated by the plain rule"
 
 
@@ -150,7 +148,7 @@ class _Optimizer16(Optimizer):
             return
         change = changes[0] if len(changes) == 1 else changes[0] + changes[1]
         if rounding == UpdateRounding.STOCHASTIC:
-            stored.copy_(quantize(w + change, _STOCHASTIC[parameter.dtype], saturate=False, dtype=parameter.dtype))
+            stored.copy_(quantize(w + change, STOCHASTIC[parameter.dtype], saturate=False, dtype=parameter.dtype))
             return
         compensation = self._state(parameter, COMPENSATION)
         w, rest = kahan_add(w, change, compensation.float(), parameter.dtype)
