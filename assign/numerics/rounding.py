@@ -25,7 +25,6 @@ Each kernel is written once, in plain torch, over a few numbers taken from the f
 """
 
 import zlib
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,8 +51,8 @@ from assign.numerics.registry import register
 from assign.numerics.runtime_formats import Runtime, current_format
 from assign.numerics.torch_dtypes import ROUNDED, SIXTEEN_BITS, dtype_name, torch_dtype
 
-STOCHASTIC = MappingProxyType({dtype: parse_format(f"{name}:sr") for dtype, name in SIXTEEN_BITS.items()})
-"""16-bit dtype → format that rounds to it stochastically."""
+STOCHASTIC = {dtype: parse_format(f"{name}:sr") for dtype, name in SIXTEEN_BITS.items()}
+"""16-bit dtype → format that rounds to it stochastically. A dict, because compiled optimizers look up in it."""
 
 
 def key_of(seed: Tensor, stream: int) -> Tensor:
