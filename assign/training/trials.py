@@ -70,12 +70,10 @@ class Settings(RunOptions):
             StudyError: they are damaged, or from a version with other settings.
         """
         kept = attributes.get("settings", {})
-        if isinstance(kept, dict) and isinstance(kept.get("stored"), dict):  # from the version without search spaces
-            space = {name: kept[name] for name in ("recipe", "update_rounding") if name in kept} | kept["stored"]
-            others = {
-                name: value for name, value in kept.items() if name not in ("recipe", "update_rounding", "stored")
-            }
-            kept = {**others, "space": space}
+        if isinstance(kept, dict) and "stored" in kept:  # from the version without search spaces
+            space = {name: kept[name] for name in ("recipe", "update_rounding") if name in kept}
+            others = {name: value for name, value in kept.items() if name not in ("stored", *space)}
+            kept = {**others, "space": {**space, **_pairs(kept["stored"])}}
         text = json.dumps(kept)
         return _KEPT.load(_SETTINGS, text, f"the stored settings of the study {study!r}")
 
@@ -103,6 +101,14 @@ class Outcome:
         """
         kept = {name: trial.user_attrs.get(name) for name in cls.__dataclass_fields__}
         return _KEPT.load(_OUTCOME, json.dumps(kept), f"the stored result of trial {trial.number}")
+
+
+def _pairs(stored: Any) -> dict[str, Any]:
+    """Return what a study stored as pairs of a name and a value; damaged data under a name that no space has."""
+    try:
+        return {str(name): value for name, value in stored}
+    except (TypeError, ValueError):
+        return {"stored": stored}
 
 
 _KEPT = Kind(name="part of a study", error=StudyError, advice="Give another storage, or start another study.")

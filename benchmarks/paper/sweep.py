@@ -110,7 +110,7 @@ def main() -> None:
             f"{run.variant}, seed {run.seed}: {run.facts.metrics} {run.facts.message}".rstrip(), flush=True
         ),
     )
-    for line in draw(comparison, picture_paths(file, None), must=False):
+    for line in draw(comparison, picture_paths(file, None), required=False):
         print(line)
 
 

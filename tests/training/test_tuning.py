@@ -325,7 +325,7 @@ def wait_for(what, process):
     raise AssertionError("nothing came in time")
 
 
-@pytest.mark.parametrize("stored", [None, 1, 2.5, "master", ["master"], [["master", "bf16"]], {"master": 5}])
+@pytest.mark.parametrize("stored", [None, 1, 2.5, "master", ["master"], [["master", 5]], [["owner", "bf16"]], {"a": 5}])
 def test_damaged_settings_of_a_study_are_a_study_error(stored):
     with pytest.raises(StudyError, match="the stored settings of the study 'mine'"):
         Settings.of("mine", {"settings": {"recipe": "bf16", "stored": stored}})
@@ -334,7 +334,7 @@ def test_damaged_settings_of_a_study_are_a_study_error(stored):
 
 
 def test_settings_from_before_search_spaces_are_read():
-    settings = {"recipe": "bf16", "update_rounding": "stochastic", "stored": {"master": "bf16"}, "epochs": 3}
+    settings = {"recipe": "bf16", "update_rounding": "stochastic", "stored": [["master", "bf16"]], "epochs": 3}
     found = Settings.of("mine", {"settings": settings})
     space = SearchSpace(recipe="bf16", update_rounding="stochastic", master="bf16")
     assert found == Settings(space=space, epochs=3)
