@@ -58,7 +58,7 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("low", [all_low, all_high])
-@pytest.mark.parametrize("recipe", ["native", "hfp8", "bf16"])
+@pytest.mark.parametrize("recipe", ["native", "hfp8", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("make", "batch"),
     [(MLP, vectors), (GPT, tokens), (lambda: GPT(dropout=0.3), tokens), (Normalized, images)],
@@ -263,7 +263,7 @@ def test_batch_norm_is_refused_unless_parts_may_have_their_own_statistics():
     assert find_reduction(model, class_loss, batch, IN_FOUR) == Reduction.LABELS  # one for each row
 
 
-@pytest.mark.parametrize("micro_batches", [2, 8])
+@pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("stored", [{}, {"gradients": "bf16"}, {"master": "bf16", "gradients": "bf16"}], ids=str)
 @pytest.mark.parametrize("low", [all_low, all_high])
 @pytest.mark.parametrize(

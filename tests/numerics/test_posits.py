@@ -21,6 +21,9 @@ from assign.numerics.torch_dtypes import torch_dtype
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 
 UNDERFLOW = [f"{name}:underflow" for name in oracle.NAMES]
+slow = pytest.mark.slow
+NAMES = [name if number % 5 == 0 else pytest.param(name, marks=slow) for number, name in enumerate(oracle.NAMES)]
+"""All formats; most of them only in the slow tests."""
 modes = pytest.mark.parametrize("saturate", [True, False], ids=["saturate", "overflow"])
 runs = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "op-by-op"])
 
@@ -91,14 +94,14 @@ def test_published_numbers(name: str, x: float) -> None:
 
 @runs
 @modes
-@pytest.mark.parametrize("name", [*oracle.NAMES, *UNDERFLOW[::5]])
+@pytest.mark.parametrize("name", [*NAMES, *UNDERFLOW[::15]])
 def test_ties_and_their_neighbours(name: str, saturate: bool, compiled: bool) -> None:
     x = ties(name)
     with use_compiled(compiled):
         assert_same(quantize(x, name, saturate=saturate, dtype=torch.float32), expected_of(x, name, saturate))
 
 
-@pytest.mark.parametrize("name", [*oracle.NAMES, *UNDERFLOW])
+@pytest.mark.parametrize("name", [*NAMES, *UNDERFLOW[::5]])
 def test_random_float32(name: str) -> None:
     x = torch.cat([random_float32(2**12), within(2**12, parse_format(name).max_exponent + 10)])
     with use_compiled(False):
@@ -166,7 +169,7 @@ def test_a_scale_is_applied() -> None:
 
 
 @runs
-@pytest.mark.parametrize("name", [*oracle.NAMES, "posit(8,2):underflow"])
+@pytest.mark.parametrize("name", [*NAMES, "posit(8,2):underflow"])
 def test_every_code(name: str, compiled: bool) -> None:
     """Each code has the value of the reference, is the code of that value, and that value is not rounded."""
     n, es, _ = oracle.parameters(name)
