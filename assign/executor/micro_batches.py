@@ -20,7 +20,7 @@ from assign.errors import PlanError
 from assign.numerics.torch_dtypes import SIXTEEN_BITS
 from assign.optim.gradients import set_gradient
 from assign.optim.summing import add_gradient
-from assign.plan.split import IGNORED, MicroBatch, labels_of, split, with_labels
+from assign.plan.split import IGNORED, MicroBatch, labels_of, split, weights_of, with_labels
 from assign.plan.step_options import Reduction, StepOptions
 from assign.tracing.capture import Capture, Loss
 
@@ -240,11 +240,12 @@ def find_reduction(model: nn.Module, loss: Loss, batch: Any, options: StepOption
 def _compared(model: nn.Module, loss: Loss, batch: Any, options: StepOptions) -> tuple[float, dict[Reduction, float]]:
     """Return the loss of a batch, and what each reduction makes of the losses of its parts."""
     whole = float(loss(model, batch))
-    parts = {each: split(batch, replace(options, reduction=each)) for each in Reduction if _applies(each, batch)}
-    losses = [float(loss(model, part.batch)) for part in parts[Reduction.MEAN]]
+    parts = [part.batch for part in split(batch, replace(options, reduction=Reduction.MEAN))]
+    losses = [float(loss(model, part)) for part in parts]
+    weights = {each: weights_of(parts, each) for each in Reduction if _applies(each, batch)}
     return whole, {
-        each: math.fsum(part.weight * value for part, value in zip(found, losses, strict=True) if part.weight)
-        for each, found in parts.items()
+        each: math.fsum(weight * value for weight, value in zip(found, losses, strict=True) if weight)
+        for each, found in weights.items()
     }
 
 

@@ -8,7 +8,7 @@ what has ``shape`` and ``narrow``.
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,8 @@ class MicroBatch:
 def split(batch: Any, options: StepOptions) -> list[MicroBatch]:
     """Return the micro-batches of a batch.
 
-    Sizes differ by at most one row. A batch with fewer rows than micro-batches has one part for each row.
+    Sizes differ by at most one row. A batch with fewer rows than micro-batches has one part for each row. If parts are
+    weighted by labels, a part without labels is left out, because its own mean would be NaN.
 
     Args:
         batch: contains at least one tensor with a first dimension.
@@ -50,14 +51,22 @@ def split(batch: Any, options: StepOptions) -> list[MicroBatch]:
     count = min(options.micro_batches, rows)
     ends = [rows * number // count for number in range(count + 1)]
     places = [(start, end - start) for start, end in itertools.pairwise(ends)]
-    batches = [_rows_of(batch, rows, *place) if count > 1 else batch for place in places]
-    sizes = [_size(part, length, options.reduction) for part, (_, length) in zip(batches, places, strict=True)]
+    parts = [_rows_of(batch, rows, *place) if count > 1 else batch for place in places]
+    weighted = zip(parts, weights_of(parts, options.reduction), strict=True)
+    return [MicroBatch(batch=part, weight=weight) for part, weight in weighted if weight]
+
+
+def weights_of(parts: Sequence[Any], reduction: Reduction) -> list[float]:
+    """Return the factor of the loss of each part; 0 for a part without labels that count.
+
+    Raises:
+        PlanError: the reduction needs labels, and there are none.
+    """
+    if reduction is Reduction.SUM:
+        return [1.0] * len(parts)
+    sizes = [_size(part, reduction) for part in parts]
     whole = sum(sizes)
-    if options.reduction is Reduction.SUM:
-        weights = [1.0] * count
-    else:
-        weights = [size / whole if whole else 1 / count for size in sizes]
-    return [MicroBatch(batch=part, weight=weight) for part, weight in zip(batches, weights, strict=True)]
+    return [size / whole if whole else 1 / len(parts) for size in sizes]
 
 
 def count_rows(batch: Any) -> int:
@@ -76,9 +85,9 @@ def count_rows(batch: Any) -> int:
     return rows
 
 
-def _size(part: Any, rows: int, reduction: Reduction) -> int:
-    if reduction in (Reduction.MEAN, Reduction.SUM):
-        return rows
+def _size(part: Any, reduction: Reduction) -> int:
+    if reduction is Reduction.MEAN:
+        return count_rows(part)
     labels = labels_of(part)
     if labels is None:
         raise PlanError(

@@ -14,7 +14,7 @@ from assign.errors import PlanError
 from assign.executor.micro_batches import find_reduction
 from assign.memory.estimate import estimate
 from assign.optim.optimizers import follow
-from assign.plan.plan import Assignment
+from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import store
 from assign.plan.step_options import Reduction, StepOptions
 from assign.tracing.tracer import trace
@@ -88,6 +88,24 @@ def test_parts_of_unequal_length_count_by_their_rows():
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=2e-2)  # bf16 has 8 bits
     wrong = sum(float(class_loss(model, part.batch).detach()) / 4 for part in plan.split(batch))
     assert abs(float(plain.detach()) - wrong) > 1e-4  # so the parts do differ
+
+
+def test_a_part_without_labels_does_not_make_the_loss_nan():
+    torch.manual_seed(0)
+    model, (inputs, labels) = MLP(), vectors()
+    batch = inputs, torch.where(torch.arange(16) < 5, -100, labels)
+    step = StepOptions(micro_batches=4, reduction=Reduction.LABELS)
+    table = trace(model, batch, class_loss, sgd, micro_batches=4)
+    plan = all_high(table).replace({key: Entry("fp32", low=False) for key in all_high(table).entries}).with_step(step)
+    other = copy.deepcopy(model)
+    plain = class_loss(other, batch)
+    plain.backward()
+    loss = assign.planned_step(model, class_loss, plan, backend="eager")(batch)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), plain.detach())
+    for found, wanted in zip(gradients(model), gradients(other), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert find_reduction(other, class_loss, batch, IN_FOUR) == Reduction.LABELS
 
 
 def test_sums_in_bf16_are_rounded_stochastically_and_repeat_with_the_seed():

@@ -79,8 +79,8 @@ def test_parts_are_weighted_by_labels_that_count():
     labels[:2] = -100  # the first part has none
     labels[2, 1:] = -100
     batch = {"input_ids": torch.zeros(8, 4, dtype=torch.long), "labels": labels}
-    assert [part.weight for part in split(batch, four(Reduction.LABELS))] == [0, 5 / 21, 8 / 21, 8 / 21]
-    assert [part.weight for part in split(batch, four(Reduction.SHIFTED_LABELS))] == [0, 3 / 15, 6 / 15, 6 / 15]
+    assert [part.weight for part in split(batch, four(Reduction.LABELS))] == [5 / 21, 8 / 21, 8 / 21]
+    assert [part.weight for part in split(batch, four(Reduction.SHIFTED_LABELS))] == [3 / 15, 6 / 15, 6 / 15]
     assert [part.weight for part in split(batch, four(Reduction.SUM))] == [1] * 4
     everything = {**batch, "labels": torch.full((8, 4), -100)}
     assert [part.weight for part in split(everything, four(Reduction.LABELS))] == [0.25] * 4
