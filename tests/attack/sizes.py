@@ -1,9 +1,10 @@
 """Train with many batch sizes in random order, and compare resident memory with that of the largest size alone.
 
-    python tests/attack/sizes.py [--sizes 80] [--recipes native hfp8 ...]
+    python tests/attack/sizes.py [--sizes 80] [--recipes native hfp8 ...] [--width 1024]
 
 ``float32`` and ``autocast`` are plain training without a plan, for comparison. Each row is a process of its own, with
-one thread. Sizes come twice, in two orders. ``ratio``: largest resident memory over that of the largest size alone.
+one thread. Products in fp16 are slow on many CPUs: give a smaller width for that recipe. Sizes come twice, in two
+orders. ``ratio``: largest resident memory over that of the largest size alone.
 """
 
 import argparse
@@ -35,11 +36,11 @@ def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(size * 16, 256), torch.arange(size * 16) % 10
 
 
-def make_step(recipe: str) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
+def make_step(recipe: str, width: int = 1024) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
     """Return a model of three layers and its loss under a plan in which every tensor is low."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(256, 1024), nn.GELU(), nn.LayerNorm(1024), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 10)
+        nn.Linear(256, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 10)
     )
 
     def loss(module: nn.Module, batch: Any) -> torch.Tensor:
@@ -55,10 +56,10 @@ def make_step(recipe: str) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
     return model, assign.planned_step(model, loss, plan, backend="eager")
 
 
-def largest_resident(recipe: str, sizes: list[int], sender: Any) -> None:
+def largest_resident(recipe: str, width: int, sizes: list[int], sender: Any) -> None:
     """Train two steps of each size in turn, and send the largest resident memory in MB."""
     torch.set_num_threads(1)
-    model, step = make_step(recipe)
+    model, step = make_step(recipe, width)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     largest = 0.0
     for size in sizes:
@@ -70,11 +71,11 @@ def largest_resident(recipe: str, sizes: list[int], sender: Any) -> None:
     sender.send(largest)
 
 
-def measure(recipe: str, sizes: list[int]) -> float:
+def measure(recipe: str, width: int, sizes: list[int]) -> float:
     """Return what :func:`largest_resident` finds in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=largest_resident, args=(recipe, sizes, sender))
+    process = context.Process(target=largest_resident, args=(recipe, width, sizes, sender))
     process.start()
     sender.close()
     found: float = receiver.recv()
@@ -82,12 +83,18 @@ def measure(recipe: str, sizes: list[int]) -> float:
     return found
 
 
-def compare(recipe: str, count: int) -> dict[str, Any]:
+def compare(recipe: str, count: int, width: int = 1024) -> dict[str, Any]:
     """Return the resident memory with ``count`` sizes and with the largest of them alone."""
     sizes = list(range(4, 4 + 3 * count, 3))
     shuffled = [*random.Random(0).sample(sizes, count), *random.Random(1).sample(sizes, count)]
-    alone, together = measure(recipe, [max(sizes)] * 20), measure(recipe, shuffled)
-    return {"recipe": recipe, "alone_mb": round(alone), "all_mb": round(together), "ratio": round(together / alone, 3)}
+    alone, together = measure(recipe, width, [max(sizes)] * 20), measure(recipe, width, shuffled)
+    return {
+        "recipe": recipe,
+        "width": width,
+        "alone_mb": round(alone),
+        "all_mb": round(together),
+        "ratio": round(together / alone, 3),
+    }
 
 
 def main() -> None:
@@ -95,9 +102,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, default=80)
     parser.add_argument("--recipes", nargs="+", choices=[*PLAIN, *RECIPES], default=[*PLAIN, *RECIPES])
+    parser.add_argument("--width", type=int, default=1024)
     options = parser.parse_args()
     for recipe in options.recipes:
-        print(json.dumps(compare(recipe, options.sizes)), flush=True)
+        print(json.dumps(compare(recipe, options.sizes, options.width)), flush=True)
 
 
 if __name__ == "__main__":
