@@ -7,6 +7,7 @@ from models import class_loss
 from torch import Tensor
 
 from assign.executor.passes.pack import pack
+from assign.numerics.rounding import quantize
 from assign.plan.plan import Assignment, Entry
 from assign.plan.recipes import get_recipe, initial
 from assign.tracing.measuring import measure_peak
@@ -72,6 +73,25 @@ def measured_peak(model, batch, step, optimizer):
 def packed_channels_last(joint, context):
     """The packing as it is where Inductor lays images out channels-last."""
     return pack(joint, dataclasses.replace(context, channels_last=True))
+
+
+def rounded(name):
+    """A function that rounds a tensor to a format, and its gradient in the backward pass, without saturation."""
+
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor):
+            return quantize(tensor, name)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return quantize(gradient, name, saturate=False)
+
+    return Rounded.apply
+
+
+def squares(model, batch):
+    return model(batch).square().mean()
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 The whole work is done when the step is called. The loss that it returns has the value of the whole batch's loss; its
 ``backward`` gives the summed gradients to the parameters. If the loss is multiplied before ``backward``, e.g. by a loss
-scale, the gradients are multiplied afterwards, and the next step computes with that factor from the beginning: a loss
-scale then protects small gradients in the backward pass, as it shall.
+scale, the gradients are multiplied afterwards. The next step computes with that factor from the beginning, so that a
+loss scale protects small gradients from underflow in the backward pass.
 """
 
 import contextlib

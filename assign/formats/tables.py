@@ -97,7 +97,7 @@ class Table:
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def same(self, other: "Table") -> bool:
-        """Whether both round, encode and decode alike."""
+        """Whether both tables round, encode and decode in the same way."""
         return self.fingerprint == other.fingerprint
 
 

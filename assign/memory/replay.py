@@ -59,8 +59,9 @@ def _behind(number: int) -> int:
     return SLOTS * number + 3
 
 
-_SUM_BYTES = {True: 8, False: 46}
-"""Temporary bytes per element of a sum that is rounded stochastically; whether the kernel is compiled."""
+_COMPILED_SUM_BYTES, _EAGER_SUM_BYTES = 8, 46
+"""Temporary bytes per element of a sum that is rounded stochastically, by a compiled kernel or operator by operator.
+Measured with the profiler: ``tests/executor/test_micro_batches.py`` compares whole steps."""
 
 _COMPILED_FROM = 2**14
 """Elements from which :mod:`assign.numerics.dispatch` compiles a rounding kernel, which then serves all sizes."""
@@ -274,13 +275,13 @@ class Replay:
         gradient, total = self._dtypes.carrier(key), stored_dtype(gradient_format(self.entries, key))
         if gradient == total == FLOAT32:
             return 0
-        return min(self.table.by_key[key].elements, SUM_PIECE) * (
-            4 if total == FLOAT32 else _SUM_BYTES[self._rounds_compiled]
-        )
+        rounding = _COMPILED_SUM_BYTES if self._rounds_compiled else _EAGER_SUM_BYTES
+        elements = min(self.table.by_key[key].elements, SUM_PIECE)
+        return elements * (ITEM_BYTES[FLOAT32] if total == FLOAT32 else rounding)
 
     @cached_property
     def _rounds_compiled(self) -> bool:
-        """Whether some sum has so many elements that the rounding kernel is compiled."""
+        """Whether at least one gradient is large enough for the rounding kernel to be compiled."""
         return any(row.elements >= _COMPILED_FROM for row in self.table.tensors if row.role is Role.WEIGHT_GRAD)
 
     def _is_kept(self, buffer: int) -> bool:

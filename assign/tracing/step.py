@@ -43,7 +43,15 @@ class Step(TensorTable):
         return TensorTable(tensors=self.tensors, schedule=self.schedule, breaks=self.breaks, outside=self.outside)
 
     def as_part_of(self, micro_batches: int) -> "Step":
-        """Return the step as one of several micro-batches, which a training loop makes and weights itself."""
+        """Return the same step, marked as one of ``micro_batches`` parts that a training loop runs.
+
+        The loop splits the batch and weights the losses; ``whole`` of the result is ``NOT_GIVEN``.
+
+        Args:
+            micro_batches: number of parts whose gradients are summed.
+        Returns:
+            A step whose memory includes the gradients of earlier parts.
+        """
         if micro_batches == 1:
             return self
         return replace(self, schedule=replace(self.schedule, micro_batches=micro_batches), whole=NOT_GIVEN)

@@ -11,7 +11,7 @@ as ``assign train`` reads them.
     python benchmarks/paper/positnn.py fashion-mnist --data DIR
     python benchmarks/paper/positnn.py cifar10 --data DIR --variants fp32 'posit8 O16-L16 quire'
 
-Start the same command again after an interruption: finished runs are kept, the one under way goes on from its last
+Run the same command again after an interruption: finished runs are kept, and an interrupted run resumes from its last
 checkpoint. ``noquire`` takes one pass over a result for each summed product: hours per epoch on a CPU.
 """
 

@@ -9,7 +9,7 @@ it smaller; what was used stands in the JSON and in the file's name.
     python benchmarks/paper/sweep.py accuracy --model resnet18 --data DIR     # figures 4, 10 to 12 and 17
     python benchmarks/paper/sweep.py orders --model resnet18 --data DIR       # figures 5 and 16
 
-Start the same command again after an interruption: finished runs are kept, the one under way goes on from its last
+Run the same command again after an interruption: finished runs are kept, and an interrupted run resumes from its last
 checkpoint. `python benchmarks/paper/table.py FILE …` prints the tables.
 """
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_same, everything, traced
+from helpers import assert_same, everything, squares, traced
 from torch import Tensor, nn
 
 import assign
@@ -25,23 +25,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.fc(torch.relu(self.conv(x)).flatten(1))
-
-
-def squares(model, batch):
-    return model(batch).square().mean()
-
-
-def rounded(name: str):
-    class Rounded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, tensor):
-            return quantize(tensor, name)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return quantize(gradient, name, saturate=False)
-
-    return Rounded.apply
 
 
 def by_hand(model: Net, batch: Tensor, name: str) -> list[Tensor]:

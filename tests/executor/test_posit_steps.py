@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_same, everything, steps, traced
+from helpers import assert_same, everything, rounded, squares, steps, traced
 from models import MLP, ResNet, class_loss, images, vectors
 from torch import nn
 
@@ -22,23 +22,11 @@ def test_each_tensor_and_each_gradient_is_rounded_once(name):
     torch.manual_seed(0)
     model, batch = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(8, 16)
 
-    def squares(model, batch):
-        return model(batch).square().mean()
-
     planned = copy.deepcopy(model)
     plan = everything(traced(model, batch, squares), name)
     planned_step(planned, squares, plan, backend="eager")(batch).backward()
 
-    class Rounded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, tensor):
-            return quantize(tensor, name)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return quantize(gradient, name, saturate=False)
-
-    r = Rounded.apply
+    r = rounded(name)
     first, _, second = model
     hidden = r(torch.relu(r(nn.functional.linear(r(batch), r(first.weight), r(first.bias)))))
     out = r(nn.functional.linear(hidden, r(second.weight), r(second.bias)))

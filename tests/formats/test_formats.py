@@ -102,6 +102,11 @@ def test_contains_with_scales() -> None:
         ("fp(8,7,0)", "bfloat16", "int16", 2, Storage.EMULATED),
         ("fp(5,9,1)", "float16", "int16", 2, Storage.EMULATED),
         ("fp(8,15,0)", "float32", "float32", 4, Storage.EMULATED),
+        ("posit(5,0)", "bfloat16", "uint8", 1, Storage.PACKED),
+        ("posit(8,2)", "bfloat16", "uint8", 1, Storage.PACKED),
+        ("posit(9,1)", "bfloat16", "int16", 2, Storage.EMULATED),
+        ("posit(12,0)", "float16", "int16", 2, Storage.EMULATED),
+        ("posit(16,1)", "float32", "int16", 2, Storage.PACKED),
     ],
 )
 def test_storage(name: str, carrier: str, code_dtype: str, code_bytes: int, storage: Storage) -> None:

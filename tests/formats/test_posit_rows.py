@@ -12,7 +12,7 @@ import pytest
 
 from assign.errors import FormatError
 from assign.formats.parsing import parse_format
-from assign.formats.rows import Accumulation, Rounding, Storage
+from assign.formats.rows import Accumulation, Rounding
 
 
 @pytest.mark.parametrize("name", oracle.NAMES)
@@ -46,21 +46,6 @@ def test_the_carrier_is_the_first_that_holds_every_value(name: str) -> None:
     with np.errstate(over="ignore"):
         exact = [dtype for dtype, cast in CARRIERS.items() if (values.astype(cast).astype(np.float64) == values).all()]
     assert parse_format(name).carrier == exact[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "carrier", "code_dtype", "code_bytes", "storage"),
-    [
-        ("posit(5,0)", "bfloat16", "uint8", 1, Storage.PACKED),
-        ("posit(8,2)", "bfloat16", "uint8", 1, Storage.PACKED),
-        ("posit(9,1)", "bfloat16", "int16", 2, Storage.EMULATED),
-        ("posit(12,0)", "float16", "int16", 2, Storage.EMULATED),
-        ("posit(16,1)", "float32", "int16", 2, Storage.PACKED),
-    ],
-)
-def test_storage(name: str, carrier: str, code_dtype: str, code_bytes: int, storage: Storage) -> None:
-    fmt = parse_format(name)
-    assert (fmt.carrier, fmt.code_dtype, fmt.code_bytes, fmt.storage) == (carrier, code_dtype, code_bytes, storage)
 
 
 MIXED = ["posit(8,0)", "posit(8,2)", "posit(10,2)", "posit(12,1)", "posit(16,1)", "posit(16,2)"]

@@ -25,7 +25,7 @@ def rounded(value: Fraction, name: str) -> Fraction:
 
 
 def operand(*shape: int, name: str, seed: int = 0, exponent: int = 4) -> Tensor:
-    """Values of a format, of which some are tiny."""
+    """Return random values of a format; some of them are close to its smallest value."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(
         -exponent, exponent + 1, shape, generator=generator
