@@ -90,7 +90,7 @@ def _rehearse(model: nn.Module, batch: Any, loss: Loss, plan: Assignment, table:
     with contextlib.suppress(_Received):
         step(model, batch)
     forward, saved, backward = programs.run()
-    replay = Replay(table, plan.entries, plan.update_rounding, sums_inside=plan.sums_inside)
+    replay = Replay.of_plan(table, plan)
     peaks = {
         "forward": replay.lasting_bytes + forward,
         "backward": replay.lasting_bytes + backward,

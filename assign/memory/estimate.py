@@ -107,7 +107,7 @@ def estimate(table: TensorTable, plan: Assignment, *, promotion: bool = False) -
     plan.check_fits(table, where="estimate")
     check_rounding(plan.update_rounding, with_loaded(plan.entries, table.loaded), where="estimate")
     later = promotable(table, plan) if promotion else {}
-    replay = Replay(table, plan.entries, plan.update_rounding, later, sums_inside=plan.sums_inside)
+    replay = Replay.of_plan(table, plan, later)
     return Estimate(
         aggregate_bytes=aggregate_bytes(table, plan.entries),
         low_ratio=low_ratio(table, plan.entries),
@@ -140,9 +140,7 @@ def peak_bytes(
 
 def peak_of(table: TensorTable, plan: Assignment | None) -> int:
     """Return the peak bytes of one step under a plan; None means without one."""
-    if plan is None:
-        return peak_bytes(table, {})
-    return peak_bytes(table, plan.entries, plan.update_rounding, sums_inside=plan.sums_inside)
+    return peak_bytes(table, {}) if plan is None else Replay.of_plan(table, plan).peak_bytes
 
 
 def aggregate_bytes(table: TensorTable, entries: Mapping[str, Entry]) -> int:

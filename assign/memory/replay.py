@@ -36,7 +36,7 @@ from assign.plan.persistent_state import (
     stored_dtype,
     with_loaded,
 )
-from assign.plan.plan import Entry
+from assign.plan.plan import Assignment, Entry
 from assign.plan.table import MARK, Buffer, Event, Role, TensorTable
 
 SLOTS = 4
@@ -172,6 +172,13 @@ class Replay:
         self._spans = [self._replay_event(number, event) for number, event in enumerate(self.schedule.events)]
         forward = sum(not event.backward for event in self.schedule.events)
         self._add(0, _behind(forward - 1), widened, "buffers in float32", "scratch")
+
+    @classmethod
+    def of_plan(
+        cls, table: TensorTable, plan: Assignment, promotable: Mapping[str, Format] = MappingProxyType({})
+    ) -> "Replay":
+        """Return the replayed schedule of a table under a plan."""
+        return cls(table, plan.entries, plan.update_rounding, promotable, sums_inside=plan.sums_inside)
 
     def _find_apart(self) -> frozenset[str]:
         """Return the operators of several steps whose intermediates are float32 regardless of the requested dtype."""
